@@ -1,0 +1,248 @@
+"""The configuration: one typed tree. Unknown keys are refused with the nearest valid one; every key has a default.
+
+`load_config("run.yaml", ["train.lr=1e-5"])` is the only way in; `docs/config.md` is generated from this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Iterator, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megarl.errors import UserError
+from megarl.objective.presets import ObjectiveConfig, resolve_objective
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field("", description="Hugging Face folder (config.json, safetensors, tokenizer) the run starts from.")
+
+
+class ParallelConfig(Section):
+    """Data parallelism is what is left: world size / (tp pp cp). Sequence parallelism is on wherever tp > 1."""
+
+    tp: int = Field(1, ge=1, description="Tensor-parallel size.")
+    pp: int = Field(1, ge=1, description="Pipeline-parallel size (stages).")
+    vpp: int = Field(1, ge=1, description="Model chunks a pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule.")
+    ep: int = Field(1, ge=1, description="Expert-parallel size.")
+    etp: int = Field(1, ge=1, description="Tensor-parallel size inside an expert.")
+    cp: int = Field(1, ge=1, description="Context-parallel size.")
+
+
+class EngineConfig(Section):
+    dtype: DType = Field("auto", description="Training precision; auto is float32 on a CPU and bfloat16 on a GPU.")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recompute.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Token budget of one packed micro-batch.")
+    distributed_optimizer: bool = Field(False, description="Shard optimizer state over data-parallel ranks.")
+
+
+class ReplayConfig(Section):
+    mode: Literal["none", "R2", "R3"] | None = Field(
+        None, description="Routing replay; unset follows batch.minibatches: 1 none, 2 R2, 3 or more R3."
+    )
+    metrics: bool = Field(True, description="Record routes for the agreement metrics even where nothing is replayed.")
+    on_missing: Literal["error", "live"] = Field("error", description="A sample without routes under R3: stop, or route it live.")
+
+
+class BatchConfig(Section):
+    prompts: int = Field(16, ge=1, description="Prompts a step (B), over all data-parallel ranks.")
+    group: int = Field(8, ge=1, description="Responses a prompt (G).")
+    minibatches: int = Field(1, ge=1, description="Optimizer steps a rollout (N); 1 is on-policy.")
+
+
+class RolloutConfig(Section):
+    engines: int = Field(1, ge=1, description="vLLM servers the trainer waits for; `megarl run` starts this many here.")
+    tp: int = Field(1, ge=1, description="Tensor-parallel size of each vLLM server.")
+    dtype: DType = Field("auto", description="Rollout precision; auto is the training precision.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; all three policies use it.")
+    max_prompt_tokens: int = Field(1024, ge=1, description="A longer prompt is a bad line (data.on_bad_line).")
+    max_new_tokens: int = Field(256, ge=1, description="Longest response in tokens.")
+    max_lag: int = Field(0, ge=0, description="Largest allowed lag of a token's weights in optimizer steps; 0 is synchronous.")
+    max_num_seqs: int = Field(256, ge=1, description="Responses one server decodes at the same time.")
+    enforce_eager: bool = Field(True, description="Run vLLM without torch.compile and graphs.")
+    kv_cache_gib: float = Field(0.25, gt=0, description="Memory for vLLM's KV cache on a CPU, in GiB.")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="vLLM's share of GPU memory.")
+    start_timeout_s: float = Field(300, gt=0, description="How long the trainer waits for the servers to come up, in seconds.")
+    request_timeout_s: float = Field(600, gt=0, description="How long one batch of rollouts may take, in seconds.")
+
+
+class SyncConfig(Section):
+    transport: Literal["broadcast"] = Field("broadcast", description="How weights reach the rollout workers (full tensors).")
+    quantize: Literal["none"] = Field("none", description="Precision of the weights on the way.")
+    timeout_s: float = Field(120, gt=0, description="Time limit of one weight sync in seconds.")
+    canary_tolerance: float | None = Field(
+        None, gt=0, description="Largest |log-probability difference| of the canary; unset is 1e-4 in float32, 0.5 in lower precision."
+    )
+
+
+class DataConfig(Section):
+    prompts: str = Field("", description="Training prompts, JSONL: {messages | prompt, answer}.")
+    reward: str = Field("exact_match", description="A built-in reward (digit_sum, exact_match, math_verify) or a dotted path module.function.")
+    on_bad_line: Literal["error", "skip"] = Field("error", description="A malformed JSONL line: stop and name it, or skip and count it.")
+    shuffle: bool = Field(True, description="Shuffle the prompts anew each epoch, seeded by run.seed.")
+
+
+class EvalConfig(Section):
+    prompts: str | None = Field(None, description="Validation prompts, JSONL; unset turns evaluation off.")
+    every: int = Field(0, ge=0, description="Evaluate every this many steps, and at the end; 0 is only at the end.")
+    samples: int = Field(1, ge=1, description="Responses a prompt (k of mean@k and pass@k).")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of the evaluation; 0 is greedy.")
+    max_prompts: int = Field(256, ge=1, description="Use at most this many prompts of the file.")
+
+
+class TrainConfig(Section):
+    """Optimizer and schedule: Megatron's names."""
+
+    steps: int = Field(100, ge=1, description="Rollout steps (each holds batch.minibatches optimizer steps).")
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_warmup_iters: int = Field(0, ge=0, description="Linear warm-up, in optimizer steps.")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
+    lr_decay_iters: int | None = Field(None, ge=1, description="Optimizer steps of the decay; unset is the whole run.")
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is off.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+
+
+class SftConfig(Section):
+    """`megarl sft`: the cold start. Optimizer keys are those of train.*; steps here are optimizer steps."""
+
+    data: str = Field("", description="Demonstrations, JSONL: {messages | prompt, response}.")
+    out: str = Field("", description="Hugging Face folder the result is written to; unset is run.dir/hf.")
+    batch: int = Field(64, ge=1, description="Demonstrations an optimizer step, over all data-parallel ranks.")
+
+
+class RunConfig(Section):
+    dir: str = Field("runs/default", description="Everything the run writes lies here.")
+    seed: int = 0
+    save_every: int = Field(0, ge=0, description="Checkpoint every this many steps, and at the end; 0 is only at the end.")
+    keep: int = Field(2, ge=1, description="Whole checkpoints kept; older ones are deleted.")
+    rollout_samples: int = Field(4, ge=0, description="Responses written to rollouts/ each step, for reading.")
+    tensorboard: bool = True
+
+
+class LaunchConfig(Section):
+    trainers: int = Field(1, ge=1, description="Local trainer ranks that run, sft and score start; ignored under an outer torchrun.")
+    store: str = Field("127.0.0.1:0", description="host:port of the run's store, where trainers and rollout workers meet; port 0 picks a free one (megarl run only).")
+    interface: str | None = Field(None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else gloo's choice.")
+
+
+class ScoreConfig(Section):
+    temperature: float = Field(1.0, gt=0, description="Temperature of the scored log-probabilities.")
+
+
+class Config(Section):
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    replay: ReplayConfig = Field(default_factory=ReplayConfig)
+    objective: ObjectiveConfig = Field(
+        default_factory=lambda: resolve_objective("minirl"),
+        description="A preset's name, or {preset: name, key: value, ...} with the keys of megarl.objective.presets.ObjectiveConfig.",
+    )
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    sync: SyncConfig = Field(default_factory=SyncConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    sft: SftConfig = Field(default_factory=SftConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+
+    @property
+    def replay_mode(self) -> Literal["none", "R2", "R3"]:
+        """replay.mode, or its default for the degree of off-policiness N (spec/objective.md, "Mini-batches")."""
+        if self.replay.mode is not None:
+            return self.replay.mode
+        return {1: "none", 2: "R2"}.get(self.batch.minibatches, "R3")  # type: ignore[return-value]
+
+    @property
+    def wants_routes(self) -> bool:
+        """Whether the rollout engine captures routes at all."""
+        return self.replay_mode == "R3" or self.replay.metrics
+
+
+def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
+    """Reads YAML, applies `key.path=value` overrides (values are YAML), validates.
+
+    Raises UserError, one line, for a missing file, a bad override, an unknown key (with the nearest valid one) or a bad value.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"config file {str(path)!r} does not exist; give the path of a YAML file, e.g. examples/quickstart.yaml")
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"config file {str(path)!r} holds a {type(tree).__name__}; it must hold sections such as 'train:'")
+    for item in overrides:
+        key, sep, value = item.partition("=")
+        if not sep or not key:
+            raise UserError(f"override {item!r} is not key=value, e.g. train.lr=1e-5")
+        _set(tree, key.split("."), _yaml_value(value), item)
+    if isinstance(tree.get("objective"), (str, dict)):
+        tree["objective"] = resolve_objective(tree["objective"])
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_first_error(error)) from None
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
+    if keys[0] == "objective" and len(keys) > 1 and isinstance(tree.get("objective"), str):
+        tree["objective"] = {"preset": tree["objective"]}
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {item!r}: {key!r} is a value, not a section")
+    tree[keys[-1]] = value
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, [name for name, _, _ in walk()], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "; docs/config.md lists the keys"
+        return f"unknown config key {key!r}{hint}"
+    return f"config key {key!r} = {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+
+
+def walk() -> Iterator[tuple[str, Any, Any]]:
+    """Every key as (dotted name, its pydantic field, the section's class), in the order of the file."""
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if name == "objective" or not (isinstance(section, type) and issubclass(section, Section)):
+            yield name, field, Config
+            continue
+        for key, inner in section.model_fields.items():
+            yield f"{name}.{key}", inner, section
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML: what a run directory's config.yaml holds; loading it gives the same tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,153 @@
+"""The device: CUDA with NCCL, or CPU with gloo. The only module that knows the difference.
+
+`setup_device()` must run before any other import of megatron.core. On CUDA it only picks the device. On a CPU it answers,
+for megatron-core 0.16, every call that assumes CUDA; each answer names the file it is for (paths under megatron/core).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Callable
+
+import torch
+
+MEGATRON_CORE = "0.16"  # the release whose CUDA assumptions the CPU answers cover
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Device:
+    device: torch.device
+    backend: str  # of torch.distributed
+
+    def dtype(self, name: str) -> torch.dtype:
+        """float32 | bfloat16 | auto (float32 on a CPU, bfloat16 on a GPU)."""
+        if name == "auto":
+            return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return getattr(torch, name)
+
+
+def setup_device() -> Device:
+    """Picks the device of this process and makes megatron-core run on it. Idempotent."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return Device(device, "nccl")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron's jit_fuser is torch.compile; without a C++ toolchain it would fail
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    found = importlib.metadata.version("megatron-core")
+    if not found.startswith(MEGATRON_CORE + "."):
+        raise RuntimeError(f"megatron-core {found}: the CPU profile covers {MEGATRON_CORE}.x; pip install 'megatron-core=={MEGATRON_CORE}.1'")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|NVIDIA Resiliency|hopper|Flash).*")
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    _answer_cuda_calls()
+    _answer_megatron()
+    return Device(CPU, "gloo")
+
+
+class _Stream:
+    """The CPU has one queue and everything in it is in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> "_Event":
+        return event or _Event()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def _answer_cuda_calls() -> None:
+    """torch.cuda.* that megatron-core calls for its device or its streams (token_dispatcher, p2p_communication, mappings, router ...)."""
+    stream = _Stream()
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda *args: stream
+    cuda.stream = lambda s: contextlib.nullcontext()
+    cuda.synchronize = cuda.empty_cache = lambda *args: None
+
+
+class _TorchForCpu(ModuleType):
+    """Stands in for the name `torch` inside one megatron module, so that device="cuda" in a factory means the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name in ("zeros", "ones", "tensor", "empty", "full"):
+            value = _on_cpu(value)
+        if name != "cuda":
+            setattr(self, name, value)
+        return value
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _answer_megatron() -> None:
+    """Names inside megatron-core that assume CUDA or Transformer Engine."""
+    core = "megatron.core."
+    for name in ("pipeline_parallel.schedules", "optimizer.optimizer", "optimizer.clip_grads", "utils", "transformer.moe.moe_utils"):
+        importlib.import_module(core + name).__dict__["torch"] = _TorchForCpu()
+
+    # tensor_parallel/random.py:447,457: the CUDA generator's state. No dropout anywhere in RL, so there is no state to keep.
+    random = importlib.import_module(core + "tensor_parallel.random")
+    random.__dict__["_get_cuda_rng_state"] = lambda device="cuda", clone=False, graph_safe=False: torch.zeros(0, dtype=torch.uint8)
+    random.__dict__["_set_cuda_rng_state"] = lambda new_state, device=-1, graph_safe=False: None
+
+    # transformer/moe/moe_utils.py:1192: NameError in every MoE forward without Transformer Engine.
+    moe_utils = importlib.import_module(core + "transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.__dict__["te_general_gemm"] = None
+
+    # transformer/moe/moe_utils.py:1093 converts splits only if they lie on CUDA; all_to_all (mappings.py:443) refuses tensors.
+    dispatcher = importlib.import_module(core + "transformer.moe.token_dispatcher")
+    dispatcher.__dict__["maybe_move_tensor_to_cpu"] = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
+    _answer_tensor_type()
+
+
+def _answer_tensor_type() -> None:
+    """optimizer/{optimizer.py:671,clip_grads.py:167,distrib_optimizer.py:361} compare Tensor.type() with 'torch.cuda.*'."""
+    if getattr(torch.Tensor.type, "answers_for_megatron", False):
+        return
+    original = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if not args and not kwargs and f"{os.sep}optimizer{os.sep}" in sys._getframe(1).f_code.co_filename:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    type_.answers_for_megatron = True  # type: ignore[attr-defined]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]

@@ -1,0 +1,192 @@
+"""The model: megatron-core's GPTModel, one chunk a virtual stage, built from a weight map and filled from a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megarl.config import Config
+from megarl.engine.attention import PackedCausalAttention
+from megarl.engine.parallel import Parallel
+from megarl.weights.load import HfReader
+from megarl.weights.weight_map import Param, WeightMap
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm in a Megatron spec. Its weight is marked sequence-parallel, so that its gradient is summed over TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+@dataclass
+class Model:
+    """The chunks of this rank. `chunks` are what the schedules run (wrapped), `bare` the GPTModels inside them."""
+
+    config: TransformerConfig
+    weight_map: WeightMap
+    parallel: Parallel
+    bare: list[GPTModel]
+    chunks: list[Any] = field(default_factory=list)
+
+    def params(self) -> Iterator[tuple[Param, torch.nn.Parameter]]:
+        """Every parameter of this rank with its entry in the weight map, in the map's order."""
+        named = [dict(chunk.named_parameters()) for chunk in self.bare]
+        for param in self.weight_map.params(self.parallel.layout, self.parallel.coord):
+            yield param, named[param.chunk][param.name]
+
+    def routers(self) -> list[tuple[int, TopKRouter]]:
+        """The routers of this rank as (index among the model's MoE layers, router), in global order."""
+        order = {layer: i for i, layer in enumerate(self.weight_map.moe_layers)}
+        found = [m for chunk in self.bare for m in chunk.decoder.modules() if isinstance(m, TopKRouter)]
+        return sorted(((order[r.layer_number - 1], r) for r in found), key=lambda pair: pair[0])
+
+
+def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Model:
+    """GPTModel chunks of this rank, not yet filled and not yet wrapped for training."""
+    transformer = _transformer_config(config, weight_map, parallel)
+    chunks = []
+    for chunk in range(parallel.layout.vpp):
+        stage = chunk if parallel.layout.vpp > 1 else None
+        chunks.append(
+            GPTModel(
+                config=transformer,
+                transformer_layer_spec=_layer_specs(transformer, weight_map, parallel, chunk),
+                vocab_size=weight_map.padded_vocab(parallel.layout.tp),
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                parallel_output=True,
+                share_embeddings_and_output_weights=False,
+                vp_stage=stage,
+                **weight_map.gpt,
+            ).to(parallel.device.device)
+        )
+    model = Model(transformer, weight_map, parallel, bare=chunks)
+    _check_against_map(model)
+    if parallel.layout.tp > parallel.layout.etp:
+        # megatron-core reduces expert gradients over the expert-DP group only where EP > 1; with TP > ETP that is wrong at EP = 1 too.
+        for param, tensor in model.params():
+            if param.expert:
+                tensor.allreduce = False  # type: ignore[attr-defined]
+    if transformer.bf16:
+        model.chunks = [Float16Module(transformer, chunk) for chunk in chunks]
+    else:
+        model.chunks = list(chunks)
+    return model
+
+
+def load_hf(model: Model, path: str) -> None:
+    """Fills the model from a Hugging Face folder: each rank reads only the rectangles it holds. Padding rows become zero."""
+    with HfReader(path) as reader, torch.no_grad():
+        for param, tensor in model.params():
+            tensor.zero_()
+            for piece in param.pieces:
+                target = tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))]
+                target.copy_(reader.read(piece))
+
+
+def wrap_for_training(model: Model, config: Config) -> None:
+    """Adds Megatron's gradient buffers. Gradients are summed over ranks: the loss arrives divided by the global denominator."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.engine.distributed_optimizer,
+    )
+    model.chunks = [DistributedDataParallel(model.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(model.chunks)]
+
+
+def _transformer_config(config: Config, weight_map: WeightMap, parallel: Parallel) -> TransformerConfig:
+    dtype = parallel.device.dtype(config.engine.dtype)
+    at = parallel.layout
+    recompute: dict[str, Any] = {}
+    if config.engine.recompute == "full":
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif config.engine.recompute == "selective":
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(
+        **weight_map.model,
+        tensor_model_parallel_size=at.tp,
+        pipeline_model_parallel_size=at.pp,
+        virtual_pipeline_model_parallel_size=at.vpp if at.vpp > 1 else None,
+        context_parallel_size=at.cp,
+        expert_model_parallel_size=at.ep,
+        expert_tensor_parallel_size=at.etp,
+        sequence_parallel=at.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=True,  # packs differ in length
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=False,
+        moe_permute_fusion=False,
+        use_cpu_initialization=parallel.device.device.type == "cpu",
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_sync=False,
+        overlap_p2p_comm=False,
+        batch_p2p_comm=False,
+        barrier_with_L1_time=False,
+        **recompute,
+    )
+
+
+def _layer_specs(config: TransformerConfig, weight_map: WeightMap, parallel: Parallel, chunk: int) -> TransformerBlockSubmodules:
+    layers = parallel.layout.stage_layers(weight_map.num_layers, parallel.coord.pp, chunk)
+    specs = [_layer_spec(config, moe=layer in weight_map.moe_layers) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if moe else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
+    attention = spec.submodules.self_attention.submodules
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = PackedCausalAttention
+    return spec
+
+
+def _check_against_map(model: Model) -> None:
+    """The map and the model must agree on every name and shape: a family's table cannot be silently incomplete."""
+    mapped: dict[tuple[int, str], Sequence[int]] = {
+        (p.chunk, p.name): p.shape for p in model.weight_map.params(model.parallel.layout, model.parallel.coord)
+    }
+    built = {(i, name): tuple(p.shape) for i, chunk in enumerate(model.bare) for name, p in chunk.named_parameters()}
+    if mapped != built:
+        wrong = sorted(set(mapped.items()) ^ set(built.items()), key=str)[:3]
+        raise RuntimeError(f"weight map and model differ on rank {model.parallel.coord.rank}, first: {wrong}")

@@ -1,0 +1,85 @@
+"""Process groups: torch.distributed from torchrun's environment, then megatron-core's groups in our layout."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megarl.config import ParallelConfig
+from megarl.engine.device import Device
+from megarl.weights.layout import Coord, Layout
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's place, and the groups that code outside megatron-core needs."""
+
+    layout: Layout
+    coord: Coord
+    device: Device
+
+    @property
+    def is_main(self) -> bool:
+        return self.coord.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coord.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coord.pp == self.layout.pp - 1
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def ranks_of_replica(self, dp: int) -> list[int]:
+        """All ranks of one data-parallel replica, its ingest rank (tp = cp = pp = 0) first."""
+        at = self.layout
+        return [at.rank_of(tp=tp, cp=cp, dp=dp, pp=pp) for pp in range(at.pp) for cp in range(at.cp) for tp in range(at.tp)]
+
+    def ingest_rank(self, dp: int) -> int:
+        return self.layout.rank_of(tp=0, cp=0, dp=dp, pp=0)
+
+    @property
+    def is_ingest(self) -> bool:
+        return self.coord.rank == self.ingest_rank(self.coord.dp)
+
+
+def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel:
+    """Joins the process group and makes megatron-core's groups. Outside torchrun this is a world of one rank."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" in os.environ:
+        dist.init_process_group(device.backend, timeout=GROUP_TIMEOUT)
+    else:
+        store = dist.TCPStore(alone["MASTER_ADDR"], 0, 1, is_master=True)
+        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+        context_parallel_size=config.cp,
+        expert_model_parallel_size=config.ep,
+        expert_tensor_parallel_size=config.etp,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    # On a CPU the tracker of inference forks no CUDA generator; there is no dropout whose generator it would have to keep.
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=device.device.type == "cpu")
+    layout = Layout(**config.model_dump(), world=dist.get_world_size())
+    return Parallel(layout, layout.coord(dist.get_rank()), device)
+
+
+def destroy_parallel() -> None:
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""One module a family: its table and how config.json decides the Megatron model."""

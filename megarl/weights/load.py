@@ -1,0 +1,54 @@
+"""Reading rectangles of a Hugging Face folder without reading whole tensors."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from megarl.errors import UserError
+from megarl.weights.weight_map import Piece
+
+INDEX = "model.safetensors.index.json"
+
+
+class HfReader:
+    """Opens the folder's safetensors lazily. `with HfReader(path) as reader: reader.read(piece)`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._where = self._index()
+
+    def _index(self) -> dict[str, str]:
+        if (self.path / INDEX).is_file():
+            return json.loads((self.path / INDEX).read_text())["weight_map"]
+        single = self.path / "model.safetensors"
+        if not single.is_file():
+            raise UserError(f"model.path {str(self.path)!r} holds neither model.safetensors nor {INDEX}; give a Hugging Face checkpoint folder")
+        with safe_open(single, "pt") as file:
+            return {name: single.name for name in file.keys()}
+
+    def __enter__(self) -> "HfReader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def read(self, piece: Piece) -> Tensor:
+        if piece.hf not in self._where:
+            raise UserError(f"tensor {piece.hf!r} is missing from {str(self.path)!r}; the checkpoint does not match its config.json")
+        name = self._where[piece.hf]
+        if name not in self._files:
+            self._files[name] = self._stack.enter_context(safe_open(self.path / name, "pt"))
+        view = self._files[name].get_slice(piece.hf)
+        end = [a + n for a, n in zip(piece.hf_start, piece.shape)]
+        if any(have < want for have, want in zip(view.get_shape(), end)):
+            raise UserError(f"tensor {piece.hf!r} has shape {view.get_shape()}, too small for {end}; config.json does not match the weights")
+        return view[tuple(slice(a, b) for a, b in zip(piece.hf_start, end))]
