@@ -1,0 +1,149 @@
+"""Responses into packs: who trains which response, where its rows lie, and which of them a rank's routers see.
+
+A response of T tokens gives T - 1 rows: row i has token i as input and token i + 1 as label. The last token is never an input, so
+routes and rows correspond one to one. Everything per token (labels, masks, log-probabilities, routes) lives in these rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megarl.engine.attention import PackedSequences, packed_sequences
+from megarl.weights.layout import Coord, Layout
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What every rank knows of every response: enough to assign it."""
+
+    prompt: int  # place in the global batch, 0 .. B - 1
+    prompt_len: int
+    tokens: int  # prompt and response
+    reward: float
+    version: int  # weight version of its oldest token
+    owner: int  # the rank that holds the response
+    has_routes: bool
+    truncated: bool
+
+    @property
+    def rows(self) -> int:
+        return self.tokens - 1
+
+
+@dataclass
+class Pack:
+    """One micro-batch: the rows of some responses one after the other, padded at the end to a whole number of `alignment`.
+
+    All [T] tensors are in rows. Arrays that depend on the rollout are filled by megarl/engine/exchange.py.
+    """
+
+    responses: list[int]  # indices into the global batch, in order of rows
+    starts: list[int]  # first row of each
+    rows: int  # without padding
+    tokens: Tensor  # int64 [T]
+    labels: Tensor  # int64 [T]; 0 where there is none
+    mask: Tensor  # float32 [T]; 1 where the row predicts a response token
+    seq_ids: Tensor  # int64 [T]: place in `responses`; padding has len(responses)
+    positions: Tensor  # int64 [T]
+    sequences: PackedSequences
+    rollout_logprobs: Tensor  # float32 [T]
+    advantages: Tensor  # float32 [T]
+    old_logprobs: Tensor | None = None  # float32 [T], on the last stage
+    routes: Tensor | None = None  # int16 [rows of this rank, its MoE layers, K], the rollout's
+    present: Tensor | None = None  # bool [rows of this rank]
+    own_old: Tensor | None = None  # int16, the trainer's own routes of the pi_old pass, shaped as routes
+    gap: Tensor | None = None  # float32 [rows of this rank, its MoE layers]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> int:
+        return self.tokens.numel()
+
+
+def router_rows(padded: int, layout: Layout, coord: Coord) -> slice:
+    """The rows that this rank's routers see: its sequence-parallel slice of the pack (all of it at TP = 1)."""
+    each = padded // layout.tp
+    return slice(coord.tp * each, (coord.tp + 1) * each)
+
+
+def alignment(layout: Layout) -> int:
+    """A pack's length is a multiple of this: sequence parallelism cuts it into TP equal slices."""
+    return layout.tp
+
+
+def padded_rows(rows: int, layout: Layout) -> int:
+    each = alignment(layout)
+    return -(-rows // each) * each
+
+
+def assign(rows: list[int], replicas: int, budget: int, multiple: int = 1) -> list[list[list[int]]]:
+    """Responses (given by their rows) -> for each data-parallel replica its packs, each a list of indices into `rows`.
+
+    Largest first onto the least loaded replica, then first fit into packs of at most `budget` rows. All replicas get the same
+    number of packs, a multiple of `multiple`; surplus packs are empty (with experts spread over replicas, a rank that ran fewer
+    micro-batches than another would hang the all-to-all).
+    """
+    order = sorted(range(len(rows)), key=lambda i: (-rows[i], i))
+    load = [0] * replicas
+    mine: list[list[int]] = [[] for _ in range(replicas)]
+    for i in order:
+        replica = min(range(replicas), key=lambda r: (load[r], r))
+        mine[replica].append(i)
+        load[replica] += rows[i]
+    packed = [_first_fit(members, rows, budget) for members in mine]
+    count = max(len(packs) for packs in packed)
+    count = -(-count // multiple) * multiple
+    return [packs + [[] for _ in range(count - len(packs))] for packs in packed]
+
+
+def _first_fit(members: list[int], rows: list[int], budget: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    free: list[int] = []
+    for i in members:
+        place = next((p for p, room in enumerate(free) if room >= rows[i]), None)
+        if place is None:
+            packs.append([])
+            free.append(budget)
+            place = len(packs) - 1
+        packs[place].append(i)
+        free[place] -= rows[i]
+    return [sorted(pack) for pack in packs]
+
+
+def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int], layout: Layout) -> Pack:
+    """Lays out one pack. tokens: for each response its int64 tokens, prompt included."""
+    lengths = [len(t) - 1 for t in tokens]
+    rows = sum(lengths)
+    total = max(padded_rows(rows, layout), alignment(layout))
+    padding = total - rows
+    spans = lengths + ([padding] if padding else [])
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    zeros = torch.zeros(padding, dtype=torch.long)
+    mask = torch.zeros(total)
+    for start, length, prompt_len in zip(starts, lengths, prompt_lens):
+        mask[start + prompt_len - 1 : start + length] = 1
+    cu_seqlens = torch.tensor([0] + spans).cumsum(0).to(torch.int32)
+    return Pack(
+        responses=responses,
+        starts=starts,
+        rows=rows,
+        tokens=torch.cat([t[:-1] for t in tokens] + [zeros]),
+        labels=torch.cat([t[1:] for t in tokens] + [zeros]),
+        mask=mask,
+        seq_ids=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(spans)),
+        positions=torch.cat([torch.arange(n) for n in spans]),
+        sequences=packed_sequences(cu_seqlens),
+        rollout_logprobs=torch.zeros(total),
+        advantages=torch.zeros(total),
+    )
+
+
+def scatter_rows(pack: Pack, values: list[Tensor], prompt_lens: list[int]) -> Tensor:
+    """Per-response values over response tokens -> float32 [T] in rows, zero elsewhere."""
+    out = torch.zeros(pack.padded)
+    for start, prompt_len, value in zip(pack.starts, prompt_lens, values):
+        out[start + prompt_len - 1 : start + prompt_len - 1 + len(value)] = value
+    return out

@@ -1,0 +1,81 @@
+"""Log-probabilities and entropy over a vocabulary that is split over tensor-parallel ranks, without gathering the logits.
+
+Both passes go over the tokens in chunks, so that no float32 copy of [tokens, vocabulary] ever exists beside the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK = 1024  # tokens a chunk
+
+
+class _VocabParallelLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        size, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
+        local = labels - rank * logits.shape[1]  # label as a column of this rank's shard
+        inside = (local >= 0) & (local < logits.shape[1])
+        local = local.clamp(0, logits.shape[1] - 1)
+        tokens = logits.shape[0]
+        peak = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+        stats = torch.empty(3, tokens, dtype=torch.float32, device=logits.device)  # sum exp, sum exp * logit, target logit
+        for part in _chunks(tokens):
+            peak[part] = logits[part].amax(1).float() / temperature
+        if size > 1:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        for part in _chunks(tokens):
+            shifted = logits[part].float() / temperature - peak[part, None]
+            exp = shifted.exp()
+            stats[0, part] = exp.sum(1)
+            stats[1, part] = (exp * shifted).sum(1)
+            stats[2, part] = shifted.gather(1, local[part, None]).squeeze(1) * inside[part]
+        if size > 1:
+            dist.all_reduce(stats, group=group)
+        log_z = stats[0].log()
+        logprobs = stats[2] - log_z
+        entropy = log_z - stats[1] / stats[0]
+        ctx.save_for_backward(logits, local, inside, peak + log_z, entropy)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, local, inside, log_z, entropy = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        for part in _chunks(logits.shape[0]):
+            log_p = logits[part].float() / ctx.temperature - log_z[part, None]
+            p = log_p.exp()
+            # d logprob / d logit = 1[label] - p;  d entropy / d logit = -p (log p + entropy)
+            g = -p * (grad_logprobs[part, None] + grad_entropy[part, None] * (log_p + entropy[part, None]))
+            g.scatter_add_(1, local[part, None], (grad_logprobs[part] * inside[part])[:, None])
+            grad[part] = g / ctx.temperature
+        return grad, None, None, None
+
+
+def _chunks(tokens: int) -> list[slice]:
+    return [slice(i, i + CHUNK) for i in range(0, tokens, CHUNK)]
+
+
+def vocab_parallel_logprobs(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature)[label] and the entropy of that distribution, in nats.
+
+    logits: [T, V / TP], this rank's columns; labels: int64 [T], numbers of the whole vocabulary. Both results are float32 [T], equal on
+    all ranks of `group`, and differentiable in the logits. The caller masks padded vocabulary columns (see mask_padding).
+    """
+    return _VocabParallelLogprob.apply(logits, labels, temperature, group)
+
+
+def mask_padding(logits: Tensor, vocab_size: int, rank: int) -> Tensor:
+    """Columns past the end of the vocabulary (padding of the last shards) can never be chosen."""
+    held = vocab_size - rank * logits.shape[1]
+    if held >= logits.shape[1]:
+        return logits
+    column = torch.arange(logits.shape[1], device=logits.device)
+    return logits.masked_fill(column >= held, torch.finfo(logits.dtype).min)

@@ -1,0 +1,54 @@
+"""Optimizer and learning-rate schedule: Megatron's own, under Megatron's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megarl.config import Config
+from megarl.engine.model import Model
+
+
+def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple[Any, OptimizerParamScheduler]:
+    """Adam with float32 master weights, and the schedule over `optimizer_steps`."""
+    train = config.train
+    bf16 = model.config.bf16
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=config.engine.distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(settings, model.chunks, use_gloo_process_groups=False)
+    model.config.grad_scale_func = optimizer.scale_loss
+    decay = train.lr_decay_iters or max(optimizer_steps, train.lr_warmup_iters + 1)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr if train.lr_decay_style != "constant" else 0.0,
+        lr_warmup_steps=train.lr_warmup_iters,
+        lr_decay_steps=decay,
+        lr_decay_style=train.lr_decay_style,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=decay,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler
+
+
+def current_lr(optimizer: Any) -> float:
+    return next(group["lr"] for group in optimizer.param_groups)

@@ -1,0 +1,131 @@
+"""Passes of packs through Megatron's pipeline schedules: log-probabilities without gradients, and one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megarl.engine.batch import Pack, router_rows
+from megarl.engine.logprob import mask_padding, vocab_parallel_logprobs
+from megarl.engine.model import Model
+from megarl.engine.optim import current_lr
+from megarl.replay.context import Recorded, Replay, replay_schedule
+
+Metrics = dict[str, Tensor]
+LossOfPack = Callable[[Pack, Tensor, Tensor], tuple[Tensor, Metrics]]  # (pack, logprobs [T], entropy [T]) -> loss, metrics
+Routes = Literal["off", "record", "replay"]  # no hooks; the router's own, recorded; pack.routes, replayed and the own recorded
+
+
+class Engine:
+    """Runs one model. Every rank calls every method with the same number of packs."""
+
+    def __init__(self, model: Model, temperature: float) -> None:
+        self.model = model
+        self.temperature = temperature
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        order = [len([m for m in chunk.decoder.layers if hasattr(m.mlp, "router")]) for chunk in model.bare]
+        edges = [sum(order[:i]) for i in range(len(order) + 1)]
+        self._layers = [slice(a, b) for a, b in zip(edges, edges[1:])]  # of each chunk among this rank's MoE layers
+        self._routers = [[layer.mlp.router for layer in chunk.decoder.layers if hasattr(layer.mlp, "router")] for chunk in model.bare]
+        # The loss arrives divided by its global denominator, so gradients are only summed: no division by a token count.
+        model.config.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+
+    def set_optimizer(self, optimizer: Any, scheduler: Any) -> None:
+        self.optimizer, self.scheduler = optimizer, scheduler
+
+    @torch.no_grad()
+    def logprobs(self, packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[tuple[Tensor, Tensor]]:
+        """log pi and entropy in rows, float32 [T] a pack, on the last stage (an empty list elsewhere). Records own routes and gap."""
+        for chunk in self.model.chunks:
+            chunk.eval()
+        result: list[tuple[Tensor, Tensor]] = self._schedule(packs, routes, self._score, forward_only=True, temperature=temperature)
+        for chunk in self.model.chunks:
+            chunk.train()
+        return result
+
+    def update(self, packs: list[Pack], routes: Routes, loss: LossOfPack) -> tuple[list[Metrics], dict[str, float]]:
+        """One optimizer step over the packs. `loss` is divided by the global denominator already; its sum over all packs counts.
+
+        Returns the metrics of each pack (last stage only) and optim/grad_norm, optim/lr of this step.
+        """
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = self._schedule(packs, routes, partial(self._train, loss), forward_only=False)
+        lr = current_lr(self.optimizer)
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return metrics, {"optim/grad_norm": float(grad_norm or 0.0), "optim/lr": lr}
+
+    def _score(self, pack: Pack, temperature: float, logits: Tensor, non_loss_data: bool) -> tuple[Tensor, Tensor]:
+        return self._logprobs(pack, logits, temperature)
+
+    def _train(self, loss: LossOfPack, pack: Pack, temperature: float, logits: Tensor) -> tuple[Tensor, Tensor, Metrics]:
+        value, metrics = loss(pack, *self._logprobs(pack, logits, temperature))
+        return value, torch.ones((), dtype=torch.int), metrics
+
+    def _logprobs(self, pack: Pack, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        at = self.model.parallel
+        logits = mask_padding(logits.squeeze(0), self.model.weight_map.hf["vocab_size"], at.coord.tp)
+        return vocab_parallel_logprobs(logits, pack.labels.to(logits.device), temperature, at.tp_group if at.layout.tp > 1 else None)
+
+    def _schedule(
+        self, packs: list[Pack], routes: Routes, consume: Callable[..., Any], *, forward_only: bool, temperature: float | None = None
+    ) -> list[Any]:
+        recorded: dict[tuple[int, int], Recorded] = {}
+        with replay_schedule(self._routers) if routes != "off" else nullcontext() as replay:
+            result = get_forward_backward_func()(
+                forward_step_func=partial(self._forward, replay, routes, consume, temperature or self.temperature, recorded),
+                data_iterator=[iter(enumerate(packs)) for _ in self.model.chunks],
+                model=self.model.chunks,
+                num_microbatches=len(packs),
+                seq_length=max(pack.padded for pack in packs),
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+        for i, pack in enumerate(packs):
+            self._keep_routes(pack, [recorded[c, i] for c in range(len(self.model.chunks)) if (c, i) in recorded])
+        return result
+
+    def _forward(
+        self,
+        replay: Replay | None,
+        routes: Routes,
+        consume: Callable[..., Any],
+        temperature: float,
+        recorded: dict[tuple[int, int], Recorded],
+        data: Iterator[tuple[int, Pack]],
+        chunk: Any,
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        number, pack = next(data)
+        index = next(i for i, candidate in enumerate(self.model.chunks) if candidate is chunk)
+        device = self.model.parallel.device.device
+        context: Any = nullcontext()
+        if replay is not None:
+            target = None if pack.routes is None else pack.routes[:, self._layers[index]]
+            context = replay.forward(index, target, pack.present, replay=routes == "replay")
+        with context as record:
+            out = chunk(pack.tokens[None].to(device), pack.positions[None].to(device), None, packed_seq_params=pack.sequences)
+        if record is not None:
+            recorded[index, number] = record
+        return out, partial(consume, pack, temperature)
+
+    def _keep_routes(self, pack: Pack, records: list[Recorded]) -> None:
+        stacked = [record.stacked() for record in records if record.own]
+        if stacked:
+            pack.extra["own"] = torch.cat([own for own, _ in stacked], dim=1)
+            if stacked[0][1] is not None:
+                pack.gap = torch.cat([gap for _, gap in stacked if gap is not None], dim=1)
+
+    def predicting_rows(self, pack: Pack) -> Tensor:
+        """bool [rows of this rank]: rows that predict a response token, the ones that routing metrics count."""
+        return pack.mask[router_rows(pack.padded, self.model.parallel.layout, self.model.parallel.coord)].bool()

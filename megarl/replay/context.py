@@ -1,0 +1,125 @@
+"""Recording and replaying routes inside megatron-core's routers.
+
+megatron-core asks `router.router_replay.get_replay_topk(...)` for the experts of each token, if that attribute is set. We set an
+object of ours there for the length of one schedule run and take it away afterwards, so no state outlives the run, nothing is
+process-wide, and without replay and metrics there is nothing on the path.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Router(Protocol):
+    router_replay: Any
+
+
+@dataclass
+class Recorded:
+    """What the routers of one chunk did for one micro-batch, rows in the order of this rank's slice.
+
+    own: the top-k of the live scores of this pass, [rows, layers, K]; under replay, given the replayed earlier layers.
+    gap: how far the replayed (or compared) experts lie below the own choice in score, [rows, layers]; 0 where the sets agree.
+    """
+
+    own: list[Tensor] = field(default_factory=list)
+    gap: list[Tensor] = field(default_factory=list)
+
+    def stacked(self) -> tuple[Tensor, Tensor | None]:
+        return torch.stack(self.own, dim=1), torch.stack(self.gap, dim=1) if self.gap else None
+
+
+class _Hook:
+    """Stands in one router's `router_replay`."""
+
+    def __init__(self) -> None:
+        self.target: Tensor | None = None
+        self.present: Tensor | None = None
+        self.replay = False
+        self.record: Recorded | None = None  # set while a micro-batch's forward runs; None means activation recompute
+        self.used: deque[Tensor] = deque()
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """scores float [rows, E], the full live scores: the gate is gathered from them, so its gradient reaches the router."""
+        if self.record is None:
+            # Backward passes run in the order of the forwards, within one chunk, under 1F1B and under the interleaved schedule.
+            chosen = self.used.popleft()
+            return scores.gather(1, chosen), chosen
+        assert default_compute_topk is not None
+        values, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        self.record.own.append(chosen.to(torch.int16))
+        if self.target is not None:
+            if len(self.target) != len(scores):
+                raise RuntimeError(f"{len(self.target)} rows of routes for {len(scores)} rows of tokens")
+            gap = values.detach().amin(1) - scores.detach().gather(1, self.target).amin(1)
+            self.record.gap.append(gap.clamp(min=0))
+            if self.replay:
+                chosen = self.target if self.present is None else torch.where(self.present[:, None], self.target, chosen)
+                values = scores.gather(1, chosen)
+        self.used.append(chosen)
+        return values, chosen
+
+
+class Replay:
+    """Routing replay of one model for one schedule run.
+
+    chunks: for each model chunk of this rank, its routers in layer order. Use:
+        with replay_schedule(chunks) as replay:
+            ... for each micro-batch, in the forward step: with replay.forward(chunk, routes, present, replay=True) as recorded: model(...)
+    """
+
+    def __init__(self, chunks: Sequence[Sequence[Router]]) -> None:
+        self._hooks = [[_Hook() for _ in routers] for routers in chunks]
+        self._chunks = chunks
+
+    def attach(self) -> None:
+        for routers, hooks in zip(self._chunks, self._hooks):
+            for router, hook in zip(routers, hooks):
+                router.router_replay = hook
+
+    def detach(self) -> None:
+        for routers in self._chunks:
+            for router in routers:
+                router.router_replay = None
+
+    @contextmanager
+    def forward(self, chunk: int, routes: Tensor | None, present: Tensor | None = None, *, replay: bool) -> Iterator[Recorded]:
+        """One micro-batch through one chunk.
+
+        routes: integer [rows, layers of the chunk, K] to replay (or, with replay=False, only to compare with); None for neither.
+        present: bool [rows]; a row that is not present is routed live.
+        """
+        recorded = Recorded()
+        for i, hook in enumerate(self._hooks[chunk]):
+            hook.target = None if routes is None else routes[:, i].long()
+            hook.present, hook.replay, hook.record = present, replay, recorded
+        try:
+            yield recorded
+        finally:
+            for hook in self._hooks[chunk]:
+                hook.target = hook.present = hook.record = None
+
+
+@contextmanager
+def replay_schedule(chunks: Sequence[Sequence[Router]]) -> Iterator[Replay]:
+    """Attaches hooks for one schedule run; whatever happens inside, nothing is left on the routers."""
+    replay = Replay(chunks)
+    replay.attach()
+    try:
+        yield replay
+    finally:
+        replay.detach()
