@@ -1,0 +1,118 @@
+"""What a command starts on this host: torchrun with its ranks, and the rollout workers, as full command lines with their environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shlex
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarl.config import Config
+from megarl.errors import UserError
+from megarl.launch.supervisor import Process
+
+WITH_ROLLOUTS = ("run", "generate")
+MODULES = {"run": "megarl.train", "train": "megarl.train", "sft": "megarl.sft", "score": "megarl.score", "generate": "megarl.generate"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trainer ranks (under torchrun) and the rollout workers that serve them."""
+
+    trainer: Process
+    rollouts: list[Process]
+    log_dir: Path
+    ranks: int
+
+    def describe(self) -> str:
+        """Every process as a line that a shell would run."""
+        lines = []
+        for process in [self.trainer, *self.rollouts]:
+            words = [f"{key}={shlex.quote(value)}" for key, value in sorted(process.env.items())]
+            lines += [f"{process.name}  (log {process.log})", "    " + " ".join([*words, shlex.join(process.argv)])]
+        return "\n".join(lines)
+
+
+def ranks_of(command: str, config: Config) -> int:
+    """Local trainer ranks `command` starts. `generate` needs none of the training engine: one rank talks to the rollout workers."""
+    return 1 if command == "generate" else config.launch.trainers
+
+
+def make_plan(command: str, config: Config, arguments: list[str], options: list[str] = []) -> Plan:
+    """Plans `command` (a key of MODULES). `arguments` are CONFIG and its overrides, passed on as they are; `options` follow them for the ranks."""
+    host, _, port = config.launch.store.rpartition(":")
+    arguments = list(arguments)
+    if port == "0":
+        arguments.append(f"launch.store={host}:{free_port(host)}")
+    log_dir = Path(config.run.dir) / "logs"
+    ranks = ranks_of(command, config)
+    engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
+    gpus = _gpus(ranks + engines * config.rollout.tp)
+    env = _environment(config, host)
+    torchrun = [sys.executable, "-m", "megarl.launch.torchrun", str(log_dir), f"--nproc-per-node={ranks}"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={free_port('127.0.0.1')}", "-m", "megarl.launch.rank", str(log_dir)]
+    trainer = Process(
+        name=f"trainer ({ranks} rank{'s' if ranks > 1 else ''})",
+        argv=[*torchrun, MODULES[command], *arguments, *options],
+        log=log_dir / "torchrun.log",
+        env={**env, **_visible(gpus[:ranks]), **({} if gpus else {"TORCHDYNAMO_DISABLE": "1"})},
+        stdout_to_terminal=True,
+    )
+    rollouts = [
+        Process(
+            name=f"rollout {i}",
+            argv=[sys.executable, "-m", "megarl.cli", "rollout", *arguments],
+            log=log_dir / f"rollout_{i}.log",
+            env={**env, **_visible(gpus[ranks + i * config.rollout.tp :][: config.rollout.tp])},
+        )
+        for i in range(engines)
+    ]
+    return Plan(trainer, rollouts, log_dir, ranks)
+
+
+def _environment(config: Config, host: str) -> dict[str, str]:
+    env = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    interface = config.launch.interface or ("lo" if host in ("127.0.0.1", "localhost") else None)
+    if interface:
+        env["GLOO_SOCKET_IFNAME"] = interface
+    return env
+
+
+def has_gpu() -> bool:
+    """Whether torch would see a CUDA device; does not import torch."""
+    if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    try:
+        return not importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _gpus(needed: int) -> list[str]:
+    """The GPUs of this host, trainer ranks first, then the rollout workers; empty on a CPU."""
+    if not has_gpu():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [path.name[6:] for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    if needed > len(gpus):
+        raise UserError(f"trainer ranks and rollout workers need {needed} GPUs, this host has {len(gpus)}; lower launch.trainers or rollout.engines")
+    return gpus
+
+
+def _visible(gpus: list[str]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+
+
+def free_port(host: str) -> int:
+    """A TCP port that is free on `host` now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,178 @@
+"""Starts processes, watches them, and ends all of them together: when the main one ends, when any fails, on a signal.
+
+Every child leads a process group of its own, so a terminal's Ctrl-C reaches only this process, which then decides. A child dies with
+this process even if it is killed (lifeline.die_with_parent), and this process adopts and ends what its children leave behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Callable
+
+from megarl.launch.lifeline import adopt_orphans, descendants, die_with_parent
+
+_POLL_S = 0.05
+_LOG_TAIL = 20
+
+
+@dataclass
+class Process:
+    """One process to start. `env` is added to ours. `stdout` None is our own terminal; stderr always goes to `log`."""
+
+    name: str
+    argv: list[str]
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+    stdout_to_terminal: bool = False
+
+
+class _Stopped(BaseException):
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def supervise(main: Process, helpers: list[Process], *, grace_s: float = 4.0, explain: Callable[[int], str | None] = lambda code: None) -> int:
+    """Runs `main` and its `helpers` until `main` ends; returns the exit status of the whole.
+
+    0 if main ended with 0. If main fails or a helper ends with a status other than 0, one line names it, its log's last lines follow, and the
+    status is its own (1 for a signal). `explain(status)` may give a better text for a failure of main. SIGINT gives 130, SIGTERM 143.
+    In every case all processes are ended before this returns: SIGTERM, after `grace_s` seconds SIGKILL. A helper may end with 0 at any time.
+    """
+    adopt_orphans()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def stop(signum: int, frame: object) -> None:
+        raise _Stopped(signum)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    status = 1
+    try:
+        for process in [*helpers, main]:
+            running[process.name] = _start(process)
+        status = _watch(main, helpers, running, explain)
+    except _Stopped as stopped:
+        print(f"\nmegarl: {signal.Signals(stopped.signum).name}, ending all processes", file=sys.stderr, flush=True)
+        status = 128 + stopped.signum
+    finally:
+        for signum in before:
+            signal.signal(signum, lambda *_: _kill_everything())
+        if status == 0:
+            _wait(running, grace_s)  # the helpers were told through the store
+        _end(running, grace_s)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return status
+
+
+def _start(process: Process) -> subprocess.Popen[bytes]:
+    process.log.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.getpid()
+    with process.log.open("ab") as log:
+        stdout: IO[bytes] | None = None if process.stdout_to_terminal else log
+        return subprocess.Popen(
+            process.argv,
+            env={**os.environ, **process.env},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=log,
+            process_group=0,
+            preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),
+        )
+
+
+def _watch(
+    main: Process, helpers: list[Process], running: dict[str, subprocess.Popen[bytes]], explain: Callable[[int], str | None]
+) -> int:
+    while True:
+        for helper in helpers:
+            code = running[helper.name].poll()
+            if code:
+                print(failure_text(helper, code), file=sys.stderr, flush=True)
+                return _exit_status(code)
+        code = running[main.name].poll()
+        if code is not None:
+            if code != 0:
+                print(explain(code) or failure_text(main, code), file=sys.stderr, flush=True)
+            return _exit_status(code)
+        time.sleep(_POLL_S)
+
+
+def failure_text(process: Process, code: int) -> str:
+    """The one line that says which process ended and how, then its log's last lines."""
+    tail = log_tail(process.log)
+    text = f"megarl: error: {process.name} {describe_exit(code)}; all processes are being ended"
+    return f"{text}; last lines of {process.log}:\n{tail}" if tail else f"{text}; its log {process.log} is empty"
+
+
+def describe_exit(code: int) -> str:
+    """A Popen return code in words."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with status {code}"
+
+
+def log_tail(path: Path, lines: int = _LOG_TAIL) -> str:
+    """The last lines of a log, indented; empty where there is none."""
+    try:
+        with path.open(errors="replace") as file:
+            return "".join(f"    {line.rstrip()}\n" for line in deque(file, lines) if line.strip()).rstrip("\n")
+    except OSError:
+        return ""
+
+
+def _exit_status(code: int) -> int:
+    return code if code >= 0 else 1
+
+
+def _wait(running: dict[str, subprocess.Popen[bytes]], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while any(child.poll() is None for child in running.values()):
+        if time.monotonic() > until:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _end(running: dict[str, subprocess.Popen[bytes]], grace_s: float) -> None:
+    for child in running.values():
+        _signal_group(child, signal.SIGTERM)
+    _wait(running, grace_s)
+    _kill_everything()
+    for child in running.values():
+        child.wait()
+    _reap()
+
+
+def _signal_group(child: subprocess.Popen[bytes], signum: int) -> None:
+    if child.poll() is None:
+        try:
+            os.killpg(child.pid, signum)
+        except ProcessLookupError:
+            pass
+
+
+def _kill_everything() -> None:
+    """SIGKILL to all that is below us, until nothing is: a process may fork while we look."""
+    until = time.monotonic() + 5
+    while (pids := descendants(os.getpid())) and time.monotonic() < until:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(_POLL_S)
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass

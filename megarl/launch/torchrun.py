@@ -1,0 +1,43 @@
+"""torchrun, quietly: same arguments, same ranks, but a failed rank gives an exit status and a line in failures.jsonl, not a report of a screen.
+
+`python -m megarl.launch.torchrun LOG_DIR TORCHRUN-ARGUMENTS...`
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from megarl.launch.rank import FAILURES
+
+
+def main(argv: list[str]) -> int:
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    log_dir = Path(argv[0])
+    try:
+        run(parse_args(argv[1:]))
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as error:
+        return _record(log_dir, {rank: failure.exitcode for rank, failure in error.failures.items()})
+    return 0
+
+
+def _record(log_dir: Path, codes: dict[int, int]) -> int:
+    """Writes ranks that a signal killed, which could not say so themselves; returns the status to exit with."""
+    killed = {rank: code for rank, code in codes.items() if code < 0}
+    with (log_dir / FAILURES).open("a") as file:
+        for rank, code in killed.items():
+            file.write(json.dumps({"time": time.time(), "rank": rank, "signal": -code}) + "\n")
+    return 1 if killed else max(codes.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

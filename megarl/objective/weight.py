@@ -1,0 +1,72 @@
+"""The weight w and the mask M of a token's gradient. Both are constants to autograd: every input is detached by the caller.
+
+Arguments: log_ratio [T] = log pi_theta - log pi_old, log_is [T] = log pi_theta - log mu, advantages [T], all finite (masked tokens 0);
+`mean_log_ratio` gives the mean of log_ratio over each response, spread over its tokens [T]. r = exp(log_ratio).
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from megarl.objective.presets import ObjectiveConfig
+
+# exp of this is finite in float32, and so is its product with a weight: inf * 0 would be NaN.
+LOG_MAX = 60.0
+
+
+def exp(log_x: Tensor) -> Tensor:
+    return log_x.clamp(max=LOG_MAX).exp()
+
+
+def token_weight(
+    log_ratio: Tensor, log_is: Tensor, advantages: Tensor, mean_log_ratio: Callable[[], Tensor], config: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
+    """(w [T], bool [T] where w was cut).
+
+    is              min(pi_theta/mu, is_cap)                                             MiniRL, arXiv 2512.01374 eq 7
+    ratio           r                                                                    the gradient of r A where PPO does not clip
+    clipped_ratio   clip(r, 1 - eps_low, 1 + eps_high)                                   CISPO, arXiv 2506.13585
+    sequence_ratio  s = (pi_theta(y)/pi_old(y))^(1/|y|); 1/|y| is the denominator's      GSPO, arXiv 2507.18071
+    soft_gate       d/dr [4/tau sigmoid(tau (r - 1))] r = 4 p (1 - p) r                  SAPO, arXiv 2511.20347; tau by the sign of A
+    """
+    uncut = torch.zeros_like(log_ratio, dtype=torch.bool)
+    if config.weight == "one":
+        return torch.ones_like(log_ratio), uncut
+    if config.weight == "is":
+        weight = exp(log_is)
+        return weight.clamp(max=config.is_cap), weight > config.is_cap
+    if config.weight == "sequence_ratio":
+        return exp(mean_log_ratio()), uncut
+    ratio = exp(log_ratio)
+    if config.weight == "clipped_ratio":
+        weight = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
+        return weight, weight != ratio
+    if config.weight == "soft_gate":
+        tau = torch.where(advantages > 0, config.tau_pos, config.tau_neg).to(ratio)
+        x = tau * (ratio - 1)
+        return 4 * torch.sigmoid(x) * torch.sigmoid(-x) * ratio, uncut
+    return ratio, uncut
+
+
+def kept(
+    log_ratio: Tensor, probs: Tensor, rollout_probs: Tensor, advantages: Tensor, mean_log_ratio: Callable[[], Tensor], config: ObjectiveConfig
+) -> Tensor:
+    """M as bool [T]: false where the update would go on leaving the trust region, in the direction of A.
+
+    ratio, sequence_ratio   A > 0 and x > 1 + eps_high, or A < 0 and x < 1 - eps_low, with x = r (MiniRL; the unclipped branch of PPO's
+                            min(r A, clip(r) A) has the same tokens) or the sequence ratio s (GSPO).
+    tv                      A > 0 and pi_theta - mu > tv_delta, or A < 0 and pi_theta - mu < -tv_delta: DPPO with the binary total
+                            variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879. Its weight there is pi_theta/mu; the preset's is
+                            pi_theta/pi_old, as in spec/objective.md, and `correction` adds the other factor.
+    """
+    if config.clip == "none":
+        return torch.ones_like(log_ratio, dtype=torch.bool)
+    if config.clip == "tv":
+        move, low, high = probs - rollout_probs, -config.tv_delta, config.tv_delta
+    else:
+        move = exp(log_ratio if config.clip == "ratio" else mean_log_ratio())
+        low, high = 1 - config.eps_low, 1 + config.eps_high
+    return ~(((advantages > 0) & (move > high)) | ((advantages < 0) & (move < low)))

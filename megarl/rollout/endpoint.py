@@ -1,0 +1,136 @@
+"""The routes that our vLLM servers have besides vLLM's own: `--middleware megarl.rollout.endpoint.RolloutEndpoint`.
+
+    POST /megarl/generate    a batch of prompts in one request, one binary body back
+    POST /megarl/score       teacher-forced log-probabilities and routes of one sequence
+    POST /megarl/sync/*      vLLM's weight-update life cycle; finish sets the version and always drops the prefix cache
+
+Errors come back as status 500 and a JSON object {"error": one line}. Runs in the API server process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.protocol import EngineClient
+from vllm.inputs.engine import tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from megarl.rollout.wire import encode
+
+PREFIX = "/megarl/"
+_numbers = itertools.count()
+
+
+class RolloutEndpoint:
+    """ASGI middleware: answers what lies under /megarl/, hands everything else on."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self._moe_layers: list[int] | None = None
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
+            return await self.app(scope, receive, send)
+        request = await _body(receive)
+        engine = scope["app"].state.engine_client
+        work = asyncio.ensure_future(self._answer(scope["path"].removeprefix(PREFIX), engine, request))
+        gone = asyncio.ensure_future(receive())  # nothing but a disconnect can come after the body
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()  # the caller went away: vLLM aborts its requests
+            return None
+        gone.cancel()
+        status, body = work.result()
+        headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/octet-stream")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, path: str, engine: EngineClient, request: dict[str, Any]) -> tuple[int, bytes]:
+        try:
+            if path == "generate":
+                return 200, await self._generate(engine, **request)
+            if path == "score":
+                return 200, await self._score(engine, **request)
+            if path.startswith("sync/"):
+                return 200, await _sync(engine, path.removeprefix("sync/"), request)
+            return 404, json.dumps({"error": f"no route {PREFIX}{path}"}).encode()
+        except Exception as error:
+            return 500, json.dumps({"error": " ".join(str(error).split()) or type(error).__name__}).encode()
+
+    async def _generate(self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None) -> bytes:
+        runs = [_run(engine, prompt, {**sampling, "seed": seed}) for prompt, seed in zip(prompts, seeds or [None] * len(prompts))]
+        outputs = await asyncio.gather(*runs)
+        choices = [choice for output in outputs for choice in output.outputs]
+        header = {
+            "lengths": [len(choice.token_ids) for choice in choices],
+            "finish": [choice.finish_reason for choice in choices],
+            "versions": [[[_version(span.version), span.start, span.end] for span in choice.weight_versions or ()] for choice in choices],
+        }
+        arrays = {
+            "tokens": np.fromiter(itertools.chain.from_iterable(choice.token_ids for choice in choices), np.int32),
+            "logprobs": np.fromiter(itertools.chain.from_iterable(choice.logprobs.logprobs for choice in choices), np.float32),
+        }
+        if choices[0].routed_experts is not None:
+            arrays["routes"] = np.concatenate([await self._routes(engine, choice) for choice in choices])
+        return encode(header, arrays)
+
+    async def _score(self, engine: EngineClient, tokens: list[int]) -> bytes:
+        """prompt_logprobs turns the prefix cache's reads off, so the routes are of the very pass that gave the log-probabilities."""
+        output = await _run(engine, tokens, {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0})
+        arrays = {"logprobs": np.array(output.prompt_logprobs.logprobs, np.float32)}
+        if output.outputs[0].routed_experts is not None:
+            arrays["routes"] = (await self._routes(engine, output.outputs[0]))[: len(tokens) - 1]
+        return encode({"version": _version(await engine.get_weight_version())}, arrays)
+
+    async def _routes(self, engine: EngineClient, choice: CompletionOutput) -> np.ndarray:
+        """[tokens, MoE layers, K] of all layers' [tokens, layers, K]."""
+        if self._moe_layers is None:
+            self._moe_layers = (await engine.collective_rpc("moe_layers"))[0]
+        routes = choice.routed_experts
+        return routes if routes.shape[1] == len(self._moe_layers) else routes[:, self._moe_layers]
+
+
+async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]) -> RequestOutput:
+    params = SamplingParams(**sampling, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+    final = None
+    async for final in engine.generate(tokens_input(prompt), params, f"megarl-{next(_numbers)}"):
+        pass
+    return final
+
+
+async def _sync(engine: EngineClient, step: str, request: dict[str, Any]) -> bytes:
+    if step == "init":
+        await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=request))
+    elif step == "start":
+        await engine.start_weight_update()
+    elif step == "update":
+        await engine.update_weights(WeightTransferUpdateRequest(update_info=request))
+    elif step == "finish":
+        await engine.finish_weight_update(str(request["version"]))
+        # Cached keys, values and routes are of the old weights. Requests still running are recomputed.
+        if not await engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("the prefix cache could not be reset after a weight update")
+    elif step != "version":
+        raise ValueError(f"no step {step!r} in a weight sync")
+    return json.dumps({"version": _version(await engine.get_weight_version())}).encode()
+
+
+def _version(label: str) -> int:
+    """vLLM's label of the weights it was started with is "default": optimizer step 0."""
+    return 0 if label == "default" else int(label)
+
+
+async def _body(receive: Any) -> dict[str, Any]:
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return json.loads(b"".join(parts) or b"{}")
