@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> int:
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override a key, e.g. train.lr=1e-5")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override a key, e.g. train.lr=1e-5")
 
 
 def _launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="also check this configuration")
-    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[])
 
 
 def _launch(args: argparse.Namespace) -> int:

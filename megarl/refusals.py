@@ -71,7 +71,7 @@ def _model_path(case: Case) -> str | None:
     if not (Path(path) / "config.json").is_file():
         return f"model.path {path!r} has no config.json; give a Hugging Face checkpoint folder"
     try:
-        case.hf
+        _ = case.hf
     except ValueError as error:
         return f"model.path {path!r}: config.json is not JSON ({error}); copy the checkpoint again"
     return None
@@ -114,7 +114,7 @@ def _rope_scaling(case: Case) -> str | None:
     scaling = case.hf.get("rope_scaling") or case.hf.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
-        return f"model.path: rope scaling {kind!r} is not supported; remove rope_scaling from config.json to train within the original context"
+        return f"model.path: rope scaling {kind!r} is not supported; remove it from config.json to train within the original context"
     return None
 
 
@@ -173,7 +173,7 @@ def _store(case: Case) -> str | None:
         return f"launch.store {store!r} is not host:port; e.g. launch.store=127.0.0.1:29600"
     if port == "0":
         if case.command in ("train", "rollout"):
-            return f"launch.store {store!r}: port 0 is for megarl run, which starts both sides; give both a port, e.g. launch.store={host}:29600"
+            return f"launch.store {store!r}: port 0 is for megarl run, which starts both sides; give both the same port, e.g. {host}:29600"
         return None
     if case.command == "rollout" or int(os.environ.get("RANK", "0")) != 0:
         return None  # joins a store that another process owns
@@ -311,8 +311,8 @@ def _lengths(case: Case) -> str | None:
     limit = case.hf.get("max_position_embeddings")
     if limit and longest > limit:
         return (
-            f"rollout max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = {longest} is above the model's "
-            f"max_position_embeddings {limit}; lower one of them"
+            f"rollout max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = {longest} is above "
+            f"the model's max_position_embeddings {limit}; lower one of them"
         )
     return None
 
@@ -321,7 +321,7 @@ def _micro_batch(case: Case) -> str | None:
     rollout, budget = case.config.rollout, case.config.engine.micro_batch_tokens
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > budget:
-        return f"engine.micro_batch_tokens {budget} cannot hold the longest response with its prompt, {longest} tokens; raise it to {longest}"
+        return f"engine.micro_batch_tokens {budget} cannot hold the longest prompt and response, {longest} tokens; raise it to {longest}"
     return None
 
 

@@ -27,13 +27,23 @@ class Plan:
     log_dir: Path
     ranks: int
 
-    def describe(self) -> str:
-        """Every process as a line that a shell would run."""
-        lines = []
-        for process in [self.trainer, *self.rollouts]:
-            words = [f"{key}={shlex.quote(value)}" for key, value in sorted(process.env.items())]
-            lines += [f"{process.name}  (log {process.log})", "    " + " ".join([*words, shlex.join(process.argv)])]
-        return "\n".join(lines)
+
+def describe(plan: Plan, config: Config, command: str) -> str:
+    """What would start: the layout, the sizes of a step, every process as a line that a shell would run."""
+    at, batch, responses = config.parallel, config.batch, config.batch.prompts * config.batch.group
+    lines = [f"{command}: {plan.trainer.name}, {len(plan.rollouts)} rollout worker(s), run.dir {config.run.dir}"]
+    if command != "generate":
+        dp = plan.ranks // (at.tp * at.pp * at.cp)
+        sizes = ", ".join(f"{name} {size}" for name, size in at.model_dump().items())
+        lines.append(f"layout: {sizes}, dp {dp}, sequence parallelism {'on' if at.tp > 1 else 'off'}")
+        if command != "score" and command != "sft":
+            groups, share = batch.prompts // batch.minibatches, -(-responses // batch.minibatches // dp)
+            lines.append(f"step: {batch.prompts} prompts x {batch.group} responses = {responses}, replay {config.replay_mode}")
+            lines.append(f"update: {batch.minibatches} mini-batch(es) of {groups} groups, at most {share} responses a data-parallel rank")
+    for process in [plan.trainer, *plan.rollouts]:
+        words = [f"{key}={shlex.quote(value)}" for key, value in sorted(process.env.items())]
+        lines += ["", f"{process.name}, log {process.log}:", "  " + " ".join([*words, shlex.join(process.argv)])]
+    return "\n".join(lines)
 
 
 def ranks_of(command: str, config: Config) -> int:
@@ -42,7 +52,7 @@ def ranks_of(command: str, config: Config) -> int:
 
 
 def make_plan(command: str, config: Config, arguments: list[str], options: list[str] = []) -> Plan:
-    """Plans `command` (a key of MODULES). `arguments` are CONFIG and its overrides, passed on as they are; `options` follow them for the ranks."""
+    """Plans `command`. `arguments` are CONFIG and its overrides, passed on; `options` follow them for the ranks."""
     host, _, port = config.launch.store.rpartition(":")
     arguments = list(arguments)
     if port == "0":
@@ -103,7 +113,9 @@ def _gpus(needed: int) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [path.name[6:] for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
     if needed > len(gpus):
-        raise UserError(f"trainer ranks and rollout workers need {needed} GPUs, this host has {len(gpus)}; lower launch.trainers or rollout.engines")
+        raise UserError(
+            f"trainer ranks and rollout workers need {needed} GPUs, this host has {len(gpus)}; lower launch.trainers or rollout.engines"
+        )
     return gpus
 
 

@@ -1,7 +1,7 @@
 """What torchrun starts for every rank: `python -m megarl.launch.rank LOG_DIR MODULE ARGUMENTS...` calls MODULE.main(ARGUMENTS).
 
-Rank 0 keeps the terminal for its standard output. All other output goes to LOG_DIR/trainer_RANK.log. A rank that fails appends one JSON line to
-LOG_DIR/failures.jsonl, from which the supervisor tells the first cause from its echoes on the other ranks.
+Rank 0 keeps the terminal for its standard output. All other output goes to LOG_DIR/trainer_RANK.log. A rank that fails appends one JSON
+line to LOG_DIR/failures.jsonl, from which the supervisor tells the first cause from its echoes on the other ranks.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ def main(argv: list[str]) -> int:
         _report(log_dir, rank, f"megarl: error: {error}")
         print(f"megarl: error: {error}", file=sys.stderr)
         return 2
-    except Exception as error:
+    except Exception:
         _report(log_dir, rank, None)
         traceback.print_exc()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     finally:
         sys.stdout.flush()

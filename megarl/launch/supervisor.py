@@ -6,15 +6,17 @@ this process even if it is killed (lifeline.die_with_parent), and this process a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Callable
+from typing import IO
 
 from megarl.launch.lifeline import adopt_orphans, descendants, die_with_parent
 
@@ -38,12 +40,12 @@ class _Stopped(BaseException):
         self.signum = signum
 
 
-def supervise(main: Process, helpers: list[Process], *, grace_s: float = 4.0, explain: Callable[[int], str | None] = lambda code: None) -> int:
+def supervise(main: Process, helpers: list[Process], *, grace_s: float = 4.0, explain: Callable[[], str | None] = lambda: None) -> int:
     """Runs `main` and its `helpers` until `main` ends; returns the exit status of the whole.
 
-    0 if main ended with 0. If main fails or a helper ends with a status other than 0, one line names it, its log's last lines follow, and the
-    status is its own (1 for a signal). `explain(status)` may give a better text for a failure of main. SIGINT gives 130, SIGTERM 143.
-    In every case all processes are ended before this returns: SIGTERM, after `grace_s` seconds SIGKILL. A helper may end with 0 at any time.
+    0 if main ended with 0. If main fails or a helper ends with a status other than 0, one line names it, its log's last lines follow, and
+    the status is its own (1 for a signal). `explain()` may give a better text for a failure of main. SIGINT gives 130, SIGTERM 143.
+    In every case all processes are ended before this returns: SIGTERM, after `grace_s` seconds SIGKILL. A helper may end with 0 early.
     """
     adopt_orphans()
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -87,9 +89,7 @@ def _start(process: Process) -> subprocess.Popen[bytes]:
         )
 
 
-def _watch(
-    main: Process, helpers: list[Process], running: dict[str, subprocess.Popen[bytes]], explain: Callable[[int], str | None]
-) -> int:
+def _watch(main: Process, helpers: list[Process], running: dict[str, subprocess.Popen[bytes]], explain: Callable[[], str | None]) -> int:
     while True:
         for helper in helpers:
             code = running[helper.name].poll()
@@ -99,7 +99,7 @@ def _watch(
         code = running[main.name].poll()
         if code is not None:
             if code != 0:
-                print(explain(code) or failure_text(main, code), file=sys.stderr, flush=True)
+                print(explain() or failure_text(main, code), file=sys.stderr, flush=True)
             return _exit_status(code)
         time.sleep(_POLL_S)
 
@@ -152,10 +152,8 @@ def _end(running: dict[str, subprocess.Popen[bytes]], grace_s: float) -> None:
 
 def _signal_group(child: subprocess.Popen[bytes], signum: int) -> None:
     if child.poll() is None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signum)
-        except ProcessLookupError:
-            pass
 
 
 def _kill_everything() -> None:
@@ -163,16 +161,12 @@ def _kill_everything() -> None:
     until = time.monotonic() + 5
     while (pids := descendants(os.getpid())) and time.monotonic() < until:
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(_POLL_S)
 
 
 def _reap() -> None:
-    try:
+    with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    except ChildProcessError:
-        pass

@@ -1,4 +1,4 @@
-"""torchrun, quietly: same arguments, same ranks, but a failed rank gives an exit status and a line in failures.jsonl, not a report of a screen.
+"""torchrun, quietly: same arguments, same ranks, but a failed rank gives an exit status and a line in failures.jsonl, not a screenful.
 
 `python -m megarl.launch.torchrun LOG_DIR TORCHRUN-ARGUMENTS...`
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,12 +32,15 @@ def main(argv: list[str]) -> int:
 
 
 def _record(log_dir: Path, codes: dict[int, int]) -> int:
-    """Writes ranks that a signal killed, which could not say so themselves; returns the status to exit with."""
-    killed = {rank: code for rank, code in codes.items() if code < 0}
+    """Writes ranks that a signal killed, which could not say so themselves; returns the status to exit with.
+
+    SIGTERM is left out: with it torchrun itself ends the peers of a failed rank.
+    """
+    killed = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
     with (log_dir / FAILURES).open("a") as file:
         for rank, code in killed.items():
             file.write(json.dumps({"time": time.time(), "rank": rank, "signal": -code}) + "\n")
-    return 1 if killed else max(codes.values())
+    return 1 if killed else max(1, *codes.values())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Runs a plan on this host: one megarl a run directory, all processes supervised, the first cause of a failure in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megarl.config import Config
+from megarl.errors import UserError
+from megarl.launch.plan import Plan
+from megarl.launch.rank import FAILURES, log_path
+from megarl.launch.supervisor import log_tail, supervise
+
+
+def launch(plan: Plan, config: Config) -> int:
+    """Starts every process of `plan`, waits, ends them all; returns the exit status. UserError where run.dir is in use."""
+    with _owned(Path(config.run.dir)):
+        _fresh(plan.log_dir)
+        return supervise(plan.trainer, plan.rollouts, explain=lambda: explain_trainer(plan.log_dir))
+
+
+def _fresh(log_dir: Path) -> None:
+    """An empty folder for this start's logs; those of the start before are kept beside it, for a run that resumes after a crash."""
+    if log_dir.exists():
+        before = log_dir.with_name(log_dir.name + ".previous")
+        shutil.rmtree(before, ignore_errors=True)
+        log_dir.rename(before)
+    log_dir.mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def _owned(run_dir: Path) -> Iterator[None]:
+    """Holds run.dir for this process; the kernel lets go of the lock when the process ends, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            raise UserError(f"run.dir {str(run_dir)!r} is in use by process {owner}; stop that one or give another run.dir") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def explain_trainer(log_dir: Path) -> str | None:
+    """The first cause among the ranks' failures: a killed rank before one that raised, then the earliest. None if no rank told one."""
+    try:
+        failures: list[dict[str, Any]] = [json.loads(line) for line in (log_dir / FAILURES).read_text().splitlines()]
+    except FileNotFoundError:
+        return None
+    if not failures:
+        return None
+    first = min(failures, key=lambda failure: ("signal" not in failure, failure["time"]))
+    if first.get("user_error"):
+        return first["user_error"]
+    log = log_path(log_dir, first["rank"])
+    how = f"was killed by {signal.Signals(first['signal']).name}" if "signal" in first else "failed"
+    return f"megarl: error: trainer rank {first['rank']} {how}; all processes are being ended; last lines of {log}:\n{log_tail(log)}"
