@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789= +-*/:,.?\n"
@@ -70,7 +74,7 @@ def make_tiny_model(
     return out
 
 
-def make_tokenizer(vocab_size: int = 32):  # type: ignore[no-untyped-def]
+def make_tokenizer(vocab_size: int = 32) -> PreTrainedTokenizerFast:
     """A transformers fast tokenizer: one token a character of CHARACTERS, padded with <x0>, <x1>, ... to `vocab_size`; no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

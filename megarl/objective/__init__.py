@@ -1,6 +1,6 @@
 """The policy objective: pure functions of tensors, exactly as in spec/objective.md.
 
-    loss, metrics = policy_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, seq_ids, presets["minirl"])
+loss, metrics = policy_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, seq_ids, presets["minirl"])
 """
 
 from megarl.objective.advantage import advantages

@@ -25,15 +25,16 @@ class ObjectiveConfig(BaseModel):
     )
     weight: Literal["one", "is", "ratio", "clipped_ratio", "sequence_ratio", "soft_gate"] = Field(
         "is",
-        description="Weight of a token's gradient: 1, min(pi_theta/mu, is_cap), r = pi_theta/pi_old, clip(r), the length-normalised sequence ratio, "
-        "or SAPO's soft gate.",
+        description="Weight of a token's gradient: 1, min(pi_theta/mu, is_cap), r = pi_theta/pi_old, clip(r), the sequence ratio (GSPO), "
+        "the soft gate (SAPO).",
     )
     clip: Literal["none", "ratio", "sequence_ratio", "tv"] = Field(
-        "ratio", description="Which tokens are dropped: none, by r and the sign of A, by the sequence ratio, or by |pi_theta - mu| > tv_delta."
+        "ratio",
+        description="Which tokens are dropped: none, by r and the sign of A, by the sequence ratio, or by |pi_theta - mu| > tv_delta.",
     )
     denominator: Literal["responses", "response_tokens", "max_length", "tokens", "group_tokens"] = Field(
         "responses",
-        description="Responses; responses with 1/|y| inside; responses x max_length; tokens of the mini-batch; groups with 1/(tokens of the group) inside.",
+        description="Responses; responses with 1/|y| inside; responses x max_length; tokens of the mini-batch; groups, 1/tokens inside.",
     )
     eps_low: float = Field(0.2, ge=0, description="Lower clip: r < 1 - eps_low.")
     eps_high: float = Field(0.27, ge=0, description="Upper clip: r > 1 + eps_high.")
@@ -59,22 +60,30 @@ class ObjectiveConfig(BaseModel):
         return self
 
 
-_GRPO: dict[str, Any] = dict(advantage="mean_std", weight="ratio", clip="ratio", denominator="response_tokens", eps_low=0.2, eps_high=0.2)
+_GRPO: dict[str, Any] = {
+    "advantage": "mean_std",
+    "weight": "ratio",
+    "clip": "ratio",
+    "denominator": "response_tokens",
+    "eps_low": 0.2,
+    "eps_high": 0.2,
+}
 
+# What differs from the fields' defaults, which are MiniRL's.
 _TABLE: dict[str, dict[str, Any]] = {
-    "reinforce": dict(weight="one", clip="none"),
-    "minirl": dict(),
-    "minirl-no-is": dict(weight="ratio"),
-    "minirl-no-clip": dict(clip="none"),
-    "minirl-length-norm": dict(denominator="response_tokens"),
+    "reinforce": {"weight": "one", "clip": "none"},
+    "minirl": {},
+    "minirl-no-is": {"weight": "ratio"},
+    "minirl-no-clip": {"clip": "none"},
+    "minirl-length-norm": {"denominator": "response_tokens"},
     "grpo": _GRPO,
     "dr-grpo": {**_GRPO, "advantage": "mean", "denominator": "max_length"},
     "dapo": {**_GRPO, "eps_high": 0.28, "denominator": "tokens"},
-    "cispo": dict(advantage="mean_std", weight="clipped_ratio", clip="none", denominator="group_tokens"),
+    "cispo": {"advantage": "mean_std", "weight": "clipped_ratio", "clip": "none", "denominator": "group_tokens"},
     "gspo": {**_GRPO, "weight": "sequence_ratio", "clip": "sequence_ratio", "eps_low": 3e-4, "eps_high": 4e-4},
     "ppo": {**_GRPO, "advantage": "gae", "denominator": "tokens"},
     "sapo": {**_GRPO, "weight": "soft_gate", "clip": "none"},
-    "dppo-tv": dict(weight="ratio", clip="tv"),
+    "dppo-tv": {"weight": "ratio", "clip": "tv"},
 }
 
 presets: dict[str, ObjectiveConfig] = {name: ObjectiveConfig(preset=name, **fields) for name, fields in _TABLE.items()}
@@ -90,7 +99,9 @@ def resolve_objective(value: str | dict[str, Any] | ObjectiveConfig) -> Objectiv
     if isinstance(value, str):
         value = {"preset": value}
     if not isinstance(value, dict):
-        raise UserError(f"objective {value!r} is a {type(value).__name__}; give a preset's name, e.g. minirl, or {{preset: minirl, is_cap: 5.0}}")
+        raise UserError(
+            f"objective {value!r} is a {type(value).__name__}; give a preset's name, e.g. minirl, or {{preset: minirl, is_cap: 5.0}}"
+        )
     name = value.get("preset", "minirl")
     if not isinstance(name, str) or name not in presets:
         raise UserError(f"objective.preset {name!r} is unknown{_nearest(str(name), list(presets))}")

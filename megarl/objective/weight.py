@@ -6,7 +6,7 @@ Arguments: log_ratio [T] = log pi_theta - log pi_old, log_is [T] = log pi_theta 
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -45,22 +45,27 @@ def token_weight(
         weight = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
         return weight, weight != ratio
     if config.weight == "soft_gate":
-        tau = torch.where(advantages > 0, config.tau_pos, config.tau_neg).to(ratio)
+        tau = torch.where(advantages > 0, ratio.new_tensor(config.tau_pos), ratio.new_tensor(config.tau_neg))
         x = tau * (ratio - 1)
         return 4 * torch.sigmoid(x) * torch.sigmoid(-x) * ratio, uncut
     return ratio, uncut
 
 
 def kept(
-    log_ratio: Tensor, probs: Tensor, rollout_probs: Tensor, advantages: Tensor, mean_log_ratio: Callable[[], Tensor], config: ObjectiveConfig
+    log_ratio: Tensor,
+    probs: Tensor,
+    rollout_probs: Tensor,
+    advantages: Tensor,
+    mean_log_ratio: Callable[[], Tensor],
+    config: ObjectiveConfig,
 ) -> Tensor:
     """M as bool [T]: false where the update would go on leaving the trust region, in the direction of A.
 
     ratio, sequence_ratio   A > 0 and x > 1 + eps_high, or A < 0 and x < 1 - eps_low, with x = r (MiniRL; the unclipped branch of PPO's
                             min(r A, clip(r) A) has the same tokens) or the sequence ratio s (GSPO).
     tv                      A > 0 and pi_theta - mu > tv_delta, or A < 0 and pi_theta - mu < -tv_delta: DPPO with the binary total
-                            variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879. Its weight there is pi_theta/mu; the preset's is
-                            pi_theta/pi_old, as in spec/objective.md, and `correction` adds the other factor.
+                            variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879. We read the ratio there as pi_theta/mu; the
+                            preset's is pi_theta/pi_old (spec/objective.md), and `weight: is` gives the other.
     """
     if config.clip == "none":
         return torch.ones_like(log_ratio, dtype=torch.bool)
