@@ -1,0 +1,6 @@
+"""Prompts and demonstrations from JSONL files, and the order in which a run sees them."""
+
+from megarl.data.prompts import Prompt, load_demonstrations, load_prompts
+from megarl.data.stream import PromptStream
+
+__all__ = ["Prompt", "PromptStream", "load_demonstrations", "load_prompts"]
