@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OnBadLine = Literal["error", "skip"]
+PROMPT_ROW = '{"messages" | "prompt", "answer"}'
+DEMONSTRATION_ROW = '{"messages" | "prompt", "response"}'
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -45,8 +47,9 @@ def load_prompts(
     """
     prompts: list[Prompt] = []
     bad = 0
-    for line, row in _rows(path, '{"messages" | "prompt", "answer"}'):
+    for line, raw in _lines(path, PROMPT_ROW):
         try:
+            row = _parse(raw, PROMPT_ROW)
             tokens, text = _encode_prompt(row, tokenizer, max_tokens)
             prompts.append(Prompt(tokens, _answer(row), text, line))
         except BadLine as error:
@@ -66,8 +69,9 @@ def load_demonstrations(
         raise UserError("the tokenizer has no eos token, so a response could not end; set eos_token in tokenizer_config.json")
     demonstrations: list[tuple[list[int], int]] = []
     bad = 0
-    for line, row in _rows(path, '{"messages" | "prompt", "response"}'):
+    for line, raw in _lines(path, DEMONSTRATION_ROW):
         try:
+            row = _parse(raw, DEMONSTRATION_ROW)
             tokens, _ = _encode_prompt(row, tokenizer, max_tokens)
             if not isinstance(row.get("response"), str):
                 raise BadLine(f"key 'response' is {row.get('response')!r}; give a text")
@@ -82,27 +86,29 @@ def load_demonstrations(
     return demonstrations
 
 
-def _rows(path: str | Path, shape: str) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
-    """(1-based line number, row), a line that is no row as the BadLine that says why."""
+def _lines(path: str | Path, shape: str) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, line) of every line that is not blank."""
     if not Path(path).is_file():
         raise UserError(f"data file {str(path)!r} does not exist; give a JSONL file of rows {shape}")
     with open(path, "rb") as file:
         for line, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                yield line, BadLine(f"not UTF-8 at byte {error.start}; save the file as UTF-8")
-            except json.JSONDecodeError as error:
-                yield line, BadLine(f"not JSON ({error.msg} at column {error.colno}); write one row {shape} a line")
-            else:
-                yield line, row if isinstance(row, dict) else BadLine(f"holds a {type(row).__name__}; write one row {shape} a line")
+            if raw.strip():
+                yield line, raw.rstrip(b"\r\n")
 
 
-def _encode_prompt(row: dict[str, Any] | BadLine, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[int], str]:
-    if isinstance(row, BadLine):
-        raise row
+def _parse(raw: bytes, shape: str) -> dict[str, Any]:
+    try:
+        row = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadLine(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise BadLine(f"not JSON ({error.msg} at column {error.colno}); write one row {shape} a line") from None
+    if not isinstance(row, dict):
+        raise BadLine(f"holds a {type(row).__name__}; write one row {shape} a line")
+    return row
+
+
+def _encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[int], str]:
     messages, prompt = row.get("messages"), row.get("prompt")
     if messages is not None:
         _check_messages(messages)

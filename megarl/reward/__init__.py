@@ -60,7 +60,7 @@ def _import(name: str) -> Reward:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"data.reward {name!r}: module {module_name!r} has no function {attribute!r}; give module.function")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _need_math_verify() -> None:
