@@ -77,16 +77,26 @@ def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Mo
         )
     model = Model(transformer, weight_map, parallel, bare=chunks)
     _check_against_map(model)
-    if parallel.layout.tp > parallel.layout.etp:
-        # megatron-core reduces expert gradients over the expert-DP group only where EP > 1; with TP > ETP that is wrong at EP = 1 too.
-        for param, tensor in model.params():
-            if param.expert:
-                tensor.allreduce = False  # type: ignore[attr-defined]
+    _mark_parameters(model)
     if transformer.bf16:
         model.chunks = [Float16Module(transformer, chunk) for chunk in chunks]
     else:
         model.chunks = list(chunks)
     return model
+
+
+def _mark_parameters(model: Model) -> None:
+    """Attributes by which megatron-core decides over which ranks a gradient is reduced and its norm counted.
+
+    tensor_model_parallel is set by megatron-core's own initialisation, which we skip: without it the gradient norm would miss shards.
+    allreduce=False sends expert gradients to the expert-DP group; megatron-core does so only where EP > 1, but with TP > ETP it is
+    needed at EP = 1 too (the tensor-parallel ranks then hold replicas of the experts that saw different tokens).
+    """
+    layout = model.parallel.layout
+    for param, tensor in model.params():
+        tensor.tensor_model_parallel = param.split  # type: ignore[attr-defined]
+        if param.expert and layout.tp > layout.etp:
+            tensor.allreduce = False  # type: ignore[attr-defined]
 
 
 def load_hf(model: Model, path: str) -> None:

@@ -44,6 +44,7 @@ class Param:
     pieces: tuple[Piece, ...]
     replica: int
     expert: bool
+    split: bool  # cut over tensor-parallel ranks (if there are several)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class WeightMap:
             if entry.relation is replicated:
                 copies += (rank.index,)
             name = entry.name.format(layer=local, expert=e)
-            yield Param(chunk, name, shape, tuple(pieces), replica=sum(copies), expert=expert)
+            yield Param(chunk, name, shape, tuple(pieces), replica=sum(copies), expert=expert, split=entry.relation is not replicated)
 
 
 def load_hf_config(path: str | Path) -> dict[str, Any]:
