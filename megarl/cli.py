@@ -109,9 +109,10 @@ def _rollout(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     check(config, "rollout")
-    from megarl.rollout.worker import run_worker
+    from megarl.rollout.server import run_rollout
 
-    return run_worker(config)
+    host, _, port = config.launch.store.rpartition(":")
+    return run_rollout(config, host, int(port))
 
 
 def _report(args: argparse.Namespace) -> int:

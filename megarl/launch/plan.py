@@ -73,9 +73,9 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     )
     rollouts = [
         Process(
-            name=f"rollout {i}",
+            name=f"rollout worker {i}",
             argv=[sys.executable, "-m", "megarl.cli", "rollout", *arguments],
-            log=log_dir / f"rollout_{i}.log",
+            log=log_dir / f"worker_{i}.log",
             env={**env, **_visible(gpus[ranks + i * config.rollout.tp :][: config.rollout.tp])},
         )
         for i in range(engines)

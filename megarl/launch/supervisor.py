@@ -21,7 +21,7 @@ from typing import IO
 from megarl.launch.lifeline import adopt_orphans, descendants, die_with_parent
 
 _POLL_S = 0.05
-_LOG_TAIL = 20
+_LOG_TAIL = 25
 
 
 @dataclass
@@ -40,7 +40,7 @@ class _Stopped(BaseException):
         self.signum = signum
 
 
-def supervise(main: Process, helpers: list[Process], *, grace_s: float = 4.0, explain: Callable[[], str | None] = lambda: None) -> int:
+def supervise(main: Process, helpers: list[Process], *, grace_s: float = 5.0, explain: Callable[[], str | None] = lambda: None) -> int:
     """Runs `main` and its `helpers` until `main` ends; returns the exit status of the whole.
 
     0 if main ended with 0. If main fails or a helper ends with a status other than 0, one line names it, its log's last lines follow, and
@@ -105,8 +105,10 @@ def _watch(main: Process, helpers: list[Process], running: dict[str, subprocess.
 
 
 def failure_text(process: Process, code: int) -> str:
-    """The one line that says which process ended and how, then its log's last lines."""
+    """What the process itself said as `megarl: error: ...`; else one line that says how it ended, then its log's last lines."""
     tail = log_tail(process.log)
+    if (own := tail.rfind("megarl: error: ")) >= 0:
+        return tail[own:]
     text = f"megarl: error: {process.name} {describe_exit(code)}; all processes are being ended"
     return f"{text}; last lines of {process.log}:\n{tail}" if tail else f"{text}; its log {process.log} is empty"
 
@@ -119,10 +121,10 @@ def describe_exit(code: int) -> str:
 
 
 def log_tail(path: Path, lines: int = _LOG_TAIL) -> str:
-    """The last lines of a log, indented; empty where there is none."""
+    """The last lines of a log; empty where there is none."""
     try:
         with path.open(errors="replace") as file:
-            return "".join(f"    {line.rstrip()}\n" for line in deque(file, lines) if line.strip()).rstrip("\n")
+            return "\n".join(line.rstrip() for line in deque(file, lines) if line.strip())
     except OSError:
         return ""
 

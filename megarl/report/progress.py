@@ -1,0 +1,64 @@
+"""The live line: one that rewrites itself on a terminal, a plain line a step elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+FIELDS = (
+    ("reward/mean", "reward {:.3f}"),
+    ("loss/value", "loss {:.4f}"),
+    ("mismatch/kl_k3", "kl {:.1e}"),
+    ("routing/agree_rollout_old", "agree {:.4f}"),
+)
+
+
+class Progress:
+    """Shows `step` of `steps`. Fields whose metric is missing are left out; time left follows the last 20 steps."""
+
+    def __init__(self, steps: int, stream: TextIO | None = None, label: str = "step") -> None:
+        self.steps = steps
+        self.stream = sys.stdout if stream is None else stream
+        self.label = label
+        self._live = self.stream.isatty()
+        self._ends: deque[float] = deque([time.monotonic()], maxlen=21)
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Call after every step. A row with eval/* keeps its line, whatever follows it."""
+        self._ends.append(time.monotonic())
+        text = self.text(step, metrics)
+        evaluated = any(key.startswith("eval/") for key in metrics)
+        if self._live:
+            end = "\n" if evaluated or step >= self.steps else ""
+            self.stream.write(f"\r{text}\x1b[K{end}")
+        else:
+            self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def text(self, step: int, metrics: Mapping[str, Any]) -> str:
+        parts = [f"{self.label} {step:>{len(str(self.steps))}}/{self.steps}"]
+        parts += [form.format(metrics[key]) for key, form in FIELDS if metrics.get(key) is not None]
+        parts += [f"{key} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/") and isinstance(value, float)]
+        if metrics.get("throughput/tokens_per_s") is not None:
+            parts.append(f"{count(metrics['throughput/tokens_per_s'])} tok/s")
+        each = (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
+        parts.append(f"{duration(each * (self.steps - step))} left")
+        return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 under an hour."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def count(number: float) -> str:
+    """950, 1.2k, 3.4M."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
