@@ -23,12 +23,10 @@ def advantages(rewards: Tensor, group_ids: Tensor, config: ObjectiveConfig) -> T
         raise UserError("objective.advantage 'gae' needs a critic, which this version does not train; set objective.advantage: mean")
     if config.advantage == "reward":
         return rewards.clone()
-    group, _, groups = number(group_ids)
-    exact = rewards.double()
-    zeros = exact.new_zeros(groups)
-    size = zeros.index_add(0, group, torch.ones_like(exact))
-    centred = exact - (zeros.index_add(0, group, exact) / size)[group]
+    group, exact = number(group_ids), rewards.double()
+    size = group.spread_sums(torch.ones_like(exact))
+    centred = exact - group.spread_sums(exact) / size
     if config.advantage == "mean_std":
-        std = (zeros.index_add(0, group, centred.square()) / (size - 1).clamp(min=1)).sqrt()
-        centred = centred / (std[group] + STD_EPS)
+        std = (group.spread_sums(centred.square()) / (size - 1).clamp(min=1)).sqrt()
+        centred = centred / (std + STD_EPS)
     return centred.to(rewards.dtype)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megarl.objective.aggregate import per_segment
+from megarl.objective.aggregate import Segments
 from megarl.objective.presets import ObjectiveConfig
 from megarl.objective.weight import exp
 
 
-def correction(log_rho: Tensor, mask: Tensor, index: Tensor, segments: int, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+def correction(log_rho: Tensor, mask: Tensor, seq: Segments, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """(c [T], bool [T] where c was cut or is 0). log_rho [T] = log pi_old - log mu, 0 where masked; C = correction_high.
 
     token_truncation      min(rho_t, C), the TIS note, one-sided
@@ -25,8 +25,8 @@ def correction(log_rho: Tensor, mask: Tensor, index: Tensor, segments: int, conf
     if kind.startswith("token"):
         rho = exp(log_rho)
     else:
-        total = per_segment(log_rho, index, segments)
-        rho = exp(total / per_segment(mask, index, segments).clamp(min=1) if kind == "geometric_rejection" else total)
+        total = seq.spread_sums(log_rho)
+        rho = exp(total / seq.spread_sums(mask).clamp(min=1) if kind == "geometric_rejection" else total)
     if kind.endswith("truncation"):
         return rho.clamp(max=high), rho > high
     outside = (rho < low) | (rho > high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megarl.objective.aggregate import divisors, number, per_segment
+from megarl.objective.aggregate import divisors, number
 from megarl.objective.correction import correction
 from megarl.objective.metrics import Sums, mean, staleness_metrics
 from megarl.objective.presets import ObjectiveConfig
@@ -43,18 +43,18 @@ def policy_loss(
     logprobs, old, mu, adv = (_clean(x, keep) for x in (logprobs, old_logprobs, rollout_logprobs, advantages.to(logprobs)))
     old, mu, adv, now = old.detach(), mu.detach(), adv.detach(), logprobs.detach()
     ones = keep.to(now.dtype)
-    index, _, segments = number(seq_ids)
+    seq = number(seq_ids)
 
     def mean_log_ratio() -> Tensor:
-        return per_segment(now - old, index, segments) / per_segment(ones, index, segments).clamp(min=1)
+        return seq.spread_sums(now - old) / seq.spread_sums(ones).clamp(min=1)
 
     weight, cut = token_weight(now - old, now - mu, adv, mean_log_ratio, config)
-    factor, corrected = correction(old - mu, ones, index, segments, config)
+    factor, corrected = correction(old - mu, ones, seq, config)
     passed = kept(now - old, exp(now), exp(mu), adv, mean_log_ratio, config)
     terms = -torch.where(keep & passed, weight * factor, 0.0) * adv * logprobs
     terms = terms + _regularisers(logprobs, ref_logprobs, entropy, keep, config)
 
-    inner, units = divisors(ones, seq_ids, group_ids, config)
+    inner, units = divisors(ones, seq, group_ids, config)
     total = (terms / inner).sum()
     if denominator is None:
         loss = total / units.clamp(min=1)
