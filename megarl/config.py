@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -85,7 +86,7 @@ class SyncConfig(Section):
 
 class DataConfig(Section):
     prompts: str = Field("", description="Training prompts, JSONL: {messages | prompt, answer}.")
-    reward: str = Field("exact_match", description="A built-in reward (digit_sum, exact_match, math_verify) or a dotted path module.function.")
+    reward: str = Field("exact_match", description="digit_sum, exact_match, math_verify, or a dotted path module.function.")
     on_bad_line: Literal["error", "skip"] = Field("error", description="A malformed JSONL line: stop and name it, or skip and count it.")
     shuffle: bool = Field(True, description="Shuffle the prompts anew each epoch, seeded by run.seed.")
 
@@ -133,8 +134,10 @@ class RunConfig(Section):
 
 class LaunchConfig(Section):
     trainers: int = Field(1, ge=1, description="Local trainer ranks that run, sft and score start; ignored under an outer torchrun.")
-    store: str = Field("127.0.0.1:0", description="host:port of the run's store, where trainers and rollout workers meet; port 0 picks a free one (megarl run only).")
-    interface: str | None = Field(None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else gloo's choice.")
+    store: str = Field(
+        "127.0.0.1:0", description="host:port where trainers and rollout workers meet; port 0 lets megarl run pick a free one."
+    )
+    interface: str | None = Field(None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice.")
 
 
 class ScoreConfig(Section):
@@ -189,11 +192,12 @@ def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
             raise UserError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
             raise UserError(f"config file {str(path)!r} holds a {type(tree).__name__}; it must hold sections such as 'train:'")
+    tree = {key: {} if value is None else value for key, value in tree.items()}  # a section with all its keys commented out
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
             raise UserError(f"override {item!r} is not key=value, e.g. train.lr=1e-5")
-        _set(tree, key.split("."), _yaml_value(value), item)
+        _set(tree, key.split("."), _yaml_value(item, value), item)
     if isinstance(tree.get("objective"), (str, dict)):
         tree["objective"] = resolve_objective(tree["objective"])
     try:
@@ -202,14 +206,11 @@ def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
         raise UserError(_first_error(error)) from None
 
 
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _yaml_value(item: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(f"override {item!r}: the value is not YAML; quote it, e.g. 'data.prompts=\"a: b.jsonl\"'") from None
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
@@ -226,7 +227,7 @@ def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, [name for name, _, _ in walk()], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, [*Config.model_fields, *(name for name, _, _ in walk())], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else "; docs/config.md lists the keys"
         return f"unknown config key {key!r}{hint}"
     return f"config key {key!r} = {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"

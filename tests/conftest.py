@@ -1,0 +1,61 @@
+"""What all tests share: one thread a process, and a configuration whose checkpoint has no weights, for checks that read none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+HF_CONFIG: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def hf_config() -> dict[str, Any]:
+    """config.json of a small Qwen3-MoE; a copy that a test may change."""
+    return dict(HF_CONFIG)
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, hf_config: dict[str, Any]) -> Path:
+    """A configuration nothing is wrong with: TP2 x PP2 x EP2 on 4 ranks; its files exist, its weights are empty."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    for name in ("prompts.jsonl", "valid.jsonl", "demos.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "1", "answer": "1", "response": "1"}\n')
+    text = f"""
+model: {{path: {folder}}}
+parallel: {{tp: 2, pp: 2, ep: 2}}
+launch: {{trainers: 4}}
+batch: {{minibatches: 4}}
+rollout: {{max_prompt_tokens: 64, max_new_tokens: 64}}
+data: {{prompts: {tmp_path}/prompts.jsonl, reward: digit_sum}}
+eval: {{prompts: {tmp_path}/valid.jsonl}}
+sft: {{data: {tmp_path}/demos.jsonl}}
+run: {{dir: {tmp_path}/run}}
+"""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path

@@ -1,0 +1,84 @@
+"""The typed tree: what is refused, what is suggested, and that what is written is read back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarl.config import Config, dump_config, load_config, walk
+from megarl.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "unknown config key 'train.lrr'; did you mean 'train.lr'?"),
+        ("launch.trainer=2", "unknown config key 'launch.trainer'; did you mean 'launch.trainers'?"),
+        ("trian.lr=1", "unknown config key 'trian'; did you mean 'train'?"),
+        ("zzzzqqqq=1", "unknown config key 'zzzzqqqq'; docs/config.md lists the keys"),
+        ("train.lr=fast", "config key 'train.lr' = 'fast': input should be a valid number"),
+        ("parallel.tp=0", "config key 'parallel.tp' = 0: input should be greater than or equal to 1"),
+        ("batch.group=2.5", "config key 'batch.group' = 2.5: input should be a valid integer"),
+        ("replay.mode=R4", "config key 'replay.mode' = 'R4': input should be 'none', 'R2' or 'R3'"),
+        ("train.lr", "override 'train.lr' is not key=value"),
+        ("train.lr.x=1", "override 'train.lr.x=1': 'lr' is a value, not a section"),
+        ("objective=minrl", "'minirl'"),
+        ("objective.eps_hi=1", "eps_high"),
+        ("objective.is_cap=-1", "is_cap"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_value_and_fix(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {lr: 1.0e-3}\n")
+    with pytest.raises(UserError) as error:
+        load_config(path, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1\n", "holds a list"), ("train: 3\n", "'train' = 3")])
+def test_a_file_that_is_no_tree_of_sections(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(UserError, match="'nowhere.yaml' does not exist"):
+        load_config("nowhere.yaml")
+
+
+def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {lr: 1.0e-3}\nobjective: grpo\neval:\n")
+    config = load_config(path, ["train.lr=1e-5", "run.tensorboard=false", "objective.eps_low=0.1", "eval.prompts=null"])
+    assert (config.train.lr, config.run.tensorboard, config.eval.prompts) == (1e-5, False, None)
+    assert (config.objective.preset, config.objective.eps_low, config.objective.advantage) == ("grpo", 0.1, "mean_std")
+
+
+@pytest.mark.parametrize(("minibatches", "mode"), [(1, "none"), (2, "R2"), (3, "R3"), (8, "R3")])
+def test_default_replay_follows_the_degree_of_off_policiness(minibatches: int, mode: str) -> None:
+    assert load_config(None, [f"batch.minibatches={minibatches}"]).replay_mode == mode
+
+
+def test_what_is_dumped_loads_as_the_same_tree(tmp_path: Path) -> None:
+    config = load_config(
+        None, ["objective={preset: dapo, eps_low: 0.1}", "train.lr=3e-6", "replay.mode=none", "sync.canary_tolerance=1e-3"]
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_every_key_has_a_default_and_is_documented() -> None:
+    Config()
+    root = Path(__file__).parents[2]
+    reference = (root / "docs" / "config.md").read_text()
+    missing = [key for key, _, _ in walk() if key != "objective" and f"`{key}`" not in reference]
+    assert not missing
+    check = subprocess.run([sys.executable, root / "tools" / "config_docs.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout

@@ -1,0 +1,159 @@
+"""Every refusal: a configuration with that one fault gives that one line, and the table holds no refusal without a case here."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl import refusals
+from megarl.config import load_config
+from megarl.errors import UserError
+
+# refusal, command, overrides, changes of config.json, what the line must say (thing, value, fix)
+CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
+    ("_model_path", "run", ["model.path="], {}, ["model.path is empty", "give"]),
+    ("_model_path", "rollout", ["model.path=/nowhere"], {}, ["model.path '/nowhere' has no config.json", "give"]),
+    ("_family", "run", [], {"model_type": "llama"}, ["model_type 'llama' is not supported", "qwen3_moe"]),
+    ("_tied_embeddings", "sft", [], {"tie_word_embeddings": True}, ["tie_word_embeddings true", "lm_head.weight"]),
+    ("_rope_scaling", "run", [], {"rope_scaling": {"rope_type": "yarn"}}, ["rope scaling 'yarn'", "remove"]),
+    ("_rope_scaling", "run", [], {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["rope scaling 'linear'"]),
+    ("_sliding_window", "run", [], {"use_sliding_window": True}, ["use_sliding_window true", "false"]),
+    ("_prompts", "run", ["data.prompts="], {}, ["data.prompts is empty", "give"]),
+    ("_prompts", "train", ["data.prompts=/nowhere.jsonl"], {}, ["data.prompts '/nowhere.jsonl' does not exist", "give"]),
+    ("_prompts", "run", ["data.prompts=/dev/null"], {}, ["data.prompts '/dev/null'", "give"]),
+    ("_eval_prompts", "run", ["eval.prompts=/nowhere.jsonl"], {}, ["eval.prompts '/nowhere.jsonl' does not exist", "unset"]),
+    ("_demonstrations", "sft", ["sft.data=/nowhere.jsonl"], {}, ["sft.data '/nowhere.jsonl' does not exist", "give"]),
+    ("_reward", "run", ["data.reward=digit_sums"], {}, ["digit_sums", "digit_sum"]),
+    ("_reward", "run", ["data.reward=no.such.function"], {}, ["no.such"]),
+    ("_run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
+    ("_run_dir", "run", ["run.dir=/dev/null/x"], {}, ["'/dev/null' is a file", "give"]),
+    ("_context_parallel", "run", ["parallel.cp=2", "launch.trainers=8"], {}, ["parallel.cp 2 is not supported yet", "set parallel.cp=1"]),
+    ("_world", "run", ["launch.trainers=6"], {}, ["tp 2 x pp 2 x cp 1 needs a multiple of 4", "there are 6", "launch.trainers=8"]),
+    ("_expert_world", "sft", ["parallel.tp=1", "launch.trainers=2"], {}, ["ep 2 x pp 2 needs a multiple of 4", "there are 2"]),
+    ("_heads", "run", ["parallel.tp=3", "launch.trainers=12"], {}, ["parallel.tp 3", "attention heads, 4", "use one of 1, 2, 4"]),
+    ("_heads", "run", ["parallel.tp=4", "launch.trainers=8"], {}, ["parallel.tp 4", "key/value heads, 2", "use one of 1, 2"]),
+    ("_ffn", "run", [], {"mlp_only_layers": [0], "intermediate_size": 33}, ["parallel.tp 2", "intermediate_size, 33", "use one of"]),
+    ("_layers", "run", ["parallel.pp=3", "parallel.ep=1", "launch.trainers=6"], {}, ["pp 3 x vpp 1", "4 layers", "divides 4"]),
+    ("_layers", "run", ["parallel.vpp=4"], {}, ["pp 2 x vpp 4", "4 layers"]),
+    ("_layers", "run", ["parallel.pp=1", "parallel.vpp=2"], {}, ["parallel.vpp 2 needs more than one pipeline stage"]),
+    (
+        "_experts",
+        "run",
+        ["parallel.ep=3", "parallel.tp=2", "launch.trainers=12"],
+        {},
+        ["parallel.ep 3", "experts, 8", "use one of 1, 2, 4, 8"],
+    ),
+    (
+        "_experts",
+        "run",
+        ["parallel.etp=2", "parallel.ep=1"],
+        {"moe_intermediate_size": 33},
+        ["parallel.etp 2", "moe_intermediate_size, 33"],
+    ),
+    ("_objective", "run", ["objective=ppo"], {}, ["'ppo'", "critic", "objective=minirl"]),
+    ("_objective", "run", ["objective.kl_coef=0.1"], {}, ["objective.kl_coef 0.1", "set it to 0"]),
+    ("_minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
+    (
+        "_minibatches",
+        "run",
+        ["batch.prompts=1", "batch.minibatches=1", "batch.group=2", "parallel.tp=1", "parallel.pp=1"],
+        {},
+        ["mini-batch of 2 responses", "4 data-parallel ranks", "raise"],
+    ),
+    ("_group", "run", ["batch.group=1"], {}, ["batch.group 1", "'mean'", "batch.group=2"]),
+    ("_sft_batch", "sft", ["sft.batch=1", "parallel.tp=1", "parallel.pp=1"], {}, ["sft.batch 1 cannot feed 4", "raise sft.batch"]),
+    ("_replay", "run", ["batch.minibatches=2"], {}, ["replay.mode R2", "set replay.mode=R3"]),
+    ("_lag", "run", ["rollout.max_lag=2"], {}, ["rollout.max_lag 2", "set rollout.max_lag=0"]),
+    ("_lengths", "run", ["rollout.max_new_tokens=2000"], {}, ["max_new_tokens 2000 = 2064", "max_position_embeddings 2048", "lower"]),
+    ("_micro_batch", "run", ["engine.micro_batch_tokens=100"], {}, ["engine.micro_batch_tokens 100", "raise it to 128"]),
+    ("_rollout_tp", "rollout", ["rollout.tp=3", "launch.store=127.0.0.1:1"], {}, ["rollout.tp 3", "attention heads, 4"]),
+    ("_store", "run", ["launch.store=here"], {}, ["launch.store 'here' is not host:port", "e.g."]),
+    ("_store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
+    ("_store", "run", ["launch.store=192.0.2.1:29600"], {}, ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"]),
+]
+APART = {"_model_weights", "_tokenizer"}  # tests of their own below
+
+
+@pytest.mark.parametrize(("name", "command", "overrides", "hf", "says"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+def test_refusal(
+    run_yaml: Path, hf_config: dict[str, Any], name: str, command: str, overrides: list[str], hf: dict[str, Any], says: list[str]
+) -> None:
+    (run_yaml.parent / "model" / "config.json").write_text(json.dumps(hf_config | hf))
+    config = load_config(run_yaml, overrides)
+    with pytest.raises(UserError) as error:
+        refusals.check(config, command)
+    line = str(error.value)
+    assert "\n" not in line
+    for words in says:
+        assert words in line, line
+    if name != "_reward":  # which raises by itself
+        case = refusals.Case(command, config, config.launch.trainers)
+        assert getattr(refusals, name)(case) == line
+
+
+def test_every_refusal_of_the_table_has_a_case() -> None:
+    assert {refusal.__name__ for refusal, _ in refusals.REFUSALS} == {case[0] for case in CASES} | APART
+
+
+@pytest.mark.parametrize("command", ["run", "sft", "score", "generate"])
+def test_nothing_is_refused_where_nothing_is_wrong(run_yaml: Path, command: str) -> None:
+    refusals.check(load_config(run_yaml), command)
+
+
+def test_a_dense_model_is_refused_replay_and_expert_parallelism(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dense family has a weight map yet: the check itself is held with Megatron's names of a dense model."""
+    config = load_config(run_yaml)
+    case = refusals.Case("run", config, 4)
+    case.__dict__["model"] = {**case.model, "num_moe_experts": None}
+    assert "replay.mode R3 needs a MoE model" in (refusals._replay(case) or "")
+    assert "ep 2, etp 1: the model has no experts" in (refusals._experts(case) or "")
+
+
+def test_weights_that_are_missing(run_yaml: Path) -> None:
+    folder = run_yaml.parent / "model"
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no \*\.safetensors"):
+        refusals.check(load_config(run_yaml), "score")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match="lacks model-00001-of-00002.safetensors, which its index names"):
+        refusals.check(load_config(run_yaml), "score")
+
+
+def test_a_tokenizer_that_is_missing(run_yaml: Path) -> None:
+    (run_yaml.parent / "model" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        refusals.check(load_config(run_yaml))
+    refusals.check(load_config(run_yaml), "score")  # token ids in, numbers out
+
+
+def test_config_json_that_is_broken(run_yaml: Path) -> None:
+    (run_yaml.parent / "model" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        refusals.check(load_config(run_yaml))
+
+
+def test_a_port_in_use(run_yaml: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        config = load_config(run_yaml, [f"launch.store=127.0.0.1:{other.getsockname()[1]}"])
+        with pytest.raises(UserError, match="the port is in use; give another"):
+            refusals.check(config)
+        refusals.check(config, "rollout")  # joins that store
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_run_dir_that_cannot_be_written(run_yaml: Path) -> None:
+    run_yaml.parent.joinpath("locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        refusals.check(load_config(run_yaml, [f"run.dir={run_yaml.parent}/locked/run"]))
+
+
+def test_the_world_of_an_outer_torchrun_counts(run_yaml: Path) -> None:
+    with pytest.raises(UserError, match="there are 2"):
+        refusals.check(load_config(run_yaml), "train", world_size=2)
