@@ -6,7 +6,7 @@ routes and rows correspond one to one. Everything per token (labels, masks, log-
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,17 +46,19 @@ class Pack:
     tokens: Tensor  # int64 [T]
     labels: Tensor  # int64 [T]; 0 where there is none
     mask: Tensor  # float32 [T]; 1 where the row predicts a response token
-    seq_ids: Tensor  # int64 [T]: place in `responses`; padding has len(responses)
+    seq_ids: Tensor  # int64 [T]: place in `responses`; -1 is padding
     positions: Tensor  # int64 [T]
     sequences: PackedSequences
     rollout_logprobs: Tensor  # float32 [T]
     advantages: Tensor  # float32 [T]
+    group_ids: Tensor  # int64 [T]: the prompt of the response; -1 is padding
+    denominators: Tensor  # float32 [T]: what each token's loss is divided by (megarl.objective.denominators)
     old_logprobs: Tensor | None = None  # float32 [T], on the last stage
     routes: Tensor | None = None  # int16 [rows of this rank, its MoE layers, K], the rollout's
     present: Tensor | None = None  # bool [rows of this rank]
-    own_old: Tensor | None = None  # int16, the trainer's own routes of the pi_old pass, shaped as routes
-    gap: Tensor | None = None  # float32 [rows of this rank, its MoE layers]
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    own: Tensor | None = None  # int16, shaped as routes: the top-k of the live scores in the last pass that ran
+    gap: Tensor | None = None  # float32 [rows of this rank, its MoE layers]: how far `routes` lie below the own choice
+    own_old: Tensor | None = None  # int16, `own` of the pi_old pass
 
     @property
     def padded(self) -> int:
@@ -133,11 +135,13 @@ def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int]
         tokens=torch.cat([t[:-1] for t in tokens] + [zeros]),
         labels=torch.cat([t[1:] for t in tokens] + [zeros]),
         mask=mask,
-        seq_ids=torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(spans)),
+        seq_ids=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [zeros - 1]),
         positions=torch.cat([torch.arange(n) for n in spans]),
         sequences=packed_sequences(cu_seqlens),
         rollout_logprobs=torch.zeros(total),
         advantages=torch.zeros(total),
+        group_ids=torch.full((total,), -1),
+        denominators=torch.ones(total),
     )
 
 

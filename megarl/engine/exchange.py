@@ -51,14 +51,15 @@ def exchange(
     assignment: list[list[list[int]]],
     metas: Sequence[Meta],
     advantages: Tensor,
+    denominators: Tensor,
     responses: dict[int, Response],
     parallel: Parallel,
     routes: RouteShape | None,
 ) -> tuple[list[Pack], int]:
     """This rank's packs, filled, and the bytes of routes it received.
 
-    assignment: packs[replica][pack] -> indices into metas. responses: those this rank fetched, by the same index.
-    routes: None if none travel.
+    assignment: packs[replica][pack] -> indices into metas. advantages, denominators: [len(metas)]. responses: those this rank fetched,
+    by the same index. routes: None if none travel.
     """
     layout, me = parallel.layout, parallel.coord
     shares = {rank: _shares(assignment[layout.coord(rank).dp], metas, layout, layout.coord(rank)) for rank in range(layout.world)}
@@ -70,7 +71,12 @@ def exchange(
             outgoing[rank] = b"".join(_encode(s, responses[s.response], layers, routes) for s in items if s.response in responses)
     sizes = {o: sum(_size(s, metas[s.response], me, routes) for s in shares[me.rank] if metas[s.response].owner == o) for o in owners}
     incoming = _swap(outgoing, sizes, parallel)
-    return _fill(assignment[me.dp], shares[me.rank], metas, advantages, incoming, parallel, routes)
+    packs, received = _fill(assignment[me.dp], shares[me.rank], metas, incoming, parallel, routes)
+    for pack in packs:
+        for start, i in zip(pack.starts, pack.responses):
+            rows = slice(start, start + metas[i].rows)
+            pack.advantages[rows], pack.denominators[rows], pack.group_ids[rows] = advantages[i], denominators[i], metas[i].prompt
+    return packs, received
 
 
 def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord: Coord) -> list[_Share]:
@@ -125,7 +131,6 @@ def _fill(
     packs: list[list[int]],
     shares: list[_Share],
     metas: Sequence[Meta],
-    advantages: Tensor,
     incoming: dict[int, bytes],
     parallel: Parallel,
     routes: RouteShape | None,
@@ -151,8 +156,6 @@ def _fill(
         prompt_lens = [metas[i].prompt_len for i in members]
         pack = make_pack(members, [tokens[i] for i in members], prompt_lens, parallel.layout)
         pack.rollout_logprobs = scatter_rows(pack, [logprobs[i] for i in members], prompt_lens)
-        for start, i in zip(pack.starts, members):
-            pack.advantages[start : start + metas[i].rows] = float(advantages[i])
         filled.append(pack)
     if routes is not None:
         _place_routes(filled, pieces, parallel, routes, layers)
@@ -161,15 +164,29 @@ def _fill(
 
 def _place_routes(filled: list[Pack], pieces: list[tuple[_Share, Tensor]], parallel: Parallel, routes: RouteShape, layers: int) -> None:
     for pack in filled:
-        rows = router_rows(pack.padded, parallel.layout, parallel.coord)
-        each = rows.stop - rows.start
-        pack.routes = spread_routes(each, layers, routes.num_experts, routes.top_k, start=rows.start).to(torch.int16)
-        pack.present = torch.arange(rows.start, rows.stop) >= pack.rows  # padding replays its spread routes
+        _spread(pack, parallel, routes, layers)
     for share, piece in pieces:
         pack = filled[share.pack]
         assert pack.routes is not None and pack.present is not None
         pack.routes[share.row : share.row + len(piece)] = piece
         pack.present[share.row : share.row + len(piece)] = True
+
+
+def _spread(pack: Pack, parallel: Parallel, routes: RouteShape, layers: int) -> None:
+    rows = router_rows(pack.padded, parallel.layout, parallel.coord)
+    spread = spread_routes(rows.stop - rows.start, layers, routes.num_experts, routes.top_k, start=rows.start)
+    pack.routes = spread.to(torch.int16)
+    pack.present = torch.arange(rows.start, rows.stop) >= pack.rows  # padding replays its spread routes
+
+
+def attach_routes(pack: Pack, full: Tensor, parallel: Parallel, routes: RouteShape) -> None:
+    """Gives a pack this rank's part of routes that every rank has: full is [rows without padding, all MoE layers, K]."""
+    layers = list(routes.layers_of_stage[parallel.coord.pp])
+    _spread(pack, parallel, routes, len(layers))
+    rows = router_rows(pack.padded, parallel.layout, parallel.coord)
+    mine = full[rows][:, layers].to(torch.int16)
+    assert pack.routes is not None and pack.present is not None
+    pack.routes[: len(mine)], pack.present[: len(mine)] = mine, True
 
 
 class _Reader:

@@ -122,7 +122,7 @@ class Engine:
     def _keep_routes(self, pack: Pack, records: list[Recorded]) -> None:
         stacked = [record.stacked() for record in records if record.own]
         if stacked:
-            pack.extra["own"] = torch.cat([own for own, _ in stacked], dim=1)
+            pack.own = torch.cat([own for own, _ in stacked], dim=1)
             if stacked[0][1] is not None:
                 pack.gap = torch.cat([gap for _, gap in stacked if gap is not None], dim=1)
 

@@ -1,0 +1,41 @@
+"""From a config to an engine that is ready to score or to train, on every rank."""
+
+from __future__ import annotations
+
+from megarl.config import Config
+from megarl.engine.device import setup_device
+
+DEVICE = setup_device()  # before anything below imports megatron-core
+
+from megarl.engine.exchange import RouteShape  # noqa: E402
+from megarl.engine.model import Model, build_model, load_hf, wrap_for_training  # noqa: E402
+from megarl.engine.optim import build_optimizer  # noqa: E402
+from megarl.engine.parallel import Parallel, init_parallel  # noqa: E402
+from megarl.engine.step import Engine  # noqa: E402
+from megarl.weights.weight_map import WeightMap, load_hf_config  # noqa: E402
+
+
+def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float = 1.0) -> Engine:
+    """Process groups, model filled from model.path, and, with optimizer_steps > 0, gradient buffers, optimizer and schedule."""
+    parallel = init_parallel(config.parallel, DEVICE, config.run.seed)
+    model = build_model(config, WeightMap(load_hf_config(config.model.path)), parallel)
+    load_hf(model, config.model.path)
+    if optimizer_steps:
+        wrap_for_training(model, config)
+    engine = Engine(model, temperature)
+    if optimizer_steps:
+        engine.set_optimizer(*build_optimizer(config, model, optimizer_steps))
+    return engine
+
+
+def route_shape(model: Model) -> RouteShape:
+    """What the exchange must know to send each rank its own layers' routes, in the rank's order (chunk by chunk)."""
+    layout, order = model.parallel.layout, {layer: i for i, layer in enumerate(model.weight_map.moe_layers)}
+    stages = tuple(
+        tuple(order[x] for chunk in range(layout.vpp) for x in layout.stage_layers(model.weight_map.num_layers, pp, chunk) if x in order)
+        for pp in range(layout.pp)
+    )
+    return RouteShape(stages, model.weight_map.num_experts, model.weight_map.top_k)
+
+
+__all__ = ["DEVICE", "Engine", "Parallel", "build_engine", "route_shape"]

@@ -1,0 +1,105 @@
+"""Checkpoints of a run: megatron-core's torch_dist format, made whole by a rename.
+
+A checkpoint is written under a name that starts with a dot and renamed when everything is on disk, so a folder checkpoints/step_N is
+always whole, whatever killed the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from megarl.engine.step import Engine
+from megarl.errors import UserError
+
+STATE = "megarl.json"
+NAME = re.compile(r"step_(\d+)$")
+
+
+def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Writes folder/step_N with model, optimizer, schedule, generator and `state` (plain JSON); keeps the newest `keep`."""
+    main = dist.get_rank() == 0
+    partial, whole = folder / f".step_{step}.partial", folder / f"step_{step}"
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded(engine, loading=False), str(partial))
+    dist.barrier()
+    if main:
+        state = {**state, "step": step, "scheduler": engine.scheduler.state_dict(), "rng": torch.get_rng_state().tolist()}
+        (partial / STATE).write_text(json.dumps(state))
+        shutil.rmtree(whole, ignore_errors=True)
+        _flush_to_disk(partial)
+        partial.rename(whole)
+        for old in whole_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return whole
+
+
+def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
+    """Fills the engine from a whole checkpoint; returns its `state`."""
+    state = json.loads((path / STATE).read_text())
+    try:
+        loaded = dist_checkpointing.load(_sharded(engine, loading=True), str(path))
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {str(path)!r} does not fit this model or layout ({' '.join(str(error).split())[:200]}); "
+            "resume with the config it was written with, or give another run.dir"
+        ) from error
+    for i, chunk in enumerate(engine.model.bare):
+        wrong = chunk.load_state_dict(loaded[_key(engine, i)], strict=False)
+        missing = [name for name in [*wrong.missing_keys, *wrong.unexpected_keys] if "_extra_state" not in name]
+        if missing:
+            raise UserError(f"checkpoint {str(path)!r} does not fit this model: {missing[0]!r}; give another run.dir")
+    engine.optimizer.load_state_dict(loaded["optimizer"])
+    _unshare_steps(engine)
+    engine.scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
+    return state
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in folder.glob("step_*") if NAME.match(path.name) and (path / STATE).is_file()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _key(engine: Engine, chunk: int) -> str:
+    return "model" if len(engine.model.bare) == 1 else f"model{chunk}"
+
+
+def _sharded(engine: Engine, loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    sharded: dict[str, Any] = {_key(engine, i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.model.bare)}
+    sharded["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=metadata)
+    return sharded
+
+
+def _unshare_steps(engine: Engine) -> None:
+    """torch's Adam keeps a step tensor a parameter; after loading, megatron-core 0.16 has them share one, which then counts too fast."""
+    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        for state in getattr(optimizer, "optimizer", optimizer).state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """The rename must not reach the disk before what it names."""
+    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

@@ -1,0 +1,116 @@
+"""The loop: roll out, recompute, update, sync. `torchrun ... -m megarl.train CONFIG [key=value ...]`; every rank runs the same."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from megarl.collect import Collector, Values
+from megarl.config import Config, dump_config, load_config
+from megarl.data import Prompt, PromptStream, load_prompts
+from megarl.engine.build import build_engine
+from megarl.engine.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
+from megarl.engine.parallel import destroy_parallel
+from megarl.learn import Learner
+from megarl.refit import Refit
+from megarl.report.metrics import MetricsLogger
+from megarl.report.progress import Progress
+from megarl.report.samples import write_samples
+from megarl.rollout.fleet import Fleet
+
+
+def main(argv: list[str]) -> int:
+    config = load_config(argv[0], argv[1:])
+    engine = build_engine(config, optimizer_steps=config.train.steps * config.batch.minibatches, temperature=config.rollout.temperature)
+    parallel = engine.model.parallel
+    tokenizer = load_tokenizer(config.model.path)
+    prompts, validation = load_data(config, tokenizer)
+    stream = PromptStream(len(prompts), config.run.seed, config.data.shuffle)
+    folder = Path(config.run.dir) / "checkpoints"
+    step = done = 0  # rollout steps, optimizer steps
+    if whole := whole_checkpoints(folder):
+        state = load_checkpoint(engine, whole[-1])
+        step, done = state["step"], state["optimizer_steps"]
+        stream.load_state_dict(state["stream"])
+
+    output = Output(config, step) if parallel.is_main else None
+    fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest)
+    collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
+    learner, refit = Learner(config, engine), Refit(config, engine, fleet)
+    try:
+        refit.sync(done)
+        while step < config.train.steps:
+            start = time.perf_counter()
+            fleet.check()
+            with fleet.watched():
+                batch = collector.collect([prompts[i] for i in stream.next(config.batch.prompts)], step, done)
+            metrics: Values = {**batch.metrics, **learner.learn(batch.minibatches)}
+            step, done = step + 1, done + config.batch.minibatches
+            metrics |= refit.sync(done)
+            metrics |= rates(metrics, time.perf_counter() - start)
+            last = step == config.train.steps
+            if validation and (last or (config.eval.every and step % config.eval.every == 0)):
+                with fleet.watched():
+                    metrics |= collector.evaluate(validation, config.eval.samples, config.eval.temperature)
+            if output:
+                output.write(step, metrics, batch.samples)
+            if last or (config.run.save_every and step % config.run.save_every == 0):
+                state = {"optimizer_steps": done, "stream": stream.state_dict()}
+                save_checkpoint(engine, folder, step, state, config.run.keep)
+    finally:
+        fleet.close()
+    if output:
+        output.close()
+    destroy_parallel()
+    return 0
+
+
+def rates(metrics: Values, seconds: float) -> Values:
+    """time/step_s and tokens a second: of the whole step, and of its updates alone."""
+    tokens, update = metrics["response/tokens"], metrics["time/update_s"]
+    assert isinstance(tokens, float) and isinstance(update, float)
+    return {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds, "throughput/train_tokens_per_s": tokens / update}
+
+
+def load_tokenizer(path: str):  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_data(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:  # type: ignore[no-untyped-def]
+    """Training and validation prompts; the latter empty where evaluation is off."""
+    limits = dict(max_tokens=config.rollout.max_prompt_tokens, on_bad_line=config.data.on_bad_line)
+    prompts, bad = load_prompts(config.data.prompts, tokenizer, **limits)  # type: ignore[arg-type]
+    if bad:
+        print(f"{config.data.prompts}: skipped {bad} bad lines, kept {len(prompts)}")
+    if not config.eval.prompts:
+        return prompts, []
+    return prompts, load_prompts(config.eval.prompts, tokenizer, **limits)[0][: config.eval.max_prompts]  # type: ignore[arg-type]
+
+
+class Output:
+    """What people see, on rank 0: metrics.jsonl, TensorBoard, rollouts/, config.yaml and the live line."""
+
+    def __init__(self, config: Config, resumed: int) -> None:
+        self.dir = Path(config.run.dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "config.yaml").write_text(dump_config(config))
+        self.logger = MetricsLogger(self.dir, config.run.tensorboard, resumed)
+        self.progress = Progress(config.train.steps)
+        if resumed:
+            print(f"resuming after step {resumed}")
+
+    def write(self, step: int, metrics: Values, samples: list) -> None:  # type: ignore[type-arg]
+        self.logger.log(step, metrics)
+        self.progress.update(step, metrics)
+        if samples:
+            write_samples(self.dir, step, samples)
+
+    def close(self) -> None:
+        self.logger.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
