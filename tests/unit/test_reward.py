@@ -14,8 +14,8 @@ from megarl.reward import get_reward
 @pytest.mark.parametrize(
     ("name", "response", "answer", "value"),
     [
-        ("digit_sum", "315675", "5", 1.0),
-        ("digit_sum", "315675\n", "5", 1.0),
+        ("digit_sum", "31568", "8", 1.0),
+        ("digit_sum", "31568\n", "8", 1.0),
         ("digit_sum", "5156", "5", 0.0),
         ("digit_sum", "", "5", 0.0),
         ("exact_match", " 42\n", "42", 1.0),
