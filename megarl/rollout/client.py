@@ -100,7 +100,7 @@ class RolloutClient:
         return [group for part in self._on_all(lambda i: one(self.servers[i], chunks[i])) for group in part]
 
     def score(self, tokens: list[int], server: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-        """Teacher-forced at temperature 1: log-probabilities float32 [T-1] (entry i scores token i+1) and the routes [T-1, L, K] of that pass."""
+        """Teacher-forced at temperature 1: log-probabilities float32 [T-1] (entry i scores token i+1), that pass's routes [T-1, L, K]."""
         _, arrays = decode(self.servers[server].post("/megarl/score", {"tokens": tokens}))
         return arrays["logprobs"], arrays.get("routes")
 

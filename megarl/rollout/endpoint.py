@@ -37,7 +37,8 @@ class RolloutEndpoint:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         request = await _body(receive)
         engine = scope["app"].state.engine_client
         work = asyncio.ensure_future(self._answer(scope["path"].removeprefix(PREFIX), engine, request))
@@ -45,7 +46,7 @@ class RolloutEndpoint:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             work.cancel()  # the caller went away: vLLM aborts its requests
-            return None
+            return
         gone.cancel()
         status, body = work.result()
         headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/octet-stream")]
@@ -99,10 +100,8 @@ class RolloutEndpoint:
 
 async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]) -> RequestOutput:
     params = SamplingParams(**sampling, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-    final = None
-    async for final in engine.generate(tokens_input(prompt), params, f"megarl-{next(_numbers)}"):
-        pass
-    return final
+    outputs = [output async for output in engine.generate(tokens_input(prompt), params, f"megarl-{next(_numbers)}")]
+    return outputs[-1]
 
 
 async def _sync(engine: EngineClient, step: str, request: dict[str, Any]) -> bytes:

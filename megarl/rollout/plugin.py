@@ -5,11 +5,15 @@ In a vLLM process that is not ours it repairs one bug (weights updated in place 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+
 BACKEND = "megarl"
+OWN_SERVER = "MEGARL_ROLLOUT"  # set in the environment of the servers that megarl starts
 
 
 def register() -> None:
-    """Called by vLLM. Raises RuntimeError in our own servers when vLLM is another version than the patches were written for."""
+    """Called by vLLM."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
@@ -19,3 +23,7 @@ def register() -> None:
         from megarl.rollout import vllm_patches
 
         vllm_patches.apply()
+    if OWN_SERVER in os.environ and (parent := multiprocessing.parent_process()) is not None:
+        from megarl.launch.lifeline import die_with_parent
+
+        die_with_parent(parent.pid)  # vLLM's engine outlives an API server that is killed

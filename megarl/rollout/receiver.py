@@ -25,7 +25,6 @@ class Meeting(WeightTransferInitInfo):
     world_size: int
     rank_offset: int
     timeout_s: float
-    interface: str | None = None
 
 
 @dataclass
@@ -51,9 +50,7 @@ class WeightReceiver(WeightTransferEngine[Meeting, BucketHeader]):
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         timeout = timedelta(seconds=init_info.timeout_s)
         store = dist.TCPStore(init_info.store_host, init_info.store_port, is_master=False, timeout=timeout)
-        self._group = WeightGroup(
-            store, init_info.group, rank, init_info.world_size, init_info.timeout_s, torch.device(self.device), init_info.interface
-        )
+        self._group = WeightGroup(store, init_info.group, rank, init_info.world_size, init_info.timeout_s, torch.device(self.device))
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)

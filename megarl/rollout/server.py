@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,36 +19,39 @@ import torch.distributed as dist
 
 from megarl.config import Config
 from megarl.errors import UserError
+from megarl.launch.lifeline import die_with_parent
 from megarl.rollout import coordinator
 from megarl.rollout.coordinator import WorkerInfo
+from megarl.rollout.plugin import BACKEND, OWN_SERVER
+from megarl.rollout.serverlog import first_error, log_tail
 
 CANARY_TOKENS = 64  # a weight sync is checked by scoring this many tokens: the server's context holds them and one more
-TAIL_LINES = 15
 STOP_S = 4.0  # between SIGTERM and SIGKILL
-PR_SET_PDEATHSIG = 1
 
 
 class _Stopped(Exception):
-    """SIGTERM or SIGINT reached the supervisor, or the one who started it died."""
+    """SIGTERM or SIGINT reached the supervisor."""
 
 
 def run_rollout(config: Config, store_host: str, store_port: int) -> int:
-    """Runs until the trainers ask it to stop (returns 0), a signal comes (130), or the server or the store is lost (1, with one line on stderr)."""
-    check_installed()
-    parent = os.getppid()
+    """Runs until the trainers ask it to stop (returns 0), a signal comes (128 + its number), or the server or the store is lost (1).
 
-    def stop(*_: object) -> None:
-        raise _Stopped
+    What went wrong is one line on stderr, and in the store. Whoever starts this should make it die with its parent (megarl.launch does).
+    """
+    check_installed()
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     child = log = None
     try:
         log = _open_log(config)
         port = _free_port()
-        child = start_server(config, port, log)
-        return _supervise(config, child, log, port, store_host, store_port, parent)
-    except _Stopped:
-        return 130
+        child = start_server(config, port, store_host, log)
+        return _supervise(config, child, log, port, store_host, store_port)
+    except _Stopped as stopped:
+        return 128 + stopped.args[0]
     finally:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)
@@ -80,7 +82,7 @@ def server_command(config: Config, port: int) -> list[str]:
     # A request with a seed kills the engine where prefill is chunked (spec/engines.md): every prompt goes in at once.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 4096))]
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enable-scale-out", "--skip-tokenizer-init"]
-    command += ["--weight-transfer-config", json.dumps({"backend": "megarl"}), "--seed", str(config.run.seed)]
+    command += ["--weight-transfer-config", json.dumps({"backend": BACKEND}), "--seed", str(config.run.seed)]
     command += ["--middleware", "megarl.rollout.endpoint.RolloutEndpoint"]
     command += ["--worker-extension-cls", "megarl.rollout.extension.WorkerExtension"]
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
@@ -97,41 +99,40 @@ def server_command(config: Config, port: int) -> list[str]:
     return command
 
 
-def server_environment() -> dict[str, str]:
-    """The server's environment: no telemetry, no downloads, one thread a CPU worker, our plugin allowed."""
+def server_environment(config: Config, store_host: str) -> dict[str, str]:
+    """The server's environment: no telemetry, no downloads; on a CPU one thread a worker, and the worker inside the engine's process."""
     ours = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        OWN_SERVER: "1",
     }
-    if torch.cuda.is_available():
-        del ours["OMP_NUM_THREADS"], ours["VLLM_CPU_OMP_THREADS_BIND"]
+    interface = config.launch.interface or ("lo" if store_host in ("127.0.0.1", "localhost") else None)
+    if interface:
+        ours["GLOO_SOCKET_IFNAME"] = interface
+    if config.rollout.enforce_eager:
+        ours["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles a few helpers even so, which costs 20 s and a C++ compiler
+    if not torch.cuda.is_available():
+        ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        if config.rollout.tp == 1:
+            ours["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no worker process of its own: 10 s and 600 MB less
     return {**os.environ, **ours}
 
 
-def start_server(config: Config, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def start_server(config: Config, port: int, store_host: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Starts the server in a process group of its own; it dies with this process, however this process dies."""
     supervisor = os.getpid()
-    libc = ctypes.CDLL(None)  # loaded before the fork
-
-    def die_with_parent() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != supervisor:
-            os._exit(1)
-
     return subprocess.Popen(
         server_command(config, port),
-        env=server_environment(),
+        env=server_environment(config, store_host),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=lambda: die_with_parent(supervisor, signal.SIGKILL),
     )
 
 
@@ -153,8 +154,8 @@ def _signal_group(group: int, number: int) -> bool:
         return False
 
 
-def _supervise(config: Config, child: subprocess.Popen[bytes], log: IO[bytes], port: int, host: str, store_port: int, parent: int) -> int:
-    store = _join(config, child, parent, host, store_port)
+def _supervise(config: Config, child: subprocess.Popen[bytes], log: IO[bytes], port: int, host: str, store_port: int) -> int:
+    store = _join(config, child, host, store_port)
     index = coordinator.claim_index(store)
     path = Path(log.name).with_name(f"rollout_{index}.log")
     os.replace(log.name, path)
@@ -178,14 +179,13 @@ def _supervise(config: Config, child: subprocess.Popen[bytes], log: IO[bytes], p
                     coordinator.worker_left(store, index)
                     return 0
                 next_beat = time.monotonic() + coordinator.BEAT_S
-            _check_parent(parent)
             time.sleep(0.1)
     except dist.DistError:
         print(f"megarl: error: rollout worker {index}: the run's store {host}:{store_port} is gone, stopping", file=sys.stderr)
         return 1
 
 
-def _join(config: Config, child: subprocess.Popen[bytes], parent: int, host: str, port: int) -> dist.TCPStore:
+def _join(config: Config, child: subprocess.Popen[bytes], host: str, port: int) -> dist.TCPStore:
     """Connects to the run's store, which may come up after this worker did."""
     deadline = time.monotonic() + config.rollout.start_timeout_s
     while True:
@@ -197,28 +197,16 @@ def _join(config: Config, child: subprocess.Popen[bytes], parent: int, host: str
                 raise UserError(f"run store {host}:{port}: nothing answered: start the trainers, or correct launch.store") from None
         if child.poll() is not None and time.monotonic() + 30 < deadline:
             deadline = time.monotonic() + 30  # the server is gone already: wait only to say so
-        _check_parent(parent)
         time.sleep(0.2)
 
 
-def _check_parent(parent: int) -> None:
-    if os.getppid() != parent and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the parent may go
-        raise _Stopped
-
-
 def _failed(store: dist.Store, info: WorkerInfo, what: str) -> int:
-    tail = log_tail(Path(info.log))
-    line = f"rollout worker {info.index} (pid {info.pid} on {info.host}): the vLLM server {what}; last lines of {info.log}:"
-    coordinator.report_failure(store, info.index, f"{line}\n{tail}")
-    print(f"megarl: error: {line}\n{tail}", file=sys.stderr)
+    cause = first_error(Path(info.log))
+    line = f"rollout worker {info.index} (pid {info.pid} on {info.host}): the vLLM server {what}{f': {cause}' if cause else ''}"
+    text = f"{line}; last lines of {info.log}:\n{log_tail(Path(info.log))}"
+    coordinator.report_failure(store, info.index, text)
+    print(f"megarl: error: {text}", file=sys.stderr)
     return 1
-
-
-def log_tail(path: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log, read from its end."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 64 * 1024))
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
 
 def _open_log(config: Config) -> IO[bytes]:

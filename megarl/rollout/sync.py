@@ -30,10 +30,10 @@ class SyncReport:
 class BroadcastSync:
     """Held by one trainer rank, the sender. One that raised is spent: connect a new one."""
 
-    def __init__(self, store_host: str, store_port: int, timeout_s: float, interface: str | None, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, store_host: str, store_port: int, timeout_s: float, bucket_bytes: int = BUCKET_BYTES) -> None:
         """`store_host`, `store_port`: the run's store. `timeout_s` bounds connect and every push."""
         self._store_host, self._store_port = store_host, store_port
-        self._timeout_s, self._interface, self._bucket_bytes = timeout_s, interface, bucket_bytes
+        self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
         self._servers: list[Server] = []
         self._group: WeightGroup | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -51,11 +51,10 @@ class BroadcastSync:
             "group": name,
             "world_size": 1 + sum(worker.tp for worker in workers),
             "timeout_s": self._timeout_s,
-            "interface": self._interface,
         }
         offsets = [1 + sum(worker.tp for worker in workers[:i]) for i in range(len(workers))]
         posts = self._post_all("init", [{**meeting, "rank_offset": offset} for offset in offsets])
-        self._group = WeightGroup(store, name, 0, meeting["world_size"], self._timeout_s, device, self._interface)
+        self._group = WeightGroup(store, name, 0, meeting["world_size"], self._timeout_s, device)
         self._await(posts, None)
 
     def push(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:

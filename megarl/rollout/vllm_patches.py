@@ -55,7 +55,8 @@ def _allow_routes_with_our_worker() -> None:
 
     def _verify(self: Any) -> None:
         if not self.aux_output_config.enabled or self.parallel_config.worker_cls != WORKER:
-            return original(self)
+            original(self)
+            return
         if not self.model_config.is_moe:
             raise ValueError("routes were asked of a model without experts: set replay.mode=none replay.metrics=false")
         if not self.cache_config.enable_prefix_caching or self.parallel_config.pipeline_parallel_size > 1 or self.speculative_config:

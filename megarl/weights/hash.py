@@ -9,4 +9,4 @@ import xxhash
 def tensor_hash(tensor: torch.Tensor) -> str:
     """Hexadecimal XXH3-64 of the tensor's bytes in row-major order, whatever its device, dtype or strides."""
     raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_64_hexdigest(memoryview(raw.numpy()))
+    return xxhash.xxh3_64_hexdigest(raw.numpy().data)

@@ -17,26 +17,21 @@ SENDER = 0
 class WeightGroup:
     """A broadcast group over gloo, or over NCCL when `device` is CUDA (that branch has never been run)."""
 
-    def __init__(
-        self, store: dist.Store, name: str, rank: int, world_size: int, timeout_s: float, device: torch.device, interface: str | None
-    ) -> None:
-        """Meets the other ranks in `store` under `name`, which must be fresh. `interface`: gloo's network interface, None its own choice.
+    def __init__(self, store: dist.Store, name: str, rank: int, world_size: int, timeout_s: float, device: torch.device) -> None:
+        """Meets the other ranks in `store` under `name`, which must be fresh. gloo listens where GLOO_SOCKET_IFNAME says.
 
         Raises RuntimeError when the others have not come within `timeout_s`.
         """
-        self.device = device
         timeout = timedelta(seconds=timeout_s)
         meeting = dist.PrefixStore(f"weights/{name}", store)
         meeting.set_timeout(timeout)
         self._group: Any
         if device.type == "cuda":
-            self._group = dist.ProcessGroupNCCL(meeting, rank, world_size, timeout)
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(meeting, rank, world_size, nccl)
         else:
-            options = dist.ProcessGroupGloo._Options()
-            options._timeout = timeout
-            create = dist.ProcessGroupGloo.create_device
-            options._devices = [create(interface=interface) if interface else dist.ProcessGroupGloo.create_default_device()]
-            self._group = dist.ProcessGroupGloo(meeting, rank, world_size, options)
+            self._group = dist.ProcessGroupGloo(meeting, rank, world_size, timeout)
 
     def broadcast(self, buffer: torch.Tensor) -> dist.Work:
         """Starts to send (rank 0) or receive (the others) a contiguous buffer; the work's wait() ends within `timeout_s`."""
