@@ -106,11 +106,10 @@ def label(value: float, step: float | None = None) -> str:
     """As few characters as tell two ticks apart that lie `step` apart."""
     if value == 0:
         return "0"
-    if abs(value) < 1e-3 or abs(value) >= 1e5:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    if step is None:
-        return f"{value:g}"
-    return f"{value:.{max(0, -math.floor(math.log10(step)))}f}"
+    size, least = (math.floor(math.log10(abs(x)) + 1e-9) for x in (value, step or value))
+    if size < -3 or size >= 5:
+        return f"{value:.{max(0, size - least)}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return f"{value:.{max(0, -least)}f}"
 
 
 def line_chart(steps: list[int], series: list[Series], *, log: bool = False, low: float | None = None, high: float | None = None) -> str:

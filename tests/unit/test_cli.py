@@ -1,0 +1,107 @@
+"""The command line as a user meets it: one line for a mistake, nothing started by a dry run, nothing heavy imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarl.cli import COMMANDS, main
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rnu"], "invalid choice: 'rnu'"),
+        ([], "the following arguments are required: COMMAND; see megarl --help"),
+        (["run"], "the following arguments are required: CONFIG; see megarl run --help"),
+        (["run", "nowhere.yaml"], "config file 'nowhere.yaml' does not exist"),
+        (["report", "nowhere"], "run folder 'nowhere' has no metrics.jsonl"),
+        (["score", "c.yaml"], "the following arguments are required: --input, --output"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(argv)
+    except SystemExit as exit:  # argparse's way
+        status = exit.code
+    err = capfd.readouterr().err
+    assert status == 2 and err.startswith("megarl: error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_mistake_in_the_config(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(run_yaml), "train.stepz=1"]) == 2
+    assert capfd.readouterr().err == "megarl: error: unknown config key 'train.stepz'; did you mean 'train.steps'?\n"
+
+
+def test_an_input_that_is_missing(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(run_yaml), "--input", "nowhere.jsonl", "--output", "out.jsonl"]) == 2
+    assert "--input 'nowhere.jsonl' does not exist" in capfd.readouterr().err
+
+
+def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    out = capfd.readouterr().out
+    assert exit.value.code == 0 and all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_a_dry_run_prints_all_and_starts_nothing(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--dry-run", str(run_yaml), "rollout.engines=2"]) == 0
+    out = capfd.readouterr().out
+    assert "layout: tp 2, pp 2, vpp 1, ep 2, etp 1, cp 1, dp 1, sequence parallelism on" in out
+    assert "step: 16 prompts x 8 responses = 128, replay R3" in out
+    assert "update: 4 mini-batch(es) of 4 groups, at most 32 responses a data-parallel rank" in out
+    assert f"-m megarl.launch.rank {run_yaml.parent}/run/logs megarl.train {run_yaml} rollout.engines=2 launch.store=127.0.0.1:" in out
+    assert "--nproc-per-node=4" in out and out.count("-m megarl.cli rollout") == 2 and "OMP_NUM_THREADS=" in out
+    assert not (run_yaml.parent / "run").exists()
+
+
+def test_options_of_score_reach_the_ranks(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given = str(run_yaml.parent / "prompts.jsonl")
+    assert main(["score", str(run_yaml), "score.temperature=0.7", "--input", given, "--output", "o.jsonl", "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    assert (
+        f"megarl.score {run_yaml} score.temperature=0.7 " in out and f"--input {given} --output o.jsonl" in out and "megarl.cli" not in out
+    )
+
+
+def test_under_an_outer_torchrun_ranks_run_in_process(
+    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from megarl.launch import plan
+
+    (tmp_path / "inner.py").write_text("def main(argv):\n    print(argv)\n    return 5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(plan.MODULES, "sft", "inner")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["sft", str(run_yaml), "launch.trainers=1"]) == 5  # launch.trainers is ignored
+    assert capfd.readouterr().out == f"{[str(run_yaml), 'launch.trainers=1']}\n"
+    assert main(["run", str(run_yaml)]) == 2
+    assert "megarl run starts its own ranks" in capfd.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(run_yaml: Path) -> None:
+    run = subprocess.run(f"{sys.executable} -m megarl.cli --help | true", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["rnu"]])
+def test_torch_is_not_imported_for_help(argv: list[str]) -> None:
+    code = (
+        "import sys, megarl.cli\n"
+        f"try: megarl.cli.main({argv!r})\nexcept SystemExit: pass\n"
+        "sys.exit(' '.join(m for m in ('torch', 'transformers', 'megatron', 'vllm') if m in sys.modules) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert run.returncode == 0, run.stderr
+
+
+def test_doctor_finds_this_environment_ready(run_yaml: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", "megarl.cli", "doctor", str(run_yaml)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "profile" in run.stdout and "vLLM plugin" in run.stdout and "\nready\n" in run.stdout and "nothing to refuse" in run.stdout

@@ -1,0 +1,268 @@
+"""Supervision, with small real processes for children: who ends whom, how fast, with which status, and that nobody is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megarl.config import load_config
+from megarl.errors import UserError
+from megarl.launch import plan
+from megarl.launch.lifeline import descendants
+from megarl.launch.local import explain_trainer, launch
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+SLEEP = "import time; time.sleep(600)"
+# A child that leaves a grandchild in a session of its own, as vLLM's engine process is.
+PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True); time.sleep(600)"
+
+
+def supervisor(tmp_path: Path, main: str, helpers: list[str], before: str = "", grace_s: float = 1.0) -> subprocess.Popen[str]:
+    """A process that supervises `main` and `helpers`, given as Python code; MARK in the environment finds what it leaves behind."""
+    code = f"""
+    import sys
+    from pathlib import Path
+    from megarl.launch.supervisor import Process, supervise
+    def process(name, code):
+        return Process(name, [sys.executable, "-c", code], Path({str(tmp_path)!r}) / (name + ".log"), stdout_to_terminal=name == "main")
+    {before}
+    sys.exit(supervise(process("main", {main!r}), [process(f"helper{{i}}", c) for i, c in enumerate({helpers!r})], grace_s={grace_s}))
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "MARK": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def left_behind(tmp_path: Path) -> list[str]:
+    """Command lines of live processes that carry the mark of this test."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if f"MARK={tmp_path}\0".encode() in (entry / "environ").read_bytes() + b"\0":
+                found.append((entry / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(tmp_path: Path, count: int) -> None:
+    until = time.monotonic() + 20
+    while len(left_behind(tmp_path)) != count:
+        assert time.monotonic() < until, left_behind(tmp_path)
+        time.sleep(0.05)
+
+
+def test_a_clean_end_of_main_ends_the_helpers(tmp_path: Path) -> None:
+    run = supervisor(tmp_path, "print('done')", [SLEEP, PARENT])
+    out, err = run.communicate(timeout=20)
+    assert (run.returncode, out, err) == (0, "done\n", "")
+    assert left_behind(tmp_path) == []
+
+
+def test_a_helper_that_dies_ends_all_and_is_named_with_its_log(tmp_path: Path) -> None:
+    run = supervisor(tmp_path, PARENT, ["import sys; print('last words'); sys.exit(7)", SLEEP])
+    _, err = run.communicate(timeout=20)
+    assert run.returncode == 7
+    assert err.startswith("megarl: error: helper0 exited with status 7; all processes are being ended; last lines of ")
+    assert err.endswith("last words\n")
+    assert left_behind(tmp_path) == []
+
+
+def test_what_a_process_said_itself_is_the_message(tmp_path: Path) -> None:
+    says = "import sys; print('noise'); print('megarl: error: port 7 is taken; give another'); sys.exit(2)"
+    run = supervisor(tmp_path, SLEEP, [says])
+    _, err = run.communicate(timeout=20)
+    assert (run.returncode, err) == (2, "megarl: error: port 7 is taken; give another\n")
+
+
+def test_a_helper_may_leave_with_0_before_main_does(tmp_path: Path) -> None:
+    run = supervisor(tmp_path, "import time; time.sleep(1)", ["pass"])
+    assert run.wait(timeout=20) == 0
+
+
+def test_a_main_that_is_killed_gives_status_1(tmp_path: Path) -> None:
+    run = supervisor(tmp_path, "import os; os.kill(os.getpid(), 9)", [SLEEP])
+    _, err = run.communicate(timeout=20)
+    assert run.returncode == 1
+    assert "main was killed by SIGKILL" in err
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_everything_within_ten_seconds(tmp_path: Path, signum: signal.Signals, status: int) -> None:
+    run = supervisor(tmp_path, PARENT, [STUBBORN, SLEEP])
+    wait_for(tmp_path, 5)
+    start = time.monotonic()
+    run.send_signal(signum)
+    assert run.wait(timeout=20) == status
+    assert time.monotonic() - start < 10
+    assert left_behind(tmp_path) == []
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    run = supervisor(tmp_path, STUBBORN, [STUBBORN], grace_s=60)
+    wait_for(tmp_path, 3)
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=5) == 130
+    assert left_behind(tmp_path) == []
+
+
+def test_kill_9_of_the_supervisor_leaves_no_process(tmp_path: Path) -> None:
+    run = supervisor(tmp_path, SLEEP, [SLEEP, SLEEP])
+    wait_for(tmp_path, 4)
+    run.kill()
+    wait_for(tmp_path, 0)
+
+
+def test_a_program_that_does_not_exist_ends_what_was_started(tmp_path: Path) -> None:
+    before = "process = lambda name, code, p=process: p(name, code) if name != 'main' else Process(name, ['/nowhere'], p(name, code).log)"
+    run = supervisor(tmp_path, "", [SLEEP], before=before)
+    _, err = run.communicate(timeout=20)
+    assert run.returncode == 1 and "/nowhere" in err
+    assert left_behind(tmp_path) == []
+
+
+def test_descendants_are_found_across_sessions() -> None:
+    child = subprocess.Popen([sys.executable, "-c", PARENT])
+    try:
+        until = time.monotonic() + 20
+        while len(found := descendants(child.pid)) != 1:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert child.pid in descendants(os.getpid()) and found[0] in descendants(os.getpid())
+    finally:
+        for pid in [*descendants(child.pid), child.pid]:
+            os.kill(pid, signal.SIGKILL)
+        child.wait()
+
+
+RANKS = """
+import os, sys, time
+import torch.distributed as dist
+from megarl.errors import UserError
+
+def main(argv):
+    dist.init_process_group("gloo")
+    rank, what = dist.get_rank(), next(word for word in argv if word.startswith("sft.out=")).removeprefix("sft.out=")
+    print("rank", rank, flush=True)
+    if rank == 1:
+        if what == "raise":
+            raise ValueError("boom")
+        if what == "refuse":
+            raise UserError("line 3 of the file is bad; mend it")
+        if what == "killed":
+            os.kill(os.getpid(), 9)
+    if what == "wait":
+        time.sleep(600)
+    dist.barrier()
+    return 0
+"""
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, run_yaml: Path):
+    """`megarl sft` with two ranks of a module that fails on request, run as a command of its own."""
+    (tmp_path / "ranks_module.py").write_text(RANKS)
+
+    def start(what: str) -> subprocess.Popen[str]:
+        code = (
+            "import sys; from megarl.launch import plan; from megarl.cli import main; plan.MODULES['sft'] = 'ranks_module'; "
+            f"sys.exit(main(['sft', {str(run_yaml)!r}, 'launch.trainers=2', 'parallel.pp=1', 'sft.out={what}']))"
+        )
+        env = {**os.environ, "PYTHONPATH": str(tmp_path), "MARK": str(tmp_path)}
+        return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "message"),
+    [
+        ("fine", 0, ""),
+        ("raise", 1, "megarl: error: trainer rank 1 failed; all processes are being ended; last lines of"),
+        ("refuse", 2, "megarl: error: line 3 of the file is bad; mend it"),
+        ("killed", 1, "megarl: error: trainer rank 1 was killed by SIGKILL; all processes are being ended; last lines of"),
+    ],
+)
+def test_ranks_under_torchrun(ranks, tmp_path: Path, what: str, status: int, message: str) -> None:
+    run = ranks(what)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (status, "rank 0\n")
+    assert err.startswith(message) and (what != "raise" or "ValueError: boom" in err) and (status != 2 or err.count("\n") == 1)
+    assert (tmp_path / "run" / "logs" / "trainer_1.log").read_text().startswith("rank 1\n")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_no_rank_outlives_the_command(ranks, tmp_path: Path, signum: signal.Signals) -> None:
+    run = ranks("wait")
+    assert run.stdout is not None and run.stdout.readline() == "rank 0\n"
+    second = ranks("wait")
+    assert second.wait(timeout=60) == 2
+    assert second.stderr is not None and f"is in use by process {run.pid}; stop that one" in second.stderr.read()
+    start = time.monotonic()
+    run.send_signal(signum)
+    run.wait(timeout=20)
+    wait_for(tmp_path, 0)
+    assert time.monotonic() - start < 10
+
+
+def test_the_first_cause_is_told_from_its_echoes(tmp_path: Path) -> None:
+    def write(*failures: dict[str, object]) -> None:
+        (tmp_path / "failures.jsonl").write_text("".join(json.dumps(failure) + "\n" for failure in failures))
+
+    assert explain_trainer(tmp_path) is None
+    (tmp_path / "trainer_3.log").write_text("why\n")
+    write({"time": 2.0, "rank": 0, "user_error": None}, {"time": 1.0, "rank": 3, "user_error": None})
+    assert (explain_trainer(tmp_path) or "").endswith("why") and "rank 3 failed" in (explain_trainer(tmp_path) or "")
+    write({"time": 1.0, "rank": 0, "user_error": None}, {"time": 2.0, "rank": 3, "signal": 9})
+    assert "rank 3 was killed by SIGKILL" in (explain_trainer(tmp_path) or "")
+    write({"time": 1.0, "rank": 0, "user_error": "megarl: error: mend it"}, {"time": 2.0, "rank": 3, "user_error": None})
+    assert explain_trainer(tmp_path) == "megarl: error: mend it"
+
+
+def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
+    config = load_config(run_yaml, ["rollout.engines=2"])
+    planned = plan.make_plan("run", config, [str(run_yaml), "rollout.engines=2"])
+    stores = {word for process in [planned.trainer, *planned.rollouts] for word in process.argv if word.startswith("launch.store=")}
+    assert len(planned.rollouts) == 2 and len(stores) == 1 and "127.0.0.1:" in stores.pop()
+    assert planned.trainer.env["TORCHDYNAMO_DISABLE"] == "1" and "TORCHDYNAMO_DISABLE" not in planned.rollouts[0].env
+    assert planned.trainer.env["GLOO_SOCKET_IFNAME"] == "lo"
+    fixed = plan.make_plan("run", load_config(run_yaml, ["launch.store=10.0.0.1:29600"]), ["c.yaml"])
+    assert not any(word.startswith("launch.store=") for word in fixed.trainer.argv) and "GLOO_SOCKET_IFNAME" not in fixed.trainer.env
+
+
+def test_logs_of_the_start_before_are_kept_once(tmp_path: Path, run_yaml: Path) -> None:
+    config = load_config(run_yaml)
+    for word in ("one", "two"):
+        planned = plan.make_plan("sft", config, [str(run_yaml)])
+        planned.trainer.argv[:] = [sys.executable, "-c", f"import sys; print('{word}', file=sys.stderr)"]
+        child = os.fork()  # supervise() adopts orphans for the life of its process: not in pytest's own
+        if child == 0:
+            os._exit(launch(planned, config))
+        assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "run/logs/torchrun.log").read_text() == "two\n"
+    assert (tmp_path / "run/logs.previous/torchrun.log").read_text() == "one\n"
+
+
+def test_a_run_dir_in_use_is_refused(run_yaml: Path) -> None:
+    from megarl.launch.local import _owned
+
+    config = load_config(run_yaml)
+    in_use = pytest.raises(UserError, match=f"in use by process {os.getpid()}")
+    with _owned(Path(config.run.dir)), in_use, _owned(Path(config.run.dir)):
+        pass
