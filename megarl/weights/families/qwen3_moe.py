@@ -11,7 +11,7 @@ MCORE = "decoder.layers.{layer}."
 
 
 def num_experts(hf: dict[str, Any]) -> int:
-    return hf["num_experts"]
+    return hf.get("num_experts") or hf["num_local_experts"]  # transformers 4 and 5 name it differently
 
 
 def top_k(hf: dict[str, Any]) -> int:
@@ -41,7 +41,7 @@ def transformer_config(hf: dict[str, Any]) -> dict[str, Any]:
         layernorm_epsilon=hf["rms_norm_eps"],
         qk_layernorm=True,
         add_qkv_bias=bool(hf.get("attention_bias", False)),
-        num_moe_experts=hf["num_experts"],
+        num_moe_experts=num_experts(hf),
         moe_ffn_hidden_size=hf["moe_intermediate_size"],
         moe_router_topk=hf["num_experts_per_tok"],
         moe_router_score_function="softmax",
@@ -72,9 +72,9 @@ def hf_shapes(hf: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield at + "self_attn.k_norm.weight", (dim,)
         yield at + "post_attention_layernorm.weight", (hidden,)
         if layer in moe:
-            yield at + "mlp.gate.weight", (hf["num_experts"], hidden)
+            yield at + "mlp.gate.weight", (num_experts(hf), hidden)
         width = hf["moe_intermediate_size"] if layer in moe else hf["intermediate_size"]
-        for mlp in [f"mlp.experts.{e}." for e in range(hf["num_experts"])] if layer in moe else ["mlp."]:
+        for mlp in [f"mlp.experts.{e}." for e in range(num_experts(hf))] if layer in moe else ["mlp."]:
             yield at + mlp + "gate_proj.weight", (width, hidden)
             yield at + mlp + "up_proj.weight", (width, hidden)
             yield at + mlp + "down_proj.weight", (hidden, width)
