@@ -21,7 +21,7 @@ from megarl.launch.supervisor import log_tail, supervise
 
 def launch(plan: Plan, config: Config) -> int:
     """Starts every process of `plan`, waits, ends them all; returns the exit status. UserError where run.dir is in use."""
-    with _owned(Path(config.run.dir)):
+    with _owned(Path(config.run.dir), f".{plan.log_dir.name}.lock"):
         _fresh(plan.log_dir)
         return supervise(plan.trainer, plan.rollouts, explain=lambda: explain_trainer(plan.log_dir))
 
@@ -36,10 +36,10 @@ def _fresh(log_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _owned(run_dir: Path) -> Iterator[None]:
-    """Holds run.dir for this process; the kernel lets go of the lock when the process ends, however it ends."""
+def _owned(run_dir: Path, name: str) -> Iterator[None]:
+    """Holds the lock `name` in run.dir for this process; the kernel lets go of the lock when the process ends, however it ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+") as lock:
+    with (run_dir / name).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -15,6 +15,8 @@ from megarl.errors import UserError
 from megarl.launch.supervisor import Process
 
 WITH_ROLLOUTS = ("run", "generate")
+ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # for the trainers; vLLM brings its own
+WRITES_RUN = ("run", "train", "sft")  # score and generate only read, and leave a run's logs alone
 MODULES = {"run": "megarl.train", "train": "megarl.train", "sft": "megarl.sft", "score": "megarl.score", "generate": "megarl.generate"}
 
 
@@ -57,7 +59,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     arguments = list(arguments)
     if port == "0":
         arguments.append(f"launch.store={host}:{free_port(host)}")
-    log_dir = Path(config.run.dir) / "logs"
+    log_dir = Path(config.run.dir) / ("logs" if command in WRITES_RUN else f"logs.{command}")
     ranks = ranks_of(command, config)
     engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
     gpus = _gpus(ranks + engines * config.rollout.tp)
@@ -68,7 +70,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
         name=f"trainer ({ranks} rank{'s' if ranks > 1 else ''})",
         argv=[*torchrun, MODULES[command], *arguments, *options],
         log=log_dir / "torchrun.log",
-        env={**env, **_visible(gpus[:ranks]), **({} if gpus else {"TORCHDYNAMO_DISABLE": "1"})},
+        env={**env, **_visible(gpus[:ranks]), **({} if gpus else ON_CPU), "PYTHONWARNINGS": "ignore"},
         stdout_to_terminal=True,
     )
     rollouts = [

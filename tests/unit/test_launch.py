@@ -264,5 +264,5 @@ def test_a_run_dir_in_use_is_refused(run_yaml: Path) -> None:
 
     config = load_config(run_yaml)
     in_use = pytest.raises(UserError, match=f"in use by process {os.getpid()}")
-    with _owned(Path(config.run.dir)), in_use, _owned(Path(config.run.dir)):
+    with _owned(Path(config.run.dir), "a"), _owned(Path(config.run.dir), "b"), in_use, _owned(Path(config.run.dir), "a"):
         pass
