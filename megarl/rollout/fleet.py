@@ -38,7 +38,7 @@ class Fleet:
         self.urls: list[str] = told[0]
         self.client = RolloutClient(self.urls, config.rollout.request_timeout_s) if is_ingest or main else None
         if main:
-            self._sync = BroadcastSync(host, int(port), config.sync.timeout_s, config.launch.interface or _loopback(host))
+            self._sync = BroadcastSync(host, int(port), config.sync.timeout_s)
             self._sync.connect(self._store, self._workers, device)
 
     @contextmanager
@@ -76,6 +76,3 @@ class Fleet:
         if self._store is not None:
             request_shutdown(self._store, self._workers)
 
-
-def _loopback(host: str) -> str | None:
-    return "lo" if host in ("127.0.0.1", "localhost") else None
