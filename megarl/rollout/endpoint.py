@@ -34,6 +34,7 @@ class RolloutEndpoint:
     def __init__(self, app: Any) -> None:
         self.app = app
         self._moe_layers: list[int] | None = None
+        self._updating = False
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
@@ -55,12 +56,14 @@ class RolloutEndpoint:
 
     async def _answer(self, path: str, engine: EngineClient, request: dict[str, Any]) -> tuple[int, bytes]:
         try:
+            if path.startswith("sync/"):
+                return 200, await self._sync(engine, path.removeprefix("sync/"), request)
+            if self._updating:
+                raise RuntimeError("a weight update has begun and not finished: the weights are neither old nor new")
             if path == "generate":
                 return 200, await self._generate(engine, **request)
             if path == "score":
                 return 200, await self._score(engine, **request)
-            if path.startswith("sync/"):
-                return 200, await _sync(engine, path.removeprefix("sync/"), request)
             return 404, json.dumps({"error": f"no route {PREFIX}{path}"}).encode()
         except Exception as error:
             return 500, json.dumps({"error": " ".join(str(error).split()) or type(error).__name__}).encode()
@@ -71,6 +74,7 @@ class RolloutEndpoint:
         choices = [choice for output in outputs for choice in output.outputs]
         header = {
             "lengths": [len(choice.token_ids) for choice in choices],
+            "cached": [output.num_cached_tokens for output in outputs],
             "finish": [choice.finish_reason for choice in choices],
             "versions": [[[_version(span.version), span.start, span.end] for span in choice.weight_versions or ()] for choice in choices],
         }
@@ -90,6 +94,24 @@ class RolloutEndpoint:
             arrays["routes"] = (await self._routes(engine, output.outputs[0]))[: len(tokens) - 1]
         return encode({"version": _version(await engine.get_weight_version())}, arrays)
 
+    async def _sync(self, engine: EngineClient, step: str, request: dict[str, Any]) -> bytes:
+        if step == "init":
+            await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=request))
+        elif step == "start":
+            self._updating = True
+            await engine.start_weight_update()
+        elif step == "update":
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=request))
+        elif step == "finish":
+            await engine.finish_weight_update(str(request["version"]))
+            # Cached keys, values and routes are of the old weights. Requests still running are recomputed.
+            if not await engine.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("the prefix cache could not be reset after a weight update")
+            self._updating = False
+        elif step != "version":
+            raise ValueError(f"no step {step!r} in a weight sync")
+        return json.dumps({"version": _version(await engine.get_weight_version())}).encode()
+
     async def _routes(self, engine: EngineClient, choice: CompletionOutput) -> np.ndarray:
         """[tokens, MoE layers, K] of all layers' [tokens, layers, K]."""
         if self._moe_layers is None:
@@ -102,23 +124,6 @@ async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]
     params = SamplingParams(**sampling, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
     outputs = [output async for output in engine.generate(tokens_input(prompt), params, f"megarl-{next(_numbers)}")]
     return outputs[-1]
-
-
-async def _sync(engine: EngineClient, step: str, request: dict[str, Any]) -> bytes:
-    if step == "init":
-        await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=request))
-    elif step == "start":
-        await engine.start_weight_update()
-    elif step == "update":
-        await engine.update_weights(WeightTransferUpdateRequest(update_info=request))
-    elif step == "finish":
-        await engine.finish_weight_update(str(request["version"]))
-        # Cached keys, values and routes are of the old weights. Requests still running are recomputed.
-        if not await engine.reset_prefix_cache(reset_running_requests=True):
-            raise RuntimeError("the prefix cache could not be reset after a weight update")
-    elif step != "version":
-        raise ValueError(f"no step {step!r} in a weight sync")
-    return json.dumps({"version": _version(await engine.get_weight_version())}).encode()
 
 
 def _version(label: str) -> int:

@@ -75,4 +75,3 @@ class Fleet:
             self._sync.close()
         if self._store is not None:
             request_shutdown(self._store, self._workers)
-

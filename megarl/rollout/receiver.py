@@ -43,6 +43,7 @@ class WeightReceiver(WeightTransferEngine[Meeting, BucketHeader]):
     init_info_cls = Meeting
     update_info_cls = BucketHeader
     _group: WeightGroup | None = None
+    _updating = False  # stays set when an update fails: vLLM's layers are then half old, half new, and another update does not mend them
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
         self.shutdown()
@@ -53,6 +54,9 @@ class WeightReceiver(WeightTransferEngine[Meeting, BucketHeader]):
         self._group = WeightGroup(store, init_info.group, rank, init_info.world_size, init_info.timeout_s, torch.device(self.device))
 
     def start_weight_update(self) -> None:
+        if self._updating:
+            raise RuntimeError("an earlier weight update failed half way and the weights here are undefined: restart this rollout worker")
+        self._updating = True
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: BucketHeader) -> None:
@@ -69,6 +73,7 @@ class WeightReceiver(WeightTransferEngine[Meeting, BucketHeader]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        self._updating = False
 
     def shutdown(self) -> None:
         if self._group is not None:

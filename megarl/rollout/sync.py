@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ class BroadcastSync:
     def connect(self, store: dist.Store, workers: list[WorkerInfo], device: torch.device) -> None:
         """Makes the group of this rank (0) and all ranks of `workers`. `store`: a client or the master of the run's store."""
         self._servers = [Server(worker.url, self._timeout_s) for worker in workers]
-        self._pool = ThreadPoolExecutor(len(workers), "weight-sync")
+        self._pool = ThreadPoolExecutor(len(workers) + 1, "weight-sync")
         self._deadline = time.monotonic() + self._timeout_s
         name = uuid.uuid4().hex
         meeting: dict[str, Any] = {
@@ -54,8 +54,9 @@ class BroadcastSync:
         }
         offsets = [1 + sum(worker.tp for worker in workers[:i]) for i in range(len(workers))]
         posts = self._post_all("init", [{**meeting, "rank_offset": offset} for offset in offsets])
-        self._group = WeightGroup(store, name, 0, meeting["world_size"], self._timeout_s, device)
-        self._await(posts, None)
+        group = self._pool.submit(WeightGroup, store, name, 0, meeting["world_size"], self._timeout_s, device)
+        self._await([*posts, group], None)
+        self._group = group.result()
 
     def push(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
         """Loads `tensors` (Hugging Face names, full shapes) into every server and sets their weight version; drops their prefix caches.
@@ -95,15 +96,16 @@ class BroadcastSync:
         left = max(self._deadline - time.monotonic(), 0.1)
         return [self._pool.submit(server.post, f"/megarl/sync/{step}", body, left) for server, body in zip(self._servers, bodies)]
 
-    def _await(self, posts: list[Future[bytes]], work: dist.Work | None) -> None:
+    def _await(self, posts: Sequence[Future[Any]], work: dist.Work | None) -> None:
         """Waits for all servers, and no longer than the first failure: a server that failed would never join the broadcast."""
         done, pending = wait(posts, max(self._deadline - time.monotonic(), 0), return_when=FIRST_EXCEPTION)
         for post in done:
-            if post.exception() is not None:
+            if error := post.exception():
                 self.close()
-                raise post.exception()  # type: ignore[misc]
+                raise error
         if pending:
             self.close()
-            raise RolloutError(f"weight sync: {len(pending)} of {len(posts)} servers did not answer within {self._timeout_s:.0f} s")
+            late = ", ".join(server.url for server, post in zip(self._servers, posts) if post in pending)
+            raise RolloutError(f"weight sync: no answer within {self._timeout_s:.0f} s from rollout server {late or '(group)'}")
         if work is not None:
             work.wait()

@@ -1,0 +1,89 @@
+"""What a rollout returns, against transformers' forward of the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megarl.rollout.client import RolloutClient, RolloutError
+from megarl.rollout.response import Response
+from megarl.rollout.wire import decode
+from tests.engine.conftest import EOS, Rollout, judged, prompts
+
+
+def assert_judged(responses: list[list[Response]], checkpoint: Path, temperature: float = 1.0) -> None:
+    """log mu and the sets of experts are those of the checkpoint, for every response."""
+    differences, same_routes, rows = [], 0, 0
+    for response in (response for group in responses for response in group):
+        logprobs, experts = judged(checkpoint, response.tokens.tolist(), temperature)
+        assert response.logprobs.dtype == np.float32 and len(response.logprobs) == len(response.tokens) - response.prompt_len
+        differences.append(response.logprobs - logprobs[response.prompt_len - 1 :])
+        assert response.routes is not None and response.routes.shape == experts.shape and response.routes.dtype == np.uint8
+        same_routes += (np.sort(response.routes, -1) == experts).all(-1).sum()
+        rows += experts.shape[0] * experts.shape[1]
+    d = np.concatenate(differences).astype(np.float64)
+    k3 = np.mean(np.exp(-d) - 1 + d)
+    print(f"{len(d)} tokens: mean |d| {np.abs(d).mean():.1e}, max {np.abs(d).max():.1e}, k3 {k3:.1e}; routes equal {same_routes}/{rows}")
+    assert np.abs(d).max() <= 1e-4 and np.abs(d).mean() <= 2e-6 and k3 <= 1e-9
+    assert same_routes == rows
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_mu_at_the_sampling_temperature(rollout: Rollout, checkpoints: tuple[Path, Path], temperature: float) -> None:
+    rollout.load(checkpoints[0])
+    responses = rollout.client.generate(prompts(8, 8), 4, temperature, 16, [EOS])
+    assert [len(group) for group in responses] == [4] * 8
+    assert_judged(responses, checkpoints[0], temperature)
+
+
+def test_routes_survive_prefix_cache_hits(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
+    rollout.load(checkpoints[0])
+    batch = prompts(3, 80)  # two and a half blocks of 32
+    first = rollout.client.generate(batch, 3, 1.0, 16, [])
+    second = rollout.client.generate(batch, 3, 1.0, 16, [])
+    sampling = {"n": 1, "temperature": 1.0, "max_tokens": 1}
+    header, _ = decode(rollout.client.servers[0].post("/megarl/generate", {"prompts": batch, "sampling": sampling, "seeds": None}))
+    assert header["cached"] == [64, 64, 64]
+    assert_judged(first, checkpoints[0])
+    assert_judged(second, checkpoints[0])
+
+
+def test_stop_tokens_end_a_response_and_belong_to_it(rollout: Rollout) -> None:
+    stop = [EOS, 5, 9, 12]
+    responses = [r for group in rollout.client.generate(prompts(8, 8), 4, 1.0, 32, stop) for r in group]
+    assert {r.finish_reason for r in responses} == {"stop", "length"}
+    for r in responses:
+        answer = r.tokens[r.prompt_len :].tolist()
+        assert (answer[-1] in stop) == (r.finish_reason == "stop") and not set(answer[:-1]) & set(stop)
+        assert r.finish_reason == "stop" or len(answer) == 32
+
+
+def test_a_seed_repeats_the_draw(rollout: Rollout) -> None:
+    """A request with a seed killed the engine where prefill was chunked."""
+    batch = prompts(4, 40)
+    once, twice, other = (rollout.client.generate(batch, 4, 1.0, 16, [], seed=seed) for seed in (11, 11, 1100))
+    same = [np.array_equal(a.tokens, b.tokens) for x, y in zip(once, twice) for a, b in zip(x, y)]
+    differs = [np.array_equal(a.tokens, b.tokens) for x, y in zip(once, other) for a, b in zip(x, y)]
+    assert all(same) and not any(differs)
+    assert len({tuple(r.tokens.tolist()) for group in once for r in group}) == 16
+
+
+def test_score_is_teacher_forced(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
+    rollout.load(checkpoints[1])
+    tokens = prompts(1, 64)[0]
+    for _ in range(2):  # the second time the prefix is cached
+        logprobs, routes = rollout.client.score(tokens)
+        expected, experts = judged(checkpoints[1], tokens)
+        assert routes is not None
+        np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+        np.testing.assert_array_equal(np.sort(routes, -1), experts)
+
+
+def test_a_refused_request_is_one_line(rollout: Rollout) -> None:
+    with pytest.raises(RolloutError, match=r"^rollout server http://\S+/megarl/generate: .*maximum") as caught:
+        rollout.client.generate([[3] * 300], 1, 1.0, 16, [])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RolloutError, match="connection lost"):
+        RolloutClient(["http://127.0.0.1:9"], timeout_s=2).generate([[3]], 1, 1.0, 1, [])

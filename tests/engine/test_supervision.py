@@ -1,0 +1,134 @@
+"""What happens when something dies: the trainers are told in time, and no process is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+import megarl.rollout.sync as sync_module
+from megarl.launch.lifeline import descendants
+from megarl.rollout import coordinator
+from megarl.rollout.client import RolloutError
+from megarl.rollout.coordinator import RolloutDied
+from megarl.weights.pack import Bucket, buckets
+from tests.engine.conftest import START_S, judged, prompts, supervised
+from tests.engine.test_rollout import assert_judged
+
+
+def ends(pids: list[int], within_s: float) -> bool:
+    """Whether all processes are gone, zombies counted as gone."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(_alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_failed_sync_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One server, from its first answer to its end: a flipped byte, the refusals after it, a frozen engine, kill -9."""
+    victim = "model.layers.2.mlp.experts.3.down_proj.weight"
+    weights = load_file(checkpoints[0] / "model.safetensors")
+
+    def tampered(*args: Any) -> Iterator[Bucket]:
+        for bucket in buckets(*args):
+            if victim in bucket.names:
+                sizes = [-(-4 * int(np.prod(shape)) // 16) * 16 for shape in bucket.shapes]
+                bucket.buffer[sum(sizes[: bucket.names.index(victim)]) + 5] ^= 1
+            yield bucket
+
+    with supervised(checkpoints[0], tmp_path) as rollout:
+        assert_judged(rollout.client.generate(prompts(2, 8), 2, 1.0, 8, []), checkpoints[0])
+        assert rollout.client.weight_versions() == [0]
+        sync = rollout.connect(timeout_s=30)
+        monkeypatch.setattr(sync_module, "buckets", tampered)
+        with pytest.raises(RolloutError, match=rf"^rollout server http://\S+: .*{victim}.* arrived with checksum") as caught:
+            sync.push(weights.items(), 1)
+        assert "\n" not in str(caught.value)
+        monkeypatch.undo()
+        with pytest.raises(RolloutError, match="neither old nor new"):
+            rollout.client.generate(prompts(1, 8), 1, 1.0, 8, [])
+        sync = rollout.connect(timeout_s=3)
+        with pytest.raises(RolloutError, match="earlier weight update failed"):
+            sync.push(weights.items(), 1)
+
+        sync = rollout.connect(timeout_s=3)
+        below = descendants(rollout.supervisor.pid)
+        engine = next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(engine, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(RolloutError, match="no answer within 3 s.*http://"):
+            sync.push(weights.items(), 2)
+        assert time.monotonic() - start < 6
+        os.kill(engine, signal.SIGCONT)
+
+        rollout.supervisor.kill()
+        assert ends([rollout.supervisor.pid, *below], within_s=10)
+        coordinator.check_workers(rollout.store, rollout.workers)
+        monkeypatch.setattr(coordinator, "STALE_S", 1.0)
+        with pytest.raises(RolloutDied, match=r"rollout worker 0 .* has been silent for"):
+            coordinator.check_workers(rollout.store, rollout.workers, wait_s=3)
+        rollout.workers = []
+
+
+def test_a_dense_first_layer_and_a_killed_engine(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    """vLLM reports all layers; we hand on those with experts. Then the engine dies and the store says so, with the log's last lines."""
+    mixed = tmp_path / "mixed"
+    _make_first_layer_dense(checkpoints[0], mixed)
+    with supervised(mixed, tmp_path / "run") as rollout:
+        response = rollout.client.generate(prompts(1, 8), 1, 1.0, 8, [])[0][0]
+        logprobs, experts = judged(mixed, response.tokens.tolist())
+        assert response.routes is not None and response.routes.shape == (15, 3, 2)
+        np.testing.assert_array_equal(np.sort(response.routes, -1), experts)
+        np.testing.assert_allclose(response.logprobs, logprobs[7:], atol=1e-4)
+
+        below = descendants(rollout.supervisor.pid)
+        os.kill(next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()), signal.SIGKILL)
+        with pytest.raises(RolloutError, match="rollout server"):
+            rollout.client.generate(prompts(1, 8), 1, 1.0, 8, [])
+        with pytest.raises(RolloutDied, match=r"rollout worker 0 \(pid \d+ on \S+\): the vLLM server ended .*last lines of \S+0.log:\n"):
+            coordinator.check_workers(rollout.store, rollout.workers, wait_s=20)
+        assert rollout.supervisor.wait(20) == 1
+        assert ends(below, within_s=5)
+        rollout.workers = []
+
+
+def test_a_server_that_cannot_start_says_why(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoints[0].iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with supervised(broken, tmp_path / "run", wait=False) as rollout:
+        with pytest.raises(RolloutDied, match=r"ended with status 1: ValueError: .*model\.norm\.weight.*; last lines of"):
+            coordinator.wait_for_workers(rollout.store, 1, START_S)
+        assert rollout.supervisor.wait(20) == 1
+
+
+def _make_first_layer_dense(source: Path, out: Path) -> None:
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig.from_pretrained(source)
+    config.mlp_only_layers = [0]
+    torch.manual_seed(5)
+    Qwen3MoeForCausalLM(config).save_pretrained(out)
+    assert json.loads((out / "config.json").read_text())["mlp_only_layers"] == [0]
