@@ -22,11 +22,12 @@ find_python() {  # prints the first interpreter that runs and that has wheels of
     return 1
 }
 
-install() {  # install WHAT PIP-ARGUMENTS...: one progress line; the log's last lines if it fails
+# install WHAT PIP-ARGUMENTS...: progress lines; the log's last lines if it fails. Modules are compiled when imported: most never are.
+install() {
     local what=$1 from=$SECONDS
     shift
     say "installing $what"
-    if ! $pip install "$@" >>"$log" 2>&1; then
+    if ! $pip install --no-compile "$@" >>"$log" 2>&1; then
         tail -n 15 "$log" >&2
         fail "could not install $what; the whole log is $log; check the network and the free disk, then run this again"
     fi
@@ -68,7 +69,7 @@ fi
 : >"$log"
 install "build tools" "setuptools==78.1.1" wheel
 install "torch" "$(requirement torch)"
-if [ "$("$venv/bin/python" -c 'import torch; print(torch.version.cuda)')" = None ]; then
+if [ "$("$venv/bin/python" -c 'import torch; print(torch.version.cuda)' 2>>"$log")" = None ]; then
     install "megatron-core, vLLM, megarl and its tools" --no-build-isolation -e '.[cpu,dev]'
 else
     install_beside_cuda_torch

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.plan import Plan
 from megarl.launch.rank import FAILURES, log_path
-from megarl.launch.supervisor import log_tail, supervise
+from megarl.launch.supervisor import describe_exit, ended_text, supervise
 
 
 def launch(plan: Plan, config: Config) -> int:
@@ -64,5 +63,5 @@ def explain_trainer(log_dir: Path) -> str | None:
     if first.get("user_error"):
         return first["user_error"]
     log = log_path(log_dir, first["rank"])
-    how = f"was killed by {signal.Signals(first['signal']).name}" if "signal" in first else "failed"
-    return f"megarl: error: trainer rank {first['rank']} {how}; all processes are being ended; last lines of {log}:\n{log_tail(log)}"
+    how = describe_exit(-first["signal"]) if "signal" in first else "failed"
+    return ended_text(f"trainer rank {first['rank']} {how}", log)

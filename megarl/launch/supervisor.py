@@ -109,8 +109,14 @@ def failure_text(process: Process, code: int) -> str:
     tail = log_tail(process.log)
     if (own := tail.rfind("megarl: error: ")) >= 0:
         return tail[own:]
-    text = f"megarl: error: {process.name} {describe_exit(code)}; all processes are being ended"
-    return f"{text}; last lines of {process.log}:\n{tail}" if tail else f"{text}; its log {process.log} is empty"
+    return ended_text(f"{process.name} {describe_exit(code)}", process.log)
+
+
+def ended_text(what: str, log: Path) -> str:
+    """One line that says what happened, then the last lines of the log."""
+    tail = log_tail(log)
+    text = f"megarl: error: {what}; all processes are being ended"
+    return f"{text}; last lines of {log}:\n{tail}" if tail else f"{text}; its log {log} is empty"
 
 
 def describe_exit(code: int) -> str:
