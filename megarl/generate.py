@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megarl.config import load_config
-from megarl.data import load_prompts
+from megarl.data import load_prompts, load_tokenizer
 from megarl.rollout.fleet import Fleet
 from megarl.score import encode_npy
-from megarl.train import load_tokenizer
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +39,9 @@ def main(argv: list[str]) -> int:
             stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             tokens = [prompt.tokens for prompt in prompts]
             rollout = config.rollout
-            groups = fleet.client.generate(tokens, config.batch.group, rollout.temperature, rollout.max_new_tokens, stop, seed=config.run.seed)
+            groups = fleet.client.generate(
+                tokens, config.batch.group, rollout.temperature, rollout.max_new_tokens, stop, seed=config.run.seed
+            )
     finally:
         fleet.close()
     partial = Path(args.output + ".partial")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -147,6 +146,3 @@ def _by_operation(sums: Sums) -> list[tuple[dist.ReduceOp.RedOpType, list[str]]]
     keys = sorted(sums)
     maxima = [key for key in keys if key.endswith(":max")]
     return [(dist.ReduceOp.MAX, maxima), (dist.ReduceOp.SUM, [key for key in keys if key not in maxima])]
-
-
-

@@ -75,7 +75,7 @@ class Refit:
         if not worst.max() <= self.tolerance:  # not (a <= b): NaN fails too
             server = int(worst.argmax())
             raise UserError(
-                f"weight sync: the canary differs by {float(worst[server]):.3g} between the trainer and {self.fleet.urls[server]}, more than "
-                f"{self.tolerance:g}; the worker did not load what was sent (or raise sync.canary_tolerance for a coarser rollout.dtype)"
+                f"weight sync: the canary differs by {float(worst[server]):.3g} (limit {self.tolerance:g}) between the trainer and "
+                f"{self.fleet.urls[server]}; the worker did not load what was sent (a coarser rollout.dtype needs sync.canary_tolerance)"
             )
         return float(worst.max())

@@ -100,7 +100,9 @@ def score(rows: list[dict[str, Any]], engine: Engine, config: Config) -> list[di
             pack = make_pack(numbers, [torch.tensor(rows[i]["tokens"]) for i in numbers], [1] * len(numbers), at.layout)
             if replay:
                 full = [torch.from_numpy(rows[i]["routes"].astype(np.int16)) for i in numbers]
-                attach_routes(pack, torch.cat(full) if full else torch.zeros(0, len(engine.model.weight_map.moe_layers), shape.top_k), at, shape)
+                attach_routes(
+                    pack, torch.cat(full) if full else torch.zeros(0, len(engine.model.weight_map.moe_layers), shape.top_k), at, shape
+                )
             packs.append(pack)
         scored = engine.logprobs(packs, "replay" if replay else "record")
         everyone: list[Any] = [None] * at.layout.world

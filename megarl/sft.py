@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.config import Config, dump_config, load_config
-from megarl.data import PromptStream, load_demonstrations
+from megarl.data import PromptStream, load_demonstrations, load_tokenizer
 from megarl.engine.batch import Pack, assign, make_pack
 from megarl.engine.build import Engine, build_engine
 from megarl.engine.export import export_hf
@@ -19,7 +20,6 @@ from megarl.engine.parallel import destroy_parallel
 from megarl.objective import Sums
 from megarl.report.metrics import MetricsLogger
 from megarl.report.progress import Progress
-from megarl.train import load_tokenizer
 
 Demonstration = tuple[list[int], int]  # tokens of prompt and response, length of the prompt
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         start = time.perf_counter()
         batch = [data[i] for i in stream.next(config.sft.batch)]
         packs, targets = lay_out(batch, engine, config)
-        results, norms = engine.update(packs, "off", lambda pack, logprobs, entropy: nll(pack, logprobs, targets))
+        results, norms = engine.update(packs, "off", partial(nll, targets))
         loss = total_loss(results, engine)
         if logger and progress:
             seconds = time.perf_counter() - start
@@ -64,11 +64,13 @@ def lay_out(batch: list[Demonstration], engine: Engine, config: Config) -> tuple
     layout, coord = engine.model.parallel.layout, engine.model.parallel.coord
     multiple = layout.pp if layout.vpp > 1 else 1
     assigned = assign([len(tokens) - 1 for tokens, _ in batch], layout.dp, config.engine.micro_batch_tokens, multiple)[coord.dp]
-    packs = [make_pack(members, [torch.tensor(batch[i][0]) for i in members], [batch[i][1] for i in members], layout) for members in assigned]
+    packs = []
+    for members in assigned:
+        packs.append(make_pack(members, [torch.tensor(batch[i][0]) for i in members], [batch[i][1] for i in members], layout))
     return packs, sum(len(tokens) - prompt_len for tokens, prompt_len in batch)
 
 
-def nll(pack: Pack, logprobs: Tensor, targets: int) -> tuple[Tensor, Sums]:
+def nll(targets: int, pack: Pack, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
     """Mean negative log-likelihood over the response tokens of the whole batch: this pack's part of it."""
     loss = -(logprobs * pack.mask.to(logprobs.device)).sum() / targets
     return loss, {"loss": loss.detach().double()}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from megarl.collect import Collector, Values
 from megarl.config import Config, dump_config, load_config
-from megarl.data import Prompt, PromptStream, load_prompts
+from megarl.data import Prompt, PromptStream, load_prompts, load_tokenizer
 from megarl.engine.build import build_engine
 from megarl.engine.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
 from megarl.engine.parallel import destroy_parallel
@@ -16,7 +19,7 @@ from megarl.learn import Learner
 from megarl.refit import Refit
 from megarl.report.metrics import MetricsLogger
 from megarl.report.progress import Progress
-from megarl.report.samples import write_samples
+from megarl.report.samples import Sample, write_samples
 from megarl.rollout.fleet import Fleet
 
 
@@ -73,21 +76,16 @@ def rates(metrics: Values, seconds: float) -> Values:
     return {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds, "throughput/train_tokens_per_s": tokens / update}
 
 
-def load_tokenizer(path: str):  # type: ignore[no-untyped-def]
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
-
-
-def load_data(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:  # type: ignore[no-untyped-def]
+def load_data(config: Config, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
     """Training and validation prompts; the latter empty where evaluation is off."""
-    limits = dict(max_tokens=config.rollout.max_prompt_tokens, on_bad_line=config.data.on_bad_line)
-    prompts, bad = load_prompts(config.data.prompts, tokenizer, **limits)  # type: ignore[arg-type]
-    if bad:
-        print(f"{config.data.prompts}: skipped {bad} bad lines, kept {len(prompts)}")
-    if not config.eval.prompts:
-        return prompts, []
-    return prompts, load_prompts(config.eval.prompts, tokenizer, **limits)[0][: config.eval.max_prompts]  # type: ignore[arg-type]
+
+    def load(path: str) -> list[Prompt]:
+        prompts, bad = load_prompts(path, tokenizer, max_tokens=config.rollout.max_prompt_tokens, on_bad_line=config.data.on_bad_line)
+        if bad and dist.get_rank() == 0:
+            print(f"{path}: skipped {bad} bad lines, kept {len(prompts)}")
+        return prompts
+
+    return load(config.data.prompts), load(config.eval.prompts)[: config.eval.max_prompts] if config.eval.prompts else []
 
 
 class Output:
@@ -102,7 +100,7 @@ class Output:
         if resumed:
             print(f"resuming after step {resumed}")
 
-    def write(self, step: int, metrics: Values, samples: list) -> None:  # type: ignore[type-arg]
+    def write(self, step: int, metrics: Values, samples: list[Sample]) -> None:
         self.logger.log(step, metrics)
         self.progress.update(step, metrics)
         if samples:

@@ -2,5 +2,6 @@
 
 from megarl.data.prompts import Prompt, load_demonstrations, load_prompts
 from megarl.data.stream import PromptStream
+from megarl.data.tokenizer import load_tokenizer
 
-__all__ = ["Prompt", "PromptStream", "load_demonstrations", "load_prompts"]
+__all__ = ["Prompt", "PromptStream", "load_demonstrations", "load_prompts", "load_tokenizer"]

@@ -12,9 +12,10 @@ import importlib.metadata
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -44,7 +45,9 @@ def setup_device() -> Device:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     found = importlib.metadata.version("megatron-core")
     if not found.startswith(MEGATRON_CORE + "."):
-        raise RuntimeError(f"megatron-core {found}: the CPU profile covers {MEGATRON_CORE}.x; pip install 'megatron-core=={MEGATRON_CORE}.1'")
+        raise RuntimeError(
+            f"megatron-core {found}: the CPU profile covers {MEGATRON_CORE}.x; pip install 'megatron-core=={MEGATRON_CORE}.1'"
+        )
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|NVIDIA Resiliency|hopper|Flash).*")
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     _answer_cuda_calls()
@@ -59,7 +62,7 @@ class _Stream:
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
-    def record_event(self, event: Any = None) -> "_Event":
+    def record_event(self, event: Any = None) -> _Event:
         return event or _Event()
 
     def __eq__(self, other: object) -> bool:

@@ -17,18 +17,18 @@ FIELDS = (
 
 
 class Progress:
-    """Shows `step` of `steps`. Fields whose metric is missing are left out; time left follows the last 20 steps."""
+    """Shows `step` of `steps`. Fields whose metric is missing are left out; time left follows the last 20 lines."""
 
     def __init__(self, steps: int, stream: TextIO | None = None, label: str = "step") -> None:
         self.steps = steps
         self.stream = sys.stdout if stream is None else stream
         self.label = label
         self._live = self.stream.isatty()
-        self._ends: deque[float] = deque([time.monotonic()], maxlen=21)
+        self._ends: deque[tuple[int, float]] = deque(maxlen=21)  # (step, when it ended)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Call after every step. A row with eval/* keeps its line, whatever follows it."""
-        self._ends.append(time.monotonic())
+        self._ends.append((step, time.monotonic()))
         text = self.text(step, metrics)
         evaluated = any(key.startswith("eval/") for key in metrics)
         if self._live:
@@ -44,8 +44,9 @@ class Progress:
         parts += [f"{key} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/") and isinstance(value, float)]
         if metrics.get("throughput/tokens_per_s") is not None:
             parts.append(f"{count(metrics['throughput/tokens_per_s'])} tok/s")
-        each = (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
-        parts.append(f"{duration(each * (self.steps - step))} left")
+        if len(self._ends) > 1:
+            (first, began), (last, ended) = self._ends[0], self._ends[-1]
+            parts.append(f"{duration((ended - began) / max(1, last - first) * (self.steps - step))} left")
         return "  ".join(parts)
 
 

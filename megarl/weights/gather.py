@@ -73,7 +73,7 @@ def gather_full(
 def _assemble(
     names: list[str], plan: dict[str, list[Send]], shapes: dict[str, tuple[int, ...]], incoming: dict[int, Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    at = {rank: 0 for rank in incoming}
+    at = dict.fromkeys(incoming, 0)
     for name in names:
         full = torch.empty(shapes[name], dtype=dtype, device=next(iter(incoming.values())).device)
         for send in plan[name]:

@@ -24,7 +24,7 @@ class Layout:
         """Replicas of an expert."""
         return self.world // (self.etp * self.ep * self.pp)
 
-    def coord(self, rank: int) -> "Coord":
+    def coord(self, rank: int) -> Coord:
         per_stage = self.world // self.pp
         pp, inside = divmod(rank, per_stage)
         return Coord(

@@ -31,11 +31,13 @@ class HfReader:
             return json.loads((self.path / INDEX).read_text())["weight_map"]
         single = self.path / "model.safetensors"
         if not single.is_file():
-            raise UserError(f"model.path {str(self.path)!r} holds neither model.safetensors nor {INDEX}; give a Hugging Face checkpoint folder")
+            raise UserError(
+                f"model.path {str(self.path)!r} holds neither model.safetensors nor {INDEX}; give a Hugging Face checkpoint folder"
+            )
         with safe_open(single, "pt") as file:
-            return {name: single.name for name in file.keys()}
+            return dict.fromkeys(file.keys(), single.name)
 
-    def __enter__(self) -> "HfReader":
+    def __enter__(self) -> HfReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -50,5 +52,7 @@ class HfReader:
         view = self._files[name].get_slice(piece.hf)
         end = [a + n for a, n in zip(piece.hf_start, piece.shape)]
         if any(have < want for have, want in zip(view.get_shape(), end)):
-            raise UserError(f"tensor {piece.hf!r} has shape {view.get_shape()}, too small for {end}; config.json does not match the weights")
+            raise UserError(
+                f"tensor {piece.hf!r} has shape {view.get_shape()}, too small for {end}; config.json does not match the weights"
+            )
         return view[tuple(slice(a, b) for a, b in zip(piece.hf_start, end))]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal
+from typing import Any, Literal
 
 from megarl.errors import UserError
 from megarl.weights.layout import Coord, Layout
@@ -53,7 +54,7 @@ class Entry:
 
     name: str
     hf: tuple[str, ...]
-    relation: "Relation"
+    relation: Relation
     where: Literal["layer", "first", "last"] = "layer"
 
 
@@ -171,9 +172,9 @@ class WeightMap:
             if hf[0] not in self.hf_shapes:  # a dense layer in a MoE model has no experts, and the other way round
                 continue
             shape, pieces = entry.relation(hf, tuple(self.hf_shapes[name] for name in hf), rank)
-            copies = (coord.edp,) if expert else (coord.dp, coord.cp)
+            copies = [coord.edp] if expert else [coord.dp, coord.cp]
             if entry.relation is replicated:
-                copies += (rank.index,)
+                copies.append(rank.index)
             name = entry.name.format(layer=local, expert=e)
             yield Param(chunk, name, shape, tuple(pieces), replica=sum(copies), expert=expert, split=entry.relation is not replicated)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -83,7 +82,7 @@ def test_the_live_line_rewrites_itself_on_a_terminal_only() -> None:
         progress.update(2, row | {"eval/mean_at_4": 0.25})
         progress.update(20, {"reward/mean": None})
     lines = plain.getvalue().splitlines()
-    assert re.fullmatch(r"step  1/20  reward 0\.500  kl 1\.2e-10  agree 1\.0000  1\.9k tok/s  0:0\d left", lines[0])
+    assert lines[0] == "step  1/20  reward 0.500  kl 1.2e-10  agree 1.0000  1.9k tok/s"  # one line tells no speed yet
     assert "eval/mean_at_4 0.250" in lines[1] and lines[2] == "step 20/20  0:00 left"
     assert live.getvalue().count("\r") == 3 and live.getvalue().count("\n") == 2
 

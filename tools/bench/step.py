@@ -72,7 +72,8 @@ def main() -> None:
         print(f"{'layout':12}" + "".join(f"{part:>13}" for part in PARTS) + f"{'tokens/s':>13}    (seconds, median of {args.steps})")
         for name in args.layouts.split(","):
             results[name] = measure(folder, name, args.steps, args.overrides)
-            print(f"{name:12}" + "".join(f"{results[name][part]:13.3f}" for part in PARTS) + f"{results[name]['tokens_per_s']:13.0f}", flush=True)
+            row = "".join(f"{results[name][part]:13.3f}" for part in PARTS)
+            print(f"{name:12}{row}{results[name]['tokens_per_s']:13.0f}", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"steps": args.steps, "warm_up": WARM_UP, "median_s": results}, indent=1) + "\n")
 
