@@ -60,12 +60,13 @@ fi
 free_gib=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
 [ "$free_gib" -ge 5 ] || fail "only $free_gib GiB free under $(pwd -P); the environment needs 5"
 start=$SECONDS
+[ -e "$log" ] && [ ! -e "$stamp" ] && rm -rf "$venv"  # ours, and cut short: packages may be half there
 say "making $venv with $("$python" -V) (about two minutes; log in $log)"
-rm -f "$stamp"
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
     "$python" -m venv "$venv" 2>/dev/null || { rm -rf "$venv"; fail "$python cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"; }
 fi
+rm -f "$stamp"
 : >"$log"
 install "build tools" "setuptools==78.1.1" wheel
 install "torch" "$(requirement torch)"
