@@ -33,7 +33,7 @@ def packed_sequences(cu_seqlens: Tensor) -> PackedSequences:
     unpad_index = inside.flatten().nonzero().flatten()
     pad_index[unpad_index] = torch.arange(unpad_index.numel(), device=cu_seqlens.device)
     return PackedSequences(
-        qkv_format="thd",
+        qkv_format="sbhd",  # rows with a batch of one: Megatron then leaves rotation and attention to the modules below
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
@@ -44,8 +44,26 @@ def packed_sequences(cu_seqlens: Tensor) -> PackedSequences:
     )
 
 
+class RowRotary(torch.nn.Module):
+    """Rotary angles of the rows of a pack by their positions, [T, 1, 1, dim], in place of those of one long sequence.
+
+    Stands in a GPTModel's `rotary_pos_emb`. `positions` (int64 [T], this rank's rows) is set before each forward.
+    """
+
+    def __init__(self, rotary: torch.nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.positions: Tensor | None = None
+
+    def get_rotary_seq_len(self, *args: Any) -> int:
+        return self.rotary.get_rotary_seq_len(*args)
+
+    def forward(self, max_seq_len: int, **kwargs: Any) -> Tensor:
+        return self.rotary.get_emb(max_seq_len)[self.positions]
+
+
 class PackedCausalAttention(torch.nn.Module):
-    """Fits the core_attention place of megatron-core's SelfAttention. q, k, v are [T, heads, dim]; returns [T, heads * dim]."""
+    """Fits the core_attention place of megatron-core's SelfAttention. q, k, v are [T, 1, heads, dim]; returns [T, 1, heads * dim]."""
 
     def __init__(self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__()
@@ -56,11 +74,11 @@ class PackedCausalAttention(torch.nn.Module):
     ) -> Tensor:
         sequences, longest = packed_seq_params.rectangle
 
-        def rectangle(x: Tensor) -> Tensor:  # [T, heads, dim] -> [sequences, heads, longest, dim]
-            return x.index_select(0, packed_seq_params.pad_index).view(sequences, longest, *x.shape[1:]).transpose(1, 2)
+        def rectangle(x: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [sequences, heads, longest, dim]
+            return x.index_select(0, packed_seq_params.pad_index).view(sequences, longest, *x.shape[2:]).transpose(1, 2)
 
-        grouped = query.shape[1] != key.shape[1]
+        grouped = query.shape[2] != key.shape[2]
         out = F.scaled_dot_product_attention(
             rectangle(query), rectangle(key), rectangle(value), is_causal=True, scale=self.scale, enable_gqa=grouped
         )
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, packed_seq_params.unpad_index).flatten(1)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, packed_seq_params.unpad_index).flatten(1).unsqueeze(1)

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.config import Config
-from megarl.engine.attention import PackedCausalAttention
+from megarl.engine.attention import PackedCausalAttention, RowRotary
 from megarl.engine.parallel import Parallel
 from megarl.weights.load import HfReader
 from megarl.weights.weight_map import Param, WeightMap
@@ -75,6 +75,8 @@ def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Mo
                 **weight_map.gpt,
             ).to(parallel.device.device)
         )
+    for gpt in chunks:
+        gpt.rotary_pos_emb = RowRotary(gpt.rotary_pos_emb)
     model = Model(transformer, weight_map, parallel, bare=chunks)
     _check_against_map(model)
     _mark_parameters(model)

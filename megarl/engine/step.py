@@ -113,6 +113,7 @@ class Engine:
         if replay is not None:
             target = None if pack.routes is None else pack.routes[:, self._layers[index]]
             context = replay.forward(index, target, pack.present, replay=routes == "replay")
+        self.model.bare[index].rotary_pos_emb.positions = pack.positions.to(device)
         with context as record:
             out = chunk(pack.tokens[None].to(device), pack.positions[None].to(device), None, packed_seq_params=pack.sequences)
         if record is not None:

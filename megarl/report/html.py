@@ -19,7 +19,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: metric key -> the name it is shown under. A key that ends with / stands for all metrics below it."""
+    """One chart: metric key -> the name it is shown under."""
 
     title: str
     keys: dict[str, str]
@@ -43,7 +43,7 @@ GROUPS = [
         [
             Panel("Reward", {"reward/mean": "mean", "reward/pass_at_g": "pass@G"}, low=0.0, high=1.0),
             Panel("Reward spread", {"reward/std": "standard deviation"}, low=0.0),
-            Panel("Evaluation", {"eval/": ""}, low=0.0, high=1.0),
+            Panel("Evaluation", {"eval/mean_at_k": "mean@k", "eval/pass_at_k": "pass@k"}, low=0.0, high=1.0),
             Panel("Response length, tokens", {"response/length_mean": "mean"}, low=0.0),
             Panel("Truncated responses", {"response/truncated_frac": "share"}, low=0.0),
             Panel("Entropy, nats", {"policy/entropy": "mean over response tokens"}, low=0.0),
@@ -59,6 +59,7 @@ GROUPS = [
             Panel("KL(mu, pi_old)", {"mismatch/kl_k3": "k3"}, log=True),
             Panel("KL(mu, pi_old), signed", {"mismatch/kl_k1": "k1"}),
             Panel("Largest |log pi_old - log mu|", {"mismatch/abs_logprob_diff_max": "maximum"}, log=True),
+            Panel("Canary after a weight sync, largest |difference|", {"sync/canary_max_diff": "maximum"}, log=True),
             Panel("Tokens off by more than a factor of 2", {"mismatch/extreme_frac_2": "share"}, low=0.0),
             Panel("Importance weight", {"mismatch/is_weight_mean": "min(pi_old/mu, cap)", "loss/weight_mean": "as applied"}),
             Panel("Truncated weights", {"mismatch/is_truncated_frac": "of pi_old/mu", "loss/weight_truncated_frac": "as applied"}, low=0.0),
@@ -80,6 +81,7 @@ GROUPS = [
         [
             Panel("Agreement", {"routing/agree_rollout_old": "rollout, pi_old", "routing/agree_old_current": "pi_old, pi_theta"}, high=1.0),
             Panel("Tokens with a layer that differs", {"routing/any_layer_differs_frac": "share"}, low=0.0),
+            Panel("Largest score gap of a difference", {"routing/worst_gap": "maximum"}, low=0.0),
             Panel("Agreement by MoE layer, last step", {"routing/layer_agreement": ""}, kind="bars"),
             Panel(
                 "Bytes of routes", {"routing/bytes_received_per_rank": "received, a rank", "routing/bytes_ingested": "ingested"}, low=0.0
@@ -210,13 +212,7 @@ def _with_other_time(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _series(panel: Panel, rows: Rows) -> list[Series]:
-    names: dict[str, str] = {}
-    for key, name in panel.keys.items():
-        if key.endswith("/"):
-            names |= {full: full.removeprefix(key) for row in rows for full in row if full.startswith(key)}
-        else:
-            names[key] = name
-    series = [Series(name, [_number(row.get(key)) for row in rows]) for key, name in names.items()]
+    series = [Series(name, [_number(row.get(key)) for row in rows]) for key, name in panel.keys.items()]
     return [one for one in series if any(value is not None for value in one.values)]
 
 

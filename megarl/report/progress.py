@@ -13,6 +13,8 @@ FIELDS = (
     ("loss/value", "loss {:.4f}"),
     ("mismatch/kl_k3", "kl {:.1e}"),
     ("routing/agree_rollout_old", "agree {:.4f}"),
+    ("eval/mean_at_k", "eval mean@k {:.3f}"),
+    ("eval/pass_at_k", "pass@k {:.3f}"),
 )
 
 
@@ -30,7 +32,7 @@ class Progress:
         """Call after every step. A row with eval/* keeps its line, whatever follows it."""
         self._ends.append((step, time.monotonic()))
         text = self.text(step, metrics)
-        evaluated = any(key.startswith("eval/") for key in metrics)
+        evaluated = "eval/mean_at_k" in metrics
         if self._live:
             end = "\n" if evaluated or step >= self.steps else ""
             self.stream.write(f"\r{text}\x1b[K{end}")
@@ -41,7 +43,6 @@ class Progress:
     def text(self, step: int, metrics: Mapping[str, Any]) -> str:
         parts = [f"{self.label} {step:>{len(str(self.steps))}}/{self.steps}"]
         parts += [form.format(metrics[key]) for key, form in FIELDS if metrics.get(key) is not None]
-        parts += [f"{key} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/") and isinstance(value, float)]
         if metrics.get("throughput/tokens_per_s") is not None:
             parts.append(f"{count(metrics['throughput/tokens_per_s'])} tok/s")
         if len(self._ends) > 1:
