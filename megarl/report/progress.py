@@ -21,10 +21,9 @@ FIELDS = (
 class Progress:
     """Shows `step` of `steps`. Fields whose metric is missing are left out; time left follows the last 20 lines."""
 
-    def __init__(self, steps: int, stream: TextIO | None = None, label: str = "step") -> None:
+    def __init__(self, steps: int, stream: TextIO | None = None) -> None:
         self.steps = steps
         self.stream = sys.stdout if stream is None else stream
-        self.label = label
         self._live = self.stream.isatty()
         self._ends: deque[tuple[int, float]] = deque(maxlen=21)  # (step, when it ended)
 
@@ -41,7 +40,7 @@ class Progress:
         self.stream.flush()
 
     def text(self, step: int, metrics: Mapping[str, Any]) -> str:
-        parts = [f"{self.label} {step:>{len(str(self.steps))}}/{self.steps}"]
+        parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}"]
         parts += [form.format(metrics[key]) for key, form in FIELDS if metrics.get(key) is not None]
         if metrics.get("throughput/tokens_per_s") is not None:
             parts.append(f"{count(metrics['throughput/tokens_per_s'])} tok/s")
