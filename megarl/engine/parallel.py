@@ -57,11 +57,12 @@ class Parallel:
 
 def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel:
     """Joins the process group and makes megatron-core's groups. Outside torchrun this is a world of one rank."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" in os.environ:
+    if dist.is_initialized():  # a process may build several models one after the other, in layouts of their own
+        parallel_state.destroy_model_parallel()
+    elif "RANK" in os.environ:
         dist.init_process_group(device.backend, timeout=GROUP_TIMEOUT)
     else:
-        store = dist.TCPStore(alone["MASTER_ADDR"], 0, 1, is_master=True)
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,

@@ -52,18 +52,22 @@ class Engine:
         return result
 
     def update(self, packs: list[Pack], routes: Routes, loss: LossOfPack) -> tuple[list[Metrics], dict[str, float]]:
-        """One optimizer step over the packs. `loss` is divided by the global denominator already; its sum over all packs counts.
+        """One optimizer step over the packs.
 
         Returns the metrics of each pack (last stage only) and optim/grad_norm, optim/lr of this step.
         """
-        for chunk in self.model.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        metrics = self._schedule(packs, routes, partial(self._train, loss), forward_only=False)
+        metrics = self.gradients(packs, routes, loss)
         lr = current_lr(self.optimizer)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return metrics, {"optim/grad_norm": float(grad_norm or 0.0), "optim/lr": lr}
+
+    def gradients(self, packs: list[Pack], routes: Routes, loss: LossOfPack) -> list[Metrics]:
+        """Fills main_grad with the gradient of the sum over all packs of all replicas. `loss` is divided by the global denominator."""
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._schedule(packs, routes, partial(self._train, loss), forward_only=False)
 
     def _score(self, pack: Pack, temperature: float, logits: Tensor, non_loss_data: bool) -> tuple[Tensor, Tensor]:
         return self._logprobs(pack, logits, temperature)

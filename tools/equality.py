@@ -1,0 +1,307 @@
+"""The equality table: whatever the layout, the trainer computes the same thing.
+
+    python tools/equality.py [--quick] [--json FILE] [--write docs/equality.md]
+
+For every layout and every replay mode, log-probabilities, loss and gradient of one mini-batch are compared with those of a single
+rank that runs one micro-batch. R3 replays adversarial routes that differ at every token. The figure is max |a - b| / max |b|, the
+worst over all tensors; the limit is 1e-5 in float32. Ranks are real processes over gloo, one launch for each world size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+LIMIT = 1e-5
+MODES = ("none", "R2", "R3")
+TEMPERATURE = 0.9
+# (prompt, response) tokens of the mini-batch: uneven, a response of one token, one that is longer than a small micro-batch
+RESPONSES = [(4, 9), (4, 1), (4, 20), (7, 3), (7, 12), (7, 30), (2, 5), (2, 16), (2, 2), (9, 8), (9, 1), (9, 40)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout. `model` names a checkpoint of MODELS; keys are configuration overrides."""
+
+    name: str
+    world: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    model: str = "moe"
+    quick: bool = False
+
+
+SMALL = {"micro_batch_tokens": 48}  # several micro-batches of different lengths
+MODELS = {"moe": dict(), "dense_first": dict(dense_layers=[0])}
+ROWS = [
+    Row("1 rank, several micro-batches", 1, engine=SMALL, quick=True),
+    Row("1 rank, selective recompute", 1, engine={"recompute": "selective"}),
+    Row("1 rank, full recompute", 1, engine={"recompute": "full", **SMALL}, quick=True),
+    Row("1 rank, dense first layer", 1, engine=SMALL, model="dense_first"),
+    Row("TP2", 2, {"tp": 2}, SMALL),
+    Row("TP2 EP2", 2, {"tp": 2, "ep": 2}, SMALL, quick=True),
+    Row("TP2 ETP2", 2, {"tp": 2, "etp": 2}, SMALL, quick=True),
+    Row("TP2 EP1 ETP1", 2, {"tp": 2, "ep": 1, "etp": 1}, {"recompute": "full", **SMALL}),
+    Row("PP2", 2, {"pp": 2}, SMALL),
+    Row("PP2 full recompute", 2, {"pp": 2}, {"recompute": "full", **SMALL}, quick=True),
+    Row("PP2 dense first layer", 2, {"pp": 2}, SMALL, model="dense_first"),
+    Row("DP2", 2, {}, SMALL, quick=True),
+    Row("DP2 distributed optimizer", 2, {}, {"distributed_optimizer": True, **SMALL}),
+    Row("EP2", 2, {"ep": 2}, SMALL, quick=True),
+    Row("EP2 dense first layer", 2, {"ep": 2}, SMALL, model="dense_first"),
+    Row("TP2 PP2 EP2", 4, {"tp": 2, "pp": 2, "ep": 2}, SMALL, quick=True),
+    Row("TP2 PP2 EP2 full recompute", 4, {"tp": 2, "pp": 2, "ep": 2}, {"recompute": "full", **SMALL}),
+    Row("TP2 PP2 ETP2", 4, {"tp": 2, "pp": 2, "etp": 2}, SMALL),
+    Row("TP2 EP2 DP2", 4, {"tp": 2, "ep": 2}, SMALL),
+    Row("TP2 EP4 DP2", 4, {"tp": 2, "ep": 4}, SMALL, quick=True),
+    Row("PP2 EP2 DP2", 4, {"pp": 2, "ep": 2}, SMALL),
+    Row("PP4", 4, {"pp": 4}, SMALL),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the rows that CI runs")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, help="write the table as markdown")
+    args = parser.parse_args()
+    rows = [row for row in ROWS if (row.quick or not args.quick) and args.only in row.name]
+    results = compare(rows)
+    table = render(results)
+    print(table)
+    if args.write:
+        args.write.write_text(PAGE.format(table=table, rows=len(results)))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    failed = [name for name, modes in results.items() if not all(v <= LIMIT for mode in modes.values() for v in mode.values())]
+    if failed:
+        print(f"above {LIMIT:g}: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+PAGE = """# Equality over layouts
+
+Printed by `python tools/equality.py --write docs/equality.md` ({rows} layouts, float32, gloo). Each figure is the largest
+|a - b| / max |b| against a single rank with one micro-batch, over log-probabilities, loss and every gradient tensor; the limit is 1e-5.
+R3 replays adversarial routes that differ at every token.
+
+{table}
+"""
+
+
+def compare(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """row -> mode -> {logprobs, loss, grad}: relative differences from the single rank."""
+    import torch
+
+    from tools.tiny_model import make_tiny_model
+
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, changes in MODELS.items():
+            make_tiny_model(folder / name)
+            config = json.loads((folder / name / "config.json").read_text())
+            if changes:
+                _make_dense(folder / name, config, **changes)
+        reference = [Row(f"reference {name}", 1, engine={"micro_batch_tokens": 4096}, model=name) for name in MODELS]
+        for world in (1, 2, 4):
+            chosen = [row for row in (reference if world == 1 else []) + rows if row.world == world]
+            if chosen:
+                _launch(folder, world, chosen)
+        for row in rows:
+            want = torch.load(folder / f"reference {row.model}.pt")
+            got = torch.load(folder / f"{row.name}.pt")
+            results[row.name] = {mode: {key: _difference(got[mode][key], want[mode][key]) for key in want[mode]} for mode in MODES}
+    return results
+
+
+def _make_dense(folder: Path, config: dict[str, Any], dense_layers: list[int]) -> None:
+    """Replaces the experts of some layers by one dense MLP of `intermediate_size`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    for layer in dense_layers:
+        at = f"model.layers.{layer}.mlp."
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(at)}
+        for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            tensors[f"{at}{name}_proj.weight"] = torch.randn(shape, generator=generator) * 0.08
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "mlp_only_layers": dense_layers}))
+
+
+def _launch(folder: Path, world: int, rows: list[Row]) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    done = subprocess.run(
+        [*command, __file__, "--worker", str(folder), *[str(ROWS.index(row)) if row in ROWS else row.model for row in rows]],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if done.returncode:
+        raise SystemExit(f"the {world}-rank launch failed:\n{done.stderr[-3000:]}")
+
+
+def _difference(got: Any, want: Any) -> float:
+    """max |a - b| / max |b|: of a tensor, or the worst of a dictionary of tensors."""
+    if isinstance(want, dict):
+        return max(_difference(got[name], want[name]) for name in want)
+    scale = float(want.abs().max())
+    return float((got - want).abs().max()) / scale if scale else float(got.abs().max())
+
+
+def render(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    lines = ["| layout | " + " | ".join(f"{mode}: log-prob, loss, gradient" for mode in MODES) + " |", "|---|" + "---|" * len(MODES)]
+    for name, modes in results.items():
+        cells = [", ".join(f"{modes[mode][key]:.1e}" for key in ("logprobs", "loss", "grad")) for mode in MODES]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ---- inside the ranks
+
+
+def worker(folder: Path, names: list[str]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megarl.config import load_config
+    from megarl.engine.build import build_engine
+    from megarl.engine.parallel import destroy_parallel
+
+    for name in names:
+        row = ROWS[int(name)] if name.isdigit() else Row(f"reference {name}", 1, engine={"micro_batch_tokens": 4096}, model=name)
+        keys = [f"parallel.{k}={v}" for k, v in row.parallel.items()] + [f"engine.{k}={v}" for k, v in row.engine.items()]
+        config = load_config(None, [f"model.path={folder / row.model}", *keys])
+        engine = build_engine(config, optimizer_steps=1, temperature=TEMPERATURE)
+        result = {mode: measure(engine, config, mode) for mode in MODES}
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{row.name}.pt")
+        dist.barrier()
+    destroy_parallel()
+
+
+def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
+    """Log-probabilities (of all responses, in order), loss and gradients (as Hugging Face tensors) of one mini-batch, on rank 0."""
+    import torch
+    import torch.distributed as dist
+
+    from megarl.learn import Learner
+
+    config = config.model_copy(deep=True)
+    config.replay.mode, config.batch.minibatches = mode, 2  # two: with its own pi_old pass
+    learner = Learner(config, engine)
+    packs = lay_out(engine, config, with_routes=mode == "R3")
+    at = engine.model.parallel
+    replay_old = {"none": "record", "R2": "record", "R3": "replay"}[mode]
+    scored = engine.logprobs(packs, replay_old)
+    mine = {}
+    for pack, (logprobs, _) in zip(packs, scored):
+        # pi_old is not pi: a fixed change that depends on the token only makes every branch of the loss count
+        pack.old_logprobs = logprobs + 0.1 * torch.sin(pack.labels.float() + pack.positions.float())
+        mine |= {i: logprobs[s : s + sum(RESPONSES[i]) - 1] for i, s in zip(pack.responses, pack.starts)}
+    if mode == "R2":
+        for pack in packs:
+            pack.routes, pack.present = pack.own, None
+    sums = engine.gradients(packs, "record" if mode == "none" else "replay", learner._loss)
+    loss = sum((float(part["loss/value:sum"]) for part in sums), 0.0) if at.coord.tp == at.coord.cp == 0 else 0.0
+    everyone: list[Any] = [None] * at.layout.world
+    dist.all_gather_object(everyone, (mine, loss, gradients(engine, config.engine.distributed_optimizer)))
+    logprobs = {k: v for rank in everyone for k, v in rank[0].items()}
+    full = {name: torch.zeros(shape) for name, shape in engine.model.weight_map.hf_shapes.items()}
+    for _, _, pieces in everyone:
+        for piece, value in pieces:
+            full[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape))] = value
+    return {
+        "logprobs": torch.cat([logprobs[i] for i in sorted(logprobs)]),
+        "loss": torch.tensor(sum(rank[1] for rank in everyone)),
+        "grad": full,
+    }
+
+
+def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
+    """This rank's packs of the fixed responses: the trainer's own assignment, arrays and, for R3, adversarial routes."""
+    import torch
+
+    from megarl.engine.batch import assign, make_pack, scatter_rows
+    from megarl.engine.build import route_shape
+    from megarl.engine.exchange import attach_routes
+
+    at, shape = engine.model.parallel, route_shape(engine.model)
+    weight_map = engine.model.weight_map
+    generator = torch.Generator().manual_seed(3)
+    lengths = [p + r for p, r in RESPONSES]
+    tokens = [torch.randint(3, 14, (n,), generator=generator) for n in lengths]
+    mu = [-torch.rand(r, generator=generator) * 3 for _, r in RESPONSES]
+    advantage = torch.randn(len(RESPONSES), generator=generator)
+    routes = [
+        torch.stack(
+            [
+                torch.randperm(weight_map.num_experts, generator=generator)[: weight_map.top_k]
+                for _ in range((n - 1) * len(weight_map.moe_layers))
+            ]
+        ).view(n - 1, len(weight_map.moe_layers), weight_map.top_k)
+        for n in lengths
+    ]
+    multiple = at.layout.pp if at.layout.vpp > 1 else 1
+    packs = []
+    for members in assign([n - 1 for n in lengths], at.layout.dp, config.engine.micro_batch_tokens, multiple)[at.coord.dp]:
+        prompt_lens = [RESPONSES[i][0] for i in members]
+        pack = make_pack(members, [tokens[i] for i in members], prompt_lens, at.layout)
+        pack.rollout_logprobs = scatter_rows(pack, [mu[i] for i in members], prompt_lens)
+        pack.denominators.fill_(len(RESPONSES))
+        for start, i in zip(pack.starts, members):
+            rows = slice(start, start + lengths[i] - 1)
+            pack.advantages[rows], pack.group_ids[rows] = advantage[i], i // 3
+        if with_routes:
+            empty = torch.zeros(0, len(weight_map.moe_layers), weight_map.top_k)
+            attach_routes(pack, torch.cat([routes[i] for i in members]) if members else empty, at, shape)
+        packs.append(pack)
+    return packs
+
+
+def gradients(engine: Any, distributed_optimizer: bool) -> list[tuple[Any, Any]]:
+    """(piece, gradient) of the parameters this rank is the first to hold."""
+    if distributed_optimizer:
+        _gather_shards(engine)
+    return [
+        (piece, tensor.main_grad[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))].clone())
+        for param, tensor in engine.model.params()
+        if param.replica == 0
+        for piece in param.pieces
+    ]
+
+
+def _gather_shards(engine: Any) -> None:
+    """With the distributed optimizer each rank has reduced only its shard of every gradient bucket: brings the shards together."""
+    import torch.distributed as dist
+    from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+    for chunk in engine.model.chunks:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            peers = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = shard_buffer(bucket.grad_data, peers.size())[peers.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=peers)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] == "--worker":
+        worker(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        sys.exit(main())
