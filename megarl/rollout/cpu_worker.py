@@ -1,4 +1,4 @@
-"""The vLLM worker of a CPU rollout that returns routes: `--worker-cls megarl.rollout.cpu_worker.RouteCapturingWorker`."""
+"""The vLLM worker of a CPU rollout: `--worker-cls megarl.rollout.cpu_worker.RolloutWorker`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from megarl.rollout.vllm_patches import RouteCapture, check_version
 
 
-class RouteCapturingRunner(CPUModelRunner):
-    """vLLM's CPU model runner, with its AuxOutput connector driven around each step."""
+class RolloutRunner(CPUModelRunner):
+    """vLLM's CPU model runner; where routes are wanted, its AuxOutput connector is driven around each step."""
 
     _routes: RouteCapture | None = None
 
@@ -22,7 +22,11 @@ class RouteCapturingRunner(CPUModelRunner):
 
     def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
-        if self._routes is not None and not is_profiling:
+        if is_profiling:
+            return
+        for cache in self.kv_caches:
+            cache.zero_()  # takes the memory now: it would otherwise come page by page and look like a leak
+        if self._routes is not None:
             self._routes.connect(kv_cache_config)
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
@@ -40,10 +44,10 @@ class RouteCapturingRunner(CPUModelRunner):
         return output
 
 
-class RouteCapturingWorker(cpu_worker.CPUWorker):
+class RolloutWorker(cpu_worker.CPUWorker):
     def init_device(self) -> None:
         check_version()
-        original, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, RouteCapturingRunner
+        original, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, RolloutRunner
         try:
             super().init_device()
         finally:

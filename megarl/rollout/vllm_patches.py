@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 VERSION = "0.32.0"
-WORKER = "megarl.rollout.cpu_worker.RouteCapturingWorker"
+WORKER = "megarl.rollout.cpu_worker.RolloutWorker"
 
 
 def check_version() -> None:
