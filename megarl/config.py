@@ -36,6 +36,8 @@ class ParallelConfig(Section):
     ep: int = Field(1, ge=1, description="Expert-parallel size.")
     etp: int = Field(1, ge=1, description="Tensor-parallel size inside an expert.")
     cp: int = Field(1, ge=1, description="Context-parallel size.")
+    first_stage_layers: int | None = Field(None, ge=1, description="Layers of the first pipeline stage, if not an even share (vpp 1 only).")
+    last_stage_layers: int | None = Field(None, ge=1, description="Layers of the last pipeline stage, if not an even share (vpp 1 only).")
 
 
 class EngineConfig(Section):
@@ -43,6 +45,7 @@ class EngineConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recompute.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Token budget of one packed micro-batch.")
     distributed_optimizer: bool = Field(False, description="Shard optimizer state over data-parallel ranks.")
+    experts: Literal["grouped", "sequential"] = Field("grouped", description="All experts in one grouped product, or one after the other.")
 
 
 class ReplayConfig(Section):

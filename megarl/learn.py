@@ -106,6 +106,8 @@ class Learner:
     def _reduce(self, sums: Sums) -> Sums:
         """Adds (or maxes) over the data-parallel ranks of the last stage, then tells everyone."""
         at = self.parallel
+        if at.coord.cp:  # every context-parallel rank computed the same loss
+            sums = {key: value if key.endswith(":max") else torch.zeros_like(value) for key, value in sums.items()}
         if at.is_last_stage and at.layout.dp * at.layout.cp > 1:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             for op, keys in _by_operation(sums):

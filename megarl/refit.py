@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megarl.collect import Values
 from megarl.config import Config
-from megarl.engine.batch import make_pack
+from megarl.engine.batch import make_packs
 from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.errors import UserError
@@ -62,7 +62,7 @@ class Refit:
         dist.broadcast_object_list(answers, src=0)
         worst = torch.zeros(len(answers[0]), dtype=torch.float64)
         for server, (logprobs, routes) in enumerate(answers[0]):
-            pack = make_pack([0], [self.canary], [1], at.layout)
+            (pack,) = make_packs([[0]], [self.canary], [1], at.layout, at.coord)
             if routes is not None and self.routes is not None:
                 routes = only_moe_layers(routes, model.weight_map.moe_layers, model.weight_map.num_layers)
                 attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), at, self.routes)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.config import Config, load_config
-from megarl.engine.batch import Pack, assign, make_pack, router_rows
+from megarl.engine.batch import Pack, assign, make_packs, router_rows
 from megarl.engine.build import Engine, build_engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.engine.parallel import destroy_parallel
@@ -94,16 +94,14 @@ def score(rows: list[dict[str, Any]], engine: Engine, config: Config) -> list[di
             continue
         multiple = at.layout.pp if at.layout.vpp > 1 else 1
         assigned = assign([len(rows[i]["tokens"]) - 1 for i in members], at.layout.dp, config.engine.micro_batch_tokens, multiple)
-        packs = []
-        for chosen in assigned[at.coord.dp]:
-            numbers = [members[i] for i in chosen]
-            pack = make_pack(numbers, [torch.tensor(rows[i]["tokens"]) for i in numbers], [1] * len(numbers), at.layout)
-            if replay:
-                full = [torch.from_numpy(rows[i]["routes"].astype(np.int16)) for i in numbers]
-                attach_routes(
-                    pack, torch.cat(full) if full else torch.zeros(0, len(engine.model.weight_map.moe_layers), shape.top_k), at, shape
-                )
-            packs.append(pack)
+        tokens = [torch.tensor(row["tokens"]) for row in rows]
+        numbers = [[members[i] for i in chosen] for chosen in assigned[at.coord.dp]]
+        packs = make_packs(numbers, tokens, [1] * len(rows), at.layout, at.coord)
+        if replay:
+            none = np.zeros((0, len(engine.model.weight_map.moe_layers), shape.top_k), np.int16)
+            for pack in packs:
+                full = np.concatenate([none, *(rows[i]["routes"].astype(np.int16) for i in pack.responses)])
+                attach_routes(pack, torch.from_numpy(full), at, shape)
         scored = engine.logprobs(packs, "replay" if replay else "record")
         everyone: list[Any] = [None] * at.layout.world
         dist.all_gather_object(everyone, _mine(engine, packs, scored))
@@ -120,7 +118,7 @@ def _mine(engine: Engine, packs: list[Pack], scored: list[Any]) -> list[dict[str
     for n, pack in enumerate(packs):
         mine: dict[str, Any] = {"responses": pack.responses, "starts": pack.starts, "padded": pack.padded}
         mine["own"] = None if pack.own is None else pack.own.cpu().numpy()
-        mine["rows"] = router_rows(pack.padded, at.layout, at.coord)
+        mine["rows"] = router_rows(pack.padded, at.layout, at.coord).numpy()
         if scored and at.coord.tp == 0:
             mine["logprobs"], mine["entropy"] = (x.cpu().numpy() for x in scored[n])
         found.append(mine)
@@ -138,7 +136,7 @@ def _assemble(everyone: list[list[dict[str, Any]]], rows: list[dict[str, Any]], 
             own = np.zeros((first["padded"], len(weight_map.moe_layers), weight_map.top_k), shape.dtype)
             for rank, part in parts.items():
                 if part["own"] is not None:
-                    own[part["rows"], list(shape.layers_of_stage[layout.coord(rank).pp])] = part["own"]
+                    own[np.ix_(part["rows"], list(shape.layers_of_stage[layout.coord(rank).pp]))] = part["own"]
             scores = next(part for part in parts.values() if "logprobs" in part)
             for i, start in zip(first["responses"], first["starts"]):
                 span = slice(start, start + len(rows[i]["tokens"]) - 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megarl.config import Config, dump_config, load_config
 from megarl.data import PromptStream, load_demonstrations, load_tokenizer
-from megarl.engine.batch import Pack, assign, make_pack
+from megarl.engine.batch import Pack, assign, make_packs
 from megarl.engine.build import Engine, build_engine
 from megarl.engine.export import export_hf
 from megarl.engine.parallel import destroy_parallel
@@ -64,9 +64,7 @@ def lay_out(batch: list[Demonstration], engine: Engine, config: Config) -> tuple
     layout, coord = engine.model.parallel.layout, engine.model.parallel.coord
     multiple = layout.pp if layout.vpp > 1 else 1
     assigned = assign([len(tokens) - 1 for tokens, _ in batch], layout.dp, config.engine.micro_batch_tokens, multiple)[coord.dp]
-    packs = []
-    for members in assigned:
-        packs.append(make_pack(members, [torch.tensor(batch[i][0]) for i in members], [batch[i][1] for i in members], layout))
+    packs = make_packs(assigned, [torch.tensor(tokens) for tokens, _ in batch], [prompt_len for _, prompt_len in batch], layout, coord)
     return packs, sum(len(tokens) - prompt_len for tokens, prompt_len in batch)
 
 

@@ -55,10 +55,21 @@ ROWS = [
     Row("PP2", 2, {"pp": 2}, SMALL),
     Row("PP2 full recompute", 2, {"pp": 2}, {"recompute": "full", **SMALL}, quick=True),
     Row("PP2 dense first layer", 2, {"pp": 2}, SMALL, model="dense_first"),
+    Row("PP2 VPP2", 2, {"pp": 2, "vpp": 2}, SMALL),
+    Row("PP2 VPP2 full recompute", 2, {"pp": 2, "vpp": 2}, {"recompute": "full", **SMALL}, quick=True),
     Row("DP2", 2, {}, SMALL, quick=True),
     Row("DP2 distributed optimizer", 2, {}, {"distributed_optimizer": True, **SMALL}),
     Row("EP2", 2, {"ep": 2}, SMALL, quick=True),
     Row("EP2 dense first layer", 2, {"ep": 2}, SMALL, model="dense_first"),
+    Row("CP2", 2, {"cp": 2}, SMALL, quick=True),
+    Row("PP2 uneven (1 + 3 layers)", 2, {"pp": 2, "first_stage_layers": 1}, SMALL),
+    Row("PP2 uneven, dense first layer", 2, {"pp": 2, "first_stage_layers": 3}, SMALL, model="dense_first", quick=True),
+    Row("TP2 CP2 EP2", 4, {"tp": 2, "cp": 2, "ep": 2}, SMALL, quick=True),
+    Row("TP2 CP2 EP2 full recompute", 4, {"tp": 2, "cp": 2, "ep": 2}, {"recompute": "full", **SMALL}),
+    Row("PP2 CP2", 4, {"pp": 2, "cp": 2}, SMALL),
+    Row("CP4", 4, {"cp": 4}, SMALL),
+    Row("TP2 PP2 VPP2 EP2", 4, {"tp": 2, "pp": 2, "vpp": 2, "ep": 2}, SMALL),
+    Row("CP2 DP2 distributed optimizer", 4, {"cp": 2}, {"distributed_optimizer": True, **SMALL}),
     Row("TP2 PP2 EP2", 4, {"tp": 2, "pp": 2, "ep": 2}, SMALL, quick=True),
     Row("TP2 PP2 EP2 full recompute", 4, {"tp": 2, "pp": 2, "ep": 2}, {"recompute": "full", **SMALL}),
     Row("TP2 PP2 ETP2", 4, {"tp": 2, "pp": 2, "etp": 2}, SMALL),
@@ -238,7 +249,7 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
     """This rank's packs of the fixed responses: the trainer's own assignment, arrays and, for R3, adversarial routes."""
     import torch
 
-    from megarl.engine.batch import assign, make_pack, scatter_rows
+    from megarl.engine.batch import assign, make_packs, scatter_rows
     from megarl.engine.build import route_shape
     from megarl.engine.exchange import attach_routes
 
@@ -259,10 +270,12 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
         for n in lengths
     ]
     multiple = at.layout.pp if at.layout.vpp > 1 else 1
-    packs = []
-    for members in assign([n - 1 for n in lengths], at.layout.dp, config.engine.micro_batch_tokens, multiple)[at.coord.dp]:
-        prompt_lens = [RESPONSES[i][0] for i in members]
-        pack = make_pack(members, [tokens[i] for i in members], prompt_lens, at.layout)
+    prompts = [p for p, _ in RESPONSES]
+    assigned = assign([n - 1 for n in lengths], at.layout.dp, config.engine.micro_batch_tokens, multiple)[at.coord.dp]
+    packs = make_packs(assigned, tokens, prompts, at.layout, at.coord)
+    for pack in packs:
+        members = pack.responses
+        prompt_lens = [prompts[i] for i in members]
         pack.rollout_logprobs = scatter_rows(pack, [mu[i] for i in members], prompt_lens)
         pack.denominators.fill_(len(RESPONSES))
         for start, i in zip(pack.starts, members):
@@ -271,7 +284,6 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
         if with_routes:
             empty = torch.zeros(0, len(weight_map.moe_layers), weight_map.top_k)
             attach_routes(pack, torch.cat([routes[i] for i in members]) if members else empty, at, shape)
-        packs.append(pack)
     return packs
 
 

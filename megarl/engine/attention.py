@@ -1,7 +1,9 @@
 """Core attention over packed sequences for layer specs without Transformer Engine: torch's scaled_dot_product_attention.
 
-Each sequence of a pack is right-padded to the longest one and attended causally; what the padding computes is dropped. So there is
-no mask of [tokens, tokens], nothing attends across a border, and the flash kernels of torch apply on a CPU and on a GPU.
+The rows of a pack are cut into segments, each of one sequence; segments are right-padded into a rectangle, attended causally, and what
+the padding computes is dropped. So there is no mask of [tokens, tokens] and nothing attends across a border. Without context
+parallelism a segment is a sequence and the flash kernels of torch apply. With it a rank has the queries of its own rows, gathers keys and
+values of the whole pack, and attends with a mask of its segments.
 """
 
 from __future__ import annotations
@@ -10,38 +12,83 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed parameters and where each token lies in the padded [sequences, longest] rectangle."""
+    """Megatron's packed parameters, and where each row lies in the padded rectangles [segments, longest]."""
 
-    rectangle: tuple[int, int] = (0, 0)
-    pad_index: Tensor | None = None  # [sequences * longest] -> token; padding points to token 0
-    unpad_index: Tensor | None = None  # [tokens] -> cell of the rectangle
+    query_index: Tensor | None = None  # [segments, longest query] -> row of this rank; padding points to row 0
+    key_index: Tensor | None = None  # [segments, longest key] -> row of the pack
+    cells: Tensor | None = None  # [rows of this rank] -> cell of the query rectangle
+    mask: Tensor | None = None  # bool [segments, 1, longest query, longest key]; None is causal
+    gathered: Tensor | None = None  # row of the pack -> place in the concatenation of all context-parallel ranks' rows
 
 
-def packed_sequences(cu_seqlens: Tensor) -> PackedSequences:
-    """cu_seqlens int32 [sequences + 1], from 0 to the number of tokens of the pack."""
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    longest = int(lengths.max())
-    inside = torch.arange(longest, device=cu_seqlens.device) < lengths[:, None]
-    pad_index = torch.zeros(inside.numel(), dtype=torch.long, device=cu_seqlens.device)
-    unpad_index = inside.flatten().nonzero().flatten()
-    pad_index[unpad_index] = torch.arange(unpad_index.numel(), device=cu_seqlens.device)
-    return PackedSequences(
+def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: int) -> PackedSequences:
+    """lengths: of the pack's sequences, padding included; cp_spans: the spans of rows of each context-parallel rank, in their order."""
+    edges = [0]
+    for length in lengths:
+        edges.append(edges[-1] + length)
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32)
+    packed = PackedSequences(
         qkv_format="sbhd",  # rows with a batch of one: Megatron then leaves rotation and attention to the modules below
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        rectangle=(len(lengths), longest),
-        pad_index=pad_index,
-        unpad_index=unpad_index,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
     )
+    # (first row, end row) of each segment in the pack, and the first row of its sequence
+    segments = [
+        (max(a, span.start), min(b, span.stop), a)
+        for span in cp_spans[cp_rank]
+        for a, b in zip(edges, edges[1:])
+        if max(a, span.start) < min(b, span.stop)
+    ]
+    packed.query_index, packed.cells = _rectangle([end - first for first, end, _ in segments])
+    if len(cp_spans) == 1:
+        packed.key_index = packed.query_index
+        return packed
+    sizes = torch.tensor([end - start for _, end, start in segments])
+    column = torch.arange(int(sizes.max()))
+    starts = torch.tensor([start for _, _, start in segments])
+    packed.key_index = torch.where(column < sizes[:, None], starts[:, None] + column, 0)
+    position = torch.tensor([first - start for first, _, start in segments])[:, None] + torch.arange(packed.query_index.shape[1])
+    packed.mask = (column <= position[:, :, None])[:, None]  # padding queries see more than they should, and are dropped
+    rows = torch.cat([torch.arange(span.start, span.stop) for spans in cp_spans for span in spans])
+    packed.gathered = rows.argsort()
+    return packed
+
+
+def _rectangle(sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """(row of each cell [segments, longest], cell of each row) for segments that follow each other."""
+    lengths = torch.tensor(sizes)
+    inside = torch.arange(int(lengths.max())) < lengths[:, None]
+    index = torch.zeros(inside.shape, dtype=torch.long)
+    index[inside] = torch.arange(int(lengths.sum()))
+    return index, inside.flatten().nonzero().flatten()
+
+
+class _GatherRows(torch.autograd.Function):
+    """[rows of this rank, ...] -> [rows of all context-parallel ranks, ...], in rank order; gradients are summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(rows) for _ in range(group.size())]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
 
 
 class RowRotary(torch.nn.Module):
@@ -72,13 +119,23 @@ class PackedCausalAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, packed_seq_params: PackedSequences, **kwargs: Any
     ) -> Tensor:
-        sequences, longest = packed_seq_params.rectangle
+        packed = packed_seq_params
+        if packed.gathered is not None:
+            group = parallel_state.get_context_parallel_group()
+            both = _GatherRows.apply(torch.cat([key, value], dim=-1), group).index_select(0, packed.gathered)
+            key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
 
-        def rectangle(x: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [sequences, heads, longest, dim]
-            return x.index_select(0, packed_seq_params.pad_index).view(sequences, longest, *x.shape[2:]).transpose(1, 2)
+        def rectangle(x: Tensor, index: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [segments, heads, longest, dim]
+            return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]).transpose(1, 2)
 
-        grouped = query.shape[2] != key.shape[2]
+        assert packed.query_index is not None and packed.key_index is not None
         out = F.scaled_dot_product_attention(
-            rectangle(query), rectangle(key), rectangle(value), is_causal=True, scale=self.scale, enable_gqa=grouped
+            rectangle(query, packed.query_index),
+            rectangle(key, packed.key_index),
+            rectangle(value, packed.key_index),
+            attn_mask=packed.mask,
+            is_causal=packed.mask is None,
+            scale=self.scale,
+            enable_gqa=query.shape[2] != key.shape[2],
         )
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, packed_seq_params.unpad_index).flatten(1).unsqueeze(1)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, packed.cells).flatten(1).unsqueeze(1)

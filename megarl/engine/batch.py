@@ -65,20 +65,39 @@ class Pack:
         return self.tokens.numel()
 
 
-def router_rows(padded: int, layout: Layout, coord: Coord) -> slice:
-    """The rows that this rank's routers see: its sequence-parallel slice of the pack (all of it at TP = 1)."""
-    each = padded // layout.tp
-    return slice(coord.tp * each, (coord.tp + 1) * each)
+def cp_spans(padded: int, cp: int) -> list[list[range]]:
+    """The rows of a pack that each context-parallel rank computes: of 2 CP equal spans rank r has r and 2 CP - 1 - r, so that causal
+    attention costs all ranks the same. One rank has everything."""
+    if cp == 1:
+        return [[range(padded)]]
+    each = padded // (2 * cp)
+    return [[range(i * each, (i + 1) * each) for i in (rank, 2 * cp - 1 - rank)] for rank in range(cp)]
 
 
-def alignment(layout: Layout) -> int:
-    """A pack's length is a multiple of this: sequence parallelism cuts it into TP equal slices."""
-    return layout.tp
+def cp_rows(padded: int, cp: int, rank: int) -> Tensor:
+    """int64 [padded / CP]: the rows of one context-parallel rank, in the order it holds them."""
+    return torch.cat([torch.arange(span.start, span.stop) for span in cp_spans(padded, cp)[rank]])
 
 
-def padded_rows(rows: int, layout: Layout) -> int:
-    each = alignment(layout)
-    return -(-rows // each) * each
+def router_rows(padded: int, layout: Layout, coord: Coord) -> Tensor:
+    """int64 [padded / CP / TP]: the rows that this rank's routers see, its sequence-parallel slice of its context-parallel rows.
+
+    Tokens, labels and routes are all cut by this one function or by cp_rows, which it slices.
+    """
+    mine = cp_rows(padded, layout.cp, coord.cp)
+    each = len(mine) // layout.tp
+    return mine[coord.tp * each : (coord.tp + 1) * each]
+
+
+def pack_lengths(rows: list[int], layout: Layout) -> list[int]:
+    """Padded lengths of the packs of one schedule run, given their rows: multiples of what CP and sequence parallelism cut them into.
+
+    Under the interleaved schedule all are equal: at PP = 2 megatron-core's exchange of shapes cannot tell a send to the next stage from
+    one to the previous stage, since both are the same rank (p2p_communication.py, _communicate_shapes).
+    """
+    each = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    lengths = [max(-(-n // each), 1) * each for n in rows]
+    return [max(lengths)] * len(lengths) if layout.vpp > 1 else lengths
 
 
 def assign(rows: list[int], replicas: int, budget: int, multiple: int = 1) -> list[list[list[int]]]:
@@ -115,19 +134,17 @@ def _first_fit(members: list[int], rows: list[int], budget: int) -> list[list[in
     return [sorted(pack) for pack in packs]
 
 
-def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int], layout: Layout) -> Pack:
-    """Lays out one pack. tokens: for each response its int64 tokens, prompt included."""
+def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int], length: int, layout: Layout, coord: Coord) -> Pack:
+    """Lays out one pack of `length` rows (see pack_lengths). tokens: for each response its int64 tokens, prompt included."""
     lengths = [len(t) - 1 for t in tokens]
     rows = sum(lengths)
-    total = max(padded_rows(rows, layout), alignment(layout))
-    padding = total - rows
+    padding = length - rows
     spans = lengths + ([padding] if padding else [])
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     zeros = torch.zeros(padding, dtype=torch.long)
-    mask = torch.zeros(total)
-    for start, length, prompt_len in zip(starts, lengths, prompt_lens):
-        mask[start + prompt_len - 1 : start + length] = 1
-    cu_seqlens = torch.tensor([0] + spans).cumsum(0).to(torch.int32)
+    mask = torch.zeros(length)
+    for start, n, prompt_len in zip(starts, lengths, prompt_lens):
+        mask[start + prompt_len - 1 : start + n] = 1
     return Pack(
         responses=responses,
         starts=starts,
@@ -137,12 +154,21 @@ def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int]
         mask=mask,
         seq_ids=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [zeros - 1]),
         positions=torch.cat([torch.arange(n) for n in spans]),
-        sequences=packed_sequences(cu_seqlens),
-        rollout_logprobs=torch.zeros(total),
-        advantages=torch.zeros(total),
-        group_ids=torch.full((total,), -1),
-        denominators=torch.ones(total),
+        sequences=packed_sequences(spans, cp_spans(length, layout.cp), coord.cp),
+        rollout_logprobs=torch.zeros(length),
+        advantages=torch.zeros(length),
+        group_ids=torch.full((length,), -1),
+        denominators=torch.ones(length),
     )
+
+
+def make_packs(assigned: list[list[int]], tokens: list[Tensor], prompt_lens: list[int], layout: Layout, coord: Coord) -> list[Pack]:
+    """The packs of one replica. assigned: for each pack its responses, as indices into tokens and prompt_lens."""
+    lengths = pack_lengths([sum(len(tokens[i]) - 1 for i in members) for members in assigned], layout)
+    return [
+        make_pack(members, [tokens[i] for i in members], [prompt_lens[i] for i in members], length, layout, coord)
+        for members, length in zip(assigned, lengths)
+    ]
 
 
 def scatter_rows(pack: Pack, values: list[Tensor], prompt_lens: list[int]) -> Tensor:

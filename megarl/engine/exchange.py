@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.engine.batch import Meta, Pack, make_pack, padded_rows, router_rows, scatter_rows
+from megarl.engine.batch import Meta, Pack, make_pack, pack_lengths, router_rows, scatter_rows
 from megarl.engine.parallel import Parallel
 from megarl.replay.routes import route_dtype, spread_routes
 from megarl.rollout.response import Response
@@ -37,14 +37,13 @@ class RouteShape:
 
 @dataclass(frozen=True)
 class _Share:
-    """One response inside one pack, and the part of its routes one rank needs: rows [first, last) of the response."""
+    """Rows [first, last) of one response, whose routes one rank needs, and where they lie in that rank's slice of the pack."""
 
     response: int
     pack: int
-    place: int  # among the pack's responses
     first: int
     last: int
-    row: int  # where row `first` lies in the rank's slice of the pack
+    row: int
 
 
 def exchange(
@@ -62,16 +61,19 @@ def exchange(
     by the same index. routes: None if none travel.
     """
     layout, me = parallel.layout, parallel.coord
-    shares = {rank: _shares(assignment[layout.coord(rank).dp], metas, layout, layout.coord(rank)) for rank in range(layout.world)}
-    owners = sorted({meta.owner for meta in metas})
     outgoing = {}
-    if responses:
-        for rank, items in shares.items():
-            layers = list(routes.layers_of_stage[layout.coord(rank).pp]) if routes else []
-            outgoing[rank] = b"".join(_encode(s, responses[s.response], layers, routes) for s in items if s.response in responses)
-    sizes = {o: sum(_size(s, metas[s.response], me, routes) for s in shares[me.rank] if metas[s.response].owner == o) for o in owners}
+    for rank in range(layout.world) if responses else []:
+        there = layout.coord(rank)
+        outgoing[rank] = _encode(assignment[there.dp], metas, responses, layout, there, routes)
+    mine = assignment[me.dp]
+    shares = _shares(mine, metas, layout, me) if routes else []
+    sizes = dict.fromkeys(sorted({meta.owner for meta in metas}), 0)
+    for i in (i for pack in mine for i in pack):
+        sizes[metas[i].owner] += 4 * metas[i].tokens + 4 * (metas[i].tokens - metas[i].prompt_len)
+    for share in shares:
+        sizes[metas[share.response].owner] += _route_bytes(share, metas[share.response], me, routes)
     incoming = _swap(outgoing, sizes, parallel)
-    packs, received = _fill(assignment[me.dp], shares[me.rank], metas, incoming, parallel, routes)
+    packs, received = _fill(mine, shares, metas, incoming, parallel, routes)
     for pack in packs:
         for start, i in zip(pack.starts, pack.responses):
             rows = slice(start, start + metas[i].rows)
@@ -79,23 +81,44 @@ def exchange(
     return packs, received
 
 
+def _lengths(packs: list[list[int]], metas: Sequence[Meta], layout: Layout) -> list[int]:
+    return pack_lengths([sum(metas[i].rows for i in members) for members in packs], layout)
+
+
 def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord: Coord) -> list[_Share]:
+    """What the routers of the rank at `coord` see, as runs of consecutive rows of one response."""
     found = []
-    for number, members in enumerate(packs):
-        rows = router_rows(padded_rows(sum(metas[i].rows for i in members), layout) or layout.tp, layout, coord)
-        start = 0
-        for place, i in enumerate(members):
-            first = min(max(rows.start - start, 0), metas[i].rows)
-            last = max(min(rows.stop - start, metas[i].rows), first)
-            found.append(_Share(i, number, place, first, last, start + first - rows.start))
-            start += metas[i].rows
+    for number, (members, length) in enumerate(zip(packs, _lengths(packs, metas, layout))):
+        edges = np.cumsum([0] + [metas[i].rows for i in members])
+        rows = router_rows(length, layout, coord).numpy()
+        rows = rows[rows < edges[-1]]
+        owner = np.searchsorted(edges, rows, side="right") - 1
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(owner) != 0)) + 1
+        for run in np.split(np.arange(len(rows)), breaks) if len(rows) else []:
+            place, first = owner[run[0]], rows[run[0]]
+            start = int(first - edges[place])
+            found.append(_Share(members[place], number, start, start + len(run), int(run[0])))
     return found
 
 
-def _encode(share: _Share, response: Response, layers: list[int], routes: RouteShape | None) -> bytes:
-    parts = [response.tokens.astype(np.int32).tobytes(), response.logprobs.astype(np.float32).tobytes()]
-    if routes is not None and response.routes is not None:
-        parts.append(np.ascontiguousarray(response.routes[share.first : share.last][:, layers], dtype=routes.dtype).tobytes())
+def _encode(
+    packs: list[list[int]],
+    metas: Sequence[Meta],
+    responses: dict[int, Response],
+    layout: Layout,
+    coord: Coord,
+    routes: RouteShape | None,
+) -> bytes:
+    """The message to the rank at `coord`: tokens and log-probabilities of its responses, then its shares of their routes."""
+    parts = []
+    for i in (i for pack in packs for i in pack if i in responses):
+        parts += [responses[i].tokens.astype(np.int32).tobytes(), responses[i].logprobs.astype(np.float32).tobytes()]
+    if routes is not None:
+        layers = list(routes.layers_of_stage[coord.pp])
+        for share in _shares(packs, metas, layout, coord):
+            held = responses[share.response].routes if share.response in responses else None
+            if held is not None:
+                parts.append(np.ascontiguousarray(held[share.first : share.last][:, layers], dtype=routes.dtype).tobytes())
     return b"".join(parts)
 
 
@@ -103,10 +126,6 @@ def _route_bytes(share: _Share, meta: Meta, coord: Coord, routes: RouteShape | N
     if routes is None or not meta.has_routes:
         return 0
     return (share.last - share.first) * len(routes.layers_of_stage[coord.pp]) * routes.top_k * routes.dtype.itemsize
-
-
-def _size(share: _Share, meta: Meta, coord: Coord, routes: RouteShape | None) -> int:
-    return 4 * meta.tokens + 4 * (meta.tokens - meta.prompt_len) + _route_bytes(share, meta, coord, routes)
 
 
 def _swap(outgoing: dict[int, bytes], sizes: dict[int, int], parallel: Parallel) -> dict[int, bytes]:
@@ -138,26 +157,27 @@ def _fill(
     read = {owner: _Reader(data) for owner, data in incoming.items()}
     tokens: dict[int, Tensor] = {}
     logprobs: dict[int, Tensor] = {}
-    pieces: list[tuple[_Share, Tensor]] = []
-    total = 0
-    layers = len(routes.layers_of_stage[parallel.coord.pp]) if routes else 0
-    for share in shares:
-        meta = metas[share.response]
-        reader = read[meta.owner]
-        tokens[share.response] = torch.from_numpy(reader.take(np.int32, meta.tokens).astype(np.int64))
-        logprobs[share.response] = torch.from_numpy(reader.take(np.float32, meta.tokens - meta.prompt_len).copy())
-        if routes is not None and meta.has_routes:
-            shape = (share.last - share.first, layers, routes.top_k)
-            raw = reader.take(routes.dtype, int(np.prod(shape))).reshape(shape)
-            pieces.append((share, torch.from_numpy(raw.astype(np.int16))))
-            total += _route_bytes(share, meta, parallel.coord, routes)
+    for i in (i for members in packs for i in members):
+        reader = read[metas[i].owner]
+        tokens[i] = torch.from_numpy(reader.take(np.int32, metas[i].tokens).astype(np.int64))
+        logprobs[i] = torch.from_numpy(reader.take(np.float32, metas[i].tokens - metas[i].prompt_len).copy())
     filled = []
-    for members in packs:
+    for members, length in zip(packs, _lengths(packs, metas, parallel.layout)):
         prompt_lens = [metas[i].prompt_len for i in members]
-        pack = make_pack(members, [tokens[i] for i in members], prompt_lens, parallel.layout)
+        pack = make_pack(members, [tokens[i] for i in members], prompt_lens, length, parallel.layout, parallel.coord)
         pack.rollout_logprobs = scatter_rows(pack, [logprobs[i] for i in members], prompt_lens)
         filled.append(pack)
+    total = 0
     if routes is not None:
+        layers = len(routes.layers_of_stage[parallel.coord.pp])
+        pieces = []
+        for share in shares:
+            meta = metas[share.response]
+            if meta.has_routes:
+                shape = (share.last - share.first, layers, routes.top_k)
+                raw = read[meta.owner].take(routes.dtype, int(np.prod(shape))).reshape(shape)
+                pieces.append((share, torch.from_numpy(raw.astype(np.int16))))
+                total += raw.nbytes
         _place_routes(filled, pieces, parallel, routes, layers)
     return filled, total
 
@@ -174,19 +194,19 @@ def _place_routes(filled: list[Pack], pieces: list[tuple[_Share, Tensor]], paral
 
 def _spread(pack: Pack, parallel: Parallel, routes: RouteShape, layers: int) -> None:
     rows = router_rows(pack.padded, parallel.layout, parallel.coord)
-    spread = spread_routes(rows.stop - rows.start, layers, routes.num_experts, routes.top_k, start=rows.start)
+    spread = spread_routes(len(rows), layers, routes.num_experts, routes.top_k, start=int(rows[0]))
     pack.routes = spread.to(torch.int16)
-    pack.present = torch.arange(rows.start, rows.stop) >= pack.rows  # padding replays its spread routes
+    pack.present = rows >= pack.rows  # padding replays its spread routes
 
 
 def attach_routes(pack: Pack, full: Tensor, parallel: Parallel, routes: RouteShape) -> None:
     """Gives a pack this rank's part of routes that every rank has: full is [rows without padding, all MoE layers, K]."""
     layers = list(routes.layers_of_stage[parallel.coord.pp])
     _spread(pack, parallel, routes, len(layers))
-    rows = router_rows(pack.padded, parallel.layout, parallel.coord)
-    mine = full[rows][:, layers].to(torch.int16)
     assert pack.routes is not None and pack.present is not None
-    pack.routes[: len(mine)], pack.present[: len(mine)] = mine, True
+    rows = router_rows(pack.padded, parallel.layout, parallel.coord)
+    real = rows < pack.rows
+    pack.routes[real], pack.present[real] = full[rows[real]][:, layers].to(torch.int16), True
 
 
 class _Reader:

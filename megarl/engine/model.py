@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.config import Config
 from megarl.engine.attention import PackedCausalAttention, RowRotary
+from megarl.engine.experts import GroupedExperts
 from megarl.engine.parallel import Parallel
 from megarl.weights.load import HfReader
 from megarl.weights.weight_map import Param, WeightMap
@@ -65,7 +66,7 @@ def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Mo
         chunks.append(
             GPTModel(
                 config=transformer,
-                transformer_layer_spec=_layer_specs(transformer, weight_map, parallel, chunk),
+                transformer_layer_spec=_layer_specs(config, transformer, weight_map, parallel, chunk),
                 vocab_size=weight_map.padded_vocab(parallel.layout.tp),
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
@@ -138,10 +139,12 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
         expert_model_parallel_size=at.ep,
         expert_tensor_parallel_size=at.etp,
         sequence_parallel=at.tp > 1,
+        num_layers_in_first_pipeline_stage=at.first_stage_layers,
+        num_layers_in_last_pipeline_stage=at.last_stage_layers,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=True,  # packs differ in length
+        variable_seq_lengths=at.vpp == 1,  # packs differ in length, but see batch.pack_lengths
         normalization="RMSNorm",
         add_bias_linear=False,
         gated_linear_unit=True,
@@ -151,6 +154,7 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
+        moe_router_bias_update_rate=0.0,  # where a family has an expert bias, it is frozen in RL
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=False,
         moe_permute_fusion=False,
@@ -172,13 +176,16 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
     )
 
 
-def _layer_specs(config: TransformerConfig, weight_map: WeightMap, parallel: Parallel, chunk: int) -> TransformerBlockSubmodules:
+def _layer_specs(
+    config: Config, transformer: TransformerConfig, weight_map: WeightMap, parallel: Parallel, chunk: int
+) -> TransformerBlockSubmodules:
     layers = parallel.layout.stage_layers(weight_map.num_layers, parallel.coord.pp, chunk)
-    specs = [_layer_spec(config, moe=layer in weight_map.moe_layers) for layer in layers]
+    grouped = config.engine.experts == "grouped"
+    specs = [_layer_spec(transformer, moe=layer in weight_map.moe_layers, grouped=grouped) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def _layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, moe: bool, grouped: bool) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=False,
@@ -190,6 +197,8 @@ def _layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedCausalAttention
+    if moe and grouped:
+        spec.submodules.mlp.submodules.experts.module = GroupedExperts
     return spec
 
 

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megarl.engine.batch import Pack, router_rows
-from megarl.engine.logprob import mask_padding, vocab_parallel_logprobs
+from megarl.engine.batch import Pack, cp_rows, router_rows
+from megarl.engine.logprob import gather_slices, mask_padding, vocab_parallel_logprobs
 from megarl.engine.model import Model
 from megarl.engine.optim import current_lr
 from megarl.replay.context import Recorded, Replay, replay_schedule
@@ -77,9 +78,16 @@ class Engine:
         return value, torch.ones((), dtype=torch.int), metrics
 
     def _logprobs(self, pack: Pack, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """log pi and entropy of all rows of the pack. Under CP each rank computes its own rows; the loss is of whole responses."""
         at = self.model.parallel
         logits = mask_padding(logits.squeeze(0), self.model.weight_map.hf["vocab_size"], at.coord.tp)
-        return vocab_parallel_logprobs(logits, pack.labels.to(logits.device), temperature, at.tp_group if at.layout.tp > 1 else None)
+        labels = pack.labels[cp_rows(pack.padded, at.layout.cp, at.coord.cp)].to(logits.device)
+        both = vocab_parallel_logprobs(logits, labels, temperature, at.tp_group if at.layout.tp > 1 else None)
+        if at.layout.cp == 1:
+            return both
+        order = torch.cat([cp_rows(pack.padded, at.layout.cp, rank) for rank in range(at.layout.cp)]).argsort().to(logits.device)
+        logprobs, entropy = (gather_slices(x, parallel_state.get_context_parallel_group())[order] for x in both)
+        return logprobs, entropy
 
     def _schedule(
         self, packs: list[Pack], routes: Routes, consume: Callable[..., Any], *, forward_only: bool, temperature: float | None = None
@@ -91,7 +99,7 @@ class Engine:
                 data_iterator=[iter(enumerate(packs)) for _ in self.model.chunks],
                 model=self.model.chunks,
                 num_microbatches=len(packs),
-                seq_length=max(pack.padded for pack in packs),
+                seq_length=max(pack.padded for pack in packs),  # Megatron divides by CP and TP itself
                 micro_batch_size=1,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
@@ -117,9 +125,12 @@ class Engine:
         if replay is not None:
             target = None if pack.routes is None else pack.routes[:, self._layers[index]]
             context = replay.forward(index, target, pack.present, replay=routes == "replay")
-        self.model.bare[index].rotary_pos_emb.positions = pack.positions.to(device)
+        at = self.model.parallel
+        mine = cp_rows(pack.padded, at.layout.cp, at.coord.cp)
+        tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
+        self.model.bare[index].rotary_pos_emb.positions = positions
         with context as record:
-            out = chunk(pack.tokens[None].to(device), pack.positions[None].to(device), None, packed_seq_params=pack.sequences)
+            out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences)
         if record is not None:
             recorded[index, number] = record
         return out, partial(consume, pack, temperature)

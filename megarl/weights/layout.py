@@ -13,6 +13,8 @@ class Layout:
     ep: int = 1
     etp: int = 1
     cp: int = 1
+    first_stage_layers: int | None = None  # uneven pipeline; None is an even share of what is left
+    last_stage_layers: int | None = None
     world: int = 1
 
     @property
@@ -42,10 +44,20 @@ class Layout:
         return tp + self.tp * (cp + self.cp * dp) + pp * (self.world // self.pp)
 
     def stage_layers(self, num_layers: int, pp: int, chunk: int) -> range:
-        """Global numbers (from 0) of the transformer layers of one model chunk of one stage, split evenly."""
-        each = num_layers // (self.pp * self.vpp)
-        start = (chunk * self.pp + pp) * each
-        return range(start, start + each)
+        """Global numbers (from 0) of the transformer layers of one model chunk of one stage."""
+        if self.vpp > 1:
+            each = num_layers // (self.pp * self.vpp)
+            start = (chunk * self.pp + pp) * each
+            return range(start, start + each)
+        counts = self.stage_sizes(num_layers)
+        return range(sum(counts[:pp]), sum(counts[: pp + 1]))
+
+    def stage_sizes(self, num_layers: int) -> list[int]:
+        """Layers of each stage (all chunks together)."""
+        fixed = {stage: n for stage, n in ((0, self.first_stage_layers), (self.pp - 1, self.last_stage_layers)) if n is not None}
+        free = self.pp - len(fixed)
+        each = (num_layers - sum(fixed.values())) // free if free else 0
+        return [fixed.get(stage, each) for stage in range(self.pp)]
 
 
 @dataclass(frozen=True)
