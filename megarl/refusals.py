@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megarl.config import Config
+from megarl.config import Config, ParallelConfig
 from megarl.errors import UserError
 
 
@@ -234,8 +234,23 @@ def _layers(case: Case) -> str | None:
     if at.vpp > 1 and at.pp == 1:
         return f"parallel.vpp {at.vpp} needs more than one pipeline stage; set parallel.pp or parallel.vpp=1"
     layers = case.model["num_layers"]
+    uneven = at.first_stage_layers is not None or at.last_stage_layers is not None
+    if uneven:
+        return _uneven_layers(at, layers)
     if layers % (at.pp * at.vpp):
         return f"parallel pp {at.pp} x vpp {at.vpp} does not divide the model's {layers} layers; use a product that divides {layers}"
+    return None
+
+
+def _uneven_layers(at: ParallelConfig, layers: int) -> str | None:
+    given = f"parallel first_stage_layers {at.first_stage_layers}, last_stage_layers {at.last_stage_layers}"
+    if at.vpp > 1 or at.pp == 1:
+        return f"{given} need pp > 1 and vpp 1, not pp {at.pp}, vpp {at.vpp}; leave them unset or change parallel"
+    from megarl.weights.layout import Layout
+
+    sizes = Layout(**at.model_dump(), world=at.tp * at.pp * at.cp).stage_sizes(layers)
+    if min(sizes) < 1 or sum(sizes) != layers:
+        return f"{given} leave stages of {sizes} layers, not {layers} in all; change one of them"
     return None
 
 
@@ -246,14 +261,11 @@ def _experts(case: Case) -> str | None:
         if at.ep > 1 or at.etp > 1:
             return f"parallel ep {at.ep}, etp {at.etp}: the model has no experts; set both to 1"
         return None
+    if count > MOST_EXPERTS:
+        return f"model.path: {count} experts are more than routes can name ({MOST_EXPERTS}); megarl keeps them as int16"
     return _divides(at.ep, "parallel.ep", count, "experts") or _divides(
         at.etp, "parallel.etp", case.model["moe_ffn_hidden_size"], "moe_intermediate_size"
     )
-
-
-def _context_parallel(case: Case) -> str | None:
-    cp = case.config.parallel.cp
-    return f"parallel.cp {cp} is not supported yet; set parallel.cp=1" if cp > 1 else None
 
 
 def _minibatches(case: Case) -> str | None:
@@ -286,8 +298,29 @@ def _replay(case: Case) -> str | None:
     mode = case.config.replay_mode
     if mode != "none" and not case.model.get("num_moe_experts"):
         return f"replay.mode {mode} needs a MoE model, this one is dense; set replay.mode=none"
-    if mode == "R2":
-        return "replay.mode R2 (the default for batch.minibatches=2) is not supported yet; set replay.mode=R3 or replay.mode=none"
+    return _unreplayable(case.model) if mode != "none" else None
+
+
+def _unreplayable(model: dict[str, Any]) -> str | None:
+    """Routers whose choice cannot be replayed (spec/routing.md, trap 3). `model`: Megatron's TransformerConfig keywords."""
+    faults = (
+        (model.get("moe_router_fusion"), "a fused router returns before the replay hook", "moe_router_fusion=False"),
+        (model.get("moe_router_load_balancing_type") == "sinkhorn", "sinkhorn does not route by top-k", "load balancing 'none'"),
+        (model.get("moe_expert_capacity_factor") is not None, "capacity dropping changes a replayed choice", "no capacity factor"),
+        (
+            "moe_router" in str(model.get("cuda_graph_scope") or ""),
+            "a graph-captured router replays nothing",
+            "no 'moe_router' in the scope",
+        ),
+        (
+            model.get("overlap_moe_expert_parallel_comm"),
+            "combined 1F1B runs forwards out of order",
+            "overlap_moe_expert_parallel_comm=False",
+        ),
+    )
+    for wrong, why, fix in faults:
+        if wrong:
+            return f"replay.mode: {why}; use {fix} or replay.mode=none"
     return None
 
 
@@ -334,6 +367,7 @@ def _rollout_tp(case: Case) -> str | None:
     return None
 
 
+MOST_EXPERTS = 2**15
 LOOP = ("run", "train")
 ENGINE = (*LOOP, "sft", "score")
 ROLLOUT = (*LOOP, "rollout", "generate")
@@ -352,7 +386,6 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (_demonstrations, ("sft",)),
     (_reward, LOOP),
     (_run_dir, ALL),
-    (_context_parallel, ENGINE),
     (_world, ENGINE),
     (_expert_world, ENGINE),
     (_heads, ENGINE),

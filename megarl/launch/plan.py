@@ -36,7 +36,7 @@ def describe(plan: Plan, config: Config, command: str) -> str:
     lines = [f"{command}: {plan.trainer.name}, {len(plan.rollouts)} rollout worker(s), run.dir {config.run.dir}"]
     if command != "generate":
         dp = plan.ranks // (at.tp * at.pp * at.cp)
-        sizes = ", ".join(f"{name} {size}" for name, size in at.model_dump().items())
+        sizes = ", ".join(f"{name} {size}" for name, size in at.model_dump(exclude_none=True).items())
         lines.append(f"layout: {sizes}, dp {dp}, sequence parallelism {'on' if at.tp > 1 else 'off'}")
         if command != "score" and command != "sft":
             groups, share = batch.prompts // batch.minibatches, -(-responses // batch.minibatches // dp)

@@ -1,13 +1,37 @@
 """The policy objective: pure functions of tensors, exactly as in spec/objective.md.
 
 loss, metrics = policy_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, seq_ids, presets["minirl"])
+
+The names are imported when they are first used: a configuration needs the presets only, and torch takes two seconds to import.
 """
 
-from megarl.objective.advantage import advantages
-from megarl.objective.aggregate import denominators
-from megarl.objective.loss import policy_loss, value_loss
-from megarl.objective.metrics import Sums, finish, merge, mismatch_metrics, staleness_metrics
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from megarl.objective.presets import ObjectiveConfig, presets, resolve_objective
+
+if TYPE_CHECKING:
+    from megarl.objective.advantage import advantages
+    from megarl.objective.aggregate import denominators
+    from megarl.objective.loss import policy_loss, value_loss
+    from megarl.objective.metrics import Sums, finish, merge, mismatch_metrics, staleness_metrics
+
+_HOMES = {
+    "advantages": "advantage",
+    "denominators": "aggregate",
+    "policy_loss": "loss",
+    "value_loss": "loss",
+    **dict.fromkeys(("Sums", "finish", "merge", "mismatch_metrics", "staleness_metrics"), "metrics"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
 
 __all__ = [
     "ObjectiveConfig",

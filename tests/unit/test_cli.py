@@ -90,8 +90,9 @@ def test_a_reader_that_leaves_early_is_no_traceback(run_yaml: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["rnu"]])
-def test_torch_is_not_imported_for_help(argv: list[str]) -> None:
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["rnu"], ["run", "nowhere.yaml"], ["run", "{yaml}", "--dry-run"]])
+def test_torch_is_not_imported_before_a_command_is_right(argv: list[str], run_yaml: Path) -> None:
+    argv = [word.format(yaml=run_yaml) for word in argv]
     code = (
         "import sys, megarl.cli\n"
         f"try: megarl.cli.main({argv!r})\nexcept SystemExit: pass\n"

@@ -32,7 +32,6 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("_reward", "run", ["data.reward=no.such.function"], {}, ["no.such"]),
     ("_run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
     ("_run_dir", "run", ["run.dir=/dev/null/x"], {}, ["'/dev/null' is a file", "give"]),
-    ("_context_parallel", "run", ["parallel.cp=2", "launch.trainers=8"], {}, ["parallel.cp 2 is not supported yet", "set parallel.cp=1"]),
     ("_world", "run", ["launch.trainers=6"], {}, ["tp 2 x pp 2 x cp 1 needs a multiple of 4", "there are 6", "launch.trainers=8"]),
     ("_expert_world", "sft", ["parallel.tp=1", "launch.trainers=2"], {}, ["ep 2 x pp 2 needs a multiple of 4", "there are 2"]),
     ("_heads", "run", ["parallel.tp=3", "launch.trainers=12"], {}, ["parallel.tp 3", "attention heads, 4", "use one of 1, 2, 4"]),
@@ -41,6 +40,9 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("_layers", "run", ["parallel.pp=3", "parallel.ep=1", "launch.trainers=6"], {}, ["pp 3 x vpp 1", "4 layers", "divides 4"]),
     ("_layers", "run", ["parallel.vpp=4"], {}, ["pp 2 x vpp 4", "4 layers"]),
     ("_layers", "run", ["parallel.pp=1", "parallel.vpp=2"], {}, ["parallel.vpp 2 needs more than one pipeline stage"]),
+    ("_layers", "run", ["parallel.first_stage_layers=4"], {}, ["first_stage_layers 4", "stages of [4, 0] layers", "change"]),
+    ("_layers", "run", ["parallel.vpp=2", "parallel.first_stage_layers=1"], {}, ["first_stage_layers 1", "vpp 2", "unset"]),
+    ("_experts", "run", [], {"num_experts": 40_000}, ["40000 experts", "32768"]),
     (
         "_experts",
         "run",
@@ -55,6 +57,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         {"moe_intermediate_size": 33},
         ["parallel.etp 2", "moe_intermediate_size, 33"],
     ),
+    ("_replay", "run", ["parallel.ep=1"], {"num_experts": 0, "num_local_experts": 0}, ["replay.mode R3 needs a MoE model", "none"]),
     ("_objective", "run", ["objective=ppo"], {}, ["'ppo'", "critic", "objective=minirl"]),
     ("_objective", "run", ["objective.kl_coef=0.1"], {}, ["objective.kl_coef 0.1", "set it to 0"]),
     ("_minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
@@ -67,7 +70,6 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ),
     ("_group", "run", ["batch.group=1"], {}, ["batch.group 1", "'mean'", "batch.group=2"]),
     ("_sft_batch", "sft", ["sft.batch=1", "parallel.tp=1", "parallel.pp=1"], {}, ["sft.batch 1 cannot feed 4", "raise sft.batch"]),
-    ("_replay", "run", ["batch.minibatches=2"], {}, ["replay.mode R2", "set replay.mode=R3"]),
     ("_lag", "run", ["rollout.max_lag=2"], {}, ["rollout.max_lag 2", "set rollout.max_lag=0"]),
     ("_lengths", "run", ["rollout.max_new_tokens=2000"], {}, ["max_new_tokens 2000 = 2064", "max_position_embeddings 2048", "lower"]),
     ("_micro_batch", "run", ["engine.micro_batch_tokens=100"], {}, ["engine.micro_batch_tokens 100", "raise it to 128"]),
@@ -157,3 +159,19 @@ def test_a_run_dir_that_cannot_be_written(run_yaml: Path) -> None:
 def test_the_world_of_an_outer_torchrun_counts(run_yaml: Path) -> None:
     with pytest.raises(UserError, match="there are 2"):
         refusals.check(load_config(run_yaml), "train", world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("moe_router_fusion", True, "fused router"),
+        ("moe_router_load_balancing_type", "sinkhorn", "sinkhorn"),
+        ("moe_expert_capacity_factor", 1.0, "capacity dropping"),
+        ("cuda_graph_scope", ["moe_router"], "graph-captured router"),
+        ("overlap_moe_expert_parallel_comm", True, "combined 1F1B"),
+    ],
+)
+def test_trap_03_a_router_that_cannot_be_replayed_is_refused(key: str, value: Any, said: str) -> None:
+    sentence = refusals._unreplayable({key: value})
+    assert sentence is not None and said in sentence and "replay.mode=none" in sentence
+    assert refusals._unreplayable({}) is None
