@@ -1,0 +1,171 @@
+"""Checks that run inside torchrun ranks: `ranks.py MODEL CHECK...`. A check raises where it fails."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megarl.config import load_config
+from megarl.engine.batch import Meta, Pack, make_packs, router_rows
+from megarl.engine.build import build_engine, route_shape
+from megarl.engine.exchange import exchange, gather_metas
+from megarl.engine.parallel import destroy_parallel
+from megarl.engine.step import Engine
+from megarl.rollout.response import Response
+from megarl.weights.load import HfReader
+from megarl.weights.weight_map import Piece
+
+LAYOUT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
+
+
+def layout_of_megatron(model: str) -> None:
+    """Our arithmetic of ranks is megatron-core's."""
+    from megatron.core import parallel_state as ps
+
+    for keys in (LAYOUT, ["parallel.tp=2", "parallel.cp=2"], ["parallel.tp=2", "parallel.etp=2"], ["parallel.pp=2", "parallel.ep=2"]):
+        at = build_engine(load_config(None, [f"model.path={model}", *keys])).model.parallel.coord
+        assert (at.tp, at.pp) == (ps.get_tensor_model_parallel_rank(), ps.get_pipeline_model_parallel_rank())
+        assert (at.cp, at.dp) == (ps.get_context_parallel_rank(), ps.get_data_parallel_rank())
+        assert (at.etp, at.ep) == (ps.get_expert_tensor_parallel_rank(), ps.get_expert_model_parallel_rank())
+        assert at.edp == ps.get_expert_data_parallel_rank()
+
+
+def gathered_weights(model: str) -> None:
+    """Loaded in a layout and gathered at rank 0, the weights are bitwise those of the folder, in several small buckets too."""
+    from megarl.weights.gather import gather_full, plan_gather
+
+    for keys in (LAYOUT, ["parallel.tp=2", "parallel.etp=2", "parallel.pp=2"], ["parallel.ep=4"]):
+        built = build_engine(load_config(None, [f"model.path={model}", *keys])).model
+        shapes = built.weight_map.hf_shapes
+        plan = plan_gather(built.weight_map, built.parallel.layout)
+        full = dict(gather_full(plan, shapes, built.params(), dist.get_rank(), torch.float32, bucket_bytes=50_000))
+        if dist.get_rank() == 0:
+            with HfReader(model) as reader:
+                for name, shape in shapes.items():
+                    zero = (0,) * len(shape)
+                    assert torch.equal(full[name], reader.read(Piece(name, zero, zero, shape))), name
+        else:
+            assert not full
+
+
+def exchanged_rows(model: str) -> None:
+    """Each rank receives exactly the rows of its own tokens and layers, and those rows are the right ones (traps 9, 11)."""
+    for keys in (LAYOUT, ["parallel.tp=2"], ["parallel.cp=2", "parallel.tp=2"], ["parallel.pp=2"], []):
+        engine = build_engine(load_config(None, [f"model.path={model}", *keys]))
+        at, shape = engine.model.parallel, route_shape(engine.model)
+        everything = {i: _response(i, engine) for i in range(7)}
+        owners = [at.ingest_rank(dp) for dp in range(at.layout.dp)]
+        held = {i: r for i, r in everything.items() if owners[i % len(owners)] == at.coord.rank}
+        metas = gather_metas([_meta(i, r, at.coord.rank) for i, r in held.items()], at)
+        assert [meta.prompt for meta in metas] == list(range(7))
+        members = [[[0, 3], [6]], [[1, 2], [4, 5]]] if at.layout.dp > 1 else [[[0, 3, 6], [1, 2], [4, 5]]]
+        members += [[[], []]] * (at.layout.dp - len(members))
+        packs, received = exchange(members, metas, torch.arange(7.0), torch.ones(7), held, at, shape)
+        expected = 0
+        for pack in packs:
+            expected += _check_pack(pack, everything, engine)
+        assert received == expected, (received, expected)
+
+
+def _response(i: int, engine: Engine) -> Response:
+    weight_map = engine.model.weight_map
+    rng = np.random.default_rng(i)
+    length, prompt_len = 5 + 4 * i, 2 + i % 3
+    scores = rng.random((length - 1, len(weight_map.moe_layers), weight_map.num_experts))
+    routes = scores.argsort(-1)[..., : weight_map.top_k].astype(np.uint8)  # different at every token and layer
+    tokens = rng.integers(3, 14, length).astype(np.int32)
+    logprobs = -rng.random(length - prompt_len).astype(np.float32)
+    return Response(tokens, prompt_len, logprobs, routes, [{"version": 0, "start": 0, "end": length - prompt_len}], "stop")
+
+
+def _meta(i: int, response: Response, owner: int) -> Meta:
+    return Meta(i, response.prompt_len, len(response.tokens), float(i), 0, owner, True, False)
+
+
+def _check_pack(pack: Pack, everything: dict[int, Response], engine: Engine) -> int:
+    """Compares a pack with the responses it was made of; returns the bytes of routes this rank must have received for it."""
+    at, shape = engine.model.parallel, route_shape(engine.model)
+    layers = list(shape.layers_of_stage[at.coord.pp])
+    rows = router_rows(pack.padded, at.layout, at.coord)
+    assert pack.routes is not None and pack.present is not None and pack.present.all()
+    count = 0
+    for i, start in zip(pack.responses, pack.starts):
+        response = everything[i]
+        n = len(response.tokens) - 1
+        assert pack.tokens[start : start + n].tolist() == response.tokens[:-1].tolist()
+        assert pack.rollout_logprobs[start + response.prompt_len - 1 : start + n].tolist() == response.logprobs.tolist()
+        assert pack.advantages[start] == float(i)
+        mine = (rows >= start) & (rows < start + n)
+        want = torch.from_numpy(response.routes[rows[mine].numpy() - start][:, layers].astype(np.int16))
+        assert torch.equal(pack.routes[mine], want)
+        count += int(mine.sum())
+    padding = pack.routes[rows >= pack.rows]
+    assert (padding.sort(-1).values.diff(dim=-1) > 0).all()  # distinct experts
+    return count * len(layers) * shape.top_k * shape.dtype.itemsize
+
+
+def replay_is_a_no_op(model: str) -> None:
+    """R3 of the routes the trainer recorded itself, and R2 of its own pi_old pass, change nothing: bitwise, with gradients."""
+    engine = build_engine(load_config(None, [f"model.path={model}"]), optimizer_steps=1)
+    at = engine.model.parallel
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, 14, (n,), generator=generator) for n in (9, 17, 5)]
+
+    def run(routes: Any, replayed: Any = None) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        (pack,) = make_packs([[0, 1, 2]], tokens, [2, 3, 1], at.layout, at.coord)
+        pack.routes = replayed
+        kept = []
+
+        def loss(pack: Pack, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            kept.append(logprobs.detach().clone())
+            return -(logprobs * pack.mask).sum(), {}
+
+        engine.gradients([pack], routes, loss)
+        grads = [tensor.main_grad.clone() for _, tensor in engine.model.params()]
+        return kept[0], grads, pack.own
+
+    plain, recorded = run("off"), run("record")
+    replayed = run("replay", recorded[2])
+    for other in (recorded, replayed):
+        assert torch.equal(plain[0], other[0]) and all(torch.equal(a, b) for a, b in zip(plain[1], other[1]))
+    flipped = run("replay", recorded[2].flip(-1))  # a set, not a row: trap 18
+    torch.testing.assert_close(flipped[0], plain[0], atol=1e-5, rtol=1e-5)
+    other_routes = run("replay", (recorded[2] + 1) % engine.model.weight_map.num_experts)
+    assert (other_routes[0] - plain[0]).abs().max() > 1e-3  # replay does change something where it should
+    assert all(router.router_replay is None for _, router in engine.model.routers())  # nothing is left behind
+
+
+def sums_over_micro_batches(model: str) -> None:
+    """The same gradient for 1, 3 and 7 uneven micro-batches, and from a response of one token a gradient at all."""
+    engine = build_engine(load_config(None, [f"model.path={model}"]), optimizer_steps=1)
+    at = engine.model.parallel
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, 14, (n,), generator=generator) for n in (9, 17, 5, 30, 3, 8, 12)]
+
+    def grads(assigned: list[list[int]]) -> torch.Tensor:
+        packs = make_packs(assigned, tokens, [2] * 7, at.layout, at.coord)
+        engine.gradients(packs, "off", lambda pack, logprobs, entropy: (-(logprobs * pack.mask).sum() / 7, {}))
+        return torch.cat([tensor.main_grad.flatten() for _, tensor in engine.model.params()])
+
+    one = grads([list(range(7))])
+    for assigned in ([[0, 1, 2], [3], [4, 5, 6]], [[i] for i in range(7)]):
+        assert (grads(assigned) - one).abs().max() / one.abs().max() < 1e-5
+    assert grads([[4]]).abs().max() > 0
+
+
+CHECKS = {
+    check.__name__: check for check in (layout_of_megatron, gathered_weights, exchanged_rows, replay_is_a_no_op, sums_over_micro_batches)
+}
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        CHECKS[name](sys.argv[1])
+        if dist.get_rank() == 0:
+            print(f"ok {name}", flush=True)
+    destroy_parallel()

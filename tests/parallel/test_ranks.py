@@ -1,0 +1,36 @@
+"""Real megatron-core ranks over gloo: tests/parallel/ranks.py, one launch for each number of ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.tiny_model import make_tiny_model  # noqa: E402
+
+LAUNCHES = {
+    1: ("replay_is_a_no_op", "sums_over_micro_batches"),
+    4: ("layout_of_megatron", "gathered_weights", "exchanged_rows"),
+}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[int, subprocess.CompletedProcess[str]]:
+    model = make_tiny_model(tmp_path_factory.mktemp("ranks") / "model")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}
+    script = str(Path(__file__).with_name("ranks.py"))
+    results = {}
+    for ranks, checks in LAUNCHES.items():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script, str(model), *checks]
+        results[ranks] = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    return results
+
+
+@pytest.mark.parametrize(("ranks", "check"), [(ranks, check) for ranks, checks in LAUNCHES.items() for check in checks])
+def test_inside_ranks(launched: dict[int, subprocess.CompletedProcess[str]], ranks: int, check: str) -> None:
+    done = launched[ranks]
+    assert f"ok {check}" in done.stdout, done.stderr[-3000:]

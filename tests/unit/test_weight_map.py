@@ -1,0 +1,82 @@
+"""The weight map: rectangles cover every tensor once in every layout, and loading then gathering is the identity."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.errors import UserError
+from megarl.weights.gather import plan_gather
+from megarl.weights.layout import Layout
+from megarl.weights.weight_map import WeightMap
+
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2, pp=2, ep=2, world=4),
+    Layout(pp=2, vpp=2, world=2),
+    Layout(tp=2, etp=2, world=4),
+    Layout(ep=8, world=8),
+    Layout(tp=2, cp=2, ep=4, world=8),
+    Layout(pp=2, first_stage_layers=1, world=4),
+]
+
+
+def random_weights(weight_map: WeightMap) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in weight_map.hf_shapes.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dense", [[], [0]])
+def test_cutting_and_putting_together_is_the_identity(hf_config: dict[str, Any], layout: Layout, dense: list[int]) -> None:
+    weight_map = WeightMap({**hf_config, "mlp_only_layers": dense, "vocab_size": 31})  # 31: padded under TP
+    weights = random_weights(weight_map)
+    held: dict[tuple[int, int, str], torch.Tensor] = {}
+    for rank in range(layout.world):
+        for param in weight_map.params(layout, layout.coord(rank)):
+            local = torch.zeros(param.shape)
+            for piece in param.pieces:
+                source = weights[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape))]
+                local[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))] = source
+            held[rank, param.chunk, param.name] = local
+    for name, sends in plan_gather(weight_map, layout).items():
+        full = torch.full(weight_map.hf_shapes[name], torch.nan)
+        for send in sends:
+            cut = held[send.rank, send.chunk, send.name][tuple(slice(a, a + n) for a, n in zip(send.piece.start, send.piece.shape))]
+            full[tuple(slice(a, a + n) for a, n in zip(send.piece.hf_start, send.piece.shape))] = cut
+        assert torch.equal(full, weights[name]), name
+
+
+def test_grouped_qkv_is_queries_key_value_of_each_group(hf_config: dict[str, Any]) -> None:
+    weight_map = WeightMap(hf_config)  # 4 heads of 16 in 2 groups
+    layout = Layout(tp=2, world=2)
+    param = next(p for p in weight_map.params(layout, layout.coord(1)) if p.name.endswith("layers.0.self_attention.linear_qkv.weight"))
+    assert param.shape == (64, 64)
+    rows = [(piece.hf.split(".")[-2], piece.hf_start[0], piece.start[0], piece.shape[0]) for piece in param.pieces]
+    assert rows == [("q_proj", 32, 0, 32), ("k_proj", 16, 32, 16), ("v_proj", 16, 48, 16)]
+
+
+def test_each_content_has_one_first_holder(hf_config: dict[str, Any]) -> None:
+    weight_map, layout = WeightMap(hf_config), Layout(tp=2, cp=2, ep=2, world=8)
+    holders: dict[tuple[Any, ...], int] = {}
+    for rank in range(layout.world):
+        for param in weight_map.params(layout, layout.coord(rank)):
+            key = (param.name, tuple((piece.hf, piece.hf_start) for piece in param.pieces))
+            holders[key] = holders.get(key, 0) + (param.replica == 0)
+    assert set(holders.values()) == {1}
+
+
+def test_the_order_of_ranks_is_a_bijection() -> None:
+    layout = Layout(tp=2, pp=2, cp=2, ep=4, world=16)
+    coords = [layout.coord(rank) for rank in range(16)]
+    assert len({(c.tp, c.cp, c.dp, c.pp) for c in coords}) == 16 == len({(c.etp, c.ep, c.edp, c.pp) for c in coords})
+    for coord, rank in zip(coords, itertools.count()):
+        assert layout.rank_of(tp=coord.tp, cp=coord.cp, dp=coord.dp, pp=coord.pp) == rank
+
+
+def test_an_unknown_family_is_refused_by_name(hf_config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="'gpt2' has no weight map"):
+        WeightMap({**hf_config, "model_type": "gpt2"})
