@@ -76,6 +76,7 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _launch(args: argparse.Namespace) -> int:
     """run, train, sft, score, generate: starts the ranks, or is one where an outer torchrun started us."""
+    from megarl.checkpoints import finished
     from megarl.config import load_config
     from megarl.refusals import check
 
@@ -94,6 +95,9 @@ def _launch(args: argparse.Namespace) -> int:
     check(config, args.command, world_size=int(world) if inside_torchrun and world else plan.ranks_of(args.command, config))
     if inside_torchrun and not args.dry_run:
         return importlib.import_module(plan.MODULES[args.command]).main([args.config, *args.overrides, *options])
+    if args.command in ("run", "train") and (line := finished(config)):
+        print(line)
+        return 0
     planned = plan.make_plan(args.command, config, [args.config, *args.overrides], options)
     if args.dry_run:
         print(plan.describe(planned, config, args.command))

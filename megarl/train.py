@@ -9,11 +9,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megarl.checkpoints import whole_checkpoints
 from megarl.collect import Collector, Values
 from megarl.config import Config, dump_config, load_config
 from megarl.data import Prompt, PromptStream, load_prompts, load_tokenizer
 from megarl.engine.build import build_engine
-from megarl.engine.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
+from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.parallel import destroy_parallel
 from megarl.learn import Learner
 from megarl.refit import Refit

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
+from megarl.checkpoints import STATE, whole_checkpoints
 from megarl.engine.step import Engine
 from megarl.errors import UserError
-
-STATE = "megarl.json"
-NAME = re.compile(r"step_(\d+)$")
 
 
 def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -66,12 +63,6 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     engine.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
     return state
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in folder.glob("step_*") if NAME.match(path.name) and (path / STATE).is_file()] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _key(engine: Engine, chunk: int) -> str:
