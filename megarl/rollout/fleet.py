@@ -1,4 +1,4 @@
-"""The rollout workers as the trainer sees them: found through the run's store, asked by ingest ranks, refitted and watched by rank 0."""
+"""The rollout workers as the trainer sees them: found through the run's store, asked by ingest ranks, refitted by rank 0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megarl.rollout.sync import BroadcastSync, SyncReport
 
 
 class Fleet:
-    """Rank 0 owns the store and the weight group; every ingest rank has a client. Other ranks hold an empty one."""
+    """Rank 0 owns the store and the weight group; every ingest rank has a client and reads the store. Other ranks hold an empty one."""
 
     def __init__(self, config: Config, device: torch.device, *, is_ingest: bool) -> None:
         """Collective: waits, on rank 0, until rollout.engines workers have registered; raises UserError, named, if they do not."""
@@ -33,9 +33,12 @@ class Fleet:
         if main:
             self._store = open_store(host, int(port), is_master=True, timeout_s=config.rollout.start_timeout_s)
             self._workers = wait_for_workers(self._store, config.rollout.engines, config.rollout.start_timeout_s)
-        told = [[worker.url for worker in self._workers]]
+        told = [self._workers]
         dist.broadcast_object_list(told, src=0)
-        self.urls: list[str] = told[0]
+        self._workers = told[0]
+        self.urls = [worker.url for worker in self._workers]
+        if is_ingest and not main:
+            self._store = open_store(host, int(port), is_master=False, timeout_s=config.rollout.start_timeout_s)
         self.client = RolloutClient(self.urls, config.rollout.request_timeout_s) if is_ingest or main else None
         if main:
             self._sync = BroadcastSync(host, int(port), config.sync.timeout_s)
@@ -52,7 +55,7 @@ class Fleet:
             raise
 
     def check(self) -> None:
-        """Raises RolloutDied if a worker failed or fell silent. Cheap; rank 0 only, elsewhere nothing."""
+        """Raises RolloutDied, on an ingest rank, if a worker failed or fell silent. Cheap."""
         if self._store is not None:
             check_workers(self._store, self._workers)
 
@@ -73,5 +76,4 @@ class Fleet:
             self.client.close()
         if self._sync is not None:
             self._sync.close()
-        if self._store is not None:
             request_shutdown(self._store, self._workers)
