@@ -1,0 +1,213 @@
+"""The loop as a whole, in two layouts: both engines agree after every sync, a killed run goes on, a dead worker ends everything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import DP2, TP2_PP2_EP2, Bench, Command
+
+STEPS, LAYERS, TOP_K, PROMPT, RESPONSES = 10, 4, 2, 6, 128
+KEYS = """
+    reward/mean reward/std reward/pass_at_g response/length_mean response/truncated_frac policy/entropy mismatch/kl_k1 mismatch/kl_k3
+    mismatch/abs_logprob_diff_max mismatch/extreme_frac_2 mismatch/is_weight_mean mismatch/is_truncated_frac loss/value loss/weight_mean
+    loss/weight_truncated_frac staleness/kl_k3 staleness/ratio_max staleness/clip_frac_pos staleness/clip_frac_neg
+    routing/agree_rollout_old routing/agree_old_current routing/any_layer_differs_frac routing/layer_agreement
+    routing/bytes_received_per_rank routing/bytes_ingested routing/missing_rows optim/grad_norm optim/lr time/rollout_s
+    time/old_logprob_s time/update_s time/sync_s time/step_s throughput/tokens_per_s throughput/train_tokens_per_s version/weights
+    version/rollout_lag_max
+""".split()  # the table of the specification, "Metrics, every step"
+EVAL_KEYS = ["eval/mean_at_k", "eval/pass_at_k"]
+
+
+def configuration(bench: Bench, cold: Path, layout: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **layout,
+        "model": {"path": str(cold)},
+        "data": {"prompts": str(bench.folder / "data" / "train.jsonl"), "reward": "digit_sum"},
+        "eval": {"prompts": str(bench.folder / "data" / "valid.jsonl"), "every": 4, "samples": 2},
+        "batch": {"prompts": 16, "group": 8},
+        "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 9},
+        "train": {"steps": STEPS, "lr": 5e-4, "lr_warmup_iters": 4, "lr_decay_style": "linear", "adam_beta2": 0.95},
+        **sections,
+    }
+
+
+def r3(bench: Bench, cold: Path) -> dict[str, Any]:
+    config = configuration(bench, cold, TP2_PP2_EP2, replay={"mode": "R3"}, run={"save_every": 2})
+    config["batch"]["minibatches"] = 4
+    config["rollout"]["temperature"] = 0.7
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(bench: Bench, cold: Path) -> list[dict[str, Any]]:
+    """R3 replayed under TP2 x PP2 x EP2, 4 mini-batches, temperature 0.7, from the first step to the last."""
+    command = bench.finish("run", "whole", r3(bench, cold))
+    assert command.out.splitlines()[0].startswith(f"step  1/{STEPS}"), command.out
+    return bench.rows("whole")
+
+
+def assert_engines_agree(row: dict[str, Any], tokens_count: bool = True) -> None:
+    """The trainer's log-probabilities against those of the server it has just filled. tokens_count: no route differs."""
+    step = f"step {row['step']}"
+    assert row["routing/agree_rollout_old"] >= 0.9999, f"{step}: {row['routing/layer_agreement']}"
+    assert row["routing/worst_gap"] < 1e-5, f"{step}: a route differs where the scores are not nearly tied"
+    assert row["sync/canary_max_diff"] <= 1e-4, step
+    if tokens_count:
+        assert row["mismatch/kl_k3"] <= 1e-9, step
+        assert row["mismatch/abs_logprob_diff_max"] <= 1e-4, step
+        assert abs(row["mismatch/is_weight_mean"] - 1) < 5e-5, step
+        assert row["mismatch/extreme_frac_2"] == row["mismatch/is_truncated_frac"] == 0, step
+
+
+def assert_every_key(rows: list[dict[str, Any]], evaluated: list[int]) -> None:
+    for row in rows:
+        keys = KEYS + (EVAL_KEYS if row["step"] in evaluated else [])
+        assert [key for key in keys if row.get(key) is None] == [], f"step {row['step']}"
+        assert len(row["routing/layer_agreement"]) == LAYERS
+        assert row["version/rollout_lag_max"] == 0 and row["routing/missing_rows"] == 0
+
+
+def route_rows(row: dict[str, Any]) -> float:
+    """Rows of routes in a step: every token of prompt and response but a response's last."""
+    return row["response/tokens"] + RESPONSES * (PROMPT - 1)
+
+
+def test_engines_agree_after_every_sync_with_r3(whole: list[dict[str, Any]], bench: Bench) -> None:
+    assert [row["step"] for row in whole] == list(range(1, STEPS + 1))
+    assert_every_key(whole, evaluated=[4, 8, STEPS])
+    for row in whole:
+        assert_engines_agree(row)
+        assert row["version/weights"] == 4 * row["step"]
+        assert row["staleness/ratio_max"] > 1.0 and row["optim/grad_norm"] > 0  # the weights move between mini-batches and syncs
+        assert row["routing/bytes_ingested"] == route_rows(row) * LAYERS * TOP_K
+        # A rank gets half the rows (SP) of half the layers (PP), and no more than the padding of 4 packs beyond that.
+        fair = row["routing/bytes_ingested"] / 4
+        assert fair <= row["routing/bytes_received_per_rank"] <= fair + 4 * 4 * LAYERS / 2 * TOP_K
+    assert sorted(path.name for path in (bench.folder / "whole" / "checkpoints").iterdir()) == ["step_10", "step_8"]
+
+
+def test_a_finished_run_starts_nothing(whole: list[dict[str, Any]], bench: Bench, cold: Path) -> None:
+    start = time.monotonic()
+    command = bench.finish("run", "whole", r3(bench, cold))
+    assert time.monotonic() - start < 10
+    assert command.out.startswith(
+        f"run.dir '{bench.folder}/whole' is complete (step 10 of 10); raise train.steps to go on, or give another"
+    )
+    assert command.out.count("\n") == 1 and command.err == ""
+    assert bench.rows("whole") == whole
+
+
+def test_kill_9_of_everything_then_the_same_command(whole: list[dict[str, Any]], bench: Bench, cold: Path) -> None:
+    config, run_dir = r3(bench, cold), bench.folder / "killed"
+    first = bench.start("run", "killed", config)
+    first.wait_until(lambda: len(bench.rows("killed")) >= 5, "step 5")
+    assert len([line for line in first.processes().values() if "megarl.launch.rank" in line]) >= 4
+    first.kill_everything()
+    checkpoints = run_dir / "checkpoints"
+    assert (checkpoints / "step_4").is_dir() and not (checkpoints / "step_6").exists()
+    half_written(checkpoints / "step_4", checkpoints / ".step_6.partial")
+    half_written(checkpoints / "step_4", checkpoints / "step_8")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "reward/me')
+
+    again = bench.start("run", "killed", config)
+    again.wait_until(lambda: len(bench.rows("killed")) >= 7, "step 7")
+    assert "resuming after step 4\n" in again.out
+    ctrl_c_ends_everything(again)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = bench.rows("killed")
+    assert len(lines) == len(rows) and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert (checkpoints / "step_6" / "megarl.json").is_file()
+    for row, same in zip(rows, whole):
+        assert_same_step(row, same)
+
+
+def half_written(source: Path, out: Path) -> None:
+    """What a kill in the middle of a save could have left: everything but the mark of a whole checkpoint, one shard cut short."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(source, out)
+    (out / "megarl.json").unlink()
+    shard = next(path for path in out.iterdir() if path.suffix == ".distcp")
+    shard.write_bytes(shard.read_bytes()[:100])
+
+
+def assert_same_step(row: dict[str, Any], same: dict[str, Any]) -> None:
+    """A step of the resumed run is, bit for bit, that of the run that was never stopped: weights, optimizer, schedule, prompts, seeds."""
+    assert row.keys() == same.keys()
+    assert {key: (row[key], same[key]) for key in row if not key.startswith(("time/", "throughput/")) and row[key] != same[key]} == {}
+
+
+def ctrl_c_ends_everything(command: Command) -> None:
+    start = time.monotonic()
+    command.popen.send_signal(signal.SIGINT)
+    assert command.wait() == 130
+    assert time.monotonic() - start < 10
+    assert command.processes() == {}
+    assert command.err.strip() == "megarl: SIGINT, ending all processes"
+
+
+def test_no_replay_a_bad_line_skipped_and_a_worker_killed(bench: Bench, cold: Path) -> None:
+    """Mode none under DP2 at temperature 1; the run has many steps and ends when its vLLM server is killed."""
+    prompts = bench.folder / "data" / "spoilt.jsonl"
+    lines = (bench.folder / "data" / "train.jsonl").read_text().splitlines()
+    prompts.write_text("\n".join([*lines[:6], '{"prompt": "123=", "ans', *lines[6:]]) + "\n")
+    config = configuration(bench, cold, DP2, replay={"mode": "none"})
+    config["data"] |= {"prompts": str(prompts), "on_bad_line": "skip"}
+    config["train"]["steps"] = 1000
+    command = bench.start("run", "none", config)
+    command.wait_until(lambda: len(bench.rows("none")) >= 8, "step 8")
+    server = next(pid for pid, line in command.processes().items() if "vllm.entrypoints.openai.api_server" in line)
+    start = time.monotonic()
+    os.kill(server, signal.SIGKILL)
+    assert command.wait() in (1, 2)  # the worker's status or the rank's, whichever ends first
+    assert time.monotonic() - start < 20 and command.processes() == {}
+    first, *log = command.err.splitlines()
+    assert first.startswith("megarl: error: rollout worker 0 (pid ") and "the vLLM server ended with status -9; last lines of " in first
+    assert any("vllm" in line.lower() or "INFO" in line for line in log)
+    assert command.err.count("megarl: error: ") == 1
+    assert f"{prompts}: skipped 1 bad lines, kept 512\n" in command.out
+
+    rows = bench.rows("none")
+    assert_every_key(rows, evaluated=[4, 8])
+    clean = [row["routing/any_layer_differs_frac"] == 0 for row in rows]
+    assert sum(clean) >= 6, f"agreement {[row['routing/agree_rollout_old'] for row in rows]}: too few steps in which no route differs"
+    for row, no_route_differs in zip(rows, clean):
+        assert_engines_agree(row, tokens_count=no_route_differs)
+        assert row["version/weights"] == row["step"] and row["staleness/ratio_max"] == pytest.approx(1.0, abs=1e-6)
+        assert row["routing/bytes_ingested"] == route_rows(row) * LAYERS * TOP_K
+        assert row["routing/bytes_ingested"] / 2 <= row["routing/bytes_received_per_rank"] < row["routing/bytes_ingested"] * 0.6
+
+
+def test_a_malformed_line_stops_the_run(bench: Bench, cold: Path) -> None:
+    prompts = bench.folder / "data" / "malformed.jsonl"
+    prompts.write_text('{"prompt": "12345=", "answer": "5"}\n{"prompt": "12345=", "answer"\n')
+    config = configuration(bench, cold, DP2)
+    config["data"]["prompts"] = str(prompts)
+    command = bench.start("run", "malformed", config)
+    assert command.wait() == 2
+    assert command.err.startswith(f"megarl: error: {prompts} line 2: not JSON (") and command.err.count("\n") == 1
+    assert command.processes() == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.path=nowhere", "model.path 'nowhere' has no config.json"),
+        ("data.prompts=nowhere.jsonl", "data.prompts 'nowhere.jsonl' does not exist"),
+        ("parallel.ep=3", "parallel etp 1 x ep 3 x pp 2 needs a multiple of 6 trainer ranks, there are 4"),
+    ],
+)
+def test_what_is_refused_starts_nothing(bench: Bench, override: str, message: str) -> None:
+    config = configuration(bench, bench.folder / "model", TP2_PP2_EP2)
+    command = bench.start("run", "refused", config, override)
+    assert command.wait() == 2
+    assert command.err.startswith(f"megarl: error: {message}") and command.err.count("\n") == 1
+    assert command.processes() == {} and not (bench.folder / "refused").exists()
