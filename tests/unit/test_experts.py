@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
+from megarl.config import ParallelConfig
+from megarl.engine.build import DEVICE, init_parallel
+from megarl.engine.experts import GroupedExperts, _stack
+from megarl.engine.parallel import destroy_parallel
+
+# isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
-
-from megarl.config import ParallelConfig
-from megarl.engine.build import DEVICE, init_parallel
-from megarl.engine.experts import GroupedExperts, _stack
-from megarl.engine.parallel import destroy_parallel
 
 HIDDEN, WIDTH = 32, 24
 COUNTS = {
@@ -88,7 +90,7 @@ def close(got, want, relative=1e-6):
     assert got.keys() == want.keys()
     for name in want:
         scale = float(want[name].abs().max()) if want[name].numel() else 0.0
-        torch.testing.assert_close(got[name], want[name], rtol=0, atol=relative * max(scale, 1e-12), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=relative * max(scale, 1e-12), msg=name)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
@@ -146,7 +148,8 @@ def test_parameters_and_checkpoint_are_those_of_the_sequential_experts():
     sequential, grouped = make_pair()
     shapes = lambda module: {name: (p.shape, getattr(p, "allreduce", None)) for name, p in module.named_parameters()}
     assert list(shapes(grouped).items()) == list(shapes(sequential).items())
-    keys = lambda module: {name: (t.key, t.data.shape, t.replica_id) for name, t in module.sharded_state_dict().items() if t.data is not None}
+    sharded = lambda module: [(name, t) for name, t in module.sharded_state_dict().items() if t.data is not None]
+    keys = lambda module: {name: (t.key, t.data.shape, t.replica_id) for name, t in sharded(module)}
     assert keys(grouped) == keys(sequential)
 
 

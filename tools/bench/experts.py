@@ -38,14 +38,16 @@ def make_layers(experts: int, hidden: int, ffn: int) -> dict[str, Any]:
     """Two real expert modules of equal weights, as megatron-core builds them in a world of one rank."""
     import torch
     import torch.nn.functional as F
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.transformer.moe.experts import SequentialMLP
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megarl.config import ParallelConfig
     from megarl.engine.build import DEVICE, init_parallel
     from megarl.engine.experts import GroupedExperts
+
+    # isort: split
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
     init_parallel(ParallelConfig(), DEVICE, seed=0)
     config = TransformerConfig(
