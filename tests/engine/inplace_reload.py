@@ -14,7 +14,7 @@ import numpy as np
 def main(a: str, b: str) -> None:
     from vllm import LLM, SamplingParams
 
-    from tests.engine.conftest import judged, prompts
+    from tests.engine.support import judged, prompts
 
     llm = LLM(a, dtype="float32", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=2**26, skip_tokenizer_init=True, seed=0)
     llm.collective_rpc("reload_weights", kwargs={"weights_path": b})

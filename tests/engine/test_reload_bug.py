@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.engine.conftest import ROOT
+from tests.engine.support import ROOT
 
 
 def reload_error(a: Path, b: Path, plugins: str) -> float:

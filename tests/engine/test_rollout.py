@@ -10,7 +10,7 @@ import pytest
 from megarl.rollout.client import RolloutClient, RolloutError
 from megarl.rollout.response import Response
 from megarl.rollout.wire import decode
-from tests.engine.conftest import EOS, Rollout, judged, prompts
+from tests.engine.support import EOS, Rollout, judged, prompts
 
 
 def assert_judged(responses: list[list[Response]], checkpoint: Path, temperature: float = 1.0) -> None:

@@ -21,7 +21,7 @@ from megarl.rollout import coordinator
 from megarl.rollout.client import RolloutError
 from megarl.rollout.coordinator import RolloutDied
 from megarl.weights.pack import Bucket, buckets
-from tests.engine.conftest import START_S, judged, prompts, supervised
+from tests.engine.support import START_S, judged, prompts, supervised
 from tests.engine.test_rollout import assert_judged
 
 
@@ -42,7 +42,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_failed_sync_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One server, from its first answer to its end: a flipped byte, the refusals after it, a frozen engine, kill -9."""
+    """Two servers, from their first answer to their end: both loaded, a flipped byte, the refusals after it, a frozen engine, kill -9."""
     victim = "model.layers.2.mlp.experts.3.down_proj.weight"
     weights = load_file(checkpoints[0] / "model.safetensors")
 
@@ -53,37 +53,48 @@ def test_a_failed_sync_and_a_killed_supervisor(checkpoints: tuple[Path, Path], t
                 bucket.buffer[sum(sizes[: bucket.names.index(victim)]) + 5] ^= 1
             yield bucket
 
-    with supervised(checkpoints[0], tmp_path) as rollout:
-        assert_judged(rollout.client.generate(prompts(2, 8), 2, 1.0, 8, []), checkpoints[0])
-        assert rollout.client.weight_versions() == [0]
-        sync = rollout.connect(timeout_s=30)
+    with supervised(checkpoints[0], tmp_path, engines=2) as rollout:
+        assert rollout.client.weight_versions() == [0, 0]
+        for checkpoint in (checkpoints[0], checkpoints[1]):
+            groups = rollout.client.generate(prompts(3, 8), 2, 1.0, 8, [])
+            assert [group[0].tokens[:8].tolist() for group in groups] == prompts(3, 8)
+            assert_judged(groups, checkpoint)
+            if checkpoint == checkpoints[0]:
+                rollout.load(checkpoints[1])
+        assert rollout.client.weight_versions() == [1, 1]
+
+        sync = rollout.connect(30, rollout.workers[1:])
         monkeypatch.setattr(sync_module, "buckets", tampered)
-        with pytest.raises(RolloutError, match=rf"^rollout server http://\S+: .*{victim}.* arrived with checksum") as caught:
-            sync.push(weights.items(), 1)
+        with pytest.raises(
+            RolloutError, match=rf"^rollout server {rollout.workers[1].url}\S+: .*{victim}.* arrived with checksum"
+        ) as caught:
+            sync.push(weights.items(), 2)
         assert "\n" not in str(caught.value)
         monkeypatch.undo()
         with pytest.raises(RolloutError, match="neither old nor new"):
-            rollout.client.generate(prompts(1, 8), 1, 1.0, 8, [])
-        sync = rollout.connect(timeout_s=3)
+            rollout.client.generate(prompts(2, 8), 1, 1.0, 8, [])
         with pytest.raises(RolloutError, match="earlier weight update failed"):
-            sync.push(weights.items(), 1)
+            rollout.connect(3).push(weights.items(), 2)
 
-        sync = rollout.connect(timeout_s=3)
-        below = descendants(rollout.supervisor.pid)
+        sync = rollout.connect(3, rollout.workers[:1])
+        supervisor = next(s for s in rollout.supervisors if rollout.workers[0].pid in descendants(s.pid))
+        below = descendants(supervisor.pid)
         engine = next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(engine, signal.SIGSTOP)
         start = time.monotonic()
-        with pytest.raises(RolloutError, match="no answer within 3 s.*http://"):
-            sync.push(weights.items(), 2)
+        with pytest.raises(
+            RolloutError, match=f"no answer within 3 s.*{rollout.workers[0].url}|{rollout.workers[0].url}.*no answer within 3 s"
+        ):
+            sync.push(weights.items(), 3)
         assert time.monotonic() - start < 6
         os.kill(engine, signal.SIGCONT)
 
-        rollout.supervisor.kill()
-        assert ends([rollout.supervisor.pid, *below], within_s=10)
+        supervisor.kill()
+        assert ends([supervisor.pid, *below], within_s=10)
         coordinator.check_workers(rollout.store, rollout.workers)
-        monkeypatch.setattr(coordinator, "STALE_S", 1.0)
+        monkeypatch.setattr(coordinator, "STALE_S", 2.5)
         with pytest.raises(RolloutDied, match=r"rollout worker 0 .* has been silent for"):
-            coordinator.check_workers(rollout.store, rollout.workers, wait_s=3)
+            coordinator.check_workers(rollout.store, rollout.workers, wait_s=5)
         rollout.workers = []
 
 
@@ -98,13 +109,13 @@ def test_a_dense_first_layer_and_a_killed_engine(checkpoints: tuple[Path, Path],
         np.testing.assert_array_equal(np.sort(response.routes, -1), experts)
         np.testing.assert_allclose(response.logprobs, logprobs[7:], atol=1e-4)
 
-        below = descendants(rollout.supervisor.pid)
+        below = descendants(rollout.supervisors[0].pid)
         os.kill(next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()), signal.SIGKILL)
         with pytest.raises(RolloutError, match="rollout server"):
             rollout.client.generate(prompts(1, 8), 1, 1.0, 8, [])
         with pytest.raises(RolloutDied, match=r"rollout worker 0 \(pid \d+ on \S+\): the vLLM server ended .*last lines of \S+0.log:\n"):
             coordinator.check_workers(rollout.store, rollout.workers, wait_s=20)
-        assert rollout.supervisor.wait(20) == 1
+        assert rollout.supervisors[0].wait(20) == 1
         assert ends(below, within_s=5)
         rollout.workers = []
 
@@ -120,7 +131,7 @@ def test_a_server_that_cannot_start_says_why(checkpoints: tuple[Path, Path], tmp
     with supervised(broken, tmp_path / "run", wait=False) as rollout:
         with pytest.raises(RolloutDied, match=r"ended with status 1: ValueError: .*model\.norm\.weight.*; last lines of"):
             coordinator.wait_for_workers(rollout.store, 1, START_S)
-        assert rollout.supervisor.wait(20) == 1
+        assert rollout.supervisors[0].wait(20) == 1
 
 
 def _make_first_layer_dense(source: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import megarl.rollout.sync as sync_module
 from megarl.rollout.client import RolloutError
 from megarl.weights.pack import buckets
-from tests.engine.conftest import Rollout, judged, prompts
+from tests.engine.support import Rollout, judged, prompts
 from tests.engine.test_rollout import assert_judged
 
 
