@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from megarl.checkpoints import STATE, whole_checkpoints
+from megarl.engine.adam_fixes import after_loading, before_loading
 from megarl.engine.step import Engine
 from megarl.errors import UserError
 
@@ -46,6 +47,7 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
 def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     """Fills the engine from a whole checkpoint; returns its `state`."""
     state = json.loads((path / STATE).read_text())
+    before_loading(engine.optimizer)
     try:
         loaded = dist_checkpointing.load(_sharded(engine, loading=True), str(path))
     except Exception as error:
@@ -59,7 +61,7 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
         if missing:
             raise UserError(f"checkpoint {str(path)!r} does not fit this model: {missing[0]!r}; give another run.dir")
     engine.optimizer.load_state_dict(loaded["optimizer"])
-    _unshare_steps(engine)
+    after_loading(engine.optimizer)
     engine.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
     return state
@@ -78,14 +80,6 @@ def _sharded(engine: Engine, loading: bool) -> dict[str, Any]:
     sharded: dict[str, Any] = {_key(engine, i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.model.bare)}
     sharded["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=metadata)
     return sharded
-
-
-def _unshare_steps(engine: Engine) -> None:
-    """torch's Adam keeps a step tensor a parameter; after loading, megatron-core 0.16 has them share one, which then counts too fast."""
-    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
-        for state in getattr(optimizer, "optimizer", optimizer).state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
 
 
 def _flush_to_disk(folder: Path) -> None:

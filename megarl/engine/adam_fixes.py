@@ -1,0 +1,60 @@
+"""megatron-core 0.16 with torch's Adam (no Apex, no Transformer Engine): three faults in saving and loading the optimizer, mended.
+
+torch's Adam keeps a `step` tensor for each parameter, which megatron-core's loaders do not expect. Held by tests/parallel/ranks.py,
+resume_is_exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def parts_of(optimizer: Any) -> Iterator[Any]:
+    """The optimizers that Megatron chains: one for dense and one for expert parameters."""
+    yield from getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def before_loading(optimizer: Any) -> None:
+    """A fresh distributed optimizer cannot describe its state (distrib_optimizer.py, state_dict): gives it the state of step 0.
+
+    Its loader copies into every entry of a parameter's state, but a checkpoint has none for `step` (_set_main_param_and_optimizer_states).
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    for part in parts_of(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            for group in part.optimizer.param_groups:
+                for tensor in group["params"]:
+                    if not part.optimizer.state[tensor]:
+                        zeros = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
+                        part.optimizer.state[tensor].update(step=torch.tensor(0.0), **zeros)
+            part._set_main_param_and_optimizer_states = _without_step(part)
+
+
+def _without_step(part: Any) -> Any:
+    original = type(part)._set_main_param_and_optimizer_states
+
+    def load(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+        step = state.pop("step")
+        try:
+            original(part, model_param, tensors)
+        finally:
+            state["step"] = step
+
+    return load
+
+
+def after_loading(optimizer: Any) -> None:
+    """Loading leaves one `step` tensor shared by all parameters, which a step then advances once for each of them: gives each its own."""
+    for part in parts_of(optimizer):
+        inner = getattr(part, "optimizer", None)
+        for state in inner.state.values() if inner is not None else []:
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
