@@ -153,7 +153,8 @@ class Collector:
     def _route_metrics(self, metas: list[Meta], held: list[tuple[int, Response]], received: int) -> Values:
         if self.routes is None:
             return {}
-        ingested = torch.tensor([sum(r.routes.nbytes for _, r in held if r.routes is not None), received], dtype=torch.float64)
+        nbytes = sum(r.routes.nbytes for _, r in held if r.routes is not None)
+        ingested = torch.tensor([nbytes, received], dtype=torch.float64, device=self.parallel.device.device)
         biggest = ingested[1:].clone()
         dist.all_reduce(ingested)
         dist.all_reduce(biggest, op=dist.ReduceOp.MAX)

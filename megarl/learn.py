@@ -51,7 +51,7 @@ class Learner:
         for pack in packs:
             if self.parallel.is_last_stage and pack.old_logprobs is not None:
                 cap = self.config.objective.is_cap
-                sums = merge(sums, mismatch_metrics(pack.old_logprobs, pack.rollout_logprobs, pack.mask, cap))
+                sums = merge(sums, mismatch_metrics(pack.old_logprobs.cpu(), pack.rollout_logprobs, pack.mask, cap))
         values: Values = dict(finish(self._reduce(sums)))
         values |= self._routing(old_routing, new_routing)
         values["optim/grad_norm"] = max(norm["optim/grad_norm"] for norm in norms)
@@ -111,7 +111,7 @@ class Learner:
         if at.is_last_stage and at.layout.dp * at.layout.cp > 1:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             for op, keys in _by_operation(sums):
-                joined = torch.stack([sums[key].double() for key in keys])
+                joined = torch.stack([sums[key].double().to(at.device.device) for key in keys])
                 dist.all_reduce(joined, op=op, group=group)
                 sums |= dict(zip(keys, joined))
         told = [sums]
@@ -123,12 +123,13 @@ class Learner:
         """routing/* over all ranks: every rank's routers saw other rows or other layers."""
         if self.live == "off" and self.mode == "none":
             return {}
-        differs = torch.cat(old.differs).double() if old.differs else torch.zeros(0, dtype=torch.float64)
+        device = self.parallel.device.device
+        differs = (torch.cat(old.differs).double() if old.differs else torch.zeros(0, dtype=torch.float64)).to(device)
         if self.parallel.layout.pp > 1:  # the stages hold different layers of the same rows
             dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
-        differing = torch.stack([differs.sum(), torch.tensor(float(len(differs)), dtype=torch.float64)])
-        sums = torch.cat([old.agree, old.rows, new.agree, new.rows, differing])
-        worst = torch.tensor(old.worst_gap, dtype=torch.float64)
+        differing = torch.tensor([float(differs.sum()), float(len(differs))], dtype=torch.float64)
+        sums = torch.cat([old.agree, old.rows, new.agree, new.rows, differing]).to(device)
+        worst = torch.tensor(old.worst_gap, dtype=torch.float64, device=device)
         if self.parallel.layout.world > 1:
             dist.all_reduce(sums)
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)

@@ -60,7 +60,7 @@ class Refit:
         model, at = self.engine.model, self.engine.model.parallel
         answers: list[list[tuple[np.ndarray, np.ndarray | None]]] = [self.fleet.score(self.canary.tolist()) if at.is_main else []]
         dist.broadcast_object_list(answers, src=0)
-        worst = torch.zeros(len(answers[0]), dtype=torch.float64)
+        worst = torch.zeros(len(answers[0]), dtype=torch.float64, device=at.device.device)
         for server, (logprobs, routes) in enumerate(answers[0]):
             (pack,) = make_packs([[0]], [self.canary], [1], at.layout, at.coord)
             if routes is not None and self.routes is not None:

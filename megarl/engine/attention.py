@@ -8,7 +8,7 @@ values of the whole pack, and attends with a mask of its segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class PackedSequences(PackedSeqParams):
     cells: Tensor | None = None  # [rows of this rank] -> cell of the query rectangle
     mask: Tensor | None = None  # bool [segments, 1, longest query, longest key]; None is causal
     gathered: Tensor | None = None  # row of the pack -> place in the concatenation of all context-parallel ranks' rows
+
+    def to(self, device: torch.device) -> PackedSequences:
+        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
 
 
 def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: int) -> PackedSequences:

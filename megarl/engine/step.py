@@ -123,14 +123,15 @@ class Engine:
         device = self.model.parallel.device.device
         context: Any = nullcontext()
         if replay is not None:
-            target = None if pack.routes is None else pack.routes[:, self._layers[index]]
-            context = replay.forward(index, target, pack.present, replay=routes == "replay")
+            target = None if pack.routes is None else pack.routes[:, self._layers[index]].to(device)
+            present = None if pack.present is None else pack.present.to(device)
+            context = replay.forward(index, target, present, replay=routes == "replay")
         at = self.model.parallel
         mine = cp_rows(pack.padded, at.layout.cp, at.coord.cp)
         tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
         self.model.bare[index].rotary_pos_emb.positions = positions
         with context as record:
-            out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences)
+            out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences.to(device))
         if record is not None:
             recorded[index, number] = record
         return out, partial(consume, pack, temperature)
@@ -138,9 +139,9 @@ class Engine:
     def _keep_routes(self, pack: Pack, records: list[Recorded]) -> None:
         stacked = [record.stacked() for record in records if record.own]
         if stacked:
-            pack.own = torch.cat([own for own, _ in stacked], dim=1)
+            pack.own = torch.cat([own for own, _ in stacked], dim=1).cpu()
             if stacked[0][1] is not None:
-                pack.gap = torch.cat([gap for _, gap in stacked if gap is not None], dim=1)
+                pack.gap = torch.cat([gap for _, gap in stacked if gap is not None], dim=1).cpu()
 
     def predicting_rows(self, pack: Pack) -> Tensor:
         """bool [rows of this rank]: rows that predict a response token, the ones that routing metrics count."""
