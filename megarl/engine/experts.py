@@ -63,15 +63,15 @@ class _GatedExperts(torch.autograd.Function):
         fc1, fc2 = _split(weights)
         dy_NH = dy_NH.contiguous()
         gate, up = h_N2F.chunk(2, -1)
-        silu_NF = F.silu(gate)
-        act_NF = silu_NF * up
+        dh_N2F = torch.empty_like(h_N2F)
+        dgate, dup = act_NF, silu_NF = dh_N2F.chunk(2, -1)  # one memory: first the activation, then the gradient
+        torch.ops.aten.silu.out(gate, out=silu_NF)
+        torch.mul(silu_NF, up, out=act_NF)
         dscaled_NF = _product(dy_NH, _stack(fc2), ends_E)
         dprobs_N = torch.linalg.vecdot(dscaled_NF.to(probs_N.dtype), act_NF.to(probs_N.dtype)) if needs_probs else None
         dfc2 = _deliver(fc2, _product(dy_NH.t(), _scale_(act_NF, probs_N), ends_E)) if ctx.needs_input_grad[-1] else [None] * len(fc2)
         dact_NF = _scale_(dscaled_NF, probs_N)
-        dh_N2F = torch.empty_like(h_N2F)
-        dgate, dup = dh_N2F.chunk(2, -1)
-        torch.mul(silu_NF, dact_NF, out=dup)
+        dup.mul_(dact_NF)
         torch.ops.aten.silu_backward.grad_input(dact_NF.mul_(up), gate, grad_input=dgate)
         dfc1 = _deliver(fc1, _product(dh_N2F.t(), x_NH, ends_E)) if needs_fc1 else [None] * len(fc1)
         dx_NH = _product(dh_N2F, _stack(fc1), ends_E) if needs_x else None
