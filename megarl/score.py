@@ -12,12 +12,15 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megarl.config import Config, load_config
 from megarl.engine.batch import Pack, assign, make_packs, router_rows
@@ -103,50 +106,75 @@ def score(rows: list[dict[str, Any]], engine: Engine, config: Config) -> list[di
                 full = np.concatenate([none, *(rows[i]["routes"].astype(np.int16) for i in pack.responses)])
                 attach_routes(pack, torch.from_numpy(full), at, shape)
         scored = engine.logprobs(packs, "replay" if replay else "record")
-        everyone: list[Any] = [None] * at.layout.world
-        dist.all_gather_object(everyone, _mine(engine, packs, scored))
-        if at.is_main:
-            for i, values in _assemble(everyone, rows, engine).items():
-                results[i] = values
+        for pack in gather_packs(engine, packs, scored, ("own",)):
+            own = pack.values.get("own", np.zeros((pack.rows, 0, shape.top_k)))  # a dense model has none
+            for i, span in pack.spans():
+                routes = own[span] if rows[i].get("routes") is None else rows[i]["routes"]
+                results[i] = {
+                    "logprobs": pack.values["logprobs"][span].tolist(),
+                    "entropy": pack.values["entropy"][span].tolist(),
+                    "routes": encode_npy(routes.astype(shape.dtype)),
+                }
     return [results[i] for i in sorted(results)]
 
 
-def _mine(engine: Engine, packs: list[Pack], scored: list[Any]) -> list[dict[str, Any]]:
-    """What this rank knows of each of its packs: own routes of its rows and layers; on the last stage also the scores."""
+@dataclass
+class WholePack:
+    """One pack of one replica, put together on rank 0 from the ranks that hold its rows and its layers."""
+
+    responses: list[int]
+    starts: list[int]
+    rows: int
+    values: dict[str, np.ndarray]  # name -> [padded rows, ...]
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Each response with its rows."""
+        for i, start, end in zip(self.responses, self.starts, [*self.starts[1:], self.rows]):
+            yield i, slice(start, end)
+
+
+_BY_LAYER = ("own", "gap", "routes", "present")
+
+
+def gather_packs(engine: Engine, packs: list[Pack], scored: list[tuple[Tensor, Tensor]], names: tuple[str, ...]) -> list[WholePack]:
+    """The packs of all replicas on rank 0 (none elsewhere): log-probabilities and entropy as `scored`, and the fields `names` of Pack.
+
+    Collective. Fields by layer come as [rows, all MoE layers, ...]; a field that no rank holds is left out.
+    """
+    at, shape = engine.model.parallel, route_shape(engine.model)
+    mine = [_part(engine, pack, scored[n] if scored else None, names) for n, pack in enumerate(packs)]
+    everyone: list[Any] = [None] * at.layout.world
+    dist.gather_object(mine, everyone if at.is_main else None, dst=0)
+    whole = []
+    for dp in range(at.layout.dp) if at.is_main else []:
+        ranks = [rank for rank in range(at.layout.world) if at.layout.coord(rank).dp == dp]
+        for n, pack in enumerate(everyone[ranks[0]]):
+            values: dict[str, np.ndarray] = {}
+            for rank in ranks:
+                part = everyone[rank][n]
+                values |= part["values"]
+                layers = list(shape.layers_of_stage[at.layout.coord(rank).pp])
+                for name, piece in part["by_layer"].items():
+                    size = (part["padded"], len(engine.model.weight_map.moe_layers), *piece.shape[2:])
+                    values.setdefault(name, np.zeros(size, piece.dtype))[np.ix_(part["at"], layers)] = piece
+            whole.append(WholePack(pack["responses"], pack["starts"], pack["rows"], values))
+    return whole
+
+
+def _part(engine: Engine, pack: Pack, scored: tuple[Tensor, Tensor] | None, names: tuple[str, ...]) -> dict[str, Any]:
+    """What this rank knows of one of its packs: its own rows and layers; on the last stage also what is the same on all its ranks."""
     at = engine.model.parallel
-    found = []
-    for n, pack in enumerate(packs):
-        mine: dict[str, Any] = {"responses": pack.responses, "starts": pack.starts, "padded": pack.padded}
-        mine["own"] = None if pack.own is None else pack.own.cpu().numpy()
-        mine["rows"] = router_rows(pack.padded, at.layout, at.coord).numpy()
-        if scored and at.coord.tp == 0:
-            mine["logprobs"], mine["entropy"] = (x.cpu().numpy() for x in scored[n])
-        found.append(mine)
-    return found
-
-
-def _assemble(everyone: list[list[dict[str, Any]]], rows: list[dict[str, Any]], engine: Engine) -> dict[int, dict[str, Any]]:
-    weight_map, layout, shape = engine.model.weight_map, engine.model.parallel.layout, route_shape(engine.model)
-    out: dict[int, dict[str, Any]] = {}
-    for dp in range(layout.dp):
-        ranks = [rank for rank in range(layout.world) if layout.coord(rank).dp == dp]
-        for n in range(len(everyone[ranks[0]])):
-            parts = {rank: everyone[rank][n] for rank in ranks}
-            first = parts[ranks[0]]
-            own = np.zeros((first["padded"], len(weight_map.moe_layers), weight_map.top_k), shape.dtype)
-            for rank, part in parts.items():
-                if part["own"] is not None:
-                    own[np.ix_(part["rows"], list(shape.layers_of_stage[layout.coord(rank).pp]))] = part["own"]
-            scores = next(part for part in parts.values() if "logprobs" in part)
-            for i, start in zip(first["responses"], first["starts"]):
-                span = slice(start, start + len(rows[i]["tokens"]) - 1)
-                routes = own[span] if rows[i].get("routes") is None else rows[i]["routes"].astype(shape.dtype)
-                out[i] = {
-                    "logprobs": scores["logprobs"][span].tolist(),
-                    "entropy": scores["entropy"][span].tolist(),
-                    "routes": encode_npy(routes),
-                }
-    return out
+    found = {name: value.cpu().numpy() for name in names if (value := getattr(pack, name)) is not None}
+    if "present" in found:  # one value a row, here as one a layer too
+        found["present"] = np.broadcast_to(found["present"][:, None], found["routes"].shape[:2])
+    part: dict[str, Any] = {"responses": pack.responses, "starts": pack.starts, "rows": pack.rows, "padded": pack.padded}
+    part["by_layer"] = {name: value for name, value in found.items() if name in _BY_LAYER}
+    part["at"] = router_rows(pack.padded, at.layout, at.coord).numpy()
+    part["values"] = {}
+    if scored is not None and at.coord.tp == at.coord.cp == 0:
+        logprobs, entropy = (x.cpu().numpy() for x in scored)
+        part["values"] = {"logprobs": logprobs, "entropy": entropy, **{k: v for k, v in found.items() if k not in _BY_LAYER}}
+    return part
 
 
 def encode_npy(array: np.ndarray) -> str:

@@ -194,13 +194,21 @@ def render(run_dir: str, rows: Rows) -> str:
             groups.append(f'<h2>{group.title}</h2><p>{group.text}</p><div class="grid">{panels}</div>')
     config = Path(run_dir) / "config.yaml"
     config_text = escape(config.read_text()) if config.is_file() else "no config.yaml in this folder"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>megarl: {escape(Path(run_dir).name)}</title>'
-        f"<style>{css(':root')}{STYLE}</style></head><body><h1>{escape(str(run_dir))}</h1>{_tiles(rows)}{''.join(groups)}"
+    body = (
+        f"<h1>{escape(str(run_dir))}</h1>{_tiles(rows)}{''.join(groups)}"
         f"<h2>Summary</h2><p>Over all steps; end is the mean of the last eighth.</p>{_summary(rows)}"
         f"<details><summary>Configuration</summary><pre>{config_text}</pre></details>"
-        f"<script>const LEFT={LEFT},RIGHT={RIGHT},WIDTH={WIDTH};{SCRIPT}</script></body></html>\n"
+        f"<script>const LEFT={LEFT},RIGHT={RIGHT},WIDTH={WIDTH};{SCRIPT}</script>"
+    )
+    return html_page(Path(run_dir).name, body)
+
+
+def html_page(title: str, body: str, style: str = "") -> str:
+    """A page that needs no other file; `style` is added to the common one."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>megarl: {escape(title)}</title>'
+        f"<style>{css(':root')}{STYLE}{style}</style></head><body>{body}</body></html>\n"
     )
 
 
@@ -227,7 +235,7 @@ def _panel(panel: Panel, rows: Rows) -> str:
         if not layers:
             return ""
         values = [value or 0.0 for value in layers]
-        return _figure(panel.title, "", "", bar_chart([str(i) for i in range(len(values))], values, low=min(0.9, *values)))
+        return figure(panel.title, "", "", bar_chart([str(i) for i in range(len(values))], values, low=min(0.9, *values)))
     series = _series(panel, rows)
     bounds = {"log": panel.log, "low": panel.low, "high": panel.high}
     chart = area_chart(steps, series) if panel.kind == "area" else line_chart(steps, series, **bounds)
@@ -236,10 +244,11 @@ def _panel(panel: Panel, rows: Rows) -> str:
     keys = "".join(f'<span><i style="background:var(--c{i % 6})"></i>{escape(s.name)}<b></b></span>' for i, s in enumerate(series))
     thin_steps, thin_series = thin(steps, series)
     data = {"steps": thin_steps, "values": [[v if v is None else float(f"{v:.5g}") for v in s.values] for s in thin_series]}
-    return _figure(panel.title, keys, json.dumps(data, separators=(",", ":")), chart)
+    return figure(panel.title, keys, json.dumps(data, separators=(",", ":")), chart)
 
 
-def _figure(title: str, keys: str, data: str, chart: str) -> str:
+def figure(title: str, keys: str, data: str, chart: str) -> str:
+    """One chart with its title and the legend `keys`; `data` is what the pointer shows, as JSON, or empty."""
     attribute = f' data-at="{escape(data)}"' if data else ""
     return (
         f'<figure{attribute}><figcaption>{escape(title)}</figcaption><div class="keys">{keys}</div>'
@@ -259,6 +268,11 @@ def _tiles(rows: Rows) -> str:
         ("tokens a second", count(end["throughput/tokens_per_s"]) if end.get("throughput/tokens_per_s") else ""),
         ("time", duration(seconds) if seconds else ""),
     ]
+    return tile_row(tiles)
+
+
+def tile_row(tiles: list[tuple[str, str]]) -> str:
+    """(name, value) as tiles; one without a value is left out."""
     return '<div class="tiles">' + "".join(f'<div class="tile"><b>{v}</b><span>{name}</span></div>' for name, v in tiles if v) + "</div>"
 
 
