@@ -64,6 +64,11 @@ def _file_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="JSONL")
 
 
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    _launch_arguments(parser)
+    parser.add_argument("--input", metavar="JSONL", help="prompts, all of them; else the first batch.prompts of data.prompts")
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder (run.dir)")
     parser.add_argument("--svg", metavar="FILE", help="also write the learning curve as a picture")
@@ -75,17 +80,21 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    """run, train, sft, score, generate: starts the ranks, or is one where an outer torchrun started us."""
+    """run, train, sft, score, generate, compare: starts the ranks, or is one where an outer torchrun started us."""
     from megarl.checkpoints import finished
     from megarl.config import load_config
     from megarl.refusals import check
 
     config = load_config(args.config, args.overrides)
     options = []
-    if hasattr(args, "input"):
+    if getattr(args, "input", None) is not None:
         if not os.path.isfile(args.input):
             raise UserError(f"--input {args.input!r} does not exist; give a JSONL file")
-        options = ["--input", args.input, "--output", args.output]
+        options = ["--input", args.input]
+        if args.command == "compare":
+            config.data.prompts = args.input
+        else:
+            options += ["--output", args.output]
     world = os.environ.get("WORLD_SIZE")
     inside_torchrun = world is not None and "RANK" in os.environ
     if inside_torchrun and args.command == "run":
@@ -145,6 +154,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "sft": ("supervised fine-tuning on demonstrations: the cold start", _launch_arguments, _launch),
     "score": ("log-probabilities, entropy and routes of given tokens, by the training engine", _file_arguments, _launch),
     "generate": ("responses to given prompts, by the rollout engine", _file_arguments, _launch),
+    "compare": ("the mismatch between the engines before training: generate, then score; a table and a page", _compare_arguments, _launch),
     "report": ("a run's curves as one HTML page, and its learning curve in the terminal", _report_arguments, _report),
     "doctor": ("versions, device, cores and memory; optionally checks a configuration", _doctor_arguments, _doctor),
 }

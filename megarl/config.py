@@ -136,7 +136,7 @@ class RunConfig(Section):
 
 
 class LaunchConfig(Section):
-    trainers: int = Field(1, ge=1, description="Local trainer ranks that run, sft and score start; ignored under an outer torchrun.")
+    trainers: int = Field(1, ge=1, description="Local ranks that run, sft, score, compare start; ignored under an outer torchrun.")
     store: str = Field(
         "127.0.0.1:0", description="host:port where trainers and rollout workers meet; port 0 lets megarl run pick a free one."
     )

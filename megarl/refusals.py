@@ -369,22 +369,22 @@ def _rollout_tp(case: Case) -> str | None:
 
 MOST_EXPERTS = 2**15
 LOOP = ("run", "train")
-ENGINE = (*LOOP, "sft", "score")
-ROLLOUT = (*LOOP, "rollout", "generate")
+ENGINE = (*LOOP, "sft", "score", "compare")
+ROLLOUT = (*LOOP, "rollout", "generate", "compare")
 ALL = (*ENGINE, "rollout", "generate")
 
 REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (_model_path, ALL),
     (_model_weights, ALL),
-    (_tokenizer, ("run", "train", "sft", "rollout", "generate")),
+    (_tokenizer, ("run", "train", "sft", "rollout", "generate", "compare")),
     (_family, ALL),
     (_tied_embeddings, ALL),
     (_rope_scaling, ALL),
     (_sliding_window, ALL),
-    (_prompts, LOOP),
+    (_prompts, (*LOOP, "compare")),
     (_eval_prompts, LOOP),
     (_demonstrations, ("sft",)),
-    (_reward, LOOP),
+    (_reward, (*LOOP, "compare")),
     (_run_dir, ALL),
     (_world, ENGINE),
     (_expert_world, ENGINE),
@@ -392,14 +392,14 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (_ffn, ENGINE),
     (_layers, ENGINE),
     (_experts, ENGINE),
-    (_objective, LOOP),
+    (_objective, (*LOOP, "compare")),
     (_minibatches, LOOP),
     (_group, LOOP),
     (_sft_batch, ("sft",)),
-    (_replay, (*LOOP, "score")),
+    (_replay, (*LOOP, "score", "compare")),
     (_lag, ROLLOUT),
     (_lengths, ROLLOUT),
-    (_micro_batch, LOOP),
+    (_micro_batch, (*LOOP, "compare")),
     (_rollout_tp, ROLLOUT),
     (_store, ROLLOUT),
 )

@@ -14,10 +14,17 @@ from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.supervisor import Process
 
-WITH_ROLLOUTS = ("run", "generate")
+WITH_ROLLOUTS = ("run", "generate", "compare")
 ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # for the trainers; vLLM brings its own
-WRITES_RUN = ("run", "train", "sft")  # score and generate only read, and leave a run's logs alone
-MODULES = {"run": "megarl.train", "train": "megarl.train", "sft": "megarl.sft", "score": "megarl.score", "generate": "megarl.generate"}
+WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's logs alone
+MODULES = {
+    "run": "megarl.train",
+    "train": "megarl.train",
+    "sft": "megarl.sft",
+    "score": "megarl.score",
+    "generate": "megarl.generate",
+    "compare": "megarl.compare",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ def describe(plan: Plan, config: Config, command: str) -> str:
         dp = plan.ranks // (at.tp * at.pp * at.cp)
         sizes = ", ".join(f"{name} {size}" for name, size in at.model_dump(exclude_none=True).items())
         lines.append(f"layout: {sizes}, dp {dp}, sequence parallelism {'on' if at.tp > 1 else 'off'}")
-        if command != "score" and command != "sft":
+        if command in ("run", "train"):
             groups, share = batch.prompts // batch.minibatches, -(-responses // batch.minibatches // dp)
             lines.append(f"step: {batch.prompts} prompts x {batch.group} responses = {responses}, replay {config.replay_mode}")
             lines.append(f"update: {batch.minibatches} mini-batch(es) of {groups} groups, at most {share} responses a data-parallel rank")

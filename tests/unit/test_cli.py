@@ -106,3 +106,13 @@ def test_doctor_finds_this_environment_ready(run_yaml: Path) -> None:
     run = subprocess.run([sys.executable, "-m", "megarl.cli", "doctor", str(run_yaml)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "profile" in run.stdout and "vLLM plugin" in run.stdout and "\nready\n" in run.stdout and "nothing to refuse" in run.stdout
+
+
+def test_compare_starts_ranks_and_workers_on_the_prompts_it_is_given(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given = str(run_yaml.parent / "valid.jsonl")
+    assert main(["compare", str(run_yaml), "data.prompts=nowhere.jsonl", "--input", given, "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    assert "megarl.compare" in out and f"--input {given}" in out and out.count("-m megarl.cli rollout") == 1 and "logs.compare" in out
+    assert "layout: tp 2" in out and "update:" not in out
+    assert main(["compare", str(run_yaml), "data.prompts=nowhere.jsonl", "--dry-run"]) == 2
+    assert "data.prompts 'nowhere.jsonl' does not exist" in capfd.readouterr().err
