@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megarl.config import ParallelConfig
+from megarl.engine import experts as module
 from megarl.engine.build import DEVICE, init_parallel
 from megarl.engine.experts import GroupedExperts, _stack
 from megarl.engine.parallel import destroy_parallel
@@ -97,6 +98,19 @@ def close(got, want, relative=1e-6):
 def test_grouped_experts_equal_sequential_ones(counts):
     sequential, grouped = make_pair(experts=len(counts))
     close(run(grouped, counts), run(sequential, counts))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 100])
+def test_blocks_of_experts_equal_all_at_once(rows, monkeypatch):
+    monkeypatch.setattr(module, "CACHE_BYTES", rows * 2 * WIDTH * 4)
+    sequential, grouped = make_pair()
+    for counts in COUNTS.values():
+        if len(counts) == 4:
+            blocks = module._blocks(counts, rows)
+            assert [e for block in blocks for e in range(4)[block]] == list(range(4))
+            assert all(sum(counts[block]) <= rows or sum(c > 0 for c in counts[block]) == 1 for block in blocks)
+            close(run(grouped, counts), run(sequential, counts))
+        sequential.zero_grad(), grouped.zero_grad()
 
 
 def test_probabilities_on_the_input():
