@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -34,20 +35,25 @@ WARM_UP = 3
 PARTS = ("rollout", "old_logprob", "update", "sync", "step")
 
 
-def measure(folder: Path, name: str, steps: int, overrides: list[str]) -> dict[str, float]:
-    """Medians over the steps after the warm-up, in seconds; tokens_per_s counts response tokens over the whole step."""
+def configuration(folder: Path, name: str, steps: int) -> dict[str, Any]:
+    """The work in one layout; model/ and data/ lie in `folder`, and so does run.dir."""
     layout = dict(LAYOUTS[name])
-    config = {
+    return {
         "model": {"path": str(folder / "model")},
         "data": {"prompts": str(folder / "data" / "train.jsonl"), "reward": "digit_sum"},
         "batch": {"prompts": 16, "group": 8, "minibatches": 1},
         "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 16},
         "replay": {"mode": "R3"},
-        "train": {"steps": WARM_UP + steps, "lr": 1e-4},
+        "train": {"steps": steps, "lr": 1e-4},
         "launch": {"trainers": layout.pop("trainers")},
         "parallel": layout,
         "run": {"dir": str(folder / f"run_{name}"), "tensorboard": True},
     }
+
+
+def measure(folder: Path, name: str, steps: int, overrides: list[str]) -> dict[str, float]:
+    """Medians over the steps after the warm-up, in seconds; tokens_per_s counts response tokens over the whole step."""
+    config = configuration(folder, name, WARM_UP + steps)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     subprocess.run([sys.executable, "-m", "megarl.cli", "run", str(path), *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
