@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.conftest import TP2_PP2_EP2, Bench
-from tests.engine.conftest import judged
+from tests.engine.support import judged
 
 TEMPERATURE = 0.7
 
