@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     responses = compare(engine, batch, captured=collector.routes is not None)
     if parallel.is_main:
         report = describe(config, engine, batch, responses)
-        report["worst"] = worst_tokens(responses, tokenizer.decode)
+        report["worst"] = worst_tokens(responses, lambda tokens: str(tokenizer.decode(tokens)))
         print(text_table(report))
         page = write(Path(config.run.dir), report, responses)
         print(f"\nthe worst tokens in their text, and the distributions: {page}")

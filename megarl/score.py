@@ -106,13 +106,13 @@ def score(rows: list[dict[str, Any]], engine: Engine, config: Config) -> list[di
                 full = np.concatenate([none, *(rows[i]["routes"].astype(np.int16) for i in pack.responses)])
                 attach_routes(pack, torch.from_numpy(full), at, shape)
         scored = engine.logprobs(packs, "replay" if replay else "record")
-        for pack in gather_packs(engine, packs, scored, ("own",)):
-            own = pack.values.get("own", np.zeros((pack.rows, 0, shape.top_k)))  # a dense model has none
-            for i, span in pack.spans():
+        for whole in gather_packs(engine, packs, scored, ("own",)):
+            own = whole.values.get("own", np.zeros((whole.rows, 0, shape.top_k)))  # a dense model has none
+            for i, span in whole.spans():
                 routes = own[span] if rows[i].get("routes") is None else rows[i]["routes"]
                 results[i] = {
-                    "logprobs": pack.values["logprobs"][span].tolist(),
-                    "entropy": pack.values["entropy"][span].tolist(),
+                    "logprobs": whole.values["logprobs"][span].tolist(),
+                    "entropy": whole.values["entropy"][span].tolist(),
                     "routes": encode_npy(routes.astype(shape.dtype)),
                 }
     return [results[i] for i in sorted(results)]
