@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK = 1024  # tokens a chunk
+CHUNK_ELEMENTS = 2**24  # logits a chunk: 64 MiB in float32, whatever the vocabulary
 
 
 class _VocabParallelLogprob(torch.autograd.Function):
@@ -24,16 +24,16 @@ class _VocabParallelLogprob(torch.autograd.Function):
         tokens = logits.shape[0]
         peak = torch.empty(tokens, dtype=torch.float32, device=logits.device)
         stats = torch.empty(3, tokens, dtype=torch.float32, device=logits.device)  # sum exp, sum exp * logit, target logit
-        for part in _chunks(tokens):
+        for part in _chunks(logits):
             peak[part] = logits[part].amax(1).float() / temperature
         if size > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        for part in _chunks(tokens):
-            shifted = logits[part].float() / temperature - peak[part, None]
+        for part in _chunks(logits):
+            shifted = logits[part].to(torch.float32, copy=True).div_(temperature).sub_(peak[part, None])
             exp = shifted.exp()
             stats[0, part] = exp.sum(1)
-            stats[1, part] = (exp * shifted).sum(1)
             stats[2, part] = shifted.gather(1, local[part, None]).squeeze(1) * inside[part]
+            stats[1, part] = exp.mul_(shifted).sum(1)
         if size > 1:
             dist.all_reduce(stats, group=group)
         log_z = stats[0].log()
@@ -47,18 +47,19 @@ class _VocabParallelLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
         logits, local, inside, log_z, entropy = ctx.saved_tensors
         grad = torch.empty_like(logits)
-        for part in _chunks(logits.shape[0]):
-            log_p = logits[part].float() / ctx.temperature - log_z[part, None]
+        for part in _chunks(logits):
+            log_p = logits[part].to(torch.float32, copy=True).div_(ctx.temperature).sub_(log_z[part, None])
             p = log_p.exp()
             # d logprob / d logit = 1[label] - p;  d entropy / d logit = -p (log p + entropy)
-            g = -p * (grad_logprobs[part, None] + grad_entropy[part, None] * (log_p + entropy[part, None]))
+            g = log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(grad_logprobs[part, None]).mul_(p).neg_()
             g.scatter_add_(1, local[part, None], (grad_logprobs[part] * inside[part])[:, None])
-            grad[part] = g / ctx.temperature
+            grad[part] = g.div_(ctx.temperature)
         return grad, None, None, None
 
 
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(i, i + CHUNK) for i in range(0, tokens, CHUNK)]
+def _chunks(logits: Tensor) -> list[slice]:
+    each = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    return [slice(i, i + each) for i in range(0, logits.shape[0], each)]
 
 
 def vocab_parallel_logprobs(

@@ -10,9 +10,9 @@ from megarl.engine.logprob import mask_padding, vocab_parallel_logprobs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk", [3, 1024])
+@pytest.mark.parametrize("chunk", [3 * 13, 2**24])
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, temperature: float, chunk: int) -> None:
-    monkeypatch.setattr(logprob, "CHUNK", chunk)
+    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", chunk)
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(10, 13, generator=generator) * 4).requires_grad_()
     labels = torch.randint(13, (10,), generator=generator)
