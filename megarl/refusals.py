@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megarl.config import Config, ParallelConfig
 from megarl.errors import UserError
@@ -135,16 +135,27 @@ def _file(key: str, path: str | None, what: str) -> str | None:
 
 
 def _prompts(case: Case) -> str | None:
-    return _file("data.prompts", case.config.data.prompts, "a file of prompts")
+    path = case.config.data.prompts
+    return _file("data.prompts", path, "a file of prompts") or _lines(case, path, "prompts")
 
 
 def _eval_prompts(case: Case) -> str | None:
     path = case.config.eval.prompts
-    return None if path is None else _file("eval.prompts", path, "a file of prompts, or leave it unset")
+    if path is None:
+        return None
+    return _file("eval.prompts", path, "a file of prompts, or leave it unset") or _lines(case, path, "prompts")
 
 
 def _demonstrations(case: Case) -> str | None:
-    return _file("sft.data", case.config.sft.data, "a file of demonstrations")
+    path = case.config.sft.data
+    return _file("sft.data", path, "a file of demonstrations") or _lines(case, path, "demonstrations")
+
+
+def _lines(case: Case, path: str, kind: Literal["prompts", "demonstrations"]) -> None:
+    from megarl.data.prompts import check_lines
+
+    if case.config.data.on_bad_line == "error":
+        check_lines(path, kind)  # raises UserError, naming the line
 
 
 def _reward(case: Case) -> str | None:

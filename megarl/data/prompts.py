@@ -73,9 +73,7 @@ def load_demonstrations(
         try:
             row = _parse(raw, DEMONSTRATION_ROW)
             tokens, _ = _encode_prompt(row, tokenizer, max_tokens)
-            if not isinstance(row.get("response"), str):
-                raise BadLine(f"key 'response' is {row.get('response')!r}; give a text")
-            response = [*tokenizer.encode(row["response"], add_special_tokens=False), tokenizer.eos_token_id]
+            response = [*tokenizer.encode(_response(row), add_special_tokens=False), tokenizer.eos_token_id]
             _check_length(len(tokens) + len(response), max_tokens)
             demonstrations.append((tokens + response, len(tokens)))
         except BadLine as error:
@@ -84,6 +82,21 @@ def load_demonstrations(
     if bad:
         log.warning("%s: skipped %d bad lines, kept %d", path, bad, len(demonstrations))
     return demonstrations
+
+
+def check_lines(path: str | Path, kind: Literal["prompts", "demonstrations"]) -> None:
+    """Raises UserError for the first line that is no row, judged without a tokenizer: what can be told before any process starts."""
+    shape = PROMPT_ROW if kind == "prompts" else DEMONSTRATION_ROW
+    for line, raw in _lines(path, shape):
+        try:
+            row = _parse(raw, shape)
+            _source(row)
+            if kind == "prompts":
+                _answer(row)
+            else:
+                _response(row)
+        except BadLine as error:
+            _bad_line(path, line, error, "error")
 
 
 def _lines(path: str | Path, shape: str) -> Iterator[tuple[int, bytes]]:
@@ -109,13 +122,7 @@ def _parse(raw: bytes, shape: str) -> dict[str, Any]:
 
 
 def _encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[int], str]:
-    messages, prompt = row.get("messages"), row.get("prompt")
-    if messages is not None:
-        _check_messages(messages)
-    elif isinstance(prompt, str) and prompt:
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        raise BadLine(f"key 'prompt' is {prompt!r}; give a text, or 'messages'")
+    messages, prompt = _source(row)
     if tokenizer.chat_template:
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -128,6 +135,24 @@ def _encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_
         text, tokens = str(prompt), tokenizer.encode(prompt)
     _check_length(len(tokens), max_tokens)
     return tokens, text
+
+
+def _source(row: dict[str, Any]) -> tuple[list[dict[str, str]], Any]:
+    """(messages, prompt): a row's messages, or its prompt as one message of the user."""
+    messages, prompt = row.get("messages"), row.get("prompt")
+    if messages is not None:
+        _check_messages(messages)
+    elif isinstance(prompt, str) and prompt:
+        messages = [{"role": "user", "content": prompt}]
+    else:
+        raise BadLine(f"key 'prompt' is {prompt!r}; give a text, or 'messages'")
+    return messages, prompt
+
+
+def _response(row: dict[str, Any]) -> str:
+    if not isinstance(row.get("response"), str):
+        raise BadLine(f"key 'response' is {row.get('response')!r}; give a text")
+    return str(row["response"])
 
 
 def _check_messages(messages: Any) -> None:
