@@ -45,6 +45,7 @@ SMALL = {"micro_batch_tokens": 48}  # several micro-batches of different lengths
 MODELS = {"moe": dict(), "dense_first": dict(dense_layers=[0])}
 ROWS = [
     Row("1 rank, several micro-batches", 1, engine=SMALL, quick=True),
+    Row("1 rank, sequential experts", 1, engine={"experts": "sequential", **SMALL}, quick=True),
     Row("1 rank, selective recompute", 1, engine={"recompute": "selective"}),
     Row("1 rank, full recompute", 1, engine={"recompute": "full", **SMALL}, quick=True),
     Row("1 rank, dense first layer", 1, engine=SMALL, model="dense_first"),

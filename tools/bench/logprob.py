@@ -44,7 +44,7 @@ def run(variant: str, tokens: int, vocabulary: int, pipe: Any) -> None:
     (logprobs * weight).sum().backward()
     assert logits.grad is not None
     grown = peak_gib() - before - logits.grad.numel() * 2 / 2**30
-    pipe.send((grown, logprobs[:256].detach().numpy(), logits.grad[:256].float().numpy()))  # tensors would travel by shared memory
+    pipe.send((grown, logprobs[:256].detach().numpy(), logits.grad[:256].float().numpy()))
     pipe.close()
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     ratio = grown["ours"] / grown["plain"]
     (ours, our_grad), (plain, plain_grad) = values["ours"], values["plain"]
     difference = float(abs(our_grad - plain_grad).max() / abs(plain_grad).max())
-    print(f"ratio  {ratio:.3f}; log-probabilities differ by {float(abs(ours - plain).max()):.1e}, gradients by {difference:.1e} relative")
+    print(f"ratio  {ratio:.3f}; log-probabilities differ by {abs(ours - plain).max():.1e}, gradients by {difference:.1e} relative")
     if args.json:
         args.json.write_text(json.dumps({**vars(args), "json": None, "gib": grown, "ratio": ratio, "gradient_difference": difference}) + "\n")
 
