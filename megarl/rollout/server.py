@@ -47,9 +47,10 @@ def run_rollout(config: Config, store_host: str, store_port: int) -> int:
     child = log = None
     try:
         log = _open_log(config)
-        port = _free_port()
-        child = start_server(config, port, store_host, log)
-        return _supervise(config, child, log, port, store_host, store_port)
+        here = _address(store_host)
+        port = _free_port(here)
+        child = start_server(config, here, port, store_host, log)
+        return _supervise(config, child, log, f"http://{here}:{port}", store_host, store_port)
     except _Stopped as stopped:
         return 128 + stopped.args[0]
     finally:
@@ -69,15 +70,15 @@ def check_installed() -> None:
         raise UserError(f"megarl is not installed for {sys.executable}, so vLLM cannot load its plugin: run `pip install --no-deps -e .`")
 
 
-def server_command(config: Config, port: int) -> list[str]:
-    """The command line of the vLLM server."""
+def server_command(config: Config, here: str, port: int) -> list[str]:
+    """The command line of the vLLM server. It listens at `here` alone: whoever reaches it may change its weights."""
     rollout = config.rollout
     dtype = rollout.dtype if rollout.dtype != "auto" else config.engine.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     length = max(rollout.max_prompt_tokens + rollout.max_new_tokens, CANARY_TOKENS + 1)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", config.model.path]
-    command += ["--host", "0.0.0.0", "--port", str(port), "--dtype", dtype, "--tensor-parallel-size", str(rollout.tp)]
+    command += ["--host", here, "--port", str(port), "--dtype", dtype, "--tensor-parallel-size", str(rollout.tp)]
     command += ["--max-model-len", str(length), "--max-num-seqs", str(rollout.max_num_seqs), "--enable-prefix-caching"]
     # A request with a seed kills the engine where prefill is chunked (spec/engines.md): every prompt goes in at once.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 4096))]
@@ -123,11 +124,11 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
     return {**os.environ, **ours}
 
 
-def start_server(config: Config, port: int, store_host: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def start_server(config: Config, here: str, port: int, store_host: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Starts the server in a process group of its own; it dies with this process, however this process dies."""
     supervisor = os.getpid()
     return subprocess.Popen(
-        server_command(config, port),
+        server_command(config, here, port),
         env=server_environment(config, store_host),
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -155,13 +156,12 @@ def _signal_group(group: int, number: int) -> bool:
         return False
 
 
-def _supervise(config: Config, child: subprocess.Popen[bytes], log: IO[bytes], port: int, host: str, store_port: int) -> int:
+def _supervise(config: Config, child: subprocess.Popen[bytes], log: IO[bytes], url: str, host: str, store_port: int) -> int:
     store = _join(config, child, host, store_port)
     index = coordinator.claim_index(store)
     path = Path(log.name).with_name(f"rollout_{index}.log")
     os.replace(log.name, path)
-    here = _address(host)
-    info = WorkerInfo(index, f"http://{here}:{port}", config.rollout.tp, child.pid, socket.gethostname(), str(path))
+    info = WorkerInfo(index, url, config.rollout.tp, child.pid, socket.gethostname(), str(path))
     registered, next_beat = False, 0.0
     deadline = time.monotonic() + config.rollout.start_timeout_s
     try:
@@ -170,7 +170,7 @@ def _supervise(config: Config, child: subprocess.Popen[bytes], log: IO[bytes], p
                 return _failed(store, info, f"ended with status {child.returncode}")
             if not registered and time.monotonic() > deadline:
                 return _failed(store, info, f"did not answer within rollout.start_timeout_s = {config.rollout.start_timeout_s:.0f} s")
-            if not registered and _healthy(port):
+            if not registered and _healthy(url):
                 coordinator.register_worker(store, info)
                 registered = True
             if time.monotonic() >= next_beat:
@@ -216,9 +216,9 @@ def _open_log(config: Config) -> IO[bytes]:
     return open(folder / f"rollout_pid{os.getpid()}.log", "wb")
 
 
-def _free_port() -> int:
+def _free_port(here: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind((here, 0))
         return probe.getsockname()[1]
 
 
@@ -229,9 +229,9 @@ def _address(store_host: str) -> str:
         return probe.getsockname()[0]
 
 
-def _healthy(port: int) -> bool:
+def _healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
             return answer.status == 200
     except OSError:
         return False

@@ -68,7 +68,8 @@ def main() -> None:
     difference = float(abs(our_grad - plain_grad).max() / abs(plain_grad).max())
     print(f"ratio  {ratio:.3f}; log-probabilities differ by {abs(ours - plain).max():.1e}, gradients by {difference:.1e} relative")
     if args.json:
-        args.json.write_text(json.dumps({**vars(args), "json": None, "gib": grown, "ratio": ratio, "gradient_difference": difference}) + "\n")
+        work = {"tokens": args.tokens, "vocabulary": args.vocabulary}
+        args.json.write_text(json.dumps({**work, "gib": grown, "ratio": ratio, "gradient_difference": difference}) + "\n")
 
 
 if __name__ == "__main__":
