@@ -1,15 +1,13 @@
 #!/usr/bin/env bash
 # From nothing to a learning curve: environment, tiny model, cold start, RL. What is already there is skipped; a run that was
-# interrupted goes on from its last checkpoint. `bash examples/quickstart.sh [CONFIG]`, default examples/quickstart.yaml.
+# interrupted goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-config=${1:-examples/quickstart.yaml}
 data=runs/quickstart-data
 
 bash tools/setup.sh
 source .venv/bin/activate
 export OMP_NUM_THREADS=1
-run=$(python -c 'import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))["run"]["dir"])' "$config")
 
 if [ ! -f $data/model/config.json ]; then
   echo "== tiny Qwen3-MoE checkpoint and tokenizer: $data/model"
@@ -24,6 +22,6 @@ if [ ! -f $data/cold/config.json ]; then
   echo "== cold start: megarl sft examples/cold_start.yaml"
   megarl sft examples/cold_start.yaml
 fi
-echo "== RL: megarl run $config"
-megarl run "$config"
-megarl report "$run"
+echo "== RL: megarl run examples/quickstart.yaml"
+megarl run examples/quickstart.yaml
+megarl report runs/quickstart

@@ -96,4 +96,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     print(make_tiny_model(arguments.out, seed=arguments.seed))
