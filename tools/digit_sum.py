@@ -62,7 +62,9 @@ def write_task(
 
 
 def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.rename(path)  # a file that is there is whole
 
 
 if __name__ == "__main__":
