@@ -117,7 +117,20 @@ def assign(rows: list[int], replicas: int, budget: int, multiple: int = 1) -> li
     packed = [_first_fit(members, rows, budget) for members in mine]
     count = max(len(packs) for packs in packed)
     count = -(-count // multiple) * multiple
+    if multiple > 1:  # the interleaved schedule pads all packs to one length; elsewhere first fit is better, it keeps equals together
+        packed = [_balanced(members, rows, budget, count) or packs for members, packs in zip(mine, packed)]
     return [packs + [[] for _ in range(count - len(packs))] for packs in packed]
+
+
+def _balanced(members: list[int], rows: list[int], budget: int, count: int) -> list[list[int]] | None:
+    """`count` packs of about equal length; None if one would exceed the budget."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    load = [0] * count
+    for i in members:  # largest first
+        place = min(range(count), key=lambda p: (load[p], p))
+        packs[place].append(i)
+        load[place] += rows[i]
+    return [sorted(pack) for pack in packs] if max(load) <= budget else None
 
 
 def _first_fit(members: list[int], rows: list[int], budget: int) -> list[list[int]]:
