@@ -6,7 +6,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megarl.config import Config
@@ -109,10 +108,9 @@ class Learner:
         if at.coord.cp:  # every context-parallel rank computed the same loss
             sums = {key: value if key.endswith(":max") else torch.zeros_like(value) for key, value in sums.items()}
         if at.is_last_stage and at.layout.dp * at.layout.cp > 1:
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             for op, keys in _by_operation(sums):
                 joined = torch.stack([sums[key].double().to(at.device.device) for key in keys])
-                dist.all_reduce(joined, op=op, group=group)
+                dist.all_reduce(joined, op=op, group=at.replica_group)
                 sums |= dict(zip(keys, joined))
         told = [sums]
         if at.layout.pp > 1:
@@ -126,7 +124,7 @@ class Learner:
         device = self.parallel.device.device
         differs = (torch.cat(old.differs).double() if old.differs else torch.zeros(0, dtype=torch.float64)).to(device)
         if self.parallel.layout.pp > 1:  # the stages hold different layers of the same rows
-            dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
+            dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=self.parallel.pp_group)
         differing = torch.tensor([float(differs.sum()), float(len(differs))], dtype=torch.float64)
         sums = torch.cat([old.agree, old.rows, new.agree, new.rows, differing]).to(device)
         worst = torch.tensor(old.worst_gap, dtype=torch.float64, device=device)

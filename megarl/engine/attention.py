@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 
@@ -78,23 +78,6 @@ def _rectangle(sizes: list[int]) -> tuple[Tensor, Tensor]:
     return index, inside.flatten().nonzero().flatten()
 
 
-class _GatherRows(torch.autograd.Function):
-    """[rows of this rank, ...] -> [rows of all context-parallel ranks, ...], in rank order; gradients are summed over ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(rows) for _ in range(group.size())]
-        dist.all_gather(parts, rows.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
-
-
 class RowRotary(torch.nn.Module):
     """Rotary angles of the rows of a pack by their positions, [T, 1, 1, dim], in place of those of one long sequence.
 
@@ -126,7 +109,11 @@ class PackedCausalAttention(torch.nn.Module):
         packed = packed_seq_params
         if packed.gathered is not None:
             group = parallel_state.get_context_parallel_group()
-            both = _GatherRows.apply(torch.cat([key, value], dim=-1), group).index_select(0, packed.gathered)
+            both = torch.cat([key, value], dim=-1)
+            # forward all-gather, backward reduce-scatter: each rank's queries attend to all keys, so gradients add up
+            both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=group).index_select(
+                0, packed.gathered
+            )
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
 
         def rectangle(x: Tensor, index: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [segments, heads, longest, dim]

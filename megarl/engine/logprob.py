@@ -80,22 +80,3 @@ def mask_padding(logits: Tensor, vocab_size: int, rank: int) -> Tensor:
         return logits
     column = torch.arange(logits.shape[1], device=logits.device)
     return logits.masked_fill(column >= held, torch.finfo(logits.dtype).min)
-
-
-class _GatherSlices(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(mine) for _ in range(group.size())]
-        dist.all_gather(parts, mine.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
-
-
-def gather_slices(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[n] of each rank -> [n x ranks] on every rank, in rank order. Every rank computes the same loss from it and keeps the gradient
-    of its own slice, so that summing parameter gradients over the ranks counts each slice once."""
-    return _GatherSlices.apply(mine, group)

@@ -31,10 +31,6 @@ class Parallel:
         return self.coord.rank == 0
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.coord.pp == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.coord.pp == self.layout.pp - 1
 
@@ -42,10 +38,18 @@ class Parallel:
     def tp_group(self) -> dist.ProcessGroup:
         return parallel_state.get_tensor_model_parallel_group()
 
-    def ranks_of_replica(self, dp: int) -> list[int]:
-        """All ranks of one data-parallel replica, its ingest rank (tp = cp = pp = 0) first."""
-        at = self.layout
-        return [at.rank_of(tp=tp, cp=cp, dp=dp, pp=pp) for pp in range(at.pp) for cp in range(at.cp) for tp in range(at.tp)]
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_context_parallel_group()
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """Data- and context-parallel ranks: those that hold the same dense parameters."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def ingest_rank(self, dp: int) -> int:
         return self.layout.rank_of(tp=0, cp=0, dp=dp, pp=0)

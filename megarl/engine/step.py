@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megarl.engine.batch import Pack, cp_rows, router_rows
-from megarl.engine.logprob import gather_slices, mask_padding, vocab_parallel_logprobs
+from megarl.engine.logprob import mask_padding, vocab_parallel_logprobs
 from megarl.engine.model import Model
 from megarl.engine.optim import current_lr
 from megarl.replay.context import Recorded, Replay, replay_schedule
@@ -86,7 +86,9 @@ class Engine:
         if at.layout.cp == 1:
             return both
         order = torch.cat([cp_rows(pack.padded, at.layout.cp, rank) for rank in range(at.layout.cp)]).argsort().to(logits.device)
-        logprobs, entropy = (gather_slices(x, parallel_state.get_context_parallel_group())[order] for x in both)
+        # Every rank computes the same loss and keeps the gradient of its own rows, so that summing over the ranks counts each row once.
+        gathered = gather_from_sequence_parallel_region(torch.stack(both, dim=1), tensor_parallel_output_grad=False, group=at.cp_group)
+        logprobs, entropy = gathered[order].unbind(1)
         return logprobs, entropy
 
     def _schedule(
