@@ -16,69 +16,69 @@ from megarl.errors import UserError
 
 # refusal, command, overrides, changes of config.json, what the line must say (thing, value, fix)
 CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
-    ("_model_path", "run", ["model.path="], {}, ["model.path is empty", "give"]),
-    ("_model_path", "rollout", ["model.path=/nowhere"], {}, ["model.path '/nowhere' has no config.json", "give"]),
-    ("_family", "run", [], {"model_type": "llama"}, ["model_type 'llama' is not supported", "qwen3_moe"]),
-    ("_tied_embeddings", "sft", [], {"tie_word_embeddings": True}, ["tie_word_embeddings true", "lm_head.weight"]),
-    ("_rope_scaling", "run", [], {"rope_scaling": {"rope_type": "yarn"}}, ["rope scaling 'yarn'", "remove"]),
-    ("_rope_scaling", "run", [], {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["rope scaling 'linear'"]),
-    ("_sliding_window", "run", [], {"use_sliding_window": True}, ["use_sliding_window true", "false"]),
-    ("_prompts", "run", ["data.prompts="], {}, ["data.prompts is empty", "give"]),
-    ("_prompts", "train", ["data.prompts=/nowhere.jsonl"], {}, ["data.prompts '/nowhere.jsonl' does not exist", "give"]),
-    ("_prompts", "run", ["data.prompts=/dev/null"], {}, ["data.prompts '/dev/null'", "give"]),
-    ("_eval_prompts", "run", ["eval.prompts=/nowhere.jsonl"], {}, ["eval.prompts '/nowhere.jsonl' does not exist", "unset"]),
-    ("_demonstrations", "sft", ["sft.data=/nowhere.jsonl"], {}, ["sft.data '/nowhere.jsonl' does not exist", "give"]),
-    ("_reward", "run", ["data.reward=digit_sums"], {}, ["digit_sums", "digit_sum"]),
-    ("_reward", "run", ["data.reward=no.such.function"], {}, ["no.such"]),
-    ("_run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
-    ("_run_dir", "run", ["run.dir=/dev/null/x"], {}, ["'/dev/null' is a file", "give"]),
-    ("_world", "run", ["launch.trainers=6"], {}, ["tp 2 x pp 2 x cp 1 needs a multiple of 4", "there are 6", "launch.trainers=8"]),
-    ("_expert_world", "sft", ["parallel.tp=1", "launch.trainers=2"], {}, ["ep 2 x pp 2 needs a multiple of 4", "there are 2"]),
-    ("_heads", "run", ["parallel.tp=3", "launch.trainers=12"], {}, ["parallel.tp 3", "attention heads, 4", "use one of 1, 2, 4"]),
-    ("_heads", "run", ["parallel.tp=4", "launch.trainers=8"], {}, ["parallel.tp 4", "key/value heads, 2", "use one of 1, 2"]),
-    ("_ffn", "run", [], {"mlp_only_layers": [0], "intermediate_size": 33}, ["parallel.tp 2", "intermediate_size, 33", "use one of"]),
-    ("_layers", "run", ["parallel.pp=3", "parallel.ep=1", "launch.trainers=6"], {}, ["pp 3 x vpp 1", "4 layers", "divides 4"]),
-    ("_layers", "run", ["parallel.vpp=4"], {}, ["pp 2 x vpp 4", "4 layers"]),
-    ("_layers", "run", ["parallel.pp=1", "parallel.vpp=2"], {}, ["parallel.vpp 2 needs more than one pipeline stage"]),
-    ("_layers", "run", ["parallel.first_stage_layers=4"], {}, ["first_stage_layers 4", "stages of [4, 0] layers", "change"]),
-    ("_layers", "run", ["parallel.vpp=2", "parallel.first_stage_layers=1"], {}, ["first_stage_layers 1", "vpp 2", "unset"]),
-    ("_experts", "run", [], {"num_experts": 40_000}, ["40000 experts", "32768"]),
+    ("model_path", "run", ["model.path="], {}, ["model.path is empty", "give"]),
+    ("model_path", "rollout", ["model.path=/nowhere"], {}, ["model.path '/nowhere' has no config.json", "give"]),
+    ("family", "run", [], {"model_type": "llama"}, ["model_type 'llama' is not supported", "qwen3_moe"]),
+    ("tied_embeddings", "sft", [], {"tie_word_embeddings": True}, ["tie_word_embeddings true", "lm_head.weight"]),
+    ("rope_scaling", "run", [], {"rope_scaling": {"rope_type": "yarn"}}, ["rope scaling 'yarn'", "remove"]),
+    ("rope_scaling", "run", [], {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["rope scaling 'linear'"]),
+    ("sliding_window", "run", [], {"use_sliding_window": True}, ["use_sliding_window true", "false"]),
+    ("prompts", "run", ["data.prompts="], {}, ["data.prompts is empty", "give"]),
+    ("prompts", "train", ["data.prompts=/nowhere.jsonl"], {}, ["data.prompts '/nowhere.jsonl' does not exist", "give"]),
+    ("prompts", "run", ["data.prompts=/dev/null"], {}, ["data.prompts '/dev/null'", "give"]),
+    ("eval_prompts", "run", ["eval.prompts=/nowhere.jsonl"], {}, ["eval.prompts '/nowhere.jsonl' does not exist", "unset"]),
+    ("demonstrations", "sft", ["sft.data=/nowhere.jsonl"], {}, ["sft.data '/nowhere.jsonl' does not exist", "give"]),
+    ("reward", "run", ["data.reward=digit_sums"], {}, ["digit_sums", "digit_sum"]),
+    ("reward", "run", ["data.reward=no.such.function"], {}, ["no.such"]),
+    ("run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
+    ("run_dir", "run", ["run.dir=/dev/null/x"], {}, ["'/dev/null' is a file", "give"]),
+    ("world", "run", ["launch.trainers=6"], {}, ["tp 2 x pp 2 x cp 1 needs a multiple of 4", "there are 6", "launch.trainers=8"]),
+    ("expert_world", "sft", ["parallel.tp=1", "launch.trainers=2"], {}, ["ep 2 x pp 2 needs a multiple of 4", "there are 2"]),
+    ("heads", "run", ["parallel.tp=3", "launch.trainers=12"], {}, ["parallel.tp 3", "attention heads, 4", "use one of 1, 2, 4"]),
+    ("heads", "run", ["parallel.tp=4", "launch.trainers=8"], {}, ["parallel.tp 4", "key/value heads, 2", "use one of 1, 2"]),
+    ("ffn", "run", [], {"mlp_only_layers": [0], "intermediate_size": 33}, ["parallel.tp 2", "intermediate_size, 33", "use one of"]),
+    ("layers", "run", ["parallel.pp=3", "parallel.ep=1", "launch.trainers=6"], {}, ["pp 3 x vpp 1", "4 layers", "divides 4"]),
+    ("layers", "run", ["parallel.vpp=4"], {}, ["pp 2 x vpp 4", "4 layers"]),
+    ("layers", "run", ["parallel.pp=1", "parallel.vpp=2"], {}, ["parallel.vpp 2 needs more than one pipeline stage"]),
+    ("layers", "run", ["parallel.first_stage_layers=4"], {}, ["first_stage_layers 4", "stages of [4, 0] layers", "change"]),
+    ("layers", "run", ["parallel.vpp=2", "parallel.first_stage_layers=1"], {}, ["first_stage_layers 1", "vpp 2", "unset"]),
+    ("experts", "run", [], {"num_experts": 40_000}, ["40000 experts", "32768"]),
     (
-        "_experts",
+        "experts",
         "run",
         ["parallel.ep=3", "parallel.tp=2", "launch.trainers=12"],
         {},
         ["parallel.ep 3", "experts, 8", "use one of 1, 2, 4, 8"],
     ),
     (
-        "_experts",
+        "experts",
         "run",
         ["parallel.etp=2", "parallel.ep=1"],
         {"moe_intermediate_size": 33},
         ["parallel.etp 2", "moe_intermediate_size, 33"],
     ),
-    ("_replay", "run", ["parallel.ep=1"], {"num_experts": 0, "num_local_experts": 0}, ["replay.mode R3 needs a MoE model", "none"]),
-    ("_objective", "run", ["objective=ppo"], {}, ["'ppo'", "critic", "objective=minirl"]),
-    ("_objective", "run", ["objective.kl_coef=0.1"], {}, ["objective.kl_coef 0.1", "set it to 0"]),
-    ("_minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
+    ("replay", "run", ["parallel.ep=1"], {"num_experts": 0, "num_local_experts": 0}, ["replay.mode R3 needs a MoE model", "none"]),
+    ("objective", "run", ["objective=ppo"], {}, ["'ppo'", "critic", "objective=minirl"]),
+    ("objective", "run", ["objective.kl_coef=0.1"], {}, ["objective.kl_coef 0.1", "set it to 0"]),
+    ("minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
     (
-        "_minibatches",
+        "minibatches",
         "run",
         ["batch.prompts=1", "batch.minibatches=1", "batch.group=2", "parallel.tp=1", "parallel.pp=1"],
         {},
         ["mini-batch of 2 responses", "4 data-parallel ranks", "raise"],
     ),
-    ("_group", "run", ["batch.group=1"], {}, ["batch.group 1", "'mean'", "batch.group=2"]),
-    ("_sft_batch", "sft", ["sft.batch=1", "parallel.tp=1", "parallel.pp=1"], {}, ["sft.batch 1 cannot feed 4", "raise sft.batch"]),
-    ("_lag", "run", ["rollout.max_lag=2"], {}, ["rollout.max_lag 2", "set rollout.max_lag=0"]),
-    ("_lengths", "run", ["rollout.max_new_tokens=2000"], {}, ["max_new_tokens 2000 = 2064", "max_position_embeddings 2048", "lower"]),
-    ("_micro_batch", "run", ["engine.micro_batch_tokens=100"], {}, ["engine.micro_batch_tokens 100", "raise it to 128"]),
-    ("_rollout_tp", "rollout", ["rollout.tp=3", "launch.store=127.0.0.1:1"], {}, ["rollout.tp 3", "attention heads, 4"]),
-    ("_store", "run", ["launch.store=here"], {}, ["launch.store 'here' is not host:port", "e.g."]),
-    ("_store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
-    ("_store", "run", ["launch.store=192.0.2.1:29600"], {}, ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"]),
+    ("group", "run", ["batch.group=1"], {}, ["batch.group 1", "'mean'", "batch.group=2"]),
+    ("sft_batch", "sft", ["sft.batch=1", "parallel.tp=1", "parallel.pp=1"], {}, ["sft.batch 1 cannot feed 4", "raise sft.batch"]),
+    ("lag", "run", ["rollout.max_lag=2"], {}, ["rollout.max_lag 2", "set rollout.max_lag=0"]),
+    ("lengths", "run", ["rollout.max_new_tokens=2000"], {}, ["max_new_tokens 2000 = 2064", "max_position_embeddings 2048", "lower"]),
+    ("micro_batch", "run", ["engine.micro_batch_tokens=100"], {}, ["engine.micro_batch_tokens 100", "raise it to 128"]),
+    ("rollout_tp", "rollout", ["rollout.tp=3", "launch.store=127.0.0.1:1"], {}, ["rollout.tp 3", "attention heads, 4"]),
+    ("store", "run", ["launch.store=here"], {}, ["launch.store 'here' is not host:port", "e.g."]),
+    ("store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
+    ("store", "run", ["launch.store=192.0.2.1:29600"], {}, ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"]),
 ]
-APART = {"_model_weights", "_tokenizer"}  # tests of their own below
+APART = {"model_weights", "tokenizer"}  # tests of their own below
 
 
 @pytest.mark.parametrize(("name", "command", "overrides", "hf", "says"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
@@ -93,9 +93,9 @@ def test_refusal(
     assert "\n" not in line
     for words in says:
         assert words in line, line
-    if name != "_reward":  # which raises by itself
+    if name != "reward":  # which raises by itself
         case = refusals.Case(command, config, config.launch.trainers)
-        assert getattr(refusals, name)(case) == line
+        assert next(refusal for refusal, _ in refusals.REFUSALS if refusal.__name__ == name)(case) == line
 
 
 def test_every_refusal_of_the_table_has_a_case() -> None:
@@ -112,8 +112,8 @@ def test_a_dense_model_is_refused_replay_and_expert_parallelism(run_yaml: Path, 
     config = load_config(run_yaml)
     case = refusals.Case("run", config, 4)
     case.__dict__["model"] = {**case.model, "num_moe_experts": None}
-    assert "replay.mode R3 needs a MoE model" in (refusals._replay(case) or "")
-    assert "ep 2, etp 1: the model has no experts" in (refusals._experts(case) or "")
+    assert "replay.mode R3 needs a MoE model" in (refusals.work.replay(case) or "")
+    assert "ep 2, etp 1: the model has no experts" in (refusals.layouts.experts(case) or "")
 
 
 def test_weights_that_are_missing(run_yaml: Path) -> None:
@@ -172,6 +172,6 @@ def test_the_world_of_an_outer_torchrun_counts(run_yaml: Path) -> None:
     ],
 )
 def test_trap_03_a_router_that_cannot_be_replayed_is_refused(key: str, value: Any, said: str) -> None:
-    sentence = refusals._unreplayable({key: value})
+    sentence = refusals.work.unreplayable({key: value})
     assert sentence is not None and said in sentence and "replay.mode=none" in sentence
-    assert refusals._unreplayable({}) is None
+    assert refusals.work.unreplayable({}) is None

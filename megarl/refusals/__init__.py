@@ -1,0 +1,62 @@
+"""What cannot be right, found before any process starts. One table of small functions; each refusal says the thing, its value and the fix.
+
+A refusal looks at a `Case` and returns its sentence, or None. The order of the table matters: a later row may rely on what an earlier one
+refused. Sizes come from config.json through the family's own `transformer_config`, under Megatron's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megarl.config import Config
+from megarl.errors import UserError
+from megarl.refusals import files, layouts, work
+from megarl.refusals.case import Case
+
+LOOP = ("run", "train")
+ENGINE = (*LOOP, "sft", "score", "compare")
+ROLLOUT = (*LOOP, "rollout", "generate", "compare")
+ALL = (*ENGINE, "rollout", "generate")
+
+REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
+    (files.model_path, ALL),
+    (files.model_weights, ALL),
+    (files.tokenizer, ("run", "train", "sft", "rollout", "generate", "compare")),
+    (files.family, ALL),
+    (files.tied_embeddings, ALL),
+    (files.rope_scaling, ALL),
+    (files.sliding_window, ALL),
+    (files.prompts, (*LOOP, "compare")),
+    (files.eval_prompts, LOOP),
+    (files.demonstrations, ("sft",)),
+    (files.reward, (*LOOP, "compare")),
+    (files.run_dir, ALL),
+    (layouts.world, ENGINE),
+    (layouts.expert_world, ENGINE),
+    (layouts.heads, ENGINE),
+    (layouts.ffn, ENGINE),
+    (layouts.layers, ENGINE),
+    (layouts.experts, ENGINE),
+    (work.objective, (*LOOP, "compare")),
+    (work.minibatches, LOOP),
+    (work.group, LOOP),
+    (work.sft_batch, ("sft",)),
+    (work.replay, (*LOOP, "score", "compare")),
+    (work.lag, ROLLOUT),
+    (work.lengths, ROLLOUT),
+    (work.micro_batch, (*LOOP, "compare")),
+    (layouts.rollout_tp, ROLLOUT),
+    (files.store, ROLLOUT),
+)
+
+
+def check(config: Config, command: str = "run", *, world_size: int | None = None, model_config: dict[str, Any] | None = None) -> None:
+    """Raises UserError with the first refusal that holds for `command` (a command of the CLI, see cli.py).
+
+    world_size: trainer ranks; None takes launch.trainers. model_config: config.json, already read; None reads it from model.path.
+    """
+    case = Case(command, config, config.launch.trainers if world_size is None else world_size, model_config)
+    for refusal, commands in REFUSALS:
+        if command in commands and (sentence := refusal(case)):
+            raise UserError(sentence)

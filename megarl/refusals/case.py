@@ -1,0 +1,44 @@
+"""What a refusal looks at."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megarl.config import Config
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command with its configuration. `world` is the number of trainer ranks; `hf` the parsed config.json of model.path."""
+
+    command: str
+    config: Config
+    world: int
+    given_hf: dict[str, Any] | None = None
+
+    @cached_property
+    def hf(self) -> dict[str, Any]:
+        if self.given_hf is not None:
+            return self.given_hf
+        return json.loads((Path(self.config.model.path) / "config.json").read_text())
+
+    @cached_property
+    def family(self) -> Any:
+        from megarl.weights.weight_map import FAMILIES
+
+        return importlib.import_module(FAMILIES[self.hf["model_type"]])
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """Megatron's names: num_layers, num_attention_heads, num_query_groups, num_moe_experts, ..."""
+        return self.family.transformer_config(self.hf)
+
+    @property
+    def dp(self) -> int:
+        at = self.config.parallel
+        return self.world // (at.tp * at.pp * at.cp)

@@ -1,0 +1,97 @@
+"""Refusals of layouts: sizes that do not divide the ranks or the model."""
+
+from __future__ import annotations
+
+from megarl.config import ParallelConfig
+from megarl.refusals.case import Case
+
+MOST_EXPERTS = 2**15
+
+
+def _divides(size: int, key: str, count: int, what: str) -> str | None:
+    if count % size:
+        fits = [n for n in range(1, count + 1) if count % n == 0]
+        return f"{key} {size} does not divide the model's {what}, {count}; use one of {', '.join(map(str, fits[:8]))}"
+    return None
+
+
+def world(case: Case) -> str | None:
+    at = case.config.parallel
+    size = at.tp * at.pp * at.cp
+    if case.world % size:
+        return (
+            f"parallel tp {at.tp} x pp {at.pp} x cp {at.cp} needs a multiple of {size} trainer ranks, there are {case.world}; "
+            f"set launch.trainers={-(-case.world // size) * size} or change the layout"
+        )
+    return None
+
+
+def expert_world(case: Case) -> str | None:
+    at = case.config.parallel
+    size = at.etp * at.ep * at.pp
+    if case.world % size:
+        return (
+            f"parallel etp {at.etp} x ep {at.ep} x pp {at.pp} needs a multiple of {size} trainer ranks, there are {case.world}; "
+            f"set launch.trainers={-(-case.world // size) * size} or lower parallel.ep"
+        )
+    return None
+
+
+def heads(case: Case) -> str | None:
+    tp = case.config.parallel.tp
+    return _divides(tp, "parallel.tp", case.model["num_attention_heads"], "attention heads") or _divides(
+        tp, "parallel.tp", case.model["num_query_groups"], "key/value heads"
+    )
+
+
+def ffn(case: Case) -> str | None:
+    dense = len(case.family.moe_layers(case.hf)) < case.model["num_layers"]
+    return _divides(case.config.parallel.tp, "parallel.tp", case.model["ffn_hidden_size"], "intermediate_size") if dense else None
+
+
+def layers(case: Case) -> str | None:
+    at = case.config.parallel
+    if at.vpp > 1 and at.pp == 1:
+        return f"parallel.vpp {at.vpp} needs more than one pipeline stage; set parallel.pp or parallel.vpp=1"
+    layers = case.model["num_layers"]
+    uneven = at.first_stage_layers is not None or at.last_stage_layers is not None
+    if uneven:
+        return _uneven_layers(at, layers)
+    if layers % (at.pp * at.vpp):
+        return f"parallel pp {at.pp} x vpp {at.vpp} does not divide the model's {layers} layers; use a product that divides {layers}"
+    return None
+
+
+def _uneven_layers(at: ParallelConfig, layers: int) -> str | None:
+    given = f"parallel first_stage_layers {at.first_stage_layers}, last_stage_layers {at.last_stage_layers}"
+    if at.vpp > 1 or at.pp == 1:
+        return f"{given} need pp > 1 and vpp 1, not pp {at.pp}, vpp {at.vpp}; leave them unset or change parallel"
+    from megarl.weights.layout import Layout
+
+    sizes = Layout(**at.model_dump(), world=at.tp * at.pp * at.cp).stage_sizes(layers)
+    if min(sizes) < 1 or sum(sizes) != layers:
+        return f"{given} leave stages of {sizes} layers, not {layers} in all; change one of them"
+    return None
+
+
+def experts(case: Case) -> str | None:
+    at = case.config.parallel
+    count = case.model.get("num_moe_experts")
+    if not count:
+        if at.ep > 1 or at.etp > 1:
+            return f"parallel ep {at.ep}, etp {at.etp}: the model has no experts; set both to 1"
+        return None
+    if count > MOST_EXPERTS:
+        return f"model.path: {count} experts are more than routes can name ({MOST_EXPERTS}); megarl keeps them as int16"
+    return _divides(at.ep, "parallel.ep", count, "experts") or _divides(
+        at.etp, "parallel.etp", case.model["moe_ffn_hidden_size"], "moe_intermediate_size"
+    )
+
+
+def rollout_tp(case: Case) -> str | None:
+    tp, heads, groups = case.config.rollout.tp, case.model["num_attention_heads"], case.model["num_query_groups"]
+    if refused := _divides(tp, "rollout.tp", heads, "attention heads"):
+        return refused
+    if groups % tp and tp % groups:
+        return f"rollout.tp {tp} and the model's {groups} key/value heads do not divide each other; change rollout.tp"
+    return None

@@ -1,0 +1,97 @@
+"""Refusals of the work itself: batches, lengths, objective and replay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.refusals.case import Case
+
+
+def objective(case: Case) -> str | None:
+    objective = case.config.objective
+    if objective.advantage == "gae":
+        return f"objective {objective.preset!r} with advantage 'gae' needs a critic, which is not supported yet; use objective=minirl"
+    if objective.kl_coef > 0:
+        return f"objective.kl_coef {objective.kl_coef} needs a reference model, which is not supported yet; set it to 0"
+    return None
+
+
+def minibatches(case: Case) -> str | None:
+    batch = case.config.batch
+    if batch.prompts % batch.minibatches:
+        return f"batch.prompts {batch.prompts} is not a multiple of batch.minibatches {batch.minibatches}; a mini-batch is whole groups"
+    responses = batch.prompts // batch.minibatches * batch.group
+    if responses < case.dp:
+        return (
+            f"batch: a mini-batch of {responses} responses (prompts / minibatches x group) cannot feed {case.dp} data-parallel ranks; "
+            "raise batch.prompts or batch.group"
+        )
+    return None
+
+
+def group(case: Case) -> str | None:
+    advantage = case.config.objective.advantage
+    if case.config.batch.group == 1 and advantage in ("mean", "mean_std"):
+        return f"batch.group 1 with objective.advantage {advantage!r} gives every response the advantage 0; set batch.group=2 or more"
+    return None
+
+
+def sft_batch(case: Case) -> str | None:
+    if case.config.sft.batch < case.dp:
+        return f"sft.batch {case.config.sft.batch} cannot feed {case.dp} data-parallel ranks; raise sft.batch"
+    return None
+
+
+def replay(case: Case) -> str | None:
+    mode = case.config.replay_mode
+    if mode != "none" and not case.model.get("num_moe_experts"):
+        return f"replay.mode {mode} needs a MoE model, this one is dense; set replay.mode=none"
+    return unreplayable(case.model) if mode != "none" else None
+
+
+def unreplayable(model: dict[str, Any]) -> str | None:
+    """Routers whose choice cannot be replayed (spec/routing.md, trap 3). `model`: Megatron's TransformerConfig keywords."""
+    faults = (
+        (model.get("moe_router_fusion"), "a fused router returns before the replay hook", "moe_router_fusion=False"),
+        (model.get("moe_router_load_balancing_type") == "sinkhorn", "sinkhorn does not route by top-k", "load balancing 'none'"),
+        (model.get("moe_expert_capacity_factor") is not None, "capacity dropping changes a replayed choice", "no capacity factor"),
+        (
+            "moe_router" in str(model.get("cuda_graph_scope") or ""),
+            "a graph-captured router replays nothing",
+            "no 'moe_router' in the scope",
+        ),
+        (
+            model.get("overlap_moe_expert_parallel_comm"),
+            "combined 1F1B runs forwards out of order",
+            "overlap_moe_expert_parallel_comm=False",
+        ),
+    )
+    for wrong, why, fix in faults:
+        if wrong:
+            return f"replay.mode: {why}; use {fix} or replay.mode=none"
+    return None
+
+
+def lag(case: Case) -> str | None:
+    lag = case.config.rollout.max_lag
+    return f"rollout.max_lag {lag}: asynchronous rollouts are not supported yet; set rollout.max_lag=0" if lag else None
+
+
+def lengths(case: Case) -> str | None:
+    rollout = case.config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    limit = case.hf.get("max_position_embeddings")
+    if limit and longest > limit:
+        return (
+            f"rollout max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = {longest} is above "
+            f"the model's max_position_embeddings {limit}; lower one of them"
+        )
+    return None
+
+
+def micro_batch(case: Case) -> str | None:
+    rollout, budget = case.config.rollout, case.config.engine.micro_batch_tokens
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if longest > budget:
+        return f"engine.micro_batch_tokens {budget} cannot hold the longest prompt and response, {longest} tokens; raise it to {longest}"
+    return None
