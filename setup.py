@@ -7,6 +7,7 @@ the machine itself, and megatron-core runs without it.
 from setuptools import find_namespace_packages, setup
 
 MEGATRON = "megatron-core==0.16.1"
+LOGGERS = ["alembic==1.20.1", "mlflow-skinny==3.17.2", "sqlalchemy==2.1.9", "wandb==0.31.0"]  # the first and third: MLflow's local file
 
 setup(
     name="megarl",
@@ -36,7 +37,8 @@ setup(
             "transformer-engine[core_cu13,pytorch]==2.11.0",
             "nvidia-dali-cuda130==2.4.0",
         ],
-        "dev": ["mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML==6.0.12.20261113"],
+        "loggers": LOGGERS,
+        "dev": [*LOGGERS, "mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML==6.0.12.20261113"],
     },
     entry_points={
         "console_scripts": ["megarl=megarl.cli:main"],

@@ -132,7 +132,9 @@ class RunConfig(Section):
     save_every: int = Field(0, ge=0, description="Checkpoint every this many steps, and at the end; 0 is only at the end.")
     keep: int = Field(2, ge=1, description="Whole checkpoints kept; older ones are deleted.")
     rollout_samples: int = Field(4, ge=0, description="Responses written to rollouts/ each step, for reading.")
-    tensorboard: bool = True
+    loggers: list[str] = Field(
+        ["tensorboard"], description="Where scalars go besides metrics.jsonl: tensorboard, wandb, mlflow, or a dotted path module.Class."
+    )
 
 
 class LaunchConfig(Section):

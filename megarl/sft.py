@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     if parallel.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config))
-        logger, progress = MetricsLogger(run_dir, config.run.tensorboard), Progress(config.train.steps)
+        logger = MetricsLogger(run_dir, config.run.loggers, settings=config.model_dump(mode="json"))
+        progress = Progress(config.train.steps)
     for step in range(1, config.train.steps + 1):
         start = time.perf_counter()
         batch = [data[i] for i in stream.next(config.sft.batch)]

@@ -90,13 +90,13 @@ def load_data(config: Config, tokenizer: Any) -> tuple[list[Prompt], list[Prompt
 
 
 class Output:
-    """What people see, on rank 0: metrics.jsonl, TensorBoard, rollouts/, config.yaml and the live line."""
+    """What people see, on rank 0: metrics.jsonl, loggers, rollouts/, config.yaml and the live line."""
 
     def __init__(self, config: Config, resumed: int) -> None:
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "config.yaml").write_text(dump_config(config))
-        self.logger = MetricsLogger(self.dir, config.run.tensorboard, resumed)
+        self.logger = MetricsLogger(self.dir, config.run.loggers, resumed, config.model_dump(mode="json"))
         self.progress = Progress(config.train.steps)
         if resumed:
             print(f"resuming after step {resumed}")

@@ -67,6 +67,8 @@ def type_name(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
+    if typing.get_origin(annotation) is list:
+        return f"list of {type_name(arguments[0])}"
     if arguments:
         return ", ".join(type_name(argument) for argument in arguments if argument is not type(None))
     return {"int": "integer", "float": "number", "str": "text", "bool": "true, false"}.get(annotation.__name__, annotation.__name__)

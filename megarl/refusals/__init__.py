@@ -31,6 +31,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (files.eval_prompts, LOOP),
     (files.demonstrations, ("sft",)),
     (files.reward, (*LOOP, "compare")),
+    (files.loggers, (*LOOP, "sft")),
     (files.run_dir, ALL),
     (layouts.world, ENGINE),
     (layouts.expert_world, ENGINE),

@@ -113,6 +113,14 @@ def reward(case: Case) -> str | None:
     return None
 
 
+def loggers(case: Case) -> str | None:
+    from megarl.report.loggers import find_logger
+
+    for name in case.config.run.loggers:
+        find_logger(name)  # raises UserError, naming the logger
+    return None
+
+
 def run_dir(case: Case) -> str | None:
     path = Path(case.config.run.dir)
     if not case.config.run.dir:

@@ -1,51 +1,54 @@
-"""metrics.jsonl: one JSON object a step, under the names of spec/objective.md; the same scalars for TensorBoard."""
+"""metrics.jsonl: one JSON object a step, under the names of spec/objective.md; the same scalars for other loggers."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megarl.report.loggers import find_logger
 
 METRICS_FILE = "metrics.jsonl"
 Value = float | int | Sequence[float]
 
 
 class MetricsLogger:
-    """Appends rows to run_dir/metrics.jsonl and, if `tensorboard`, to run_dir/tensorboard.
+    """Appends rows to run_dir/metrics.jsonl and hands their scalars to `loggers` (names of megarl.report.loggers).
 
     `resumed_step` is the last step of the checkpoint the run goes on from (0 for a new run): rows after it, and a row that a crash left
-    half written, are removed, for those steps will be done again.
+    half written, are removed, for those steps will be done again. `settings` is the resolved configuration, for loggers that keep it.
     """
 
-    def __init__(self, run_dir: str | Path, tensorboard: bool = True, resumed_step: int = 0) -> None:
+    def __init__(
+        self, run_dir: str | Path, loggers: Sequence[str] = (), resumed_step: int = 0, settings: dict[str, Any] | None = None
+    ) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._keep_until(resumed_step)
         self._file = self.path.open("a")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # over a second to import
-
-            self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resumed_step + 1)
+        self._loggers = {name: find_logger(name)(self.path.parent, settings or {}, resumed_step) for name in loggers}
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
         """One row. A value is a number or a list of numbers (one a MoE layer); what is not finite is written as null."""
         row = {"step": step, **{key: _plain(value) for key, value in metrics.items()}}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in row.items():
-                for name, number in _scalars(key, value):
-                    self._board.add_scalar(name, number, step)
-            self._board.flush()
+        scalars = dict(pair for key, value in row.items() for pair in _scalars(key, value))
+        for name, logger in list(self._loggers.items()):
+            try:
+                logger.log(step, scalars)
+            except Exception as error:  # a tracking server that is away must not end a run whose rows are safe in metrics.jsonl
+                print(f"run.loggers {name!r} failed at step {step} and is off from here: {type(error).__name__}: {error}", file=sys.stderr)
+                del self._loggers[name]
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for logger in self._loggers.values():
+            logger.close()
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 
+from megarl.dotted import import_dotted
 from megarl.errors import UserError
 from megarl.reward.builtin import digit_sum, exact_match, math_verify
 
@@ -25,7 +23,7 @@ def get_reward(name: str) -> Reward:
     Raises UserError, one line, for a name that is neither. The returned function gives a finite float, or raises UserError naming the
     sample for which the reward gave anything else.
     """
-    function = BUILT_IN[name] if name in BUILT_IN else _import(name)
+    function = BUILT_IN[name] if name in BUILT_IN else import_dotted("data.reward", name, "function", BUILT_IN)
     if name == "math_verify":
         _need_math_verify()
 
@@ -41,26 +39,6 @@ def get_reward(name: str) -> Reward:
         return number
 
     return reward
-
-
-def _import(name: str) -> Reward:
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(BUILT_IN)} or a dotted path module.function"
-        raise UserError(f"data.reward {name!r} is unknown{hint}")
-    if os.getcwd() not in sys.path:  # a console script does not look there, `python -m` does
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything
-        raise UserError(
-            f"data.reward {name!r}: importing {module_name!r} failed ({type(error).__name__}: {error}); check the path"
-        ) from None
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"data.reward {name!r}: module {module_name!r} has no function {attribute!r}; give module.function")
-    return function
 
 
 def _need_math_verify() -> None:

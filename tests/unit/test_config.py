@@ -55,8 +55,8 @@ def test_a_missing_file() -> None:
 def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("train: {lr: 1.0e-3}\nobjective: grpo\neval:\n")
-    config = load_config(path, ["train.lr=1e-5", "run.tensorboard=false", "objective.eps_low=0.1", "eval.prompts=null"])
-    assert (config.train.lr, config.run.tensorboard, config.eval.prompts) == (1e-5, False, None)
+    config = load_config(path, ["train.lr=1e-5", "run.loggers=[]", "objective.eps_low=0.1", "eval.prompts=null"])
+    assert (config.train.lr, config.run.loggers, config.eval.prompts) == (1e-5, [], None)
     assert (config.objective.preset, config.objective.eps_low, config.objective.advantage) == ("grpo", 0.1, "mean_std")
 
 

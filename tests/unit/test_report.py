@@ -31,20 +31,20 @@ def every_key(step: int) -> dict[str, Any]:
 
 
 def test_rows_are_written_one_a_step_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    logger = MetricsLogger(tmp_path, tensorboard=False)
+    logger = MetricsLogger(tmp_path)
     logger.log(1, {"reward/mean": 0.5, "policy/entropy": math.nan, "routing/layer_agreement": [1.0, math.inf]})
     assert read_metrics(tmp_path) == [{"step": 1, "reward/mean": 0.5, "policy/entropy": None, "routing/layer_agreement": [1.0, None]}]
     logger.close()
 
 
 def test_resume_drops_later_rows_and_a_half_written_one(tmp_path: Path) -> None:
-    logger = MetricsLogger(tmp_path, tensorboard=False)
+    logger = MetricsLogger(tmp_path)
     for step in range(1, 6):
         logger.log(step, {"reward/mean": step})
     logger.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')
-    resumed = MetricsLogger(tmp_path, tensorboard=False, resumed_step=3)
+    resumed = MetricsLogger(tmp_path, resumed_step=3)
     resumed.log(4, {"reward/mean": 40})
     resumed.close()
     assert [(row["step"], row["reward/mean"]) for row in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
@@ -53,14 +53,14 @@ def test_resume_drops_later_rows_and_a_half_written_one(tmp_path: Path) -> None:
 
 def test_a_new_run_starts_with_no_rows(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
-    MetricsLogger(tmp_path, tensorboard=False).close()
+    MetricsLogger(tmp_path).close()
     assert read_metrics(tmp_path) == []
 
 
 def test_tensorboard_gets_the_same_scalars(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = MetricsLogger(tmp_path, tensorboard=True)
+    logger = MetricsLogger(tmp_path, ["tensorboard"])
     logger.log(1, {"reward/mean": 0.25, "routing/layer_agreement": [1.0, 0.5], "policy/entropy": math.nan})
     logger.log(2, {"reward/mean": 0.75})
     logger.close()
@@ -183,7 +183,7 @@ def test_the_curve_in_the_terminal_rises_where_the_reward_does() -> None:
 
 
 def test_report_prints_the_curve_and_writes_page_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logger = MetricsLogger(tmp_path, tensorboard=False)
+    logger = MetricsLogger(tmp_path)
     for step in range(1, 17):
         logger.log(step, {"reward/mean": step / 16})
     logger.close()

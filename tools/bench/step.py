@@ -47,7 +47,7 @@ def configuration(folder: Path, name: str, steps: int) -> dict[str, Any]:
         "train": {"steps": steps, "lr": 1e-4},
         "launch": {"trainers": layout.pop("trainers")},
         "parallel": layout,
-        "run": {"dir": str(folder / f"run_{name}"), "tensorboard": True},
+        "run": {"dir": str(folder / f"run_{name}")},
     }
 
 
