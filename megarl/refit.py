@@ -42,7 +42,7 @@ class Refit:
         """Full tensors to every worker, checksums checked there, version set, prefix caches dropped; then the canary."""
         start = time.perf_counter()
         model = self.engine.model
-        tensors = gather_full(self.plan, model.weight_map.hf_shapes, model.params(), model.parallel.coord.rank, self.rollout_dtype)
+        tensors = gather_full(self.plan, model.weight_map, model.params(), model.parallel.coord.rank, self.rollout_dtype)
         values: Values = {}
         if model.parallel.is_main:
             report = self.fleet.push(tensors, version)

@@ -295,7 +295,7 @@ def gradients(engine: Any, distributed_optimizer: bool) -> list[tuple[Any, Any]]
     return [
         (piece, tensor.main_grad[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))].clone())
         for param, tensor in engine.model.params()
-        if param.replica == 0
+        if param.replica == 0 and not param.buffer
         for piece in param.pieces
     ]
 

@@ -19,7 +19,7 @@ def export_hf(model: Model, source: str, out: Path, dtype: torch.dtype | None = 
     """Writes `out`, whole or not at all. `source`: the Hugging Face folder whose config and tokenizer are carried along."""
     plan = plan_gather(model.weight_map, model.parallel.layout)
     dtype = dtype or model.config.params_dtype
-    tensors = dict(gather_full(plan, model.weight_map.hf_shapes, model.params(), model.parallel.coord.rank, dtype))
+    tensors = dict(gather_full(plan, model.weight_map, model.params(), model.parallel.coord.rank, dtype))
     if model.parallel.is_main:
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

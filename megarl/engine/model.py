@@ -44,9 +44,9 @@ class Model:
     bare: list[GPTModel]
     chunks: list[Any] = field(default_factory=list)
 
-    def params(self) -> Iterator[tuple[Param, torch.nn.Parameter]]:
-        """Every parameter of this rank with its entry in the weight map, in the map's order."""
-        named = [dict(chunk.named_parameters()) for chunk in self.bare]
+    def params(self) -> Iterator[tuple[Param, torch.Tensor]]:
+        """Every parameter and persistent buffer of this rank with its entry in the weight map, in the map's order."""
+        named = [_named_tensors(chunk) for chunk in self.bare]
         for param in self.weight_map.params(self.parallel.layout, self.parallel.coord):
             yield param, named[param.chunk][param.name]
 
@@ -55,6 +55,12 @@ class Model:
         order = {layer: i for i, layer in enumerate(self.weight_map.moe_layers)}
         found = [m for chunk in self.bare for m in chunk.decoder.modules() if isinstance(m, TopKRouter)]
         return sorted(((order[r.layer_number - 1], r) for r in found), key=lambda pair: pair[0])
+
+
+def _named_tensors(chunk: GPTModel) -> dict[str, torch.Tensor]:
+    """Parameters, and the buffers that a checkpoint holds (a router's expert bias)."""
+    kept = chunk.state_dict().keys()
+    return {**dict(chunk.named_parameters()), **{name: buffer for name, buffer in chunk.named_buffers() if name in kept}}
 
 
 def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Model:
@@ -83,6 +89,9 @@ def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Mo
     _mark_parameters(model)
     if transformer.bf16:
         model.chunks = [Float16Module(transformer, chunk) for chunk in chunks]
+        for param, tensor in model.params():
+            if param.buffer:
+                tensor.data = tensor.data.float()  # Float16Module rounds buffers too: an expert bias would be loaded rounded
     else:
         model.chunks = list(chunks)
     return model
@@ -207,7 +216,7 @@ def _check_against_map(model: Model) -> None:
     mapped: dict[tuple[int, str], Sequence[int]] = {
         (p.chunk, p.name): p.shape for p in model.weight_map.params(model.parallel.layout, model.parallel.coord)
     }
-    built = {(i, name): tuple(p.shape) for i, chunk in enumerate(model.bare) for name, p in chunk.named_parameters()}
+    built = {(i, name): tuple(p.shape) for i, chunk in enumerate(model.bare) for name, p in _named_tensors(chunk).items()}
     if mapped != built:
         wrong = sorted(set(mapped.items()) ^ set(built.items()), key=str)[:3]
         raise RuntimeError(f"weight map and model differ on rank {model.parallel.coord.rank}, first: {wrong}")

@@ -1,7 +1,7 @@
 """What cannot be right, found before any process starts. One table of small functions; each refusal says the thing, its value and the fix.
 
 A refusal looks at a `Case` and returns its sentence, or None. The order of the table matters: a later row may rely on what an earlier one
-refused. Sizes come from config.json through the family's own `transformer_config`, under Megatron's names.
+refused. Sizes come from config.json through the family's table (megarl/weights/families/), under Megatron's names.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (files.model_weights, ALL),
     (files.tokenizer, ("run", "train", "sft", "rollout", "generate", "compare")),
     (files.family, ALL),
-    (files.tied_embeddings, ALL),
-    (files.rope_scaling, ALL),
-    (files.sliding_window, ALL),
+    (files.architecture, ALL),
     (files.prompts, (*LOOP, "compare")),
     (files.eval_prompts, LOOP),
     (files.demonstrations, ("sft",)),

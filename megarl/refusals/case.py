@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,15 +27,11 @@ class Case:
         return json.loads((Path(self.config.model.path) / "config.json").read_text())
 
     @cached_property
-    def family(self) -> Any:
-        from megarl.weights.weight_map import FAMILIES
-
-        return importlib.import_module(FAMILIES[self.hf["model_type"]])
-
-    @cached_property
     def model(self) -> dict[str, Any]:
         """Megatron's names: num_layers, num_attention_heads, num_query_groups, num_moe_experts, ..."""
-        return self.family.transformer_config(self.hf)
+        from megarl.weights.weight_map import WeightMap
+
+        return WeightMap(self.hf).model
 
     @property
     def dp(self) -> int:

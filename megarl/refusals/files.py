@@ -52,23 +52,8 @@ def family(case: Case) -> str | None:
     return None
 
 
-def tied_embeddings(case: Case) -> str | None:
-    if case.hf.get("tie_word_embeddings"):
-        return "model.path: tie_word_embeddings true is not supported; use a checkpoint that has its own lm_head.weight"
-    return None
-
-
-def rope_scaling(case: Case) -> str | None:
-    scaling = case.hf.get("rope_scaling") or case.hf.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        return f"model.path: rope scaling {kind!r} is not supported; remove it from config.json to train within the original context"
-    return None
-
-
-def sliding_window(case: Case) -> str | None:
-    if case.hf.get("use_sliding_window"):
-        return "model.path: use_sliding_window true is not supported; set it to false in config.json"
+def architecture(case: Case) -> str | None:
+    _ = case.model  # raises UserError: what the family refuses, by name
     return None
 
 

@@ -45,8 +45,11 @@ def heads(case: Case) -> str | None:
 
 
 def ffn(case: Case) -> str | None:
-    dense = len(case.family.moe_layers(case.hf)) < case.model["num_layers"]
-    return _divides(case.config.parallel.tp, "parallel.tp", case.model["ffn_hidden_size"], "intermediate_size") if dense else None
+    tp, shared = case.config.parallel.tp, case.model.get("moe_shared_expert_intermediate_size")
+    if shared and (refused := _divides(tp, "parallel.tp", shared, "shared expert's intermediate size")):
+        return refused
+    dense = 0 in case.model.get("moe_layer_freq", [0])
+    return _divides(tp, "parallel.tp", case.model["ffn_hidden_size"], "intermediate_size") if dense else None
 
 
 def layers(case: Case) -> str | None:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.weights.layout import Layout
-from megarl.weights.weight_map import Param, Piece, WeightMap
+from megarl.weights.relations import Piece
+from megarl.weights.weight_map import Param, WeightMap
 
 BUCKET_BYTES = 256 * 2**20
 
@@ -45,15 +46,32 @@ def plan_gather(weight_map: WeightMap, layout: Layout) -> dict[str, list[Send]]:
 
 def gather_full(
     plan: dict[str, list[Send]],
-    shapes: dict[str, tuple[int, ...]],
+    weight_map: WeightMap,
     params: Iterable[tuple[Param, Tensor]],
     rank: int,
     dtype: torch.dtype,
     root: int = 0,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, full tensor in `dtype`) at `root`, in the order of the plan; nothing elsewhere. Every rank must exhaust it."""
+    """Yields (name, full tensor) at `root`; nothing elsewhere. Every rank must exhaust it.
+
+    Tensors come in `dtype`, except those that stay float32 (WeightMap.hf_float32): these come first.
+    """
     held = {(param.chunk, param.name): tensor.detach() for param, tensor in params}
+    for wanted, names in ((torch.float32, weight_map.hf_float32), (dtype, weight_map.hf_shapes.keys() - weight_map.hf_float32)):
+        shapes = {name: shape for name, shape in weight_map.hf_shapes.items() if name in names}
+        yield from _gather(plan, shapes, held, rank, wanted, root, bucket_bytes)
+
+
+def _gather(
+    plan: dict[str, list[Send]],
+    shapes: dict[str, tuple[int, ...]],
+    held: dict[tuple[int, str], Tensor],
+    rank: int,
+    dtype: torch.dtype,
+    root: int,
+    bucket_bytes: int,
+) -> Iterator[tuple[str, Tensor]]:
     device = next(iter(held.values())).device
     for names in _buckets(shapes, dtype.itemsize, bucket_bytes):
         sends = [send for name in names for send in plan[name]]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megarl.errors import UserError
-from megarl.weights.weight_map import Piece
+from megarl.weights.relations import Piece
 
 INDEX = "model.safetensors.index.json"
 

@@ -2,34 +2,30 @@
 
 Every relation comes down to rectangles: a slice of a Hugging Face tensor that equals a slice of this rank's parameter (`Piece`).
 Loading, gathering and verifying all read the same list of rectangles, so there is no second source of truth.
-A family is a table of `Entry` (megarl/weights/families/); the sizes come from the Hugging Face config.json.
+A family is a table of `Entry` (megarl/weights/families/); the sizes come from the Hugging Face config.json. See docs/families.md.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from megarl.errors import UserError
 from megarl.weights.layout import Coord, Layout
+from megarl.weights.relations import Piece, Rank, Relation, Replicated, Shape
 
-FAMILIES = {"qwen3_moe": "megarl.weights.families.qwen3_moe"}  # model_type of config.json -> module
-
-Split = Literal["none", "tp", "etp"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle: hf[hf_start : hf_start + shape] equals local[start : start + shape] on every axis."""
-
-    hf: str
-    hf_start: tuple[int, ...]
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
+FAMILIES = {  # model_type of config.json -> module
+    "llama": "megarl.weights.families.llama",
+    "mixtral": "megarl.weights.families.mixtral",
+    "qwen2_moe": "megarl.weights.families.qwen2_moe",
+    "qwen3": "megarl.weights.families.qwen3",
+    "qwen3_moe": "megarl.weights.families.qwen3_moe",
+}
 
 
 @dataclass(frozen=True)
@@ -41,142 +37,119 @@ class Param:
 
     chunk: int
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     pieces: tuple[Piece, ...]
     replica: int
     expert: bool
     split: bool  # cut over tensor-parallel ranks (if there are several)
+    buffer: bool  # not trained, and float32 whatever the dtype of the model
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a family's table. `hf` holds {layer} and {expert} where they occur; `relation` cuts it into pieces."""
+    """A row of a family's table. Names hold {layer} and {expert} where they occur; `relation` cuts the Hugging Face tensors into pieces.
+
+    shapes: of the tensors `hf`, whole. where: in which layers ("moe": those with experts, "dense": the others), or before or behind them.
+    """
 
     name: str
     hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]
     relation: Relation
-    where: Literal["layer", "first", "last"] = "layer"
+    where: Literal["layer", "moe", "dense", "first", "last"] = "layer"
+    buffer: bool = False
+
+    @property
+    def expert(self) -> bool:
+        return "{expert}" in self.name
 
 
 @dataclass(frozen=True)
-class Rank:
-    """How many ways a parameter is split, and which part is ours."""
+class Family:
+    """What config.json decides. model: keyword arguments of Megatron's TransformerConfig; gpt: those of its GPTModel."""
 
-    size: int
-    index: int
-
-
-Relation = Callable[[tuple[str, ...], tuple[tuple[int, ...], ...], Rank], tuple[tuple[int, ...], list[Piece]]]
-
-
-def replicated(hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], rank: Rank) -> tuple[tuple[int, ...], list[Piece]]:
-    zero = (0,) * len(shapes[0])
-    return shapes[0], [Piece(hf[0], zero, zero, shapes[0])]
-
-
-def split(axis: int) -> Relation:
-    """One Hugging Face tensor, cut evenly along `axis`."""
-
-    def relation(hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], rank: Rank) -> tuple[tuple[int, ...], list[Piece]]:
-        shape = list(shapes[0])
-        shape[axis] //= rank.size
-        hf_start = [0] * len(shape)
-        hf_start[axis] = rank.index * shape[axis]
-        return tuple(shape), [Piece(hf[0], tuple(hf_start), (0,) * len(shape), tuple(shape))]
-
-    return relation
-
-
-def stacked(hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], rank: Rank) -> tuple[tuple[int, ...], list[Piece]]:
-    """gate and up projections: each cut along its rows, then one above the other."""
-    (rows, columns) = shapes[0]
-    rows //= rank.size
-    pieces = [Piece(name, (rank.index * rows, 0), (i * rows, 0), (rows, columns)) for i, name in enumerate(hf)]
-    return (len(hf) * rows, columns), pieces
-
-
-def grouped_qkv(groups: int, queries: int, head_dim: int) -> Relation:
-    """Query heads of a group, its key, its value; group after group (megatron-core's order). `queries` are heads a group."""
-
-    def relation(hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], rank: Rank) -> tuple[tuple[int, ...], list[Piece]]:
-        rest = shapes[0][1:]
-        pieces: list[Piece] = []
-        row = 0
-        for group in range(rank.index * groups // rank.size, (rank.index + 1) * groups // rank.size):
-            for name, heads in zip(hf, (queries, 1, 1), strict=True):
-                rows = heads * head_dim
-                pieces.append(Piece(name, (group * rows,) + (0,) * len(rest), (row,) + (0,) * len(rest), (rows, *rest)))
-                row += rows
-        return (row, *rest), pieces
-
-    return relation
-
-
-def vocabulary(padded: int) -> Relation:
-    """Rows of the vocabulary, padded at its end to `padded` rows and cut evenly; padding rows hold zeros and belong to no piece."""
-
-    def relation(hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], rank: Rank) -> tuple[tuple[int, ...], list[Piece]]:
-        vocab, columns = shapes[0]
-        rows = padded // rank.size
-        start = rank.index * rows
-        held = max(0, min(vocab, start + rows) - start)
-        return (rows, columns), [Piece(hf[0], (start, 0), (0, 0), (held, columns))] if held else []
-
-    return relation
+    model: dict[str, Any]
+    gpt: dict[str, Any]
+    entries: tuple[Entry, ...]
 
 
 class WeightMap:
-    """The map of one model: a family's table with the sizes of one config.json filled in.
-
-    hf_shapes: shape of every Hugging Face tensor. model: keyword arguments of Megatron's TransformerConfig that the architecture
-    decides. gpt: those of its GPTModel.
-    """
+    """The map of one model: a family's table with the sizes of one config.json filled in. Raises UserError for what is not supported."""
 
     def __init__(self, hf: dict[str, Any]) -> None:
         model_type = hf.get("model_type", "?")
         if model_type not in FAMILIES:
             raise UserError(f"model_type {model_type!r} has no weight map; supported: {', '.join(sorted(FAMILIES))}")
-        family = importlib.import_module(FAMILIES[model_type])
+        module = importlib.import_module(FAMILIES[model_type])
+        try:
+            if sentence := module.refuse(hf):
+                raise UserError(sentence)
+            family: Family = module.family(hf)
+        except KeyError as error:
+            raise UserError(f"model.path: config.json of a {model_type} has no {error}; copy the checkpoint's config.json again") from None
         self.hf = hf
-        self.num_layers: int = hf["num_hidden_layers"]
-        self.num_experts: int = family.num_experts(hf)
-        self.moe_layers: list[int] = family.moe_layers(hf)
-        self.top_k: int = family.top_k(hf)
-        self.model: dict[str, Any] = family.transformer_config(hf)
-        self.gpt: dict[str, Any] = family.gpt_model(hf)
-        self.hf_shapes: dict[str, tuple[int, ...]] = dict(family.hf_shapes(hf))
-        self._table = family.table
+        self.model = family.model
+        self.gpt = family.gpt
+        self.entries = family.entries
+        self.num_layers: int = family.model["num_layers"]
+        self.num_experts: int = family.model.get("num_moe_experts") or 0
+        self.top_k: int = family.model.get("moe_router_topk", 0) if self.num_experts else 0
+        self.moe_layers: list[int] = [i for i, moe in enumerate(family.model.get("moe_layer_freq", [])) if moe and self.num_experts]
+
+    @cached_property
+    def hf_shapes(self) -> dict[str, Shape]:
+        """Shape of every Hugging Face tensor."""
+        return {name: shape for entry, layer in self._rows() for name, shape in self._tensors(entry, layer)}
+
+    @cached_property
+    def hf_float32(self) -> frozenset[str]:
+        """Hugging Face tensors that stay float32, in files and on the wire, whatever the dtype of the model."""
+        return frozenset(name for entry, layer in self._rows() if entry.buffer for name, _ in self._tensors(entry, layer))
+
+    def _rows(self) -> Iterator[tuple[Entry, int]]:
+        yield from ((entry, 0) for entry in self.entries if entry.where == "first")
+        for layer in range(self.num_layers):
+            yield from ((entry, layer) for entry in self.entries if self._in_layer(entry, layer))
+        yield from ((entry, 0) for entry in self.entries if entry.where == "last")
+
+    def _tensors(self, entry: Entry, layer: int) -> Iterator[tuple[str, Shape]]:
+        for expert in range(self.num_experts) if entry.expert else range(1):
+            for name, shape in zip(entry.hf, entry.shapes):
+                yield name.format(layer=layer, expert=expert), shape
+
+    def _in_layer(self, entry: Entry, layer: int) -> bool:
+        return entry.where == "layer" or entry.where == ("moe" if layer in self.moe_layers else "dense")
 
     def padded_vocab(self, tp: int) -> int:
         return -(-self.hf["vocab_size"] // tp) * tp
 
     def params(self, layout: Layout, coord: Coord) -> Iterator[Param]:
         """Every parameter that the rank at `coord` holds, in a fixed order."""
-        table: list[Entry] = self._table(self.hf, self.padded_vocab(layout.tp))
         for chunk in range(layout.vpp):
-            for entry in table:
+            for entry in self.entries:
                 if entry.where == "first" and (coord.pp or chunk):
                     continue
                 if entry.where == "last" and (coord.pp, chunk) != (layout.pp - 1, layout.vpp - 1):
                     continue
-                layers = layout.stage_layers(self.num_layers, coord.pp, chunk) if entry.where == "layer" else range(1)
-                for local, layer in enumerate(layers):
-                    yield from self._layer(entry, layout, coord, chunk, local, layer)
+                if entry.where in ("first", "last"):
+                    yield from self._params_of(entry, layout, coord, chunk, 0, 0)
+                    continue
+                for local, layer in enumerate(layout.stage_layers(self.num_layers, coord.pp, chunk)):
+                    if self._in_layer(entry, layer):
+                        yield from self._params_of(entry, layout, coord, chunk, local, layer)
 
-    def _layer(self, entry: Entry, layout: Layout, coord: Coord, chunk: int, local: int, layer: int) -> Iterator[Param]:
-        expert = "{expert}" in entry.name
-        each = self.num_experts // layout.ep if expert else 1
-        rank = Rank(layout.etp, coord.etp) if expert else Rank(layout.tp, coord.tp)
+    def _params_of(self, entry: Entry, layout: Layout, coord: Coord, chunk: int, local: int, layer: int) -> Iterator[Param]:
+        each = self.num_experts // layout.ep if entry.expert else 1
+        rank = Rank(layout.etp, coord.etp) if entry.expert else Rank(layout.tp, coord.tp)
+        split = not isinstance(entry.relation, Replicated)
+        copies = [coord.edp] if entry.expert else [coord.dp, coord.cp]
+        if not split:
+            copies.append(rank.index)
         for e in range(each):
             hf = tuple(name.format(layer=layer, expert=coord.ep * each + e) for name in entry.hf)
-            if hf[0] not in self.hf_shapes:  # a dense layer in a MoE model has no experts, and the other way round
-                continue
-            shape, pieces = entry.relation(hf, tuple(self.hf_shapes[name] for name in hf), rank)
-            copies = [coord.edp] if expert else [coord.dp, coord.cp]
-            if entry.relation is replicated:
-                copies.append(rank.index)
+            shape, pieces = entry.relation(hf, entry.shapes, rank)
             name = entry.name.format(layer=local, expert=e)
-            yield Param(chunk, name, shape, tuple(pieces), replica=sum(copies), expert=expert, split=entry.relation is not replicated)
+            yield Param(chunk, name, shape, tuple(pieces), sum(copies), entry.expert, split, entry.buffer)
 
 
 def load_hf_config(path: str | Path) -> dict[str, Any]:

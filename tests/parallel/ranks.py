@@ -21,7 +21,7 @@ from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine
 from megarl.rollout.response import Response
 from megarl.weights.load import HfReader
-from megarl.weights.weight_map import Piece
+from megarl.weights.relations import Piece
 
 LAYOUT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
 
@@ -46,7 +46,7 @@ def gathered_weights(model: str) -> None:
         built = build_engine(load_config(None, [f"model.path={model}", *keys])).model
         shapes = built.weight_map.hf_shapes
         plan = plan_gather(built.weight_map, built.parallel.layout)
-        full = dict(gather_full(plan, shapes, built.params(), dist.get_rank(), torch.float32, bucket_bytes=50_000))
+        full = dict(gather_full(plan, built.weight_map, built.params(), dist.get_rank(), torch.float32, bucket_bytes=50_000))
         if dist.get_rank() == 0:
             with HfReader(model) as reader:
                 for name, shape in shapes.items():
