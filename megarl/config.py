@@ -80,7 +80,12 @@ class RolloutConfig(Section):
 
 class SyncConfig(Section):
     transport: Literal["broadcast"] = Field("broadcast", description="How weights reach the rollout workers (full tensors).")
-    quantize: Literal["none"] = Field("none", description="Precision of the weights on the way.")
+    quantize: Literal["none", "fp8_e4m3", "fp8_e5m2", "int8", "int4"] = Field(
+        "none", description="Fake quantisation of the weights on the way: weight-only, one scale a row, to study low-precision rollouts."
+    )
+    quantize_also: list[Literal["router", "embeddings"]] = Field(
+        [], description="Quantise these too; embeddings are the input embedding and lm_head. Norms and biases never are."
+    )
     timeout_s: float = Field(120, gt=0, description="Time limit of one weight sync in seconds.")
     canary_tolerance: float | None = Field(
         None, gt=0, description="Largest |log-probability difference| of the canary; unset is 1e-4 in float32, 0.5 in lower precision."

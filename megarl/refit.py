@@ -17,6 +17,7 @@ from megarl.errors import UserError
 from megarl.replay.routes import only_moe_layers
 from megarl.rollout.fleet import Fleet
 from megarl.weights.gather import gather_full, plan_gather
+from megarl.weights.quantize import quantized_weights
 
 CANARY_TOKENS = 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # of |log-probability difference|, by the coarser of the two engines
@@ -39,8 +40,21 @@ class Refit:
         self.tolerance = config.sync.canary_tolerance or TOLERANCE[coarse]
 
     def sync(self, version: int) -> Values:
-        """Full tensors to every worker, checksums checked there, version set, prefix caches dropped; then the canary."""
+        """Full tensors to every worker, checksums checked there, version set, prefix caches dropped; then the canary.
+
+        Under sync.quantize both see the same quantised weights: the trainer's own are swapped out meanwhile.
+        """
         start = time.perf_counter()
+        model, how = self.engine.model, self.config.sync
+        at, shapes = model.parallel, model.weight_map.hf_shapes
+        with quantized_weights(model.params(), shapes, how.quantize, how.quantize_also, at.tp_group, at.etp_group):
+            values = self._push(version)
+            values["sync/canary_max_diff"] = self._canary()
+        values["time/sync_s"] = time.perf_counter() - start
+        values["version/weights"] = float(version)
+        return values
+
+    def _push(self, version: int) -> Values:
         model = self.engine.model
         tensors = gather_full(self.plan, model.weight_map, model.params(), model.parallel.coord.rank, self.rollout_dtype)
         values: Values = {}
@@ -50,9 +64,6 @@ class Refit:
         else:
             for _ in tensors:
                 pass
-        values["sync/canary_max_diff"] = self._canary()
-        values["time/sync_s"] = time.perf_counter() - start
-        values["version/weights"] = float(version)
         return values
 
     def _canary(self) -> float:

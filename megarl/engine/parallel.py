@@ -39,6 +39,10 @@ class Parallel:
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
+    def etp_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_expert_tensor_parallel_group()
+
+    @property
     def cp_group(self) -> dist.ProcessGroup:
         return parallel_state.get_context_parallel_group()
 

@@ -56,6 +56,28 @@ def gathered_weights(model: str) -> None:
             assert not full
 
 
+def quantized_shards(model: str) -> None:
+    """Shards quantised in place, row maxima reduced over TP and ETP, are bitwise the quantised full tensors; afterwards nothing is left."""
+    from megarl.weights.gather import gather_full, plan_gather
+    from megarl.weights.quantize import fake_quantize, is_quantized, quantized_weights
+
+    for keys in (LAYOUT, ["parallel.tp=2", "parallel.etp=2", "parallel.pp=2"]):
+        built = build_engine(load_config(None, [f"model.path={model}", *keys])).model
+        at, shapes = built.parallel, built.weight_map.hf_shapes
+        plan = plan_gather(built.weight_map, at.layout)
+        before = [tensor.detach().clone() for _, tensor in built.params()]
+        for mode in ("fp8_e4m3", "int4"):
+            with quantized_weights(built.params(), shapes, mode, ["router"], at.tp_group, at.etp_group):
+                full = dict(gather_full(plan, shapes, built.params(), dist.get_rank(), torch.float32))
+            assert all(torch.equal(tensor, was) for (_, tensor), was in zip(built.params(), before))
+            with HfReader(model) as reader:
+                for name in full:
+                    whole = reader.read(Piece(name, (0,) * len(shapes[name]), (0,) * len(shapes[name]), shapes[name]))
+                    if is_quantized(name, shapes[name], ["router"]):
+                        whole = fake_quantize(whole, mode)
+                    assert torch.equal(full[name], whole), name
+
+
 def exchanged_rows(model: str) -> None:
     """Each rank receives exactly the rows of its own tokens and layers, and those rows are the right ones (traps 9, 11)."""
     for keys in (LAYOUT, ["parallel.tp=2"], ["parallel.cp=2", "parallel.tp=2"], ["parallel.pp=2"], []):
@@ -189,7 +211,7 @@ def _update(engine: Engine, step: int) -> dict[str, float]:
     return engine.update(packs, "off", lambda pack, logprobs, entropy: (-(logprobs * pack.mask).sum() / 4, {}))[1]
 
 
-CHECKS = {check.__name__: check for check in (layout_of_megatron, gathered_weights, exchanged_rows)}
+CHECKS = {check.__name__: check for check in (layout_of_megatron, gathered_weights, quantized_shards, exchanged_rows)}
 CHECKS |= {check.__name__: check for check in (replay_is_a_no_op, sums_over_micro_batches, resume_is_exact)}
 
 if __name__ == "__main__":
