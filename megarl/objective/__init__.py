@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from megarl.objective.presets import ObjectiveConfig, presets, resolve_objective
 
 if TYPE_CHECKING:
-    from megarl.objective.advantage import advantages
+    from megarl.objective.advantage import advantages, gae, informative, overlong_penalty
     from megarl.objective.aggregate import denominators
     from megarl.objective.loss import policy_loss, value_loss
     from megarl.objective.metrics import Sums, finish, merge, mismatch_metrics, staleness_metrics
 
 _HOMES = {
-    "advantages": "advantage",
+    **dict.fromkeys(("advantages", "gae", "informative", "overlong_penalty"), "advantage"),
     "denominators": "aggregate",
     "policy_loss": "loss",
     "value_loss": "loss",
@@ -39,8 +39,11 @@ __all__ = [
     "advantages",
     "denominators",
     "finish",
+    "gae",
+    "informative",
     "merge",
     "mismatch_metrics",
+    "overlong_penalty",
     "policy_loss",
     "presets",
     "resolve_objective",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,42 +13,58 @@ from megarl.objective.presets import ObjectiveConfig
 
 @dataclass(frozen=True)
 class Segments:
-    """index [m] int64: the number of each element's segment, from 0; real [count] bool: not padding; count: distinct segments."""
+    """index [m] int64: the number of each element's segment, from 0; count: distinct segments, empty ones included."""
 
     index: Tensor
-    real: Tensor
     count: int
 
     def spread_sums(self, x: Tensor) -> Tensor:
         """Sums x [m] over each segment, spread back over its elements: [m]."""
         return x.new_zeros(self.count).index_add(0, self.index, x)[self.index]
 
+    def spread(self, x: Tensor) -> Tensor:
+        """One element of each segment (whichever), spread over all of them: [m]."""
+        return x.new_zeros(self.count).scatter(0, self.index, x)[self.index]
+
+    def sizes(self) -> Tensor:
+        """How many elements the segment of each element has: int64 [m]."""
+        return torch.bincount(self.index, minlength=self.count)[self.index]
+
 
 def number(ids: Tensor) -> Segments:
-    """Numbers arbitrary ids [m] from 0. Negative ids mark padding."""
-    values, index = torch.unique(ids, return_inverse=True)
-    return Segments(index, values >= 0, values.numel())
+    """Numbers arbitrary ids [m] from 0."""
+    # Equal neighbours first: packed ids are a few long runs, and only those are sorted.
+    runs, run = torch.unique_consecutive(ids, return_inverse=True)
+    values, index = torch.unique(runs, return_inverse=True)
+    return Segments(index[run], values.numel())
 
 
-def divisors(mask: Tensor, seq: Segments, group_ids: Tensor | None, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """(inner [T], units []): the loss of one call is  sum_t term_t / inner_t / units.
+def count(ids: Tensor) -> Tensor:
+    """How many distinct ids there are, negative ones (padding) left out: []."""
+    return (torch.unique(torch.unique_consecutive(ids)) >= 0).sum()
 
-    `inner` is what stands inside a response (1, |y|, the maximum length, the tokens of the group), `units` counts responses, tokens or
-    groups of this call. Responses without a single unmasked token count; padding does not.
+
+def divisors(
+    rows: Tensor, seq: Callable[[], Segments], seq_ids: Tensor, group_ids: Tensor | None, config: ObjectiveConfig
+) -> tuple[Tensor | float, Tensor]:
+    """(inner [R] or a number, units []): the loss of one call is  sum_t term_t / inner_t / units  over its R unmasked tokens.
+
+    rows [R]: which of the T tokens those are; seq: their responses. `inner` is what stands inside a response (1, |y|, the maximum
+    length, the tokens of the group), `units` counts responses, tokens or groups of this call. Responses without a single unmasked
+    token count; padding does not.
     """
-    inner = torch.ones_like(mask)
     if config.denominator == "tokens":
-        return inner, mask.sum()
+        return 1.0, torch.tensor(len(rows), device=rows.device)
     if config.denominator == "group_tokens":
         if group_ids is None:
             raise ValueError("denominator group_tokens needs group_ids")
-        group = number(torch.where(seq.real[seq.index], group_ids, -1))
-        return group.spread_sums(mask).clamp(min=1), group.real.sum()
+        return number(group_ids[rows]).sizes(), count(torch.where(seq_ids >= 0, group_ids, -1))
+    inner: Tensor | float = 1.0
     if config.denominator == "response_tokens":
-        inner = seq.spread_sums(mask).clamp(min=1)
+        inner = seq().sizes()
     elif config.denominator == "max_length":
-        inner = inner * config.max_length
-    return inner, seq.real.sum()
+        inner = float(config.max_length)
+    return inner, count(seq_ids)
 
 
 def denominators(lengths: Tensor, group_ids: Tensor, config: ObjectiveConfig) -> Tensor:

@@ -10,8 +10,8 @@ from megarl.objective.presets import ObjectiveConfig
 from megarl.objective.weight import exp
 
 
-def correction(log_rho: Tensor, mask: Tensor, seq: Segments, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """(c [T], bool [T] where c was cut or is 0). log_rho [T] = log pi_old - log mu, 0 where masked; C = correction_high.
+def correction(log_rho: Tensor, seq: Segments, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """(c [R], bool [R] where c was cut or is 0), of unmasked tokens. log_rho [R] = log pi_old - log mu; C = correction_high.
 
     token_truncation      min(rho_t, C), the TIS note, one-sided
     token_mask            rho_t where correction_low <= rho_t <= C, else 0
@@ -20,13 +20,11 @@ def correction(log_rho: Tensor, mask: Tensor, seq: Segments, config: ObjectiveCo
     geometric_rejection   1 where (prod_t rho_t)^(1/|y|) is within [correction_low, C], else 0
     """
     kind, low, high = config.correction, config.correction_low, config.correction_high
-    if kind == "none":
-        return torch.ones_like(log_rho), torch.zeros_like(log_rho, dtype=torch.bool)
     if kind.startswith("token"):
         rho = exp(log_rho)
     else:
         total = seq.spread_sums(log_rho)
-        rho = exp(total / seq.spread_sums(mask).clamp(min=1) if kind == "geometric_rejection" else total)
+        rho = exp(total / seq.sizes() if kind == "geometric_rejection" else total)
     if kind.endswith("truncation"):
         return rho.clamp(max=high), rho > high
     outside = (rho < low) | (rho > high)

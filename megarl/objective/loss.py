@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from megarl.objective.aggregate import divisors, number
+from megarl.objective.aggregate import Segments, divisors, number
 from megarl.objective.correction import correction
-from megarl.objective.metrics import Sums, mean, staleness_metrics
+from megarl.objective.metrics import Sums, mean, staleness_metrics, unmasked
 from megarl.objective.presets import ObjectiveConfig
-from megarl.objective.weight import exp, kept, token_weight
+from megarl.objective.weight import kept, token_weight
 
 
 def policy_loss(
@@ -39,42 +41,53 @@ def policy_loss(
     The loss's value is a surrogate (weights are constants), so compare gradients between objectives, not values.
     Metrics: loss/*, staleness/*, policy/entropy of spec/objective.md in the form of metrics.Sums, independent of `denominator`.
     """
-    keep = mask.bool()
-    logprobs, old, mu, adv = (_clean(x, keep) for x in (logprobs, old_logprobs, rollout_logprobs, advantages.to(logprobs)))
-    old, mu, adv, now = old.detach(), mu.detach(), adv.detach(), logprobs.detach()
-    ones = keep.to(now.dtype)
-    seq = number(seq_ids)
+    rows = unmasked(mask)  # [R]: whatever stands elsewhere is never read
+    logprobs, old, mu, adv = (x.index_select(0, rows) for x in (logprobs, old_logprobs, rollout_logprobs, advantages))
+    now, old, mu, adv = logprobs.detach(), old.detach(), mu.detach(), adv.detach().to(logprobs)
+    log_ratio = now - old
+
+    @functools.cache
+    def seq() -> Segments:
+        return number(seq_ids[rows])
 
     def mean_log_ratio() -> Tensor:
-        return seq.spread_sums(now - old) / seq.spread_sums(ones).clamp(min=1)
+        return seq().spread_sums(log_ratio) / seq().sizes()
 
-    weight, cut = token_weight(now - old, now - mu, adv, mean_log_ratio, config)
-    factor, corrected = correction(old - mu, ones, seq, config)
-    passed = kept(now - old, exp(now), exp(mu), adv, mean_log_ratio, config)
-    terms = -torch.where(keep & passed, weight * factor, 0.0) * adv * logprobs
-    terms = terms + _regularisers(logprobs, ref_logprobs, entropy, keep, config)
+    weight, cut = token_weight(log_ratio, now - mu, adv, mean_log_ratio, config)
+    if config.correction != "none":
+        factor, corrected = correction(old - mu, seq(), config)
+        weight, cut = weight * factor, cut | corrected
+    passed = kept(log_ratio, now, mu, adv, mean_log_ratio, config)
+    terms = (weight * adv).masked_fill_(~passed, 0.0).neg_() * logprobs
+    metrics: Sums = {}
+    if config.kl_coef:
+        kl = _reference_kl(logprobs, ref_logprobs, rows, config)
+        terms = terms + config.kl_coef * kl
+        metrics |= mean("policy/kl_reference", kl.detach().sum(dtype=torch.float64), len(rows))
+    if config.entropy_coef:
+        if entropy is None:
+            raise ValueError(f"entropy_coef {config.entropy_coef} needs entropy")
+        terms = terms - config.entropy_coef * entropy[rows]
 
-    inner, units = divisors(ones, seq, group_ids, config)
-    total = (terms / inner).sum()
-    if denominator is None:
-        loss = total / units.clamp(min=1)
-    elif isinstance(denominator, Tensor) and denominator.ndim == 1:
-        loss = (terms / torch.where(keep, denominator, 1).to(terms)).sum()
+    inner, units = divisors(rows, seq, seq_ids, group_ids, config)
+    if isinstance(denominator, Tensor) and denominator.ndim == 1:
+        loss = (terms / denominator[rows].to(terms)).sum()
+        total = (terms.detach() / inner).sum()
     else:
-        loss = total / denominator
+        total = (terms / inner).sum()
+        loss = total / (units.clamp(min=1) if denominator is None else denominator)
 
-    tokens = keep.sum()
-    metrics = {
+    metrics |= {
         **mean("loss/value", total, units),
-        **mean("loss/weight_mean", torch.where(keep, weight * factor, 0.0).double().sum(), tokens),
-        **mean("loss/weight_truncated_frac", (keep & (cut | corrected)).sum(), tokens),
-        **staleness_metrics(now, old, keep),
-        **mean("staleness/clip_frac_pos", (keep & ~passed & (adv > 0)).sum(), tokens),
-        **mean("staleness/clip_frac_neg", (keep & ~passed & (adv < 0)).sum(), tokens),
+        **mean("loss/weight_mean", weight.sum(dtype=torch.float64), len(rows)),
+        **mean("loss/weight_truncated_frac", cut.sum(), len(rows)),
+        **staleness_metrics(now, old),
+        **mean("staleness/clip_frac_pos", (~passed & (adv > 0)).sum(), len(rows)),
+        **mean("staleness/clip_frac_neg", (~passed & (adv < 0)).sum(), len(rows)),
     }
     if entropy is not None:
-        metrics |= mean("policy/entropy", _clean(entropy.detach(), keep).double().sum(), tokens)
-    return loss, metrics
+        metrics |= mean("policy/entropy", entropy.detach()[rows].sum(dtype=torch.float64), len(rows))
+    return loss.to(logprobs.dtype), metrics
 
 
 def value_loss(
@@ -88,19 +101,12 @@ def value_loss(
     return total / (keep.sum().clamp(min=1) if denominator is None else denominator)
 
 
-def _regularisers(logprobs: Tensor, ref_logprobs: Tensor | None, entropy: Tensor | None, keep: Tensor, config: ObjectiveConfig) -> Tensor:
-    """kl_coef k3(pi_theta || reference) - entropy_coef H per token [T], with gradients; k3 as in GRPO, arXiv 2402.03300 eq 4."""
-    terms = torch.zeros_like(logprobs)
-    if config.kl_coef:
-        if ref_logprobs is None:
-            raise ValueError(f"kl_coef {config.kl_coef} needs ref_logprobs")
-        log_x = _clean(ref_logprobs, keep).detach() - logprobs
-        terms = terms + config.kl_coef * (torch.expm1(log_x) - log_x)
-    if config.entropy_coef:
-        if entropy is None:
-            raise ValueError(f"entropy_coef {config.entropy_coef} needs entropy")
-        terms = terms - config.entropy_coef * _clean(entropy, keep)
-    return terms
+def _reference_kl(logprobs: Tensor, ref_logprobs: Tensor | None, rows: Tensor, config: ObjectiveConfig) -> Tensor:
+    """k3 estimate of KL(pi_theta || reference) at each unmasked token [R], with its gradient, as in GRPO, arXiv 2402.03300 eq 4."""
+    if ref_logprobs is None:
+        raise ValueError(f"kl_coef {config.kl_coef} needs ref_logprobs")
+    log_x = ref_logprobs[rows].detach() - logprobs
+    return torch.expm1(log_x) - log_x
 
 
 def _clean(x: Tensor, keep: Tensor) -> Tensor:

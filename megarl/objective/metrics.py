@@ -13,8 +13,14 @@ from torch import Tensor
 Sums = dict[str, Tensor]
 
 
-def mean(name: str, total: Tensor, count: Tensor) -> Sums:
-    return {f"{name}:sum": total.detach().double(), f"{name}:count": count.detach().double()}
+def mean(name: str, total: Tensor, count: Tensor | int) -> Sums:
+    total = total.detach().double()
+    return {f"{name}:sum": total, f"{name}:count": count.double() if isinstance(count, Tensor) else total.new_tensor(count)}
+
+
+def unmasked(mask: Tensor) -> Tensor:
+    """int64 [R]: where the mask is not 0."""
+    return mask.bool().nonzero().flatten()
 
 
 def merge(total: Sums, part: Sums) -> Sums:
@@ -45,36 +51,29 @@ def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
 
     k1 = log mu - log pi_old and k3 = rho - 1 - log rho, both means over mu's samples of KL(mu || pi_old). Call it once a global batch.
     """
-    keep = mask.bool()
-    log_rho = _difference(old_logprobs, rollout_logprobs, keep)
-    rho, tokens = log_rho.exp(), keep.sum()
+    rows = unmasked(mask)
+    old, mu = (x.detach().index_select(0, rows).double() for x in (old_logprobs, rollout_logprobs))
+    log_rho = old.sub_(mu)
+    rho, away = log_rho.exp(), log_rho.abs()
     return {
-        **mean("mismatch/kl_k1", -log_rho.sum(), tokens),
-        **mean("mismatch/kl_k3", _k3(log_rho).sum(), tokens),
-        "mismatch/abs_logprob_diff_max:max": _max(log_rho.abs()),
-        **mean("mismatch/extreme_frac_2", (log_rho.abs() > math.log(2)).sum(), tokens),
-        **mean("mismatch/is_weight_mean", torch.where(keep, rho.clamp(max=is_cap), 0.0).sum(), tokens),
-        **mean("mismatch/is_truncated_frac", ((rho > is_cap) & keep).sum(), tokens),
+        **mean("mismatch/kl_k1", -log_rho.sum(), len(rows)),
+        **mean("mismatch/kl_k3", _k3(log_rho).sum(), len(rows)),
+        "mismatch/abs_logprob_diff_max:max": _max(away),
+        **mean("mismatch/extreme_frac_2", (away > math.log(2)).sum(), len(rows)),
+        **mean("mismatch/is_weight_mean", rho.clamp(max=is_cap).sum(), len(rows)),
+        **mean("mismatch/is_truncated_frac", (rho > is_cap).sum(), len(rows)),
     }
 
 
-def staleness_metrics(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Sums:
-    """The staleness r = pi_theta/pi_old over response tokens: KL(pi_old || pi_theta) by k3, and the largest r. All [T]."""
-    keep = mask.bool()
-    log_r = _difference(logprobs, old_logprobs, keep)
-    return {
-        **mean("staleness/kl_k3", _k3(log_r).sum(), keep.sum()),
-        "staleness/ratio_max:max": _max(torch.where(keep, log_r.exp(), 0.0)),
-    }
-
-
-def _difference(a: Tensor, b: Tensor, keep: Tensor) -> Tensor:
-    return torch.where(keep, a.detach().double() - b.detach().double(), 0.0)
+def staleness_metrics(logprobs: Tensor, old_logprobs: Tensor) -> Sums:
+    """The staleness r = pi_theta/pi_old over R response tokens: KL(pi_old || pi_theta) by k3, and the largest r."""
+    log_r = logprobs.detach().double().sub_(old_logprobs.detach().double())
+    return {**mean("staleness/kl_k3", _k3(log_r).sum(), len(log_r)), "staleness/ratio_max:max": _max(log_r).exp() * bool(len(log_r))}
 
 
 def _k3(log_x: Tensor) -> Tensor:
     # expm1 in float64: exp(x) - 1 - x in float32 has an error of 6e-8, above the 1e-9 that a healthy run shows.
-    return torch.expm1(log_x) - log_x
+    return torch.expm1(log_x).sub_(log_x)
 
 
 def _max(x: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
 
     preset: str = Field("minirl", description="Name of the preset the other keys start from.")
-    advantage: Literal["reward", "mean", "mean_std", "gae"] = Field(
-        "mean", description="Reward itself, minus the group's mean, that over the group's standard deviation, or GAE from a critic."
+    advantage: Literal["reward", "mean", "mean_std", "leave_one_out", "global_std", "gae"] = Field(
+        "mean",
+        description="Reward itself, minus the group's mean, that over the group's standard deviation, minus the mean of the others (RLOO), "
+        "minus the group's mean over the batch's standard deviation (REINFORCE++ baseline), or GAE from a critic.",
     )
     weight: Literal["one", "is", "ratio", "clipped_ratio", "sequence_ratio", "soft_gate"] = Field(
         "is",

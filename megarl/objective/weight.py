@@ -1,7 +1,7 @@
 """The weight w and the mask M of a token's gradient. Both are constants to autograd: every input is detached by the caller.
 
-Arguments: log_ratio [T] = log pi_theta - log pi_old, log_is [T] = log pi_theta - log mu, advantages [T], all finite (masked tokens 0);
-`mean_log_ratio` gives the mean of log_ratio over each response, spread over its tokens [T]. r = exp(log_ratio).
+Arguments, of the R unmasked tokens: log_ratio [R] = log pi_theta - log pi_old, log_is [R] = log pi_theta - log mu, advantages [R], all
+finite; `mean_log_ratio` gives the mean of log_ratio over each response, spread over its tokens [R]. r = exp(log_ratio).
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ LOG_MAX = 60.0
 
 
 def exp(log_x: Tensor) -> Tensor:
-    return log_x.clamp(max=LOG_MAX).exp()
+    return log_x.clamp(max=LOG_MAX).exp_()
 
 
 def token_weight(
     log_ratio: Tensor, log_is: Tensor, advantages: Tensor, mean_log_ratio: Callable[[], Tensor], config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
-    """(w [T], bool [T] where w was cut).
+    """(w [R], bool [R] where w was cut).
 
     is              min(pi_theta/mu, is_cap)                                             MiniRL, arXiv 2512.01374 eq 7
     ratio           r                                                                    the gradient of r A where PPO does not clip
     clipped_ratio   clip(r, 1 - eps_low, 1 + eps_high)                                   CISPO, arXiv 2506.13585
     sequence_ratio  s = (pi_theta(y)/pi_old(y))^(1/|y|); 1/|y| is the denominator's      GSPO, arXiv 2507.18071
-    soft_gate       d/dr [4/tau sigmoid(tau (r - 1))] r = 4 p (1 - p) r                  SAPO, arXiv 2511.20347; tau by the sign of A
+    soft_gate       d/dr [4/tau p] r = 4 p (1 - p) r,  p = sigmoid(tau (r - 1))          SAPO, arXiv 2511.20347: J = mean of 4/tau p A,
+                    tau = tau_pos where A > 0, else tau_neg
     """
     uncut = torch.zeros_like(log_ratio, dtype=torch.bool)
     if config.weight == "one":
@@ -53,25 +54,26 @@ def token_weight(
 
 def kept(
     log_ratio: Tensor,
-    probs: Tensor,
-    rollout_probs: Tensor,
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
     advantages: Tensor,
     mean_log_ratio: Callable[[], Tensor],
     config: ObjectiveConfig,
 ) -> Tensor:
-    """M as bool [T]: false where the update would go on leaving the trust region, in the direction of A.
+    """M as bool [R]: false where the update would go on leaving the trust region, in the direction of A.
 
     ratio, sequence_ratio   A > 0 and x > 1 + eps_high, or A < 0 and x < 1 - eps_low, with x = r (MiniRL; the unclipped branch of PPO's
                             min(r A, clip(r) A) has the same tokens) or the sequence ratio s (GSPO).
     tv                      A > 0 and pi_theta - mu > tv_delta, or A < 0 and pi_theta - mu < -tv_delta: DPPO with the binary total
-                            variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879. We read the ratio there as pi_theta/mu; the
-                            preset's is pi_theta/pi_old (spec/objective.md), and `weight: is` gives the other.
+                            variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879. There the trust region and the ratio both refer to the
+                            rollout policy; the preset's ratio is pi_theta/pi_old (spec/objective.md), and `weight: is, is_cap: 20` gives
+                            the truncated pi_theta/mu of the paper's public code.
     """
     if config.clip == "none":
         return torch.ones_like(log_ratio, dtype=torch.bool)
     if config.clip == "tv":
-        move, low, high = probs - rollout_probs, -config.tv_delta, config.tv_delta
+        move, low, high = exp(logprobs) - exp(rollout_logprobs), -config.tv_delta, config.tv_delta
     else:
         move = exp(log_ratio if config.clip == "ratio" else mean_log_ratio())
         low, high = 1 - config.eps_low, 1 + config.eps_high
-    return ~(((advantages > 0) & (move > high)) | ((advantages < 0) & (move < low)))
+    return ~torch.where(advantages > 0, move > high, (move < low) & (advantages < 0))

@@ -31,7 +31,7 @@ def minibatches(case: Case) -> str | None:
 
 def group(case: Case) -> str | None:
     advantage = case.config.objective.advantage
-    if case.config.batch.group == 1 and advantage in ("mean", "mean_std"):
+    if case.config.batch.group == 1 and advantage not in ("reward", "gae"):
         return f"batch.group 1 with objective.advantage {advantage!r} gives every response the advantage 0; set batch.group=2 or more"
     return None
 
