@@ -70,8 +70,9 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder (run.dir)")
-    parser.add_argument("--svg", metavar="FILE", help="also write the learning curve as a picture")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder (run.dir); several are overlaid in one page")
+    parser.add_argument("--out", metavar="FILE", help="the page; else report.html in the run's folder, or here if there are several runs")
+    parser.add_argument("--svg", metavar="FILE", help="also write the learning curve of the first run as a picture")
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +132,7 @@ def _rollout(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from megarl.report.html import report
 
-    return report(args.run, svg=args.svg)
+    return report(args.runs, svg=args.svg, out=args.out)
 
 
 def _doctor(args: argparse.Namespace) -> int:

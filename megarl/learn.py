@@ -14,6 +14,7 @@ from megarl.engine.build import Engine, route_shape
 from megarl.engine.step import Routes
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.replay.metrics import RoutingSums
+from megarl.report.worst import Row, gather_worst, worst_of
 
 Values = dict[str, float | list[float]]
 
@@ -26,6 +27,7 @@ class Learner:
         self.mode = config.replay_mode
         self.moe_layers = len(engine.model.weight_map.moe_layers)
         self.columns = list(route_shape(engine.model).layers_of_stage[self.parallel.coord.pp])
+        self.worst: list[Row] = []  # rank 0: the tokens of the last batch on which the engines differ most
         self.live: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
 
     def learn(self, minibatches: list[list[Pack]]) -> Values:
@@ -52,6 +54,9 @@ class Learner:
                 cap = self.config.objective.is_cap
                 sums = merge(sums, mismatch_metrics(pack.old_logprobs.cpu(), pack.rollout_logprobs, pack.mask, cap))
         values: Values = dict(finish(self._reduce(sums)))
+        if self.config.run.rollout_samples:
+            at = self.parallel
+            self.worst = gather_worst(worst_of(packs) if at.is_last_stage and at.coord.tp == at.coord.cp == 0 else [])
         values |= self._routing(old_routing, new_routing)
         values["optim/grad_norm"] = max(norm["optim/grad_norm"] for norm in norms)
         values["optim/lr"] = norms[-1]["optim/lr"]

@@ -21,6 +21,7 @@ from megarl.refit import Refit
 from megarl.report.metrics import MetricsLogger
 from megarl.report.progress import Progress
 from megarl.report.samples import Sample, write_samples
+from megarl.report.worst import Row, write_worst
 from megarl.rollout.fleet import Fleet
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         step, done = state["step"], state["optimizer_steps"]
         stream.load_state_dict(state["stream"])
 
-    output = Output(config, step) if parallel.is_main else None
+    output = Output(config, step, tokenizer) if parallel.is_main else None
     fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest)
     collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     learner, refit = Learner(config, engine), Refit(config, engine, fleet)
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
                 with fleet.watched():
                     metrics |= collector.evaluate(validation, config.eval.samples, config.eval.temperature)
             if output:
-                output.write(step, metrics, batch.samples)
+                output.write(step, metrics, batch.samples, learner.worst)
             if last or (config.run.save_every and step % config.run.save_every == 0):
                 state = {"optimizer_steps": done, "stream": stream.state_dict()}
                 save_checkpoint(engine, folder, step, state, config.run.keep)
@@ -92,7 +93,8 @@ def load_data(config: Config, tokenizer: Any) -> tuple[list[Prompt], list[Prompt
 class Output:
     """What people see, on rank 0: metrics.jsonl, loggers, rollouts/, config.yaml and the live line."""
 
-    def __init__(self, config: Config, resumed: int) -> None:
+    def __init__(self, config: Config, resumed: int, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "config.yaml").write_text(dump_config(config))
@@ -101,11 +103,13 @@ class Output:
         if resumed:
             print(f"resuming after step {resumed}")
 
-    def write(self, step: int, metrics: Values, samples: list[Sample]) -> None:
+    def write(self, step: int, metrics: Values, samples: list[Sample], worst: list[Row]) -> None:
         self.logger.log(step, metrics)
         self.progress.update(step, metrics)
         if samples:
             write_samples(self.dir, step, samples)
+        if worst:
+            write_worst(self.dir, step, worst, self.tokenizer.decode)
 
     def close(self) -> None:
         self.logger.close()

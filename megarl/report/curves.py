@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
 
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 8, 24
 MAX_POINTS = 400
+HEAT_COLUMNS, HEAT_ROWS, HEAT_LEVELS = 80, 48, 12
 
 COLOURS_LIGHT = ("#2563c9", "#d9660a", "#1a8a5a", "#a8388e", "#6d6a63", "#b59a00")
 COLOURS_DARK = ("#6ea8ff", "#ff9d4d", "#4fcb94", "#e583cd", "#a9a59c", "#e0c83f")
@@ -16,10 +16,12 @@ COLOURS_DARK = ("#6ea8ff", "#ff9d4d", "#4fcb94", "#e583cd", "#a9a59c", "#e0c83f"
 
 @dataclass(frozen=True)
 class Series:
-    """A named line; None where a step has no value. All series of a chart share its steps."""
+    """A named line; None where a step has no value. All series of a chart share its steps. colour, dash: None follows the order."""
 
     name: str
     values: list[float | None]
+    colour: int | None = None
+    dash: int = 0
 
 
 def css(selector: str) -> str:
@@ -30,6 +32,7 @@ def css(selector: str) -> str:
     return (
         f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}{lines}"
         ".line{fill:none;stroke-width:1.6;stroke-linejoin:round}.faint{opacity:.28;stroke-width:1}.area{opacity:.75}"
+        ".d1{stroke-dasharray:5 3}.d2{stroke-dasharray:1.5 2.5}.d3{stroke-dasharray:7 2 1.5 2}.heat{fill:var(--c1)}"
         ".rule{stroke:var(--rule);stroke-width:1}.tick{fill:var(--soft);font:11px system-ui,sans-serif}"
     )
 
@@ -40,7 +43,7 @@ def thin(steps: list[int], series: list[Series]) -> tuple[list[int], list[Series
     if size <= 1:
         return steps, series
     groups = [slice(i, i + size) for i in range(0, len(steps), size)]
-    return [steps[g][-1] for g in groups], [Series(s.name, [_mean(s.values[g]) for g in groups]) for s in series]
+    return [steps[g][-1] for g in groups], [replace(s, values=[_mean(s.values[g]) for g in groups]) for s in series]
 
 
 def smooth(values: list[float | None], window: int) -> list[float | None]:
@@ -126,12 +129,17 @@ def line_chart(steps: list[int], series: list[Series], *, log: bool = False, low
     axes = Axes(steps, min(present + bounds), max(present + bounds), log)
     window = len(steps) // 40
     parts = [axes.frame()]
-    for i, values in enumerate(usable):
+    for i, (one, values) in enumerate(zip(series, usable)):
+        style = f"s{colour_of(one, i)} d{one.dash % 4}"
         if window > 1 and not log:
-            parts.append(_path(axes, steps, values, f"line faint s{i}"))
+            parts.append(_path(axes, steps, values, f"line faint {style}"))
             values = smooth(values, window)
-        parts.append(_path(axes, steps, values, f"line s{i}"))
+        parts.append(_path(axes, steps, values, f"line {style}"))
     return "".join(parts)
+
+
+def colour_of(series: Series, place: int) -> int:
+    return (place if series.colour is None else series.colour) % len(COLOURS_LIGHT)
 
 
 def area_chart(steps: list[int], series: list[Series]) -> str:
@@ -151,22 +159,34 @@ def area_chart(steps: list[int], series: list[Series]) -> str:
     return "".join(parts)
 
 
-def bar_chart(names: list[str], values: list[float], low: float) -> str:
-    """The inside of an SVG: one bar a name, from `low` up."""
-    axes = Axes([0, len(names)], min([low, *values]), max([low, *values]), log=False)
-    width = (WIDTH - LEFT - RIGHT) / len(names)
-    parts = []
-    for value, text in axes.ticks():
-        parts.append(f'<text class="tick" x="{LEFT - 5}" y="{axes.y(value) + 4:.1f}" text-anchor="end">{text}</text>')
-    every = -(-len(names) // 12)
-    for i, (name, value) in enumerate(zip(names, values)):
-        x, y = LEFT + i * width, axes.y(value)
-        tall = max(HEIGHT - BOTTOM - y, 1)
-        bar = f'<rect class="area f0" x="{x + width * 0.1:.1f}" y="{y:.1f}" width="{width * 0.8:.1f}" height="{tall:.1f}">'
-        parts.append(f"{bar}<title>{escape(name)}: {value:.6g}</title></rect>")
-        if i % every == 0:
-            parts.append(f'<text class="tick" x="{x + width / 2:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{escape(name)}</text>')
+def heat_map(steps: list[int], rows: list[list[float]]) -> str:
+    """The inside of an SVG: rows[step][layer], steps to the right, layers upwards; the darker a cell, the further below 1.
+
+    Neighbouring steps (layers) are averaged into at most HEAT_COLUMNS (HEAT_ROWS) cells. The scale goes from 1 to the lowest cell.
+    """
+    columns = _blocks(len(rows), HEAT_COLUMNS)
+    layers = _blocks(len(rows[0]), HEAT_ROWS)
+    cells = [[sum(sum(row[b]) for row in rows[a]) / ((a.stop - a.start) * (b.stop - b.start)) for b in layers] for a in columns]
+    lowest = min(min(column) for column in cells)
+    axes = Axes(steps, 0.0, float(len(rows[0])), log=False)
+    wide, tall = (WIDTH - LEFT - RIGHT) / len(columns), (HEIGHT - TOP - BOTTOM) / len(layers)
+    levels: list[list[str]] = [[] for _ in range(HEAT_LEVELS + 1)]
+    for x, column in enumerate(cells):
+        for y, value in enumerate(column):
+            level = math.ceil((1 - value) / (1 - lowest) * HEAT_LEVELS - 1e-9) if value < 1 else 0
+            at = f"M{LEFT + x * wide:.1f} {HEIGHT - BOTTOM - (y + 1) * tall:.1f}h{wide:.1f}v{tall:.1f}h-{wide:.1f}z"
+            levels[level].append(at)
+    parts = [axes.frame()]
+    for level, paths in enumerate(levels):
+        if paths and level:
+            parts.append(f'<path class="heat" fill-opacity="{level / HEAT_LEVELS:.2f}" d="{"".join(paths)}"/>')
+    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{TOP + 10}" text-anchor="end">darkest: {label(lowest, 1e-4)}</text>')
     return "".join(parts)
+
+
+def _blocks(count: int, most: int) -> list[slice]:
+    size = -(-count // most)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def _path(axes: Axes, steps: list[int], values: list[float | None], classes: str) -> str:

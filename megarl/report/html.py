@@ -4,110 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megarl.errors import UserError
-from megarl.report.curves import HEIGHT, LEFT, RIGHT, WIDTH, Series, area_chart, bar_chart, css, line_chart, text_curve, thin
+from megarl.report.curves import HEIGHT, LEFT, RIGHT, WIDTH, Series, area_chart, colour_of, css, heat_map, line_chart, text_curve, thin
 from megarl.report.metrics import METRICS_FILE, read_metrics
+from megarl.report.panels import GROUPS, Panel
 from megarl.report.progress import count, duration
+from megarl.report.worst import read_worst
 
 Rows = list[dict[str, Any]]
+WORST = 24  # tokens on a page
 
-
-@dataclass(frozen=True)
-class Panel:
-    """One chart: metric key -> the name it is shown under."""
-
-    title: str
-    keys: dict[str, str]
-    kind: Literal["line", "area", "bars"] = "line"
-    log: bool = False
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    title: str
-    text: str
-    panels: list[Panel] = field(default_factory=list)
-
-
-GROUPS = [
-    Group(
-        "Learning",
-        "What the policy earns, and how it changes while it does.",
-        [
-            Panel("Reward", {"reward/mean": "mean", "reward/pass_at_g": "pass@G"}, low=0.0, high=1.0),
-            Panel("Reward spread", {"reward/std": "standard deviation"}, low=0.0),
-            Panel("Evaluation", {"eval/mean_at_k": "mean@k", "eval/pass_at_k": "pass@k"}, low=0.0, high=1.0),
-            Panel("Response length, tokens", {"response/length_mean": "mean"}, low=0.0),
-            Panel("Truncated responses", {"response/truncated_frac": "share"}, low=0.0),
-            Panel("Entropy, nats", {"policy/entropy": "mean over response tokens"}, low=0.0),
-            Panel("Loss", {"loss/value": "value"}),
-            Panel("Gradient norm", {"optim/grad_norm": "before clipping"}, low=0.0),
-            Panel("Learning rate", {"optim/lr": "lr"}, low=0.0),
-        ],
-    ),
-    Group(
-        "Mismatch: training engine against rollout engine",
-        "The same weights, two engines: pi_old against mu. Zero is perfect.",
-        [
-            Panel("KL(mu, pi_old)", {"mismatch/kl_k3": "k3"}, log=True),
-            Panel("KL(mu, pi_old), signed", {"mismatch/kl_k1": "k1"}),
-            Panel("Largest |log pi_old - log mu|", {"mismatch/abs_logprob_diff_max": "maximum"}, log=True),
-            Panel("Canary after a weight sync, largest |difference|", {"sync/canary_max_diff": "maximum"}, log=True),
-            Panel("Tokens off by more than a factor of 2", {"mismatch/extreme_frac_2": "share"}, low=0.0),
-            Panel("Importance weight", {"mismatch/is_weight_mean": "min(pi_old/mu, cap)", "loss/weight_mean": "as applied"}),
-            Panel("Truncated weights", {"mismatch/is_truncated_frac": "of pi_old/mu", "loss/weight_truncated_frac": "as applied"}, low=0.0),
-        ],
-    ),
-    Group(
-        "Staleness and clipping",
-        "The policy of each mini-batch against the one that rolled out: pi_theta against pi_old.",
-        [
-            Panel("KL(pi_old, pi_theta)", {"staleness/kl_k3": "k3"}, log=True),
-            Panel("Largest ratio pi_theta / pi_old", {"staleness/ratio_max": "maximum"}, low=1.0),
-            Panel("Clipped tokens", {"staleness/clip_frac_pos": "A > 0", "staleness/clip_frac_neg": "A < 0"}, low=0.0),
-            Panel("Lag, optimizer steps", {"version/rollout_lag_max": "largest"}, low=0.0),
-        ],
-    ),
-    Group(
-        "Routing",
-        "How far the engines, and the policy over its own updates, choose the same experts.",
-        [
-            Panel("Agreement", {"routing/agree_rollout_old": "rollout, pi_old", "routing/agree_old_current": "pi_old, pi_theta"}, high=1.0),
-            Panel("Tokens with a layer that differs", {"routing/any_layer_differs_frac": "share"}, low=0.0),
-            Panel("Largest score gap of a difference", {"routing/worst_gap": "maximum"}, low=0.0),
-            Panel("Agreement by MoE layer, last step", {"routing/layer_agreement": ""}, kind="bars"),
-            Panel(
-                "Bytes of routes", {"routing/bytes_received_per_rank": "received, a rank", "routing/bytes_ingested": "ingested"}, low=0.0
-            ),
-            Panel("Rows without routes", {"routing/missing_rows": "rows"}, low=0.0),
-        ],
-    ),
-    Group(
-        "Time",
-        "Where a step goes.",
-        [
-            Panel(
-                "Seconds a step",
-                {
-                    "time/rollout_s": "rollout",
-                    "time/old_logprob_s": "old log-probabilities",
-                    "time/update_s": "update",
-                    "time/sync_s": "weight sync",
-                    "time/other_s": "other",
-                },
-                kind="area",
-            ),
-            Panel("Tokens a second", {"throughput/tokens_per_s": "whole step", "throughput/train_tokens_per_s": "training"}, low=0.0),
-        ],
-    ),
-]
 
 STYLE = """
 *{box-sizing:border-box}body{margin:0 auto;max-width:1280px;padding:20px 16px 60px;background:var(--paper);color:var(--ink);
@@ -119,7 +29,9 @@ p{margin:2px 0 12px;color:var(--soft)}.tiles{display:grid;grid-template-columns:
 figure{margin:0;border:1px solid var(--rule);border-radius:8px;padding:10px 10px 4px;min-width:0}figcaption{font-weight:600;font-size:14px}
 .keys{font-size:12.5px;color:var(--soft);min-height:19px;display:flex;flex-wrap:wrap;gap:0 12px}
 .keys i{display:inline-block;width:10px;height:3px;border-radius:2px;margin-right:5px;vertical-align:middle}
-svg{display:block;width:100%;height:auto}
+svg{display:block;width:100%;height:auto}svg.key{display:inline-block;width:16px;height:4px;margin-right:5px;vertical-align:middle}
+mark{background:var(--c1);color:var(--paper);border-radius:3px;padding:0 2px}td.text{text-align:left;font:12.5px ui-monospace,monospace;
+white-space:pre-wrap;overflow-wrap:anywhere;min-width:260px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:3px 10px;border-bottom:1px solid var(--rule);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
@@ -129,7 +41,7 @@ summary{cursor:pointer;font-size:17px;font-weight:600;margin-top:34px}.cursor{st
 
 # Under the pointer: the values of the nearest step, in place of the legend's plain names.
 SCRIPT = """
-for(const f of document.querySelectorAll('figure[data-at]')){const d=JSON.parse(f.dataset.at),svg=f.querySelector('svg'),
+for(const f of document.querySelectorAll('figure[data-at]')){const d=JSON.parse(f.dataset.at),svg=f.querySelector('svg:not(.key)'),
 line=f.querySelector('.cursor'),out=[...f.querySelectorAll('.keys b')],L=LEFT,R=RIGHT,W=WIDTH,a=d.steps[0],z=Math.max(d.steps.at(-1),a+1);
 const show=e=>{const b=svg.getBoundingClientRect(),x=(e.clientX-b.left)/b.width*W,s=a+(x-L)/(W-L-R)*(z-a);
 let i=0;d.steps.forEach((v,j)=>{if(Math.abs(v-s)<Math.abs(d.steps[i]-s))i=j});
@@ -140,17 +52,22 @@ svg.addEventListener('pointerleave',()=>{line.style.visibility='hidden';out.forE
 """
 
 
-def report(run_dir: str, svg: str | None = None) -> int:
-    """Writes run_dir/report.html, and the learning curve to `svg` if given; prints the curve. UserError where there are no metrics."""
-    rows = _rows(run_dir)
-    page = Path(run_dir) / "report.html"
-    page.write_text(render(run_dir, rows))
-    steps, rewards = [row["step"] for row in rows], [row.get("reward/mean") for row in rows]
+def report(run_dirs: list[str], svg: str | None = None, out: str | None = None) -> int:
+    """One page of curves: of one run, with its worst tokens, at run_dir/report.html; of several overlaid, at ./report.html; or at `out`.
+
+    Also writes the learning curve of the first run to `svg` if given, and prints it. UserError where a folder holds no metrics.
+    """
+    runs = {name: _rows(name) for name in run_dirs}
+    first, rows = next(iter(runs.items()))
+    page = Path(out) if out else (Path(first) if len(runs) == 1 else Path()) / "report.html"
+    page.write_text(render(first, rows) if len(runs) == 1 else render_overlay(runs))
     mark = "•" if (sys.stdout.encoding or "").lower().startswith("utf") else "*"
-    print(f"{run_dir}: reward/mean over {len(rows)} steps\n{text_curve(steps, rewards, mark=mark)}")
-    last = last_eighth(rows, "reward/mean")
-    if last is not None:
-        print(f"reward/mean over the last eighth of the steps: {last:.3f}")
+    for name, each in runs.items():
+        curve = text_curve([row["step"] for row in each], [row.get("reward/mean") for row in each], mark=mark)
+        print(f"{name}: reward/mean over {len(each)} steps\n{curve}")
+        last = last_eighth(each, "reward/mean")
+        if last is not None:
+            print(f"reward/mean over the last eighth of the steps: {last:.3f}")
     if svg is not None:
         Path(svg).write_text(learning_curve_svg(rows))
         print(f"learning curve: {svg}")
@@ -193,14 +110,50 @@ def render(run_dir: str, rows: Rows) -> str:
         if panels:
             groups.append(f'<h2>{group.title}</h2><p>{group.text}</p><div class="grid">{panels}</div>')
     config = Path(run_dir) / "config.yaml"
+    worst = read_worst(Path(run_dir), rows[-max(1, len(rows) // 8)]["step"], WORST)
     config_text = escape(config.read_text()) if config.is_file() else "no config.yaml in this folder"
     body = (
-        f"<h1>{escape(str(run_dir))}</h1>{_tiles(rows)}{''.join(groups)}"
+        f"<h1>{escape(str(run_dir))}</h1>{_tiles(rows)}{''.join(groups)}{_worst(worst)}"
         f"<h2>Summary</h2><p>Over all steps; end is the mean of the last eighth.</p>{_summary(rows)}"
         f"<details><summary>Configuration</summary><pre>{config_text}</pre></details>"
-        f"<script>const LEFT={LEFT},RIGHT={RIGHT},WIDTH={WIDTH};{SCRIPT}</script>"
+        f"{_script()}"
     )
     return html_page(Path(run_dir).name, body)
+
+
+def render_overlay(runs: dict[str, Rows]) -> str:
+    """Several runs in the same charts: a colour a run, a dash pattern a metric. Heat maps and stacked times are of one run only."""
+    names = _short(list(runs))
+    steps = sorted({row["step"] for rows in runs.values() for row in rows})
+    by_step = {name: {row["step"]: row for row in rows} for name, rows in zip(names, runs.values())}
+    groups = []
+    for group in GROUPS:
+        panels = ""
+        for panel in group.panels:
+            series = [
+                Series(f"{name}, {text}" if len(panel.keys) > 1 else name, [_number(rows.get(s, {}).get(key)) for s in steps], i, dash)
+                for i, (name, rows) in enumerate(by_step.items())
+                for dash, (key, text) in enumerate(panel.keys.items())
+            ]
+            series = [one for one in series if panel.kind == "line" and any(value is not None for value in one.values)]
+            panels += _chart(panel, steps, series) if series else ""
+        if panels:
+            groups.append(f'<h2>{group.title}</h2><p>{group.text}</p><div class="grid">{panels}</div>')
+    rewards = [(escape(name), _show(last_eighth(rows, "reward/mean"), "{:.3f}")) for name, rows in zip(names, runs.values())]
+    text = "Reward, mean of the last eighth of each run's steps."
+    return html_page(
+        " and ".join(names), f"<h1>{len(runs)} runs</h1><p>{text}</p>{tile_row(rewards)}{''.join(groups)}{_script()}"
+    )
+
+
+def _short(folders: list[str]) -> list[str]:
+    """Names that tell the runs apart: the last part of each path, or all of it where the last parts are equal."""
+    last = [Path(folder).name for folder in folders]
+    return last if len(set(last)) == len(last) else folders
+
+
+def _script() -> str:
+    return f"<script>const LEFT={LEFT},RIGHT={RIGHT},WIDTH={WIDTH};{SCRIPT}</script>"
 
 
 def html_page(title: str, body: str, style: str = "") -> str:
@@ -230,21 +183,47 @@ def _number(value: Any) -> float | None:
 
 def _panel(panel: Panel, rows: Rows) -> str:
     steps = [row["step"] for row in rows]
-    if panel.kind == "bars":
-        layers = next((row[key] for row in reversed(rows) for key in panel.keys if row.get(key)), None)
-        if not layers:
-            return ""
-        values = [value or 0.0 for value in layers]
-        return figure(panel.title, "", "", bar_chart([str(i) for i in range(len(values))], values, low=min(0.9, *values)))
-    series = _series(panel, rows)
+    if panel.kind == "heat":
+        (key,) = panel.keys
+        known = [row for row in rows if row.get(key) and None not in row[key]]
+        return figure(panel.title, "", "", heat_map([row["step"] for row in known], [row[key] for row in known])) if known else ""
+    return _chart(panel, steps, _series(panel, rows))
+
+
+def _chart(panel: Panel, steps: list[int], series: list[Series]) -> str:
     bounds = {"log": panel.log, "low": panel.low, "high": panel.high}
     chart = area_chart(steps, series) if panel.kind == "area" else line_chart(steps, series, **bounds)
     if not chart:
         return ""
-    keys = "".join(f'<span><i style="background:var(--c{i % 6})"></i>{escape(s.name)}<b></b></span>' for i, s in enumerate(series))
+    keys = "".join(f"<span>{_sample(one, i)}{escape(one.name)}<b></b></span>" for i, one in enumerate(series))
     thin_steps, thin_series = thin(steps, series)
     data = {"steps": thin_steps, "values": [[v if v is None else float(f"{v:.5g}") for v in s.values] for s in thin_series]}
     return figure(panel.title, keys, json.dumps(data, separators=(",", ":")), chart)
+
+
+def _sample(series: Series, place: int) -> str:
+    style = f"line s{colour_of(series, place)} d{series.dash % 4}"
+    return f'<svg class="key" viewBox="0 0 16 4"><line class="{style}" x1="0" x2="16" y1="2" y2="2"/></svg>'
+
+
+def _worst(rows: list[dict[str, Any]]) -> str:
+    """The section of the worst tokens of a run (megarl.report.worst); empty where there are none."""
+    if not rows:
+        return ""
+    cells = [[f"{row['rollout']:.4f}", f"{row['trainer']:.4f}", str(row["step"])] for row in rows]
+    table = token_table(rows, ["log mu", "log pi_old", "step"], cells)
+    return f"<h2>Worst tokens</h2><p>By |log pi_old - log mu|, over the last eighth of the steps.</p>{table}"
+
+
+def token_table(rows: list[dict[str, Any]], names: list[str], cells: list[list[str]]) -> str:
+    """Tokens in their text, each row with `before`, `token` and `after`, and beside it the cells of the named columns."""
+    lines = []
+    for row, values in zip(rows, cells, strict=True):
+        before, token, after = (escape(row[part]).replace("\n", "↵") for part in ("before", "token", "after"))
+        text = f"{before}<mark>{token or '&nbsp;'}</mark>{after}"
+        lines.append(f'<tr><td class="text">{text}</td>{"".join(f"<td>{value}</td>" for value in values)}</tr>')
+    head = "".join(f"<th>{name}</th>" for name in ["text", *names])
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def figure(title: str, keys: str, data: str, chart: str) -> str:

@@ -61,8 +61,13 @@ class MetricsLogger:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of run_dir/metrics.jsonl in order of step, without a line that a crash cut short. FileNotFoundError if there is no file."""
+    return read_rows(Path(run_dir) / METRICS_FILE)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """JSON lines that hold a `step`, in its order; the last line of a step counts, and a line that a crash cut short does not."""
     rows: dict[int, dict[str, Any]] = {}
-    for line in (Path(run_dir) / METRICS_FILE).read_text().splitlines():
+    for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
         except ValueError:

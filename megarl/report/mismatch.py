@@ -14,7 +14,7 @@ import torch
 from megarl.objective import finish, mismatch_metrics
 from megarl.replay.routes import agreement
 from megarl.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Axes, Series, label, line_chart, nice
-from megarl.report.html import figure, html_page, tile_row
+from megarl.report.html import figure, html_page, tile_row, token_table
 
 WORST = 24
 BEFORE, AFTER = 24, 8  # tokens of context around a worst token
@@ -156,10 +156,7 @@ def subject(report: dict[str, Any]) -> str:
     )
 
 
-STYLE = """
-mark{background:var(--c1);color:var(--paper);border-radius:3px;padding:0 2px}td.text{text-align:left;font:12.5px ui-monospace,monospace;
-white-space:pre-wrap;overflow-wrap:anywhere;min-width:260px}.narrow{max-width:720px}
-"""
+STYLE = ".narrow{max-width:720px}"
 
 
 def render(report: dict[str, Any], responses: list[Compared]) -> str:
@@ -190,17 +187,13 @@ def render(report: dict[str, Any], responses: list[Compared]) -> str:
 
 
 def _worst(rows: list[dict[str, Any]], replayed: bool) -> str:
-    names = ["text", "log mu", "log pi, live", *(["log pi, replayed"] if replayed else []), "layers that differ, live"]
-    lines = []
+    cells = []
     for row in rows:
-        before, token, after = (escape(row[part]).replace("\n", "↵") for part in ("before", "token", "after"))
-        text = f"{before}<mark>{token or '&nbsp;'}</mark>{after}"
         numbers = [row["rollout"], row["live"], *([row["replayed"]] if replayed else [])]
         layers = "-" if row["layers_live"] is None else ", ".join(map(str, row["layers_live"])) or "none"
-        cells = "".join(f"<td>{number:.4f}</td>" for number in numbers)
-        lines.append(f'<tr><td class="text">{text}</td>{cells}<td>{layers}</td></tr>')
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        cells.append([*(f"{number:.4f}" for number in numbers), layers])
+    names = ["log mu", "log pi, live", *(["log pi, replayed"] if replayed else []), "layers that differ, live"]
+    return token_table(rows, names, cells)
 
 
 def histogram(series: list[np.ndarray]) -> str:

@@ -103,6 +103,10 @@ class Bench:
         assert started.processes() == {}
         return started
 
+    def end(self) -> None:
+        while self.commands:
+            self.commands.pop().kill_everything()
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
             return read_metrics(self.folder / name)
@@ -110,20 +114,20 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """The task's files and a tiny model are there; data/ and model/ below bench.folder."""
     bench = Bench(tmp_path_factory.mktemp("e2e"))
     make_tiny_model(bench.folder / "model")
     write_task(bench.folder / "data", train=512, valid=16, demos=4096)
-    return bench
+    yield bench
+    bench.end()  # of a session fixture that failed
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(bench: Bench) -> Iterator[None]:
     """Ends what a test that failed has left."""
     yield
-    while bench.commands:
-        bench.commands.pop().kill_everything()
+    bench.end()
 
 
 @pytest.fixture(scope="session")

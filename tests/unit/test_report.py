@@ -15,10 +15,12 @@ import pytest
 
 from megarl.errors import UserError
 from megarl.report import curves
-from megarl.report.html import GROUPS, last_eighth, learning_curve_svg, render, report
+from megarl.report.html import last_eighth, learning_curve_svg, render, report
 from megarl.report.metrics import MetricsLogger, read_metrics
+from megarl.report.panels import GROUPS
 from megarl.report.progress import Progress, count, duration
 from megarl.report.samples import Sample, write_samples
+from megarl.report.worst import read_worst, write_worst
 
 
 def every_key(step: int) -> dict[str, Any]:
@@ -175,6 +177,40 @@ def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     assert len(steps) <= curves.MAX_POINTS and steps[-1] == 5000 and len(thin[0].values) == len(steps)
 
 
+def test_a_heat_map_is_darkest_where_agreement_is_lowest() -> None:
+    rows = [[1.0, 0.9] if step < 5 else [1.0, 0.8] for step in range(10)]
+    root = ElementTree.fromstring(f"<svg>{curves.heat_map(list(range(10)), rows)}</svg>")
+    cells = {path.attrib["fill-opacity"]: path.attrib["d"].count("M") for path in root.iter("path")}
+    assert cells == {"0.50": 5, "1.00": 5}  # and the cells at 1 are bare paper
+    assert "darkest: 0.8000" in [text.text for text in root.iter("text")]
+    assert len(curves.heat_map(list(range(5000)), [[0.9 + step / 1e5] * 94 for step in range(5000)])) < 200_000
+
+
+def test_several_runs_in_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, steps in (("a", 8), ("b", 16)):
+        logger = MetricsLogger(tmp_path / name)
+        for step in range(1, steps + 1):
+            logger.log(step, {**every_key(step), "reward/mean": step / steps})
+        logger.close()
+    assert report([str(tmp_path / "a"), str(tmp_path / "b")], out=str(tmp_path / "both.html")) == 0
+    page = Page((tmp_path / "both.html").read_text())
+    charts = [json.loads(attrs["data-at"] or "") for tag, attrs in page.tags if tag == "figure" and "data-at" in attrs]
+    assert charts[0]["steps"] == list(range(1, 17)) and "a, mean" in page.words and "b, mean" in page.words
+    reward_a, reward_b = charts[0]["values"][0], charts[0]["values"][2]
+    assert reward_a[7] == 1.0 and reward_a[8] is None and reward_b[15] == 1.0
+    assert f"report: {tmp_path}/both.html" in capsys.readouterr().out
+
+
+def test_the_worst_tokens_come_with_their_text(tmp_path: Path) -> None:
+    token = {"rollout": -1.0, "trainer": -1.5, "before": [1, 2], "token": [3], "after": [4]}
+    decode = lambda tokens: "".join(f"<{t}>" for t in tokens)
+    for step, differences in ((1, [9.0]), (2, [0.5, 0.25]), (2, [0.75]), (3, [0.1])):  # step 2 was done again
+        write_worst(tmp_path, step, [token | {"difference": d} for d in differences], decode)
+    assert [(row["step"], row["difference"]) for row in read_worst(tmp_path, 2, 5)] == [(2, 0.75), (3, 0.1)]
+    words = Page(render(str(tmp_path), [{"step": 1, "reward/mean": 0.5}])).words
+    assert "<1><2>" in words and "<3>" in words and "<4>" in words
+
+
 def test_the_curve_in_the_terminal_rises_where_the_reward_does() -> None:
     text = curves.text_curve(list(range(1, 101)), [i / 100 for i in range(100)], mark="*")
     rows = [line.split("|")[1] for line in text.splitlines() if "|" in line]
@@ -187,7 +223,7 @@ def test_report_prints_the_curve_and_writes_page_and_picture(tmp_path: Path, cap
     for step in range(1, 17):
         logger.log(step, {"reward/mean": step / 16})
     logger.close()
-    assert report(str(tmp_path), svg=str(tmp_path / "curve.svg")) == 0
+    assert report([str(tmp_path)], svg=str(tmp_path / "curve.svg")) == 0
     out = capsys.readouterr().out
     assert "reward/mean over the last eighth of the steps: 0.969" in out and f"report: {tmp_path}/report.html" in out
     root = ElementTree.parse(tmp_path / "curve.svg").getroot()
@@ -197,7 +233,7 @@ def test_report_prints_the_curve_and_writes_page_and_picture(tmp_path: Path, cap
 
 def test_report_of_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no metrics.jsonl"):
-        report(str(tmp_path))
+        report([str(tmp_path)])
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="no whole line yet"):
-        report(str(tmp_path))
+        report([str(tmp_path)])

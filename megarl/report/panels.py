@@ -1,0 +1,99 @@
+"""Which charts a report shows: the metrics of spec/objective.md by family. Mismatch and staleness are never in one chart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: metric key -> the name it is shown under."""
+
+    title: str
+    keys: dict[str, str]
+    kind: Literal["line", "area", "heat"] = "line"
+    log: bool = False
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    title: str
+    text: str
+    panels: list[Panel] = field(default_factory=list)
+
+
+GROUPS = [
+    Group(
+        "Learning",
+        "What the policy earns, and how it changes while it does.",
+        [
+            Panel("Reward", {"reward/mean": "mean", "reward/pass_at_g": "pass@G"}, low=0.0, high=1.0),
+            Panel("Reward spread", {"reward/std": "standard deviation"}, low=0.0),
+            Panel("Evaluation", {"eval/mean_at_k": "mean@k", "eval/pass_at_k": "pass@k"}, low=0.0, high=1.0),
+            Panel("Response length, tokens", {"response/length_mean": "mean"}, low=0.0),
+            Panel("Truncated responses", {"response/truncated_frac": "share"}, low=0.0),
+            Panel("Entropy, nats", {"policy/entropy": "mean over response tokens"}, low=0.0),
+            Panel("Loss", {"loss/value": "value"}),
+            Panel("Gradient norm", {"optim/grad_norm": "before clipping"}, low=0.0),
+            Panel("Learning rate", {"optim/lr": "lr"}, low=0.0),
+        ],
+    ),
+    Group(
+        "Mismatch: training engine against rollout engine",
+        "The same weights, two engines: pi_old against mu. Zero is perfect.",
+        [
+            Panel("KL(mu, pi_old)", {"mismatch/kl_k3": "k3"}, log=True),
+            Panel("KL(mu, pi_old), signed", {"mismatch/kl_k1": "k1"}),
+            Panel("Largest |log pi_old - log mu|", {"mismatch/abs_logprob_diff_max": "maximum"}, log=True),
+            Panel("Canary after a weight sync, largest |difference|", {"sync/canary_max_diff": "maximum"}, log=True),
+            Panel("Tokens off by more than a factor of 2", {"mismatch/extreme_frac_2": "share"}, low=0.0),
+            Panel("Importance weight", {"mismatch/is_weight_mean": "min(pi_old/mu, cap)", "loss/weight_mean": "as applied"}),
+            Panel("Truncated weights", {"mismatch/is_truncated_frac": "of pi_old/mu", "loss/weight_truncated_frac": "as applied"}, low=0.0),
+        ],
+    ),
+    Group(
+        "Staleness and clipping",
+        "The policy of each mini-batch against the one that rolled out: pi_theta against pi_old.",
+        [
+            Panel("KL(pi_old, pi_theta)", {"staleness/kl_k3": "k3"}, log=True),
+            Panel("Largest ratio pi_theta / pi_old", {"staleness/ratio_max": "maximum"}, low=1.0),
+            Panel("Clipped tokens", {"staleness/clip_frac_pos": "A > 0", "staleness/clip_frac_neg": "A < 0"}, low=0.0),
+            Panel("Lag, optimizer steps", {"version/rollout_lag_max": "largest"}, low=0.0),
+        ],
+    ),
+    Group(
+        "Routing",
+        "How far the engines, and the policy over its own updates, choose the same experts.",
+        [
+            Panel("Agreement", {"routing/agree_rollout_old": "rollout, pi_old", "routing/agree_old_current": "pi_old, pi_theta"}, high=1.0),
+            Panel("Tokens with a layer that differs", {"routing/any_layer_differs_frac": "share"}, low=0.0),
+            Panel("Largest score gap of a difference", {"routing/worst_gap": "maximum"}, low=0.0),
+            Panel("Agreement by MoE layer and step", {"routing/layer_agreement": "layer"}, kind="heat"),
+            Panel(
+                "Bytes of routes", {"routing/bytes_received_per_rank": "received, a rank", "routing/bytes_ingested": "ingested"}, low=0.0
+            ),
+            Panel("Rows without routes", {"routing/missing_rows": "rows"}, low=0.0),
+        ],
+    ),
+    Group(
+        "Time",
+        "Where a step goes.",
+        [
+            Panel(
+                "Seconds a step",
+                {
+                    "time/rollout_s": "rollout",
+                    "time/old_logprob_s": "old log-probabilities",
+                    "time/update_s": "update",
+                    "time/sync_s": "weight sync",
+                    "time/other_s": "other",
+                },
+                kind="area",
+            ),
+            Panel("Tokens a second", {"throughput/tokens_per_s": "whole step", "throughput/train_tokens_per_s": "training"}, low=0.0),
+        ],
+    ),
+]

@@ -1,0 +1,28 @@
+"""Which tokens of a batch the engines differ on most, and that they come with the right neighbours."""
+
+from __future__ import annotations
+
+import torch
+
+from megarl.engine.batch import make_packs
+from megarl.engine.build import DEVICE  # noqa: F401  sets the device up before megatron-core is imported
+from megarl.report.worst import AFTER, COUNT, worst_of
+from megarl.weights.layout import Layout
+
+
+def test_the_worst_tokens_of_packs() -> None:
+    layout = Layout(world=1)
+    tokens = [torch.arange(10, 20), torch.arange(30, 60)]
+    packs = make_packs([[0, 1], []], tokens, [3, 5], layout, layout.coord(0))
+    for pack in packs:
+        pack.old_logprobs = pack.rollout_logprobs - 1
+    (pack, _) = packs
+    assert pack.old_logprobs is not None
+    pack.old_logprobs[0] = -9.0  # predicts a prompt token: does not count
+    pack.old_logprobs[8] = -5.0  # the last token of the first response
+    pack.old_logprobs[9 + 20] = float("nan")  # a NaN is no difference that sorts; the loss refuses it elsewhere
+    pack.old_logprobs[9 + 10] = float("-inf")
+    first, second, *rest = worst_of(packs)
+    assert (first["token"], first["before"][-1], first["before"][0], first["after"]) == ([41], 40, 30, list(range(42, 42 + AFTER)))
+    assert (second["token"], second["before"], second["after"], second["trainer"]) == ([19], list(range(10, 19)), [], -5.0)
+    assert len(rest) == COUNT - 2 and all(row["difference"] == 1 for row in rest)
