@@ -83,12 +83,19 @@ class GroupedQkv:
 
     def __call__(self, hf: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> Cut:
         rest = shapes[0][1:]
+        queries, copies = self.queries, 1
+        if rank.size > self.groups:  # so many ranks share the key and value of a group, each with its own of the group's queries
+            copies = rank.size // self.groups
+            queries //= copies
         pieces: list[Piece] = []
         row = 0
-        for group in range(rank.index * self.groups // rank.size, (rank.index + 1) * self.groups // rank.size):
-            for name, heads in zip(hf, (self.queries, 1, 1), strict=True):
+        blocks = self.groups * copies
+        for block in range(rank.index * blocks // rank.size, (rank.index + 1) * blocks // rank.size):
+            group = block // copies
+            for name, first, heads in zip(hf, (block * queries, group, group), (queries, 1, 1), strict=True):
                 rows = heads * self.head_dim
-                pieces.append(Piece(name, (group * rows,) + (0,) * len(rest), (row,) + (0,) * len(rest), (rows, *rest)))
+                start = first * self.head_dim
+                pieces.append(Piece(name, (start,) + (0,) * len(rest), (row,) + (0,) * len(rest), (rows, *rest)))
                 row += rows
         return (row, *rest), pieces
 
@@ -97,12 +104,15 @@ class GroupedQkv:
 class Vocabulary:
     """Rows of the vocabulary, padded at its end to a multiple of the ranks and cut evenly; padding rows hold zeros and are in no piece.
 
-    vLLM: the same, but padded to a multiple of 64 rows first (VocabParallelEmbedding), so its cuts lie elsewhere.
+    multiple: the vocabulary is padded to a multiple of so many rows first. vLLM: 64 (VocabParallelEmbedding), so its cuts lie elsewhere.
     """
+
+    multiple: int = 1
 
     def __call__(self, hf: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> Cut:
         vocab, columns = shapes[0]
-        rows = -(-vocab // rank.size)
+        rows = -(-vocab // self.multiple) * self.multiple
+        rows = -(-rows // rank.size)
         start = rank.index * rows
         held = max(0, min(vocab, start + rows) - start)
         return (rows, columns), [Piece(hf[0], (start, 0), (0, 0), (held, columns))] if held else []

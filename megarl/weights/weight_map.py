@@ -99,14 +99,15 @@ class WeightMap:
     @cached_property
     def hf_shapes(self) -> dict[str, Shape]:
         """Shape of every Hugging Face tensor."""
-        return {name: shape for entry, layer in self._rows() for name, shape in self._tensors(entry, layer)}
+        return {name: shape for entry, layer in self.rows() for name, shape in self._tensors(entry, layer)}
 
     @cached_property
     def hf_float32(self) -> frozenset[str]:
         """Hugging Face tensors that stay float32, in files and on the wire, whatever the dtype of the model."""
-        return frozenset(name for entry, layer in self._rows() if entry.buffer for name, _ in self._tensors(entry, layer))
+        return frozenset(name for entry, layer in self.rows() if entry.buffer for name, _ in self._tensors(entry, layer))
 
-    def _rows(self) -> Iterator[tuple[Entry, int]]:
+    def rows(self) -> Iterator[tuple[Entry, int]]:
+        """Every row of the table with its layer, in the order of hf_shapes."""
         yield from ((entry, 0) for entry in self.entries if entry.where == "first")
         for layer in range(self.num_layers):
             yield from ((entry, layer) for entry in self.entries if self._in_layer(entry, layer))
