@@ -27,6 +27,7 @@ class PackedSequences(PackedSeqParams):
     key_index: Tensor | None = None  # [segments, longest key] -> row of the pack
     cells: Tensor | None = None  # [rows of this rank] -> cell of the query rectangle
     mask: Tensor | None = None  # bool [segments, 1, longest query, longest key]; None is causal
+    positions: Tensor | None = None  # int64 [rows of this rank]: of each row in its sequence
     gathered: Tensor | None = None  # row of the pack -> place in the concatenation of all context-parallel ranks' rows
 
     def to(self, device: torch.device) -> PackedSequences:
@@ -55,6 +56,7 @@ def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: i
         if max(a, span.start) < min(b, span.stop)
     ]
     packed.query_index, packed.cells = _rectangle([end - first for first, end, _ in segments])
+    packed.positions = torch.cat([torch.arange(first - start, end - start) for first, end, start in segments])
     if len(cp_spans) == 1:
         packed.key_index = packed.query_index
         return packed
@@ -81,7 +83,7 @@ def _rectangle(sizes: list[int]) -> tuple[Tensor, Tensor]:
 class RowRotary(torch.nn.Module):
     """Rotary angles of the rows of a pack by their positions, [T, 1, 1, dim], in place of those of one long sequence.
 
-    Stands in a GPTModel's `rotary_pos_emb`. `positions` (int64 [T], this rank's rows) is set before each forward.
+    Stands in a GPTModel's `rotary_pos_emb`, which asks for the length just before it asks for the angles.
     """
 
     def __init__(self, rotary: torch.nn.Module) -> None:
@@ -89,15 +91,20 @@ class RowRotary(torch.nn.Module):
         self.rotary = rotary
         self.positions: Tensor | None = None
 
-    def get_rotary_seq_len(self, *args: Any) -> int:
-        return self.rotary.get_rotary_seq_len(*args)
+    def get_rotary_seq_len(self, context: Any, decoder: Any, rows: Any, config: Any, packed: PackedSequences) -> int:
+        self.positions = packed.positions
+        return self.rotary.get_rotary_seq_len(context, decoder, rows, config, packed)
 
     def forward(self, max_seq_len: int, **kwargs: Any) -> Tensor:
         return self.rotary.get_emb(max_seq_len)[self.positions]
 
 
 class PackedCausalAttention(torch.nn.Module):
-    """Fits the core_attention place of megatron-core's SelfAttention. q, k, v are [T, 1, heads, dim]; returns [T, 1, heads * dim]."""
+    """Fits the core_attention place of megatron-core's SelfAttention. q, k, v are [T, 1, heads, dim]; returns [T, 1, heads * dim of v].
+
+    Values may be narrower than queries and keys (MLA): they are then padded, since torch's flash kernels want one width and its other
+    kernel keeps the whole score matrix.
+    """
 
     def __init__(self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__()
@@ -106,7 +113,8 @@ class PackedCausalAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, packed_seq_params: PackedSequences, **kwargs: Any
     ) -> Tensor:
-        packed = packed_seq_params
+        packed, width = packed_seq_params, value.shape[-1]
+        value = F.pad(value, (0, query.shape[-1] - width))
         if packed.gathered is not None:
             group = parallel_state.get_context_parallel_group()
             both = torch.cat([key, value], dim=-1)
@@ -129,4 +137,4 @@ class PackedCausalAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, packed.cells).flatten(1).unsqueeze(1)
+        return out[..., :width].transpose(1, 2).flatten(0, 1).index_select(0, packed.cells).flatten(1).unsqueeze(1)

@@ -138,6 +138,10 @@ def _answer_megatron() -> None:
     dispatcher.__dict__["maybe_move_tensor_to_cpu"] = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
+
+    # transformer/multi_latent_attention.py:56: its HAVE_TE is true without Transformer Engine, where TELinear is a mock and no type.
+    latent = importlib.import_module(core + "transformer.multi_latent_attention")
+    latent.__dict__["HAVE_TE"] = importlib.import_module(core + "extensions.transformer_engine").__dict__["HAVE_TE"]
     _answer_tensor_type()
 
 

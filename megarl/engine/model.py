@@ -16,11 +16,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megarl.config import Config
 from megarl.engine.attention import PackedCausalAttention, RowRotary
 from megarl.engine.experts import GroupedExperts
+from megarl.engine.mla import PackedLatentAttention
 from megarl.engine.parallel import Parallel
 from megarl.weights.load import HfReader
 from megarl.weights.weight_map import Param, WeightMap
@@ -82,8 +83,9 @@ def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Mo
                 **weight_map.gpt,
             ).to(parallel.device.device)
         )
-    for gpt in chunks:
-        gpt.rotary_pos_emb = RowRotary(gpt.rotary_pos_emb)
+    if not transformer.multi_latent_attention:
+        for gpt in chunks:
+            gpt.rotary_pos_emb = RowRotary(gpt.rotary_pos_emb)
     model = Model(transformer, weight_map, parallel, bare=chunks)
     _check_against_map(model)
     _mark_parameters(model)
@@ -139,7 +141,8 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
         recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif config.engine.recompute == "selective":
         recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    return TransformerConfig(
+    latent = weight_map.model.get("multi_latent_attention", False)
+    return (MLATransformerConfig if latent else TransformerConfig)(
         **weight_map.model,
         tensor_model_parallel_size=at.tp,
         pipeline_model_parallel_size=at.pp,
@@ -199,11 +202,15 @@ def _layer_spec(config: TransformerConfig, moe: bool, grouped: bool) -> ModuleSp
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=False,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
         normalization="RMSNorm",
     )
     attention = spec.submodules.self_attention.submodules
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    if config.qk_layernorm:
+    if config.multi_latent_attention:
+        spec.submodules.self_attention.module = PackedLatentAttention
+        attention.q_layernorm = attention.kv_layernorm = RMSNorm
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedCausalAttention
     if moe and grouped:

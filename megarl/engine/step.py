@@ -131,7 +131,6 @@ class Engine:
         at = self.model.parallel
         mine = cp_rows(pack.padded, at.layout.cp, at.coord.cp)
         tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
-        self.model.bare[index].rotary_pos_emb.positions = positions
         with context as record:
             out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences.to(device))
         if record is not None:

@@ -20,6 +20,8 @@ from megarl.weights.layout import Coord, Layout
 from megarl.weights.relations import Piece, Rank, Relation, Replicated, Shape
 
 FAMILIES = {  # model_type of config.json -> module
+    "deepseek_v3": "megarl.weights.families.deepseek_v3",
+    "glm4_moe": "megarl.weights.families.glm4_moe",
     "llama": "megarl.weights.families.llama",
     "mixtral": "megarl.weights.families.mixtral",
     "qwen2_moe": "megarl.weights.families.qwen2_moe",

@@ -1,4 +1,4 @@
-"""What families share: keys of config.json in both transformers generations, rows of a table, and what no family supports."""
+"""What families share: keys of config.json in both transformers generations, Megatron's configuration and rows of a table."""
 
 from __future__ import annotations
 
@@ -57,6 +57,28 @@ def softmax_router(hf: Hf, moe_layers: list[int], width: int, *, renormalised: b
         moe_router_score_function="softmax",
         moe_router_pre_softmax=not renormalised,
         moe_layer_freq=[int(i in moe_layers) for i in range(hf["num_hidden_layers"])],
+    )
+
+
+def sigmoid_router(hf: Hf) -> dict[str, Any]:
+    """DeepSeek-V3's router: top-k of sigmoid + expert bias among the best groups, gates renormalised and scaled; shared experts beside it.
+
+    megatron-core ranks a group by the sum of its best top_k // group_topk experts, the model by its best two: equal where that is two.
+    """
+    groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    width = hf["moe_intermediate_size"]
+    limit = dict(moe_router_num_groups=groups, moe_router_group_topk=kept) if kept < groups else {}
+    shared = (hf.get("n_shared_experts") or 0) * width
+    return dict(
+        num_moe_experts=num_experts(hf),
+        moe_ffn_hidden_size=width,
+        moe_router_topk=hf["num_experts_per_tok"],
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_topk_scaling_factor=hf["routed_scaling_factor"],
+        moe_shared_expert_intermediate_size=shared or None,
+        moe_layer_freq=[int(i >= hf["first_k_dense_replace"]) for i in range(hf["num_hidden_layers"])],
+        **limit,
     )
 
 
@@ -146,46 +168,13 @@ def experts(hf: Hf, width: int) -> tuple[Entry, ...]:
     )
 
 
-# ---- what no family supports
-
-
-def refuse(hf: Hf, *, biased_output: str | None = "attention_bias") -> str | None:
-    """One line for what megarl cannot train, or None. biased_output: the key that, when true, adds a bias to the attention's output."""
-    rope = rope_parameters(hf)
-    faults = (
-        (hf.get("hidden_act", "silu") != "silu", f"hidden_act {hf.get('hidden_act')!r}", "only silu is"),
-        (hf.get("tie_word_embeddings"), "tie_word_embeddings true", "use a checkpoint that has its own lm_head.weight"),
-        (biased_output and hf.get(biased_output), f"{biased_output} true", "Megatron's output projection has no bias"),
-        (hf.get("mlp_bias"), "mlp_bias true", "use a checkpoint without biases in its MLPs"),
-        (_window(hf), _window(hf), "set it to false (or null) in config.json to train with full attention"),
-        (_rope_fault(rope), _rope_fault(rope), "remove it from config.json to train within the original context"),
-        (_quantization_fault(hf), _quantization_fault(hf), "dequantise the checkpoint first"),
+def sigmoid_experts(hf: Hf) -> tuple[Entry, ...]:
+    """What `sigmoid_router` routes to: its bias, routed experts, the shared experts as one MLP, and the dense first layers."""
+    width, shared = hf["moe_intermediate_size"], hf.get("n_shared_experts") or 0
+    bias = {"mlp.gate.e_score_correction_bias": (num_experts(hf),)}
+    return (
+        *experts(hf, width),
+        row("mlp.router.expert_bias", Replicated(), bias, "moe", buffer=True),
+        *(gated_mlp(hf, shared * width, "mlp.shared_experts", "mlp.shared_experts", "moe") if shared else ()),
+        *dense_mlp(hf),
     )
-    return next((f"model.path: {what} is not supported; {fix}" for wrong, what, fix in faults if wrong), None)
-
-
-def _window(hf: Hf) -> str | None:
-    if hf.get("use_sliding_window"):
-        return "use_sliding_window true"
-    if "use_sliding_window" not in hf and hf.get("sliding_window"):
-        return f"sliding_window {hf['sliding_window']}"
-    return "layer_types with 'sliding_attention'" if "sliding_attention" in (hf.get("layer_types") or []) else None
-
-
-def _rope_fault(rope: dict[str, Any]) -> str | None:
-    kind = rope["rope_type"]
-    if kind == "llama3":
-        fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}  # megatron-core's constants
-        wrong = next((key for key, value in fixed.items() if rope.get(key) != value), None)
-        return f"rope scaling 'llama3' with {wrong} {rope.get(wrong)!r}" if wrong else None
-    return None if kind == "default" else f"rope scaling {kind!r}"
-
-
-def _quantization_fault(hf: Hf) -> str | None:
-    quantization = hf.get("quantization_config")
-    if not quantization:
-        return None
-    method = quantization.get("quant_method")
-    if method == "fp8" and quantization.get("weight_block_size"):
-        return None
-    return f"quantization_config with quant_method {method!r}{' without weight_block_size' if method == 'fp8' else ''}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarl.weights.families import common
+from megarl.weights.families import common, unsupported
 from megarl.weights.families.common import Hf
 from megarl.weights.relations import Replicated
 from megarl.weights.weight_map import Family
@@ -11,7 +11,7 @@ MOE = "block_sparse_moe."
 
 
 def refuse(hf: Hf) -> str | None:
-    return common.refuse(hf)
+    return unsupported.anywhere(hf) or unsupported.softmax_router(hf)
 
 
 def family(hf: Hf) -> Family:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megarl.weights.families import common
+from megarl.weights.families import common, unsupported
 from megarl.weights.families.common import Hf
 from megarl.weights.weight_map import Family
 
 
 def refuse(hf: Hf) -> str | None:
-    return common.refuse(hf)
+    return unsupported.anywhere(hf) or unsupported.softmax_router(hf)
 
 
 def family(hf: Hf) -> Family:
