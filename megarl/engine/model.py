@@ -23,6 +23,7 @@ from megarl.engine.attention import PackedCausalAttention, RowRotary
 from megarl.engine.experts import GroupedExperts
 from megarl.engine.mla import PackedLatentAttention
 from megarl.engine.parallel import Parallel
+from megarl.engine.shape_exchange import mend_shape_exchange
 from megarl.weights.load import HfReader
 from megarl.weights.weight_map import Param, WeightMap
 
@@ -67,6 +68,8 @@ def _named_tensors(chunk: GPTModel) -> dict[str, torch.Tensor]:
 def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Model:
     """GPTModel chunks of this rank, not yet filled and not yet wrapped for training."""
     transformer = _transformer_config(config, weight_map, parallel)
+    if parallel.layout.vpp > 1:
+        mend_shape_exchange()
     chunks = []
     for chunk in range(parallel.layout.vpp):
         stage = chunk if parallel.layout.vpp > 1 else None
@@ -156,7 +159,7 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=at.vpp == 1,  # packs differ in length, but see batch.pack_lengths
+        variable_seq_lengths=True,  # packs differ in length
         normalization="RMSNorm",
         add_bias_linear=False,
         gated_linear_unit=True,
