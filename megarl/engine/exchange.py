@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megarl.engine.batch import Meta, Pack, make_pack, pack_lengths, router_rows, scatter_rows
 from megarl.engine.parallel import Parallel
+from megarl.errors import UserError
 from megarl.replay.routes import route_dtype, spread_routes
 from megarl.rollout.response import Response
 from megarl.weights.layout import Coord, Layout
@@ -219,11 +220,16 @@ class _Reader:
         return out
 
 
-def gather_metas(mine: list[Meta], parallel: Parallel) -> list[Meta]:
-    """The metas of all responses, on every rank, in prompt order (a prompt's responses stay in their owner's order)."""
-    everyone: list[list[Meta]] = [[] for _ in range(parallel.layout.world)]
-    dist.all_gather_object(everyone, mine)
-    return sorted((meta for rank in everyone for meta in rank), key=lambda meta: meta.prompt)
+def gather_metas(mine: list[Meta], parallel: Parallel, fault: str | None = None) -> list[Meta]:
+    """The metas of all responses, on every rank, in prompt order (a prompt's responses stay in their owner's order).
+
+    Where a rank has a `fault`, every rank raises it as a UserError: none is left waiting for the one that found it.
+    """
+    everyone: list[tuple[list[Meta], str | None]] = [([], None)] * parallel.layout.world
+    dist.all_gather_object(everyone, (mine, fault))
+    if faults := [found for _, found in everyone if found]:
+        raise UserError(faults[0])
+    return sorted((meta for metas, _ in everyone for meta in metas), key=lambda meta: meta.prompt)
 
 
 def minibatches(metas: Sequence[Meta], prompts: int, count: int) -> Iterator[list[int]]:

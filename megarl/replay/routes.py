@@ -13,27 +13,38 @@ def route_dtype(num_experts: int) -> np.dtype:
 
 
 def only_moe_layers(routes: np.ndarray, moe_layers: list[int], num_layers: int) -> np.ndarray:
-    """[T, L, K] of all transformer layers or of the MoE layers only -> MoE layers only. Any other count is an error."""
-    if routes.shape[1] == len(moe_layers):
-        return routes
-    if routes.shape[1] == num_layers:
-        return routes[:, moe_layers]
-    raise ValueError(f"routes of {routes.shape[1]} layers; the model has {len(moe_layers)} MoE layers of {num_layers} layers")
+    """[T, L, K] of all transformer layers or of the MoE layers only -> MoE layers only. ValueError for any other count."""
+    if routes.ndim != 3 or routes.shape[1] not in (len(moe_layers), num_layers):
+        raise ValueError(f"shape {routes.shape}, not (tokens - 1, {len(moe_layers)} MoE layers of {num_layers} layers, top-k)")
+    return routes if routes.shape[1] == len(moe_layers) else routes[:, moe_layers]
 
 
-def check_routes(routes: np.ndarray, rows: int, layers: int, num_experts: int, top_k: int) -> str | None:
-    """What is wrong with one response's routes, or None. Wrong routes would hang the all-to-all or train other experts."""
+def check_routes(routes: np.ndarray, rows: int, layers: int, num_experts: int, top_k: int) -> None:
+    """ValueError, what is wrong and what was expected. Wrong routes would hang the all-to-all or train other experts."""
     if routes.shape != (rows, layers, top_k):
-        return f"shape {routes.shape}, not (tokens - 1, MoE layers, top-k) = {(rows, layers, top_k)}"
+        raise ValueError(f"shape {routes.shape}, not (tokens - 1, MoE layers, top-k) = {(rows, layers, top_k)}")
     if routes.dtype.kind not in "ui":
-        return f"dtype {routes.dtype}, not an integer"
-    if rows and (routes.min() < 0 or routes.max() >= num_experts):
-        return f"expert {int(routes.max())} outside 0..{num_experts - 1}"
+        raise ValueError(f"dtype {routes.dtype}, not an integer")
+    expected = f"not {top_k} distinct experts of 0..{num_experts - 1}"
+    outside = (routes < 0) | (routes >= num_experts)
+    if outside.any():
+        row = int(outside.any(axis=(1, 2)).argmax())
+        raise ValueError(f"row {row} names expert {int(routes[outside][0])}, {expected}")
+    if top_k > 1 and rows and not routes.any():
+        raise ValueError(f"all zero, {expected} a row: nothing was captured")
     ordered = np.sort(routes, axis=-1)
     same = (ordered[..., 1:] == ordered[..., :-1]).any(axis=(1, 2))
     if same.any():
-        return f"row {int(same.argmax())} names an expert twice"
-    return None
+        row = int(same.argmax())
+        layer = int((ordered[row, :, 1:] == ordered[row, :, :-1]).any(axis=1).argmax())
+        raise ValueError(f"row {row} names an expert twice, {routes[row, layer].tolist()} in MoE layer {layer}, {expected}")
+
+
+def accept_routes(routes: np.ndarray, rows: int, moe_layers: list[int], num_layers: int, num_experts: int, top_k: int) -> np.ndarray:
+    """One response's routes, as a rollout engine or a file gave them -> [rows, MoE layers, K]. ValueError says what is wrong."""
+    routes = only_moe_layers(routes, moe_layers, num_layers)
+    check_routes(routes, rows, len(moe_layers), num_experts, top_k)
+    return routes
 
 
 def spread_routes(rows: int, layers: int, num_experts: int, top_k: int, start: int = 0) -> Tensor:

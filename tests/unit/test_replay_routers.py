@@ -17,7 +17,7 @@ from megarl.engine.model import Model, _transformer_config
 from megarl.engine.parallel import destroy_parallel
 from megarl.replay.context import replay_schedule
 from megarl.replay.metrics import RoutingSums
-from megarl.replay.routes import agreement, check_routes, route_dtype, spread_routes
+from megarl.replay.routes import accept_routes, agreement, check_routes, route_dtype, spread_routes
 from megarl.weights.weight_map import WeightMap
 
 # isort: split
@@ -321,25 +321,35 @@ def spoilt(row, values):
         (GOOD[..., :3], "shape (3, 2, 3)"),
         (GOOD.astype(np.float32), "dtype float32"),
         (GOOD > 3, "dtype bool"),
-        (spoilt((1, 0), [0, 1, 2, EXPERTS]), f"expert {EXPERTS} outside"),
-        (spoilt((1, 0), [0, 1, 2, -1]), "outside"),
-        (spoilt((2, 1), [5, 1, 3, 5]), "row 2 names an expert twice"),
+        (GOOD[0], "shape (2, 4)"),
+        (spoilt((1, 0), [0, 1, 2, EXPERTS]), f"row 1 names expert {EXPERTS}, not 4 distinct experts of 0..15"),
+        (spoilt((1, 0), [0, 1, 2, -1]), "row 1 names expert -1, not 4"),
+        (spoilt((2, 1), [5, 1, 3, 5]), "row 2 names an expert twice, [5, 1, 3, 5] in MoE layer 1, not 4"),
         (spoilt((1, 1), [0, 0, 0, 0]), "row 1 names an expert twice"),
+        (np.zeros_like(GOOD), "all zero, not 4"),
     ],
 )
 def test_trap_07_wrong_routes_are_named_on_arrival(routes, said):
-    assert check_routes(GOOD, 3, 2, EXPERTS, TOP_K) is None
-    assert said in check_routes(routes, 3, 2, EXPERTS, TOP_K)
+    check_routes(GOOD, 3, 2, EXPERTS, TOP_K)
+    with pytest.raises(ValueError) as error:
+        check_routes(routes, 3, 2, EXPERTS, TOP_K)
+    assert said in str(error.value)
+
+
+def test_routes_of_all_layers_are_reduced_to_moe_layers():
+    np.testing.assert_array_equal(accept_routes(np.repeat(GOOD, 2, axis=1), 3, [0, 3], 4, EXPERTS, TOP_K), GOOD)
+    with pytest.raises(ValueError, match="not .tokens - 1, 2 MoE layers of 4 layers, top-k"):
+        accept_routes(np.repeat(GOOD, 3, axis=1), 3, [0, 3], 4, EXPERTS, TOP_K)
 
 
 def test_trap_07_expert_zero_alone_is_right_where_top_k_is_one():
-    assert check_routes(np.zeros((3, 2, 1), np.uint8), 3, 2, EXPERTS, 1) is None
+    check_routes(np.zeros((3, 2, 1), np.uint8), 3, 2, EXPERTS, 1)
 
 
 @pytest.mark.parametrize("experts, top_k", [(16, 4), (8, 2), (6, 4), (5, 5), (300, 8)])
 def test_trap_08_padding_rows_are_distinct_and_spread(experts, top_k):
     routes = spread_routes(60, 2, experts, top_k, start=7)
-    assert check_routes(routes.numpy(), 60, 2, experts, top_k) is None
+    check_routes(routes.numpy(), 60, 2, experts, top_k)
     load = routes[:, 0].flatten().bincount(minlength=experts)
     assert load.max() - load.min() <= 1
     in_two = [spread_routes(4, 1, experts, top_k), spread_routes(3, 1, experts, top_k, start=4)]
