@@ -41,11 +41,16 @@ def _run(argv: list[str]) -> int:
     top.epilog += "\n\n`megarl COMMAND --help` tells more; docs/config.md lists the configuration keys."
     top.add_argument("--version", action="version", version=f"megarl {megarl.__version__}")
     top.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
-    args = top.parse_args(argv[:1])
-    text, add_arguments, command = COMMANDS[args.command]
-    parser = _Parser(prog=f"megarl {args.command}", description=text)
+    command = top.parse_args(argv[:1]).command
+    return COMMANDS[command][2](parse(command, argv[1:]))
+
+
+def parse(command: str, argv: list[str]) -> argparse.Namespace:
+    """The arguments of one command, on its command line as in the ranks that it starts."""
+    text, add_arguments, _ = COMMANDS[command]
+    parser = _Parser(prog=f"megarl {command}", description=text)
     add_arguments(parser)
-    return command(parser.parse_intermixed_args(argv[1:], argparse.Namespace(command=args.command)))
+    return parser.parse_intermixed_args(argv, argparse.Namespace(command=command))
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

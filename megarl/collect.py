@@ -15,10 +15,10 @@ from megarl.data import Prompt
 from megarl.engine.batch import Meta, Pack, assign
 from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import exchange, gather_metas, minibatches
-from megarl.errors import UserError
 from megarl.objective import advantages, denominators
-from megarl.replay.routes import check_routes, only_moe_layers
+from megarl.replay.routes import accept_routes
 from megarl.report.samples import Sample
+from megarl.report.trace import phase
 from megarl.reward import get_reward
 from megarl.rollout.client import RolloutClient
 from megarl.rollout.response import Response
@@ -50,10 +50,13 @@ class Collector:
         mine = np.array_split(np.arange(len(prompts)), self.parallel.layout.dp)[self.parallel.coord.dp]
         seed = (config.run.seed * 1_000_003 + step) * 1_000_003 % 2**31
         seed += int(mine[0]) * config.batch.group
-        groups = self._generate([prompts[i] for i in mine], config.batch.group, config.rollout.temperature, seed)
+        with phase("rollout"):
+            groups = self._generate([prompts[i] for i in mine], config.batch.group, config.rollout.temperature, seed)
         held = [(int(i), response) for i, group in zip(mine, groups) for response in group]
-        rewards = [self._score(prompts[i], response) for i, response in held]
-        metas = gather_metas([self._meta(i, response, reward) for (i, response), reward in zip(held, rewards)], self.parallel)
+        with phase("reward"):
+            rewards = [self._score(prompts[i], response) for i, response in held]
+        fault = self._accept_routes(held, prompts)
+        metas = gather_metas([self._meta(i, response, reward) for (i, response), reward in zip(held, rewards)], self.parallel, fault)
         rollout_s = time.perf_counter() - start
 
         numbers = [n for n, meta in enumerate(metas) if meta.owner == self.parallel.coord.rank]
@@ -88,8 +91,6 @@ class Collector:
         return self.reward(text, prompt.answer, prompt.text)
 
     def _meta(self, prompt: int, response: Response, reward: float) -> Meta:
-        if self.routes is not None:
-            self._check(response)
         return Meta(
             prompt=prompt,
             prompt_len=response.prompt_len,
@@ -101,17 +102,23 @@ class Collector:
             truncated=response.finish_reason == "length",
         )
 
-    def _check(self, response: Response) -> None:
-        weight_map = self.engine.model.weight_map
-        if response.routes is None:
-            if self.config.replay_mode == "R3" and self.config.replay.on_missing == "error":
-                raise UserError("a response came without routes under replay.mode R3; check the worker, or set replay.on_missing=live")
-            return
-        response.routes = only_moe_layers(response.routes, weight_map.moe_layers, weight_map.num_layers)
-        rows, layers = len(response.tokens) - 1, len(weight_map.moe_layers)
-        wrong = check_routes(response.routes, rows, layers, weight_map.num_experts, weight_map.top_k)
-        if wrong:
-            raise UserError(f"routes of a response are wrong: {wrong}; the rollout worker serves another model than the trainer's")
+    def _accept_routes(self, held: list[tuple[int, Response]], prompts: list[Prompt]) -> str | None:
+        """Reduces the responses' routes to MoE layers; what is wrong with the first bad ones, in one line that names the response."""
+        if self.routes is None:
+            return None
+        weight_map, needed = self.engine.model.weight_map, self.config.replay_mode == "R3" and self.config.replay.on_missing == "error"
+        size = weight_map.moe_layers, weight_map.num_layers, weight_map.num_experts, weight_map.top_k
+        for number, (i, response) in enumerate(held):
+            nth = sum(other == i for other, _ in held[:number])
+            name = f"response {nth} to the prompt on line {prompts[i].line} ({prompts[i].text[-40:]!r})"
+            try:
+                if response.routes is not None:
+                    response.routes = accept_routes(response.routes, len(response.tokens) - 1, *size)
+                elif needed:
+                    raise ValueError("none, which replay.mode R3 needs; check the worker, or set replay.on_missing=live")
+            except ValueError as wrong:
+                return f"routes of {name}: {wrong}; does the rollout worker serve the trainer's model?"
+        return None
 
     def _lay_out(self, metas: list[Meta], responses: dict[int, Response]) -> tuple[list[list[Pack]], int]:
         """One deterministic assignment response -> (mini-batch, replica, pack) for the pi_old pass and all updates; then the move."""

@@ -7,7 +7,6 @@ Writes run.dir/compare.html, compare.json, and compare.jsonl, the responses as `
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from megarl.cli import parse
 from megarl.collect import Batch, Collector
 from megarl.config import Config, load_config
 from megarl.data import Prompt, load_prompts, load_tokenizer
@@ -32,11 +32,7 @@ FIELDS = ("tokens", "labels", "mask", "rollout_logprobs", "routes", "present", "
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="megarl compare")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", default=[])
-    parser.add_argument("--input")
-    args = parser.parse_intermixed_args(argv)
+    args = parse("compare", argv)
     config = load_config(args.config, args.overrides)
     engine = build_engine(config, temperature=config.rollout.temperature)
     parallel = engine.model.parallel

@@ -6,7 +6,6 @@ batch.group lines a prompt, in the order of the input.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megarl.cli import parse
 from megarl.config import load_config
 from megarl.data import load_prompts, load_tokenizer
 from megarl.rollout.fleet import Fleet
@@ -22,12 +22,7 @@ from megarl.score import encode_npy
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="megarl generate")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", default=[])
-    parser.add_argument("--input", required=True)
-    parser.add_argument("--output", required=True)
-    args = parser.parse_intermixed_args(argv)
+    args = parse("generate", argv)
     config = load_config(args.config, args.overrides)
     tokenizer = load_tokenizer(config.model.path)
     prompts, _ = load_prompts(args.input, tokenizer, max_tokens=config.rollout.max_prompt_tokens, on_bad_line=config.data.on_bad_line)

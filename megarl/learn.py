@@ -14,6 +14,7 @@ from megarl.engine.build import Engine, route_shape
 from megarl.engine.step import Routes
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.replay.metrics import RoutingSums
+from megarl.report.trace import phase
 from megarl.report.worst import Row, gather_worst, worst_of
 
 Values = dict[str, float | list[float]]
@@ -38,12 +39,14 @@ class Learner:
         # With one mini-batch the weights do not move before its only update, whose own log-probability is pi_old: no pass of its own.
         separate = len(minibatches) > 1
         if separate:
-            self._old_pass(packs, old_routing)
+            with phase("old_logprob"):
+                self._old_pass(packs, old_routing)
         middle = time.perf_counter()
         sums: Sums = {}
         norms: list[dict[str, float]] = []
         for minibatch in minibatches:
-            metrics, norm = self.engine.update(minibatch, self._update_routes(separate), self._loss)
+            with phase("update"):
+                metrics, norm = self.engine.update(minibatch, self._update_routes(separate), self._loss)
             norms.append(norm)
             for part in metrics:
                 sums = merge(sums, part)

@@ -15,6 +15,7 @@ from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.errors import UserError
 from megarl.replay.routes import only_moe_layers
+from megarl.report.trace import phase
 from megarl.rollout.fleet import Fleet
 from megarl.weights.gather import gather_full, plan_gather
 from megarl.weights.quantize import quantized_weights
@@ -48,8 +49,10 @@ class Refit:
         model, how = self.engine.model, self.config.sync
         at, shapes = model.parallel, model.weight_map.hf_shapes
         with quantized_weights(model.params(), shapes, how.quantize, how.quantize_also, at.tp_group, at.etp_group):
-            values = self._push(version)
-            values["sync/canary_max_diff"] = self._canary()
+            with phase("sync"):
+                values = self._push(version)
+            with phase("canary"):
+                values["sync/canary_max_diff"] = self._canary()
         values["time/sync_s"] = time.perf_counter() - start
         values["version/weights"] = float(version)
         return values

@@ -6,7 +6,6 @@ Out: {"logprobs": [T-1], "entropy": [T-1], "routes": base64 npy [T-1, L, K]} a l
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -22,23 +21,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.cli import parse
 from megarl.config import Config, load_config
 from megarl.engine.batch import Pack, assign, make_packs, router_rows
 from megarl.engine.build import Engine, build_engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
-from megarl.replay.routes import check_routes, only_moe_layers
+from megarl.replay.routes import accept_routes
 from megarl.weights.weight_map import WeightMap, load_hf_config
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="megarl score")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", default=[])
-    parser.add_argument("--input", required=True)
-    parser.add_argument("--output", required=True)
-    args = parser.parse_intermixed_args(argv)
+    args = parse("score", argv)
     config = load_config(args.config, args.overrides)
     rows = read_rows(Path(args.input), config, WeightMap(load_hf_config(config.model.path)))
     engine = build_engine(config, temperature=config.score.temperature)
@@ -79,12 +74,11 @@ def read_rows(path: Path, config: Config, weight_map: WeightMap) -> list[dict[st
 
 
 def _routes(text: str, rows: int, weight_map: WeightMap) -> np.ndarray:
-    routes = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
-    routes = only_moe_layers(routes, weight_map.moe_layers, weight_map.num_layers)
-    wrong = check_routes(routes, rows, len(weight_map.moe_layers), weight_map.num_experts, weight_map.top_k)
-    if wrong:
-        raise ValueError(f"'routes': {wrong}")
-    return routes
+    try:
+        routes = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+        return accept_routes(routes, rows, weight_map.moe_layers, weight_map.num_layers, weight_map.num_experts, weight_map.top_k)
+    except (ValueError, TypeError, EOFError, AttributeError) as error:
+        raise ValueError(f"'routes': {error}") from None
 
 
 def score(rows: list[dict[str, Any]], engine: Engine, config: Config) -> list[dict[str, Any]]:

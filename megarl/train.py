@@ -21,6 +21,7 @@ from megarl.refit import Refit
 from megarl.report.metrics import MetricsLogger
 from megarl.report.progress import Progress
 from megarl.report.samples import Sample, write_samples
+from megarl.report.trace import phase, start_trace, stop_trace
 from megarl.report.worst import Row, write_worst
 from megarl.rollout.fleet import Fleet
 
@@ -56,13 +57,14 @@ def main(argv: list[str]) -> int:
             metrics |= rates(metrics, time.perf_counter() - start)
             last = step == config.train.steps
             if validation and (last or (config.eval.every and step % config.eval.every == 0)):
-                with fleet.watched():
+                with phase("evaluate"), fleet.watched():
                     metrics |= collector.evaluate(validation, config.eval.samples, config.eval.temperature)
             if output:
                 output.write(step, metrics, batch.samples, learner.worst)
             if last or (config.run.save_every and step % config.run.save_every == 0):
                 state = {"optimizer_steps": done, "stream": stream.state_dict()}
-                save_checkpoint(engine, folder, step, state, config.run.keep)
+                with phase("checkpoint"):
+                    save_checkpoint(engine, folder, step, state, config.run.keep)
     finally:
         fleet.close()
     if output:
@@ -99,6 +101,7 @@ class Output:
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "config.yaml").write_text(dump_config(config))
         self.logger = MetricsLogger(self.dir, config.run.loggers, resumed, config.model_dump(mode="json"))
+        start_trace(self.dir)
         self.progress = Progress(config.train.steps)
         if resumed:
             print(f"resuming after step {resumed}")
@@ -113,6 +116,7 @@ class Output:
 
     def close(self) -> None:
         self.logger.close()
+        stop_trace()
 
 
 if __name__ == "__main__":
