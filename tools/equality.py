@@ -42,7 +42,13 @@ class Row:
 
 
 SMALL = {"micro_batch_tokens": 48}  # several micro-batches of different lengths
-MODELS = {"moe": dict(), "dense_first": dict(dense_layers=[0])}
+MODELS = {  # arguments of make_tiny_model; the default family is Qwen3-MoE
+    "moe": {},
+    "dense_first": {"dense_layers": [0]},
+    "deepseek": {"family": "deepseek_v3", "top_k": 4},  # latent attention, expert bias, 2 of 4 groups, shared expert, dense first layer
+    "qwen2": {"family": "qwen2_moe", "kv_heads": 4},  # QKV bias, a shared expert behind a gate
+    "llama": {"family": "llama"},  # no experts
+}
 ROWS = [
     Row("1 rank, several micro-batches", 1, engine=SMALL, quick=True),
     Row("1 rank, sequential experts", 1, engine={"experts": "sequential", **SMALL}, quick=True),
@@ -78,6 +84,19 @@ ROWS = [
     Row("TP2 EP4 DP2", 4, {"tp": 2, "ep": 4}, SMALL, quick=True),
     Row("PP2 EP2 DP2", 4, {"pp": 2, "ep": 2}, SMALL),
     Row("PP4", 4, {"pp": 4}, SMALL),
+    Row("DeepSeek, TP2 CP2 EP2 full recompute", 4, {"tp": 2, "cp": 2, "ep": 2}, {"recompute": "full", **SMALL}, model="deepseek"),
+    Row(
+        "DeepSeek, TP2 PP2 EP2, first stage all dense",
+        4,
+        {"tp": 2, "pp": 2, "ep": 2, "first_stage_layers": 1},
+        SMALL,
+        model="deepseek",
+        quick=True,
+    ),
+    Row("DeepSeek, PP2 VPP2 ETP1 DP2 full recompute", 4, {"pp": 2, "vpp": 2}, {"recompute": "full", **SMALL}, model="deepseek", quick=True),
+    Row("DeepSeek, PP2 full recompute", 2, {"pp": 2}, {"recompute": "full", **SMALL}, model="deepseek"),
+    Row("Qwen2-MoE, TP2 PP2 ETP2", 4, {"tp": 2, "pp": 2, "etp": 2}, SMALL, model="qwen2", quick=True),
+    Row("Llama, TP2 PP2", 4, {"tp": 2, "pp": 2}, SMALL, model="llama", quick=True),
 ]
 
 
@@ -121,12 +140,14 @@ def compare(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, changes in MODELS.items():
-            make_tiny_model(folder / name)
-            config = json.loads((folder / name / "config.json").read_text())
-            if changes:
-                _make_dense(folder / name, config, **changes)
-        reference = [Row(f"reference {name}", 1, engine={"micro_batch_tokens": 4096}, model=name) for name in MODELS]
+        used = [name for name in MODELS if any(row.model == name for row in rows)]
+        for name in used:
+            arguments = dict(MODELS[name])
+            dense = arguments.pop("dense_layers", None)
+            make_tiny_model(folder / name, **arguments)
+            if dense:
+                _make_dense(folder / name, json.loads((folder / name / "config.json").read_text()), dense)
+        reference = [Row(f"reference {name}", 1, engine={"micro_batch_tokens": 4096}, model=name) for name in used]
         for world in (1, 2, 4):
             chosen = [row for row in (reference if world == 1 else []) + rows if row.world == world]
             if chosen:
@@ -262,12 +283,7 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
     mu = [-torch.rand(r, generator=generator) * 3 for _, r in RESPONSES]
     advantage = torch.randn(len(RESPONSES), generator=generator)
     routes = [
-        torch.stack(
-            [
-                torch.randperm(weight_map.num_experts, generator=generator)[: weight_map.top_k]
-                for _ in range((n - 1) * len(weight_map.moe_layers))
-            ]
-        ).view(n - 1, len(weight_map.moe_layers), weight_map.top_k)
+        torch.rand(n - 1, len(weight_map.moe_layers), weight_map.num_experts, generator=generator).argsort(-1)[..., : weight_map.top_k]
         for n in lengths
     ]
     multiple = at.layout.pp if at.layout.vpp > 1 else 1
@@ -282,7 +298,7 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
         for start, i in zip(pack.starts, members):
             rows = slice(start, start + lengths[i] - 1)
             pack.advantages[rows], pack.group_ids[rows] = advantage[i], i // 3
-        if with_routes:
+        if with_routes and weight_map.moe_layers:
             empty = torch.zeros(0, len(weight_map.moe_layers), weight_map.top_k)
             attach_routes(pack, torch.cat([routes[i] for i in members]) if members else empty, at, shape)
     return packs

@@ -16,9 +16,15 @@ from megarl.weights.weight_map import WeightMap, load_hf_config  # noqa: E402
 
 
 def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float = 1.0) -> Engine:
-    """Process groups, model filled from model.path, and, with optimizer_steps > 0, gradient buffers, optimizer and schedule."""
+    """Process groups, model filled from model.path, and, with optimizer_steps > 0, gradient buffers, optimizer and schedule.
+
+    A model without experts has no routes: `config` is changed so that replay and its metrics are off.
+    """
     parallel = init_parallel(config.parallel, DEVICE, config.run.seed)
-    model = build_model(config, WeightMap(load_hf_config(config.model.path)), parallel)
+    weight_map = WeightMap(load_hf_config(config.model.path))
+    if not weight_map.moe_layers:
+        config.replay.mode, config.replay.metrics = "none", False
+    model = build_model(config, weight_map, parallel)
     load_hf(model, config.model.path)
     if optimizer_steps:
         wrap_for_training(model, config)

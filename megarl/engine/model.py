@@ -119,6 +119,7 @@ def _mark_parameters(model: Model) -> None:
 def load_hf(model: Model, path: str) -> None:
     """Fills the model from a Hugging Face folder: each rank reads only the rectangles it holds. Padding rows become zero."""
     with HfReader(path) as reader, torch.no_grad():
+        reader.carried(model.weight_map)  # names what is missing or unknown
         for param, tensor in model.params():
             tensor.zero_()
             for piece in param.pieces:

@@ -44,7 +44,9 @@ def sft_batch(case: Case) -> str | None:
 
 def replay(case: Case) -> str | None:
     mode = case.config.replay_mode
-    if mode != "none" and not case.model.get("num_moe_experts"):
+    if not case.model.get("num_moe_experts"):
+        if case.config.replay.mode in (None, "none"):  # its default is then none
+            return None
         return f"replay.mode {mode} needs a MoE model, this one is dense; set replay.mode=none"
     return unreplayable(case.model) if mode != "none" else None
 

@@ -141,9 +141,7 @@ def render_overlay(runs: dict[str, Rows]) -> str:
             groups.append(f'<h2>{group.title}</h2><p>{group.text}</p><div class="grid">{panels}</div>')
     rewards = [(escape(name), _show(last_eighth(rows, "reward/mean"), "{:.3f}")) for name, rows in zip(names, runs.values())]
     text = "Reward, mean of the last eighth of each run's steps."
-    return html_page(
-        " and ".join(names), f"<h1>{len(runs)} runs</h1><p>{text}</p>{tile_row(rewards)}{''.join(groups)}{_script()}"
-    )
+    return html_page(" and ".join(names), f"<h1>{len(runs)} runs</h1><p>{text}</p>{tile_row(rewards)}{''.join(groups)}{_script()}")
 
 
 def _short(folders: list[str]) -> list[str]:

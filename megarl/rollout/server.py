@@ -24,6 +24,7 @@ from megarl.rollout import coordinator
 from megarl.rollout.coordinator import WorkerInfo
 from megarl.rollout.plugin import BACKEND, OWN_SERVER
 from megarl.rollout.serverlog import first_error, log_tail
+from megarl.weights.weight_map import WeightMap, load_hf_config
 
 CANARY_TOKENS = 64  # a weight sync is checked by scoring this many tokens: the server's context holds them and one more
 STOP_S = 4.0  # between SIGTERM and SIGKILL
@@ -89,7 +90,7 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     if rollout.enforce_eager:
         command += ["--enforce-eager"]
-    if config.wants_routes:
+    if config.wants_routes and WeightMap(load_hf_config(config.model.path)).moe_layers:
         command += ["--enable-return-routed-experts"]
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
@@ -117,6 +118,8 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
         ours["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles a few helpers even so, which costs 20 s and a C++ compiler
     if not torch.cuda.is_available():
         ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        # vLLM's latent attention on a CPU has one head size, blocks of 16 and no prefix cache, which routes need: it runs unfolded.
+        ours["VLLM_MLA_DISABLE"] = "1"
         # vLLM keeps its matmul primitives itself; oneDNN's own cache of them grew by 0.6 MB a rollout and saved no time.
         ours["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"
         if config.rollout.tp == 1:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megarl.errors import UserError
 from megarl.weights.relations import Piece
+from megarl.weights.source import SCALE, block_size, carried, dequantized
+from megarl.weights.weight_map import WeightMap, load_hf_config
 
 INDEX = "model.safetensors.index.json"
 
@@ -25,6 +27,7 @@ class HfReader:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self._where = self._index()
+        self._block = block_size(load_hf_config(self.path))
 
     def _index(self) -> dict[str, str]:
         if (self.path / INDEX).is_file():
@@ -43,13 +46,32 @@ class HfReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
+    def carried(self, weight_map: WeightMap) -> list[str]:
+        """Tensors to copy to an export as they are (megarl.weights.source.carried). UserError where the map and the files differ."""
+        return carried(self._where.keys(), weight_map)
+
+    def whole(self, name: str) -> Tensor:
+        """A whole tensor, its shape being the file's; dequantised as in `read`."""
+        shape = tuple(self._file(name).get_slice(name).get_shape())
+        zero = (0,) * len(shape)
+        return self.read(Piece(name, zero, zero, shape))
+
     def read(self, piece: Piece) -> Tensor:
-        if piece.hf not in self._where:
-            raise UserError(f"tensor {piece.hf!r} is missing from {str(self.path)!r}; the checkpoint does not match its config.json")
-        name = self._where[piece.hf]
-        if name not in self._files:
-            self._files[name] = self._stack.enter_context(safe_open(self.path / name, "pt"))
-        view = self._files[name].get_slice(piece.hf)
+        """A rectangle in the file's dtype; bfloat16 where the file holds block-FP8."""
+        if piece.hf + SCALE in self._where and self._block is not None:
+            return dequantized(self._stored, piece, self._block)
+        return self._stored(piece)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._where:
+            raise UserError(f"tensor {name!r} is missing from {str(self.path)!r}; the checkpoint does not match its config.json")
+        file = self._where[name]
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(self.path / file, "pt"))
+        return self._files[file]
+
+    def _stored(self, piece: Piece) -> Tensor:
+        view = self._file(piece.hf).get_slice(piece.hf)
         end = [a + n for a, n in zip(piece.hf_start, piece.shape)]
         if any(have < want for have, want in zip(view.get_shape(), end)):
             raise UserError(

@@ -58,7 +58,13 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         {"moe_intermediate_size": 33},
         ["parallel.etp 2", "moe_intermediate_size, 33"],
     ),
-    ("replay", "run", ["parallel.ep=1"], {"num_experts": 0, "num_local_experts": 0}, ["replay.mode R3 needs a MoE model", "none"]),
+    (
+        "replay",
+        "run",
+        ["parallel.ep=1", "replay.mode=R3"],
+        {"num_experts": 0, "num_local_experts": 0},
+        ["replay.mode R3 needs a MoE model", "none"],
+    ),
     ("objective", "run", ["objective=ppo"], {}, ["'ppo'", "critic", "objective=minirl"]),
     ("objective", "run", ["objective.kl_coef=0.1"], {}, ["objective.kl_coef 0.1", "set it to 0"]),
     ("minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
@@ -108,13 +114,13 @@ def test_nothing_is_refused_where_nothing_is_wrong(run_yaml: Path, command: str)
     refusals.check(load_config(run_yaml), command)
 
 
-def test_a_dense_model_is_refused_replay_and_expert_parallelism(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No dense family has a weight map yet: the check itself is held with Megatron's names of a dense model."""
-    config = load_config(run_yaml)
-    case = refusals.Case("run", config, 4)
-    case.__dict__["model"] = {**case.model, "num_moe_experts": None}
-    assert "replay.mode R3 needs a MoE model" in (refusals.work.replay(case) or "")
-    assert "ep 2, etp 1: the model has no experts" in (refusals.layouts.experts(case) or "")
+def test_a_dense_model_has_replay_off_and_is_refused_expert_parallelism(run_yaml: Path, hf_config: dict[str, Any]) -> None:
+    (run_yaml.parent / "model" / "config.json").write_text(json.dumps({**hf_config, "model_type": "qwen3"}))
+    refusals.check(load_config(run_yaml, ["parallel.ep=1"]))  # four mini-batches, which is R3 where there are experts
+    with pytest.raises(UserError, match="replay.mode R3 needs a MoE model"):
+        refusals.check(load_config(run_yaml, ["parallel.ep=1", "replay.mode=R3"]))
+    with pytest.raises(UserError, match="ep 2, etp 1: the model has no experts"):
+        refusals.check(load_config(run_yaml))
 
 
 def test_weights_that_are_missing(run_yaml: Path) -> None:
