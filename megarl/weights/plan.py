@@ -7,8 +7,8 @@
 
 There is at most one message for each (source, destination, bucket); its transfers are packed one after the other in their order, each
 row-major, and both ends compute the same order. All of a tensor lies in one bucket. The messages that a rollout rank receives in one
-bucket hold at most `bucket_bytes` together, or one larger tensor. A bucket takes tensors from every pipeline stage, in proportion, so that
-all stages send all the time.
+bucket hold at most `bucket_bytes` together, or one larger tensor. A bucket takes tensors from every pipeline stage and every group of
+experts, in proportion, so that all trainer ranks send, and all rollout ranks receive, all the time.
 
 Ranks that hold the same parameters (data-parallel and context-parallel replicas; for experts expert-data-parallel ones; for replicated
 parameters the tensor-parallel ranks too) make up a `Pool`. What a pool owes in a bucket is one sequence, destination after destination;
@@ -25,7 +25,7 @@ from functools import cached_property
 import numpy as np
 
 from megarl.weights.layout import Layout
-from megarl.weights.pool import Geometry, Pool, Source, Transfer, overlap
+from megarl.weights.pool import Geometry, Pool, Share, Source, Transfer, overlap
 from megarl.weights.rollout_layout import Holders, Rect, RolloutLayout, rollout_rects
 from megarl.weights.weight_map import Param, WeightMap
 
@@ -54,6 +54,7 @@ class Load:
     received: np.ndarray  # int64 [rollout ranks]
     messages: int
     pairs: np.ndarray  # int64 [trainer ranks, rollout ranks]: bytes from one to the other
+    lockstep: int  # bytes of the busiest sender of each bucket, summed: what counts if buckets followed one another in step
 
 
 def make_plan(train: Layout, rollout: RolloutLayout, weight_map: WeightMap, *, itemsize: int = 2, bucket_bytes: int = BUCKET_BYTES) -> Plan:
@@ -75,17 +76,19 @@ class Plan:
         self._check_coverage()
         self._bucket = self._fill_buckets(bucket_bytes)
         self.buckets = 1 + max(self._bucket.values())
+        self._shares: list[list[tuple[Pool, Share]]] = [[] for _ in range(self.buckets)]
         for pool in self._pools:
-            pool.fill(self._bucket, self._itemsize)
+            for bucket, share in pool.shares(self._bucket, self._itemsize):
+                self._shares[bucket].append((pool, share))
 
     def sends(self, rank: int) -> Iterator[Message]:
         """Of trainer rank `rank`, in the order of the buckets; within one it starts at a destination of its own, lest all crowd at one."""
-        pools = [pool for pool in self._pools if rank in pool.members]
-        for bucket in range(self.buckets):
+        place = {id(pool): pool.members.index(rank) for pool in self._pools if rank in pool.members}
+        for bucket, shares in enumerate(self._shares):
             parts: dict[int, list[Transfer]] = {}
-            for pool in pools:
-                if share := pool.shares.get(bucket):
-                    for destination, low, high in share.part_of(pool.members.index(rank)):
+            for pool, share in shares:
+                if id(pool) in place:
+                    for destination, low, high in share.part_of(place[id(pool)]):
                         parts.setdefault(destination, []).extend(share.transfers(destination % self.rollout.ranks, low, high))
             order = sorted(parts)
             turn = rank % len(order) if order else 0
@@ -94,12 +97,11 @@ class Plan:
 
     def receives(self, rank: int) -> Iterator[Message]:
         """Of rollout rank `rank`, in the order of the buckets; within one, of the sources."""
-        for bucket in range(self.buckets):
+        for bucket, shares in enumerate(self._shares):
             parts: dict[int, list[Transfer]] = {}
-            for pool in self._pools:
-                if share := pool.shares.get(bucket):
-                    for member, low, high in share.parts_for(rank):
-                        parts.setdefault(pool.members[member], []).extend(share.transfers(rank % self.rollout.ranks, low, high))
+            for pool, share in shares:
+                for member, low, high in share.parts_for(rank):
+                    parts.setdefault(pool.members[member], []).extend(share.transfers(rank % self.rollout.ranks, low, high))
             for source in sorted(parts):
                 yield Message(bucket, source, rank, tuple(parts[source]))
 
@@ -115,17 +117,19 @@ class Plan:
     def load(self) -> Load:
         """The figures of the whole plan, without listing its transfers."""
         pairs = np.zeros((self.train.world, self.rollout.world), np.int64)
-        messages = 0
-        for bucket in range(self.buckets):
-            used = np.zeros(pairs.shape, bool)
-            for pool in self._pools:
-                if share := pool.shares.get(bucket):
-                    members, destinations, nbytes = share.pair_bytes()
-                    sources = np.asarray(pool.members)[members]
-                    pairs[sources, destinations] += nbytes
-                    used[sources, destinations] = True
-            messages += int(used.sum())
-        return Load(pairs.sum(1), pairs.sum(0), messages, pairs)
+        messages = lockstep = 0
+        for shares in self._shares:
+            places, nbytes = [], []
+            for pool, share in shares:
+                member, destination, moved = share.pair_bytes()
+                places.append(pool.ranks[member] * self.rollout.world + destination)
+                nbytes.append(moved)
+            place, owner = np.unique(np.concatenate(places), return_inverse=True)
+            moved = np.bincount(owner, np.concatenate(nbytes)).astype(np.int64)
+            messages += place.size
+            pairs.ravel()[place] += moved
+            lockstep += int(np.bincount(place // self.rollout.world, moved).max())
+        return Load(pairs.sum(1), pairs.sum(0), messages, pairs, lockstep)
 
     def held_bytes(self) -> np.ndarray:
         """Bytes that each rollout rank holds: int64 [rollout ranks]."""
@@ -133,6 +137,11 @@ class Plan:
         for name, holders in self.rects.items():
             engine += self._sizes(holders) * self._itemsize[name]
         return np.tile(engine, self.rollout.engines)
+
+    def least_sent(self) -> int:
+        """No plan can let every trainer rank send less than this: what a stage holds leaves from the stage's ranks alone. Bytes."""
+        by_stage = self.load.sent.reshape(self.train.pp, -1).sum(1)
+        return -(-int(by_stage.max()) // (self.train.world // self.train.pp))
 
     def _sizes(self, holders: Holders) -> np.ndarray:
         """Elements by rank of an engine."""
@@ -155,16 +164,20 @@ class Plan:
                 raise RuntimeError(f"layout {self.train} does not hold every element of {name} once in each set of replicas")
 
     def _fill_buckets(self, limit: int) -> dict[str, int]:
-        """Tensor -> bucket. Each stage's tensors keep their order; stages take turns in proportion to what they hold."""
-        stage = {source.hf: pool.stage for pool in self._pools for source in pool.sources}
+        """Tensor -> bucket. Tensors of the same senders and the same receivers keep their order; these streams take turns in proportion."""
         sizes = {name: self._sizes(holders) * self._itemsize[name] for name, holders in self.rects.items()}
-        total = dict.fromkeys(range(self.train.pp), 0)
+        senders: dict[str, tuple[int, ...]] = {}
+        for number, pool in enumerate(self._pools):
+            for source in pool.sources:
+                senders[source.hf] = (*senders.get(source.hf, ()), number)
+        total: dict[tuple[object, ...], int] = {}
         middle: dict[str, int] = {}
+        stream = {name: (senders[name], (size > 0).tobytes()) for name, size in sizes.items()}
         for name, size in sizes.items():
-            nbytes = int(size.sum())
-            middle[name] = total[stage[name]] + nbytes // 2
-            total[stage[name]] += nbytes
-        order = sorted(sizes, key=lambda name: (middle[name] / max(total[stage[name]], 1), stage[name]))
+            before, nbytes = total.get(stream[name], 0), int(size.sum())
+            middle[name] = before + nbytes // 2
+            total[stream[name]] = before + nbytes
+        order = sorted(sizes, key=lambda name: middle[name] / max(total[stream[name]], 1))
         bucket: dict[str, int] = {}
         number, held = 0, np.zeros(self.rollout.ranks, np.int64)
         for name in order:

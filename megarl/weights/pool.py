@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -68,24 +68,27 @@ def overlap(piece: Piece, holders: Holders) -> Geometry:
     return Geometry(tuple(overlaps), sizes, grains)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pool:
-    """Trainer ranks of one stage that hold the same pieces. shares: what the pool owes in each bucket."""
+    """Trainer ranks of one stage that hold the same pieces."""
 
     stage: int
     members: tuple[int, ...]
     rollout: RolloutLayout
     sources: list[Source]
-    shares: dict[int, Share] = field(default_factory=dict)
 
-    def fill(self, bucket_of: Mapping[str, int], itemsize: Mapping[str, int]) -> None:
-        """Divides the pool's sources among the buckets."""
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        return np.array(self.members, np.int64)
+
+    def shares(self, bucket_of: Mapping[str, int], itemsize: Mapping[str, int]) -> Iterator[tuple[int, Share]]:
+        """(bucket, what the pool owes in it), for the buckets in which it owes anything."""
         by_bucket: dict[int, list[Source]] = {}
         for source in self.sources:
             by_bucket.setdefault(bucket_of[source.hf], []).append(source)
         for bucket, sources in by_bucket.items():
             bytes_each = np.array([itemsize[source.hf] for source in sources], np.int64)
-            self.shares[bucket] = Share(sources, bytes_each, len(self.members), self.rollout)
+            yield bucket, Share(sources, bytes_each, len(self.members), self.rollout)
 
 
 class Share:
