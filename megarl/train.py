@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ from megarl.rollout.fleet import Fleet
 
 
 def main(argv: list[str]) -> int:
-    config = load_config(argv[0], argv[1:])
+    train(load_config(argv[0], argv[1:]))
+    destroy_parallel()
+    return 0
+
+
+def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
+    """One run, from its beginning or its last whole checkpoint. `connect`: how the rollout workers are found."""
     engine = build_engine(config, optimizer_steps=config.train.steps * config.batch.minibatches, temperature=config.rollout.temperature)
     parallel = engine.model.parallel
     tokenizer = load_tokenizer(config.model.path)
@@ -41,7 +48,7 @@ def main(argv: list[str]) -> int:
         stream.load_state_dict(state["stream"])
 
     output = Output(config, step, tokenizer) if parallel.is_main else None
-    fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest)
+    fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest)
     collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     learner, refit = Learner(config, engine), Refit(config, engine, fleet)
     try:
@@ -69,8 +76,6 @@ def main(argv: list[str]) -> int:
         fleet.close()
     if output:
         output.close()
-    destroy_parallel()
-    return 0
 
 
 def rates(metrics: Values, seconds: float) -> Values:

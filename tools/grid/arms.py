@@ -1,0 +1,114 @@
+"""The runs of the grid: which arms, on which seeds, with which keys. Pure; everything else of a run is in examples/paper_grid/base.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarl.config import Config, load_config
+
+BASE = Path(__file__).resolve().parents[2] / "examples" / "paper_grid" / "base.yaml"
+TASK = "sums of seven digits modulo 10, a Qwen3-MoE of about 0.3M parameters (3 layers, 8 experts, top-2)"
+PROMPTS = 8  # of a mini-batch: the global batch is PROMPTS x N
+COARSE = "int4"  # the low precision of the stated subset: where an effect that exists should show first
+
+PRECISIONS: dict[str, list[str]] = {
+    "fp32": [],
+    "bf16": ["rollout.dtype=bfloat16"],
+    "fp8_e4m3": ["sync.quantize=fp8_e4m3", "sync.quantize_also=[router]"],
+    "fp8_e5m2": ["sync.quantize=fp8_e5m2", "sync.quantize_also=[router]"],
+    "int4": ["sync.quantize=int4", "sync.quantize_also=[router]"],
+}
+ON_POLICY = ("minirl", "minirl-no-is", "minirl-length-norm")
+OFF_POLICY = ("minirl", "minirl-no-clip")
+RECORD = "grid.json"  # in the folder of a run that has ended: its arm, what it cost, and why it failed if it did
+STEPS = {"subset": 64, "full": 320}  # optimizer steps of a run
+PROBE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Arm:
+    """N mini-batches a rollout, objective, routing replay, rollout precision. kind: rl, sweep (learning rates) or probe (precisions)."""
+
+    n: int
+    objective: str
+    replay: str
+    precision: str
+    kind: str = "rl"
+    lr: float | None = None
+
+    @property
+    def name(self) -> str:
+        name = f"n{self.n}-{self.objective}-{self.replay.lower()}-{self.precision}"
+        return name if self.kind == "rl" else f"{self.kind}-{name}" + (f"-lr{self.lr:g}" if self.lr else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    arm: Arm
+    seed: int
+    steps: int  # optimizer steps
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-s{self.seed}"
+
+    @property
+    def server(self) -> str:
+        """Runs of the same kind of vLLM server can share one: quantised weights are sent, the server does not know."""
+        return "bf16" if self.arm.precision == "bf16" else "fp32"
+
+    def overrides(self, out: Path) -> list[str]:
+        arm, task = self.arm, out / "task"
+        keys = [f"model.path={task / 'cold'}", f"data.prompts={task / 'train.jsonl'}", f"run.dir={out / 'runs' / self.name}"]
+        keys += [f"objective={arm.objective}", f"replay.mode={arm.replay}", f"run.seed={self.seed}"]
+        keys += [f"batch.minibatches={arm.n}", f"batch.prompts={PROMPTS * arm.n}", f"train.steps={max(1, self.steps // arm.n)}"]
+        return keys + PRECISIONS[arm.precision] + ([f"train.lr={arm.lr}"] if arm.lr else [])
+
+    def config(self, out: Path) -> Config:
+        return load_config(BASE, self.overrides(out))
+
+
+def on_policy(precision: str) -> list[Arm]:
+    return [Arm(1, objective, replay, precision) for objective in ON_POLICY for replay in ("none", "R3")]
+
+
+def off_policy(n: int, precision: str) -> list[Arm]:
+    return [Arm(n, objective, replay, precision) for objective in OFF_POLICY for replay in ("none", "R2", "R3")]
+
+
+def probes() -> list[Arm]:
+    """A few steps from the cold start in every precision, with and without replay: their first rollouts are the same."""
+    return [Arm(2, "minirl", replay, precision, "probe") for precision in PRECISIONS for replay in ("none", "R3")]
+
+
+def subset(seeds: int, steps: int) -> list[Run]:
+    """N = 1 and N = 8 under COARSE, their fp32 controls, and the probes of every precision; seed by seed, so that a cut leaves pairs."""
+    arms = [Arm(1, "minirl", "none", "fp32"), *on_policy(COARSE), Arm(8, "minirl", "none", "fp32"), *off_policy(8, COARSE)]
+    runs = [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision != "bf16"]
+    runs += [Run(arm, seed, steps) for seed in range(seeds) for arm in arms]
+    return runs + [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision == "bf16"]
+
+
+def full(seeds: int, steps: int) -> list[Run]:
+    """Every arm at N = 1, 2, 4, 8 in every precision; the low ones first, since they are what the claims are about."""
+    arms = [arm for n in (1, 2, 4, 8) for arm in (on_policy(COARSE) if n == 1 else off_policy(n, COARSE))]
+    arms += [Arm(n, "minirl", "none", "fp32") for n in (1, 2, 4, 8)]
+    for precision in ("fp8_e5m2", "fp8_e4m3", "bf16"):
+        arms += [arm for n in (1, 8) for arm in (on_policy(precision) if n == 1 else off_policy(n, precision))]
+    return [Run(arm, 0, PROBE_STEPS) for arm in probes()] + [Run(arm, seed, steps) for seed in range(seeds) for arm in arms]
+
+
+def sweep(rates: list[float], steps: int) -> list[Run]:
+    """The fp32 control over learning rates, on- and off-policy, one seed."""
+    return [Run(Arm(n, "minirl", "none", "fp32", "sweep", lr), 0, steps) for lr in rates for n in (8, 1)]
+
+
+def servers(runs: list[Run]) -> Iterator[str]:
+    """The kinds of server that `runs` need, each once, in their order."""
+    yield from dict.fromkeys(run.server for run in runs)
+
+
+def ended(out: Path, run: Run) -> bool:
+    return (out / "runs" / run.name / RECORD).is_file()
