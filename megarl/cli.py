@@ -80,6 +80,17 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svg", metavar="FILE", help="also write the learning curve of the first run as a picture")
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--world", type=int, metavar="N", help="trainer ranks; else launch.trainers")
+    parser.add_argument("--rollout-ep", type=int, default=1, metavar="N", help="expert-parallel ranks of an engine (default 1: none)")
+    parser.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="ranks a host (default 8)")
+    parser.add_argument(
+        "--link-gbs", type=float, default=50.0, metavar="X", help="GB/s of each rank's network link (default 50: 400 Gbit/s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="also check this configuration")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[])
@@ -140,6 +151,23 @@ def _report(args: argparse.Namespace) -> int:
     return report(args.runs, svg=args.svg, out=args.out)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from megarl.config import load_config
+    from megarl.refusals import check
+
+    config = load_config(args.config, args.overrides)
+    world = config.launch.trainers if args.world is None else args.world
+    for name, value in (("--world", world), ("--rollout-ep", args.rollout_ep), ("--gpus-per-host", args.gpus_per_host)):
+        if value < 1:
+            raise UserError(f"{name} {value} is not a number of ranks; give 1 or more")
+    if not args.link_gbs > 0:
+        raise UserError(f"--link-gbs {args.link_gbs:g} is not a speed; give GB/s above 0")
+    check(config, "plan", world_size=world)
+    from megarl.report.plan import Hosts, run
+
+    return run(config, world, args.rollout_ep, Hosts(args.gpus_per_host, args.link_gbs), args.json)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from megarl.report.doctor import doctor
 
@@ -162,6 +190,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "generate": ("responses to given prompts, by the rollout engine", _file_arguments, _launch),
     "compare": ("the mismatch between the engines before training: generate, then score; a table and a page", _compare_arguments, _launch),
     "report": ("a run's curves as one HTML page, and its learning curve in the terminal", _report_arguments, _report),
+    "plan": ("memory of the ranks, and bytes and seconds of a weight sync, without running anything", _plan_arguments, _plan),
     "doctor": ("versions, device, cores and memory; optionally checks a configuration", _doctor_arguments, _doctor),
 }
 

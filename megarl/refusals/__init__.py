@@ -18,25 +18,26 @@ LOOP = ("run", "train")
 ENGINE = (*LOOP, "sft", "score", "compare")
 ROLLOUT = (*LOOP, "rollout", "generate", "compare")
 ALL = (*ENGINE, "rollout", "generate")
+PLAN = ("plan",)  # looks at config.json and layouts alone
 
 REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
-    (files.model_path, ALL),
+    (files.model_path, ALL + PLAN),
     (files.model_weights, ALL),
     (files.tokenizer, ("run", "train", "sft", "rollout", "generate", "compare")),
-    (files.family, ALL),
-    (files.architecture, ALL),
+    (files.family, ALL + PLAN),
+    (files.architecture, ALL + PLAN),
     (files.prompts, (*LOOP, "compare")),
     (files.eval_prompts, LOOP),
     (files.demonstrations, ("sft",)),
     (files.reward, (*LOOP, "compare")),
     (files.loggers, (*LOOP, "sft")),
     (files.run_dir, ALL),
-    (layouts.world, ENGINE),
-    (layouts.expert_world, ENGINE),
-    (layouts.heads, ENGINE),
-    (layouts.ffn, ENGINE),
-    (layouts.layers, ENGINE),
-    (layouts.experts, ENGINE),
+    (layouts.world, ENGINE + PLAN),
+    (layouts.expert_world, ENGINE + PLAN),
+    (layouts.heads, ENGINE + PLAN),
+    (layouts.ffn, ENGINE + PLAN),
+    (layouts.layers, ENGINE + PLAN),
+    (layouts.experts, ENGINE + PLAN),
     (work.objective, (*LOOP, "compare")),
     (work.minibatches, LOOP),
     (work.group, LOOP),
@@ -45,7 +46,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (work.lag, ROLLOUT),
     (work.lengths, ROLLOUT),
     (work.micro_batch, (*LOOP, "compare")),
-    (layouts.rollout_tp, ROLLOUT),
+    (layouts.rollout_tp, ROLLOUT + PLAN),
     (files.store, ROLLOUT),
 )
 

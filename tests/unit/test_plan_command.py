@@ -1,0 +1,31 @@
+"""`megarl plan`: figures from config.json alone, as a table and as JSON; layouts are refused as for a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megarl.cli import main
+
+
+def test_figures_of_a_layout(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_yaml.parent / "model" / "model.safetensors").unlink()  # weights are not looked at
+    options = ["plan", str(run_yaml), "engine.dtype=float32", "rollout.tp=2", "--world", "8"]
+    assert main([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sync, stages = found["sync"], found["train"]["stages"]
+    assert [stage["layers"] for stage in stages] == [2, 2]
+    assert all(stage["gradients"] == stage["parameters"] and stage["optimizer"] == 2 * stage["parameters"] for stage in stages)
+    assert sync["bytes_over_held"] == 1.0 and sync["sender_max"] >= sync["sender_bound"] and sync["seconds"] >= sync["seconds_bound"]
+    assert main([*options, "engine.distributed_optimizer=true", "--json"]) == 0
+    sharded = json.loads(capsys.readouterr().out)["train"]["stages"]
+    assert all(a["optimizer"] < b["optimizer"] for a, b in zip(sharded, stages))
+    assert main(options) == 0
+    assert "weight sync" in capsys.readouterr().out
+
+
+def test_an_impossible_layout_is_refused(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(run_yaml), "--world", "6"]) == 2
+    assert "trainer ranks" in capsys.readouterr().err
