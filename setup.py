@@ -38,7 +38,7 @@ setup(
             "nvidia-dali-cuda130==2.4.0",
         ],
         "loggers": LOGGERS,
-        "dev": [*LOGGERS, "mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML==6.0.12.20261113"],
+        "dev": [*LOGGERS, "mbridge==0.15.1", "mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML==6.0.12.20261113"],
     },
     entry_points={
         "console_scripts": ["megarl=megarl.cli:main"],

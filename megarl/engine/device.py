@@ -94,7 +94,7 @@ def _answer_cuda_calls() -> None:
 
 
 class _TorchForCpu(ModuleType):
-    """Stands in for the name `torch` inside one megatron module, so that device="cuda" in a factory means the CPU."""
+    """Stands in for the name `torch` inside one megatron module: device="cuda" in a factory means the CPU, and no memory is pinned."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -112,6 +112,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return call
@@ -120,7 +121,9 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 def _answer_megatron() -> None:
     """Names inside megatron-core that assume CUDA or Transformer Engine."""
     core = "megatron.core."
-    for name in ("pipeline_parallel.schedules", "optimizer.optimizer", "optimizer.clip_grads", "utils", "transformer.moe.moe_utils"):
+    embeddings = "models.common.embeddings.rope_utils"  # pins memory for its indices under context parallelism
+    optimizer = ("optimizer.optimizer", "optimizer.clip_grads")
+    for name in ("pipeline_parallel.schedules", *optimizer, "utils", "transformer.moe.moe_utils", embeddings):
         importlib.import_module(core + name).__dict__["torch"] = _TorchForCpu()
 
     # tensor_parallel/random.py:447,457: the CUDA generator's state. No dropout anywhere in RL, so there is no state to keep.
