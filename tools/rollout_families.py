@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ from megarl.rollout.extension import WorkerExtension  # noqa: E402
 from tools.tiny_model import FAMILIES, make_tiny_model  # noqa: E402
 
 PROMPT, RESPONSE = 20, 12
+MARK = "result: "
 
 
 class Extension(WorkerExtension):
@@ -46,24 +48,31 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
-    for family in args.family:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                rows[family] = serve(family, Path(folder))
-            except Exception as error:
-                rows[family] = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    for family in args.family:  # each in a process of its own: vLLM does not start twice in one
+        done = subprocess.run([sys.executable, __file__, "--worker", family], capture_output=True, text=True)
+        found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        rows[family] = json.loads(found[0].removeprefix(MARK)) if found else {"error": done.stderr.strip()[-300:]}
         print(family, json.dumps(rows[family]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(any("error" in row for row in rows.values()))
 
 
+def worker(family: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            row = serve(family, Path(folder))
+        except Exception as error:
+            row = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    print(f"\n{MARK}{json.dumps(row)}", flush=True)
+    return 0
+
+
 def serve(family: str, folder: Path) -> dict[str, Any]:
     import numpy as np
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
-    first, second = (make_tiny_model(folder / str(seed), family, seed=seed) for seed in (0, 1))
+    first, second = (make_tiny_model(folder / str(seed), family, seed=seed, hidden=128) for seed in (0, 1))
     experts = family not in ("qwen3", "llama")
     llm = LLM(
         str(first),
@@ -78,31 +87,27 @@ def serve(family: str, folder: Path) -> dict[str, Any]:
         worker_cls="megarl.rollout.cpu_worker.RolloutWorker",
         worker_extension_cls="tools.rollout_families.Extension",
     )
-    try:
-        layers = llm.collective_rpc("moe_layers")[0]
-        sampling = SamplingParams(temperature=1.0, max_tokens=RESPONSE, logprobs=0, detokenize=False, ignore_eos=True)
-        prompts = [[3 + (7 * i + j * (1 + i)) % 21 for j in range(PROMPT)] for i in range(4)]
-        row: dict[str, Any] = {"moe_layers": layers}
-        for when, checkpoint in (("loaded", first), ("synced", second)):
-            if when == "synced":
-                llm.collective_rpc("sync_from", args=(str(second),))
-                llm.reset_prefix_cache()
-            worst, same = 0.0, []
-            for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False):
-                choice = output.outputs[0]
-                logprobs, routes = judge(checkpoint, [*output.prompt_token_ids, *choice.token_ids])
-                found = np.array([entry[token].logprob for entry, token in zip(choice.logprobs, choice.token_ids)])
-                worst = max(worst, float(np.abs(found - logprobs[PROMPT - 1 :]).max()))
-                if experts:
-                    captured = np.asarray(choice.routed_experts)
-                    row["captured_layers"] = captured.shape[1]
-                    captured = captured if captured.shape[1] == len(layers) else captured[:, layers]
-                    same.append((np.sort(captured.astype(int), -1) == routes[: len(captured)]).all((1, 2)))
-            row |= {f"{when}_max_diff": worst} | ({f"{when}_routes_equal": float(np.concatenate(same).mean())} if experts else {})
-        return row
-    finally:
-        del llm
-        cleanup_dist_env_and_memory()
+    layers = llm.collective_rpc("moe_layers")[0]
+    sampling = SamplingParams(temperature=1.0, max_tokens=RESPONSE, logprobs=0, detokenize=False, ignore_eos=True)
+    prompts = [[3 + (7 * i + j * (1 + i)) % 21 for j in range(PROMPT)] for i in range(4)]
+    row: dict[str, Any] = {"moe_layers": layers}
+    for when, checkpoint in (("loaded", first), ("synced", second)):
+        if when == "synced":
+            llm.collective_rpc("sync_from", args=(str(second),))
+            llm.reset_prefix_cache()
+        worst, same = 0.0, []
+        for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False):
+            choice = output.outputs[0]
+            logprobs, routes = judge(checkpoint, [*output.prompt_token_ids, *choice.token_ids])
+            found = np.array([entry[token].logprob for entry, token in zip(choice.logprobs, choice.token_ids)])
+            worst = max(worst, float(np.abs(found - logprobs[PROMPT - 1 :]).max()))
+            if experts:
+                captured = np.asarray(choice.routed_experts)
+                row["captured_layers"] = captured.shape[1]
+                captured = captured if captured.shape[1] == len(layers) else captured[:, layers]
+                same.append((np.sort(captured.astype(int), -1) == routes[: len(captured)]).all((1, 2)))
+        row |= {f"{when}_max_diff": worst} | ({f"{when}_routes_equal": float(np.concatenate(same).mean())} if experts else {})
+    return row
 
 
 def judge(checkpoint: Path, tokens: list[int]) -> tuple[Any, Any]:
@@ -122,4 +127,4 @@ def judge(checkpoint: Path, tokens: list[int]) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(worker(sys.argv[2]) if sys.argv[1:2] == ["--worker"] else main())
