@@ -60,6 +60,12 @@ class BatchConfig(Section):
     prompts: int = Field(16, ge=1, description="Prompts a step (B), over all data-parallel ranks.")
     group: int = Field(8, ge=1, description="Responses a prompt (G).")
     minibatches: int = Field(1, ge=1, description="Optimizer steps a rollout (N); 1 is on-policy.")
+    equal_groups: Literal["keep", "drop", "refill"] = Field(
+        "keep",
+        description="Groups whose rewards are all equal teach nothing: train on them, leave them out, or sample other prompts instead.",
+    )
+    max_refills: int = Field(2, ge=1, description="equal_groups refill: at most this many further rollouts a step; then as drop.")
+    mask_truncated: bool = Field(False, description="Leave responses that hit rollout.max_new_tokens out of the loss (DAPO's filter).")
 
 
 class RolloutConfig(Section):
@@ -95,6 +101,10 @@ class SyncConfig(Section):
 class DataConfig(Section):
     prompts: str = Field("", description="Training prompts, JSONL: {messages | prompt, answer}.")
     reward: str = Field("exact_match", description="digit_sum, exact_match, math_verify, or a dotted path module.function.")
+    reward_workers: int = Field(2, ge=1, description="Processes a data-parallel replica that run math_verify or a reward of one's own.")
+    reward_timeout_s: float = Field(30, gt=0, description="Time limit of one such reward, in seconds; see train.on_bad_batch.")
+    overlong_buffer: int = Field(0, ge=0, description="Tokens before rollout.max_new_tokens over which a length penalty grows; 0 is off.")
+    overlong_penalty: float = Field(1.0, ge=0, description="The penalty at rollout.max_new_tokens, taken off the reward (DAPO).")
     on_bad_line: Literal["error", "skip"] = Field("error", description="A malformed JSONL line: stop and name it, or skip and count it.")
     shuffle: bool = Field(True, description="Shuffle the prompts anew each epoch, seeded by run.seed.")
 
@@ -118,9 +128,23 @@ class TrainConfig(Section):
     lr_decay_iters: int | None = Field(None, ge=1, description="Optimizer steps of the decay; unset is the whole run.")
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is off.")
+    on_bad_batch: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A NaN or infinite reward, log-probability or gradient, or a reward that fails: stop and name it, or skip the step.",
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
+
+
+class CriticConfig(Section):
+    """The critic of an objective with advantage gae: a model of its own, from model.path, in the policy's layout."""
+
+    lr: float = Field(1e-5, gt=0, description="Learning rate; the schedule and Adam are those of train.*.")
+    warmup_steps: int = Field(0, ge=0, description="Rollout steps at the start in which only the critic is trained.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount of GAE.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of GAE.")
+    value_clip: float = Field(0.2, gt=0, description="How far a value may move from its old one before its loss stops pulling.")
 
 
 class SftConfig(Section):
@@ -169,6 +193,7 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
     sft: SftConfig = Field(default_factory=SftConfig)
     run: RunConfig = Field(default_factory=RunConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)

@@ -8,20 +8,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.collect import Batch, Values
 from megarl.config import Config
 from megarl.engine.batch import Pack
 from megarl.engine.build import Engine, route_shape
+from megarl.engine.reference import Reference
 from megarl.engine.step import Routes
+from megarl.errors import UserError
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.replay.metrics import RoutingSums
 from megarl.report.trace import phase
 from megarl.report.worst import Row, gather_worst, worst_of
-
-Values = dict[str, float | list[float]]
+from megarl.valuation import Valuation, explained
 
 
 class Learner:
-    """Holds what the passes of one step share: which routes each pass uses, and where metrics are collected."""
+    """Holds what the passes of one step share: which routes each pass uses, and where metrics are collected.
+
+    Made before a checkpoint is loaded: the reference is the policy as it is now.
+    """
 
     def __init__(self, config: Config, engine: Engine) -> None:
         self.config, self.engine, self.parallel = config, engine, engine.model.parallel
@@ -29,43 +34,63 @@ class Learner:
         self.moe_layers = len(engine.model.weight_map.moe_layers)
         self.columns = list(route_shape(engine.model).layers_of_stage[self.parallel.coord.pp])
         self.worst: list[Row] = []  # rank 0: the tokens of the last batch on which the engines differ most
+        self.valuation = Valuation(config, engine) if config.objective.advantage == "gae" else None
+        self.critic_norm: dict[str, float] = {}
+        self.reference = Reference(engine.model) if config.objective.kl_coef else None
+        self._step, self._names = 0, [""]
         self.live: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
 
-    def learn(self, minibatches: list[list[Pack]]) -> Values:
-        """pi_old once for the whole batch, then one optimizer step a mini-batch. Every rank gets the metrics."""
-        start = time.perf_counter()
+    @property
+    def critic(self) -> Engine | None:
+        return self.valuation.critic if self.valuation else None
+
+    def learn(self, batch: Batch, step: int) -> tuple[Values, int]:
+        """pi_old once for the whole batch, then one optimizer step a mini-batch; (metrics, optimizer steps of the policy) on every rank.
+
+        step: rollout steps done before this one. A batch without mini-batches has nothing to learn from.
+        """
+        times = Times()
+        self._step, self._names = step + 1, batch.names
+        minibatches = batch.minibatches
         packs = [pack for minibatch in minibatches for pack in minibatch]
         old_routing, new_routing = (RoutingSums(self.moe_layers, self.columns) for _ in range(2))
+        warming = self.valuation is not None and step < self.config.critic.warmup_steps
         # With one mini-batch the weights do not move before its only update, whose own log-probability is pi_old: no pass of its own.
-        separate = len(minibatches) > 1
+        separate = len(minibatches) > 1 or (warming and bool(packs))
         if separate:
             with phase("old_logprob"):
                 self._old_pass(packs, old_routing)
-        middle = time.perf_counter()
+        times.lap("time/old_logprob_s")
+        self._judge(packs, times)
+        sound = self._sound(self._first_bad(packs))
         sums: Sums = {}
         norms: list[dict[str, float]] = []
-        for minibatch in minibatches:
+        for minibatch in minibatches if sound else []:
+            if self.valuation:
+                with phase("critic_update"):
+                    sums = merge_all(sums, self._critic_update(minibatch))
+            if warming:
+                continue
             with phase("update"):
-                metrics, norm = self.engine.update(minibatch, self._update_routes(separate), self._loss)
-            norms.append(norm)
-            for part in metrics:
-                sums = merge(sums, part)
+                parts, norm = self._policy_update(minibatch, separate)
+            sums, norms = merge_all(sums, parts), norms + norm
             for pack in minibatch:
                 self._after_update(pack, old_routing, new_routing, separate)
         for pack in packs:
             if self.parallel.is_last_stage and pack.old_logprobs is not None:
                 cap = self.config.objective.is_cap
                 sums = merge(sums, mismatch_metrics(pack.old_logprobs.cpu(), pack.rollout_logprobs, pack.mask, cap))
-        values: Values = dict(finish(self._reduce(sums)))
+        times.lap("time/update_s")
+        values: Values = dict(explained(finish(self._reduce(sums))))
         if self.config.run.rollout_samples:
             at = self.parallel
             self.worst = gather_worst(worst_of(packs) if at.is_last_stage and at.coord.tp == at.coord.cp == 0 else [])
-        values |= self._routing(old_routing, new_routing)
-        values["optim/grad_norm"] = max(norm["optim/grad_norm"] for norm in norms)
-        values["optim/lr"] = norms[-1]["optim/lr"]
-        values["time/old_logprob_s"] = middle - start
-        values["time/update_s"] = time.perf_counter() - middle
-        return values
+        values |= self._routing(old_routing, new_routing) if packs else {}
+        if norms:
+            values |= {"optim/grad_norm": max(norm["optim/grad_norm"] for norm in norms), "optim/lr": norms[-1]["optim/lr"]}
+        values |= {key.replace("optim", "critic"): value for key, value in self.critic_norm.items()}
+        values["batch/skipped_updates"] = float(0 if warming else len(minibatches) - len(norms))
+        return values | times.seconds, len(norms)
 
     def _old_pass(self, packs: list[Pack], routing: RoutingSums) -> None:
         results = self.engine.logprobs(packs, "replay" if self.mode == "R3" else "record" if self.mode == "R2" else self.live)
@@ -77,6 +102,58 @@ class Learner:
             if self.mode == "R2":
                 pack.routes, pack.present = pack.own, None
 
+    def _judge(self, packs: list[Pack], times: Times) -> None:
+        """What the objective needs beside the policy's own log-probabilities: the reference's, and the critic's values."""
+        if self.reference and packs:
+            with phase("reference"), self.reference.swapped_in():
+                for pack, (logprobs, _) in zip(packs, self.engine.logprobs(packs, "off")):
+                    pack.ref_logprobs = logprobs
+            times.lap("time/reference_s")
+        if self.valuation and packs:
+            with phase("values"):
+                self.valuation.judge(packs)
+            times.lap("time/values_s")
+
+    def _policy_update(self, minibatch: list[Pack], separate: bool) -> tuple[list[Sums], list[dict[str, float]]]:
+        """(metrics of the packs, what the optimizer step says: nothing where it was skipped)."""
+        parts = self.engine.gradients(minibatch, self._update_routes(separate), self._loss)
+        fault = "" if self.engine.finite_gradients() else self._first_bad(minibatch) or "the gradient of an update is not finite"
+        return parts, [self.engine.step()] if self._sound(fault) else []
+
+    def _critic_update(self, minibatch: list[Pack]) -> list[Sums]:
+        assert self.valuation is not None
+        parts = self.valuation.gradients(minibatch)
+        if self._sound("" if self.valuation.critic.finite_gradients() else "the critic's gradient is not finite"):
+            self.critic_norm = self.valuation.critic.step()
+        return parts
+
+    def _first_bad(self, packs: list[Pack]) -> str:
+        """The first response on this rank with a NaN or infinite number that the loss would take, named; "" if there is none."""
+        for pack in packs:
+            rows = pack.mask.bool()
+            for what in ("logprobs", "old_logprobs", "ref_logprobs", "old_values"):
+                found: Tensor | None = getattr(pack, what)
+                bad = (~found.cpu().isfinite() & rows).nonzero().flatten() if found is not None else rows[:0].nonzero()
+                if len(bad):
+                    response = pack.responses[int(pack.seq_ids[bad[0]])]
+                    return f"{what} of {self._names[response]} hold {float(found[bad[0]])}"  # type: ignore[index]
+        return ""
+
+    def _sound(self, fault: str) -> bool:
+        """Whether no rank has a fault (fault: this rank's, or ""). Under train.on_bad_batch stop all ranks raise the first one."""
+        flag = torch.tensor(float(bool(fault)), device=self.parallel.device.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if not flag:
+            return True
+        everyone = [""] * self.parallel.layout.world
+        dist.all_gather_object(everyone, fault)
+        first = next(filter(None, everyone))
+        if self.config.train.on_bad_batch == "stop":
+            raise UserError(f"step {self._step}: {first}; find the cause (train.lr?), or leave such updates out by train.on_bad_batch=skip")
+        if self.parallel.is_main:
+            print(f"step {self._step}: an update was skipped: {first}", flush=True)
+        return False
+
     def _update_routes(self, separate: bool) -> Routes:
         """R2 replays what the pi_old pass recorded; without that pass its replay would be of the very routes the update takes."""
         return "replay" if self.mode == "R3" or (self.mode == "R2" and separate) else self.live
@@ -84,6 +161,7 @@ class Learner:
     def _loss(self, pack: Pack, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
         if pack.old_logprobs is None:
             pack.old_logprobs = logprobs.detach()
+        pack.logprobs = logprobs.detach()
         device = logprobs.device
         return policy_loss(
             logprobs,
@@ -94,6 +172,7 @@ class Learner:
             pack.seq_ids.to(device),
             self.config.objective,
             group_ids=pack.group_ids.to(device),
+            ref_logprobs=pack.ref_logprobs,
             entropy=entropy,
             denominator=pack.denominators.to(device),
         )
@@ -151,7 +230,26 @@ class Learner:
         return values
 
 
+class Times:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: Values = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def merge_all(sums: Sums, parts: list[Sums]) -> Sums:
+    for part in parts:
+        sums = merge(sums, part)
+    return sums
+
+
 def _by_operation(sums: Sums) -> list[tuple[dist.ReduceOp.RedOpType, list[str]]]:
     keys = sorted(sums)
     maxima = [key for key in keys if key.endswith(":max")]
-    return [(dist.ReduceOp.MAX, maxima), (dist.ReduceOp.SUM, [key for key in keys if key not in maxima])]
+    both = [(dist.ReduceOp.MAX, maxima), (dist.ReduceOp.SUM, [key for key in keys if key not in maxima])]
+    return [(op, chosen) for op, chosen in both if chosen]

@@ -41,25 +41,27 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     prompts, validation = load_data(config, tokenizer)
     stream = PromptStream(len(prompts), config.run.seed, config.data.shuffle)
     folder = Path(config.run.dir) / "checkpoints"
+    learner = Learner(config, engine)
     step = done = 0  # rollout steps, optimizer steps
     if whole := whole_checkpoints(folder):
-        state = load_checkpoint(engine, whole[-1])
+        state = load_checkpoint(engine, whole[-1], learner.critic)
         step, done = state["step"], state["optimizer_steps"]
         stream.load_state_dict(state["stream"])
 
     output = Output(config, step, tokenizer) if parallel.is_main else None
     fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest)
     collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
-    learner, refit = Learner(config, engine), Refit(config, engine, fleet)
+    refit = Refit(config, engine, fleet)
     try:
         refit.sync(done)
         while step < config.train.steps:
             start = time.perf_counter()
             fleet.check()
             with fleet.watched():
-                batch = collector.collect([prompts[i] for i in stream.next(config.batch.prompts)], step, done)
-            metrics: Values = {**batch.metrics, **learner.learn(batch.minibatches)}
-            step, done = step + 1, done + config.batch.minibatches
+                batch = collector.collect(lambda k: [prompts[i] for i in stream.next(k)], step, done)
+            learned, updates = learner.learn(batch, step)
+            step, done = step + 1, done + updates
+            metrics: Values = {**batch.metrics, **learned}
             metrics |= refit.sync(done)
             metrics |= rates(metrics, time.perf_counter() - start)
             last = step == config.train.steps
@@ -71,8 +73,9 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             if last or (config.run.save_every and step % config.run.save_every == 0):
                 state = {"optimizer_steps": done, "stream": stream.state_dict()}
                 with phase("checkpoint"):
-                    save_checkpoint(engine, folder, step, state, config.run.keep)
+                    save_checkpoint(engine, folder, step, state, config.run.keep, learner.critic)
     finally:
+        collector.close()
         fleet.close()
     if output:
         output.close()

@@ -19,7 +19,7 @@ from megarl.weights.layout import Coord, Layout
 class Meta:
     """What every rank knows of every response: enough to assign it."""
 
-    prompt: int  # place in the global batch, 0 .. B - 1
+    prompt: int  # its group: place in the global batch, 0 .. B - 1, and on from there in refilled batches
     prompt_len: int
     tokens: int  # prompt and response
     reward: float
@@ -27,6 +27,8 @@ class Meta:
     owner: int  # the rank that holds the response
     has_routes: bool
     truncated: bool
+    line: int = 0  # of the prompt in its file
+    fault: str = ""  # why this sample cannot be used
 
     @property
     def rows(self) -> int:
@@ -53,7 +55,11 @@ class Pack:
     advantages: Tensor  # float32 [T]
     group_ids: Tensor  # int64 [T]: the prompt of the response; -1 is padding
     denominators: Tensor  # float32 [T]: what each token's loss is divided by (megarl.objective.denominators)
-    old_logprobs: Tensor | None = None  # float32 [T], on the last stage
+    old_logprobs: Tensor | None = None  # float32 [T], on the last stage; so are the next four
+    logprobs: Tensor | None = None  # of the last update, detached
+    ref_logprobs: Tensor | None = None  # of the reference model
+    old_values: Tensor | None = None  # of the critic, before its first update on this batch
+    returns: Tensor | None = None  # what its values are trained to
     routes: Tensor | None = None  # int16 [rows of this rank, its MoE layers, K], the rollout's
     present: Tensor | None = None  # bool [rows of this rank]
     own: Tensor | None = None  # int16, shaped as routes: the top-k of the live scores in the last pass that ran

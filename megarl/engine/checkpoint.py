@@ -21,9 +21,14 @@ from megarl.engine.adam_fixes import after_loading, before_loading
 from megarl.engine.step import Engine
 from megarl.errors import UserError
 
+CRITIC = "critic"
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes folder/step_N with model, optimizer, schedule, generator and `state` (plain JSON); keeps the newest `keep`."""
+
+def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, critic: Engine | None = None) -> Path:
+    """Writes folder/step_N with model, optimizer, schedule, generator and `state` (plain JSON); keeps the newest `keep`.
+
+    A critic lies in a folder of its own below it.
+    """
     main = dist.get_rank() == 0
     partial, whole = folder / f".step_{step}.partial", folder / f"step_{step}"
     if main:
@@ -31,6 +36,12 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
         partial.mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(_sharded(engine, loading=False), str(partial))
+    if critic is not None:
+        if main:
+            (partial / CRITIC).mkdir()
+        dist.barrier()
+        dist_checkpointing.save(_sharded(critic, loading=False), str(partial / CRITIC))
+        state = {**state, "critic_scheduler": critic.scheduler.state_dict()}
     dist.barrier()
     if main:
         state = {**state, "step": step, "scheduler": engine.scheduler.state_dict(), "rng": torch.get_rng_state().tolist()}
@@ -44,9 +55,21 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
     return whole
 
 
-def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
-    """Fills the engine from a whole checkpoint; returns its `state`."""
+def load_checkpoint(engine: Engine, path: Path, critic: Engine | None = None) -> dict[str, Any]:
+    """Fills the engine, and the critic if there is one, from a whole checkpoint; returns its `state`."""
     state = json.loads((path / STATE).read_text())
+    if critic is not None:
+        if "critic_scheduler" not in state:
+            raise UserError(
+                f"checkpoint {str(path)!r} has no critic; resume with the objective it was written with, or give another run.dir"
+            )
+        _load(critic, path / CRITIC, state["critic_scheduler"])
+    _load(engine, path, state["scheduler"])
+    torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
+    return state
+
+
+def _load(engine: Engine, path: Path, schedule: dict[str, Any]) -> None:
     before_loading(engine.optimizer)
     try:
         loaded = dist_checkpointing.load(_sharded(engine, loading=True), str(path))
@@ -62,9 +85,7 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
             raise UserError(f"checkpoint {str(path)!r} does not fit this model: {missing[0]!r}; give another run.dir")
     engine.optimizer.load_state_dict(loaded["optimizer"])
     after_loading(engine.optimizer)
-    engine.scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
-    return state
+    engine.scheduler.load_state_dict(schedule)
 
 
 def _key(engine: Engine, chunk: int) -> str:

@@ -232,8 +232,11 @@ def gather_metas(mine: list[Meta], parallel: Parallel, fault: str | None = None)
     return sorted((meta for metas, _ in everyone for meta in metas), key=lambda meta: meta.prompt)
 
 
-def minibatches(metas: Sequence[Meta], prompts: int, count: int) -> Iterator[list[int]]:
-    """Indices of each mini-batch: prompts / count whole groups, in prompt order."""
-    each = prompts // count
-    for m in range(count):
-        yield [i for i, meta in enumerate(metas) if m * each <= meta.prompt < (m + 1) * each]
+def minibatches(metas: Sequence[Meta], groups: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Indices of each mini-batch: `groups` (values of Meta.prompt) in order, cut into `count` parts of whole groups, as even as can be.
+
+    With fewer groups than `count`, one mini-batch a group.
+    """
+    for part in np.array_split(np.array(groups), min(count, len(groups))) if len(groups) else []:
+        chosen = set(part.tolist())
+        yield [i for i, meta in enumerate(metas) if meta.prompt in chosen]

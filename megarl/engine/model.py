@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,10 @@ def _named_tensors(chunk: GPTModel) -> dict[str, torch.Tensor]:
     return {**dict(chunk.named_parameters()), **{name: buffer for name, buffer in chunk.named_buffers() if name in kept}}
 
 
-def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Model:
-    """GPTModel chunks of this rank, not yet filled and not yet wrapped for training."""
+def build_model(
+    config: Config, weight_map: WeightMap, parallel: Parallel, head: Callable[[TransformerConfig], torch.nn.Module] | None = None
+) -> Model:
+    """GPTModel chunks of this rank, not yet filled and not yet wrapped for training. `head` makes another output layer than the usual."""
     transformer = _transformer_config(config, weight_map, parallel)
     if parallel.layout.vpp > 1:
         mend_shape_exchange()
@@ -86,9 +88,11 @@ def build_model(config: Config, weight_map: WeightMap, parallel: Parallel) -> Mo
                 **weight_map.gpt,
             ).to(parallel.device.device)
         )
-    if not transformer.multi_latent_attention:
-        for gpt in chunks:
+    for gpt in chunks:
+        if not transformer.multi_latent_attention:
             gpt.rotary_pos_emb = RowRotary(gpt.rotary_pos_emb)
+        if head is not None and gpt.post_process:
+            gpt.output_layer = head(transformer).to(parallel.device.device)
     model = Model(transformer, weight_map, parallel, bare=chunks)
     _check_against_map(model)
     _mark_parameters(model)
@@ -116,13 +120,18 @@ def _mark_parameters(model: Model) -> None:
             tensor.allreduce = False  # type: ignore[attr-defined]
 
 
-def load_hf(model: Model, path: str) -> None:
-    """Fills the model from a Hugging Face folder: each rank reads only the rectangles it holds. Padding rows become zero."""
+def load_hf(model: Model, path: str, *, fresh: str = "") -> None:
+    """Fills the model from a Hugging Face folder: each rank reads only the rectangles it holds.
+
+    Padding rows become zero, and so does the tensor named `fresh`, which the folder does not hold.
+    """
     with HfReader(path) as reader, torch.no_grad():
         reader.carried(model.weight_map)  # names what is missing or unknown
         for param, tensor in model.params():
             tensor.zero_()
             for piece in param.pieces:
+                if piece.hf == fresh:
+                    continue
                 target = tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))]
                 target.copy_(reader.read(piece))
 

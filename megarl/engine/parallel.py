@@ -47,6 +47,11 @@ class Parallel:
         return parallel_state.get_context_parallel_group()
 
     @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks at the same place of the other replicas."""
+        return parallel_state.get_data_parallel_group()
+
+    @property
     def pp_group(self) -> dist.ProcessGroup:
         return parallel_state.get_pipeline_model_parallel_group()
 

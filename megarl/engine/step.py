@@ -20,7 +20,7 @@ from megarl.engine.optim import current_lr
 from megarl.replay.context import Recorded, Replay, replay_schedule
 
 Metrics = dict[str, Tensor]
-LossOfPack = Callable[[Pack, Tensor, Tensor], tuple[Tensor, Metrics]]  # (pack, logprobs [T], entropy [T]) -> loss, metrics
+LossOfPack = Callable[..., tuple[Tensor, Metrics]]  # (pack, logprobs [T], entropy [T]) -> loss, metrics
 Routes = Literal["off", "record", "replay"]  # no hooks; the router's own, recorded; pack.routes, replayed and the own recorded
 
 
@@ -42,12 +42,16 @@ class Engine:
     def set_optimizer(self, optimizer: Any, scheduler: Any) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
 
-    @torch.no_grad()
     def logprobs(self, packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[tuple[Tensor, Tensor]]:
         """log pi and entropy in rows, float32 [T] a pack, on the last stage (an empty list elsewhere). Records own routes and gap."""
+        return self.outputs(packs, routes, temperature)
+
+    @torch.no_grad()
+    def outputs(self, packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[Any]:
+        """What the head gives for each pack (see `_head`), without gradients, on the last stage (an empty list elsewhere)."""
         for chunk in self.model.chunks:
             chunk.eval()
-        result: list[tuple[Tensor, Tensor]] = self._schedule(packs, routes, self._score, forward_only=True, temperature=temperature)
+        result = self._schedule(packs, routes, self._score, forward_only=True, temperature=temperature)
         for chunk in self.model.chunks:
             chunk.train()
         return result
@@ -57,11 +61,19 @@ class Engine:
 
         Returns the metrics of each pack (last stage only) and optim/grad_norm, optim/lr of this step.
         """
-        metrics = self.gradients(packs, routes, loss)
+        return self.gradients(packs, routes, loss), self.step()
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step with the gradients there are: optim/grad_norm and optim/lr of it."""
         lr = current_lr(self.optimizer)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
-        return metrics, {"optim/grad_norm": float(grad_norm or 0.0), "optim/lr": lr}
+        return {"optim/grad_norm": float(grad_norm or 0.0), "optim/lr": lr}
+
+    def finite_gradients(self) -> bool:
+        """Whether this rank's gradients hold no NaN and no infinity; an optimizer step with one would ruin the weights for good."""
+        buffers = [buffer.grad_data for chunk in self.model.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        return bool(torch.stack([buffer.sum() for buffer in buffers]).isfinite().all())
 
     def gradients(self, packs: list[Pack], routes: Routes, loss: LossOfPack) -> list[Metrics]:
         """Fills main_grad with the gradient of the sum over all packs of all replicas. `loss` is divided by the global denominator."""
@@ -70,26 +82,29 @@ class Engine:
         self.optimizer.zero_grad()
         return self._schedule(packs, routes, partial(self._train, loss), forward_only=False)
 
-    def _score(self, pack: Pack, temperature: float, logits: Tensor, non_loss_data: bool) -> tuple[Tensor, Tensor]:
-        return self._logprobs(pack, logits, temperature)
+    def _score(self, pack: Pack, temperature: float, out: Tensor, non_loss_data: bool) -> tuple[Tensor, ...]:
+        return self._head(pack, out, temperature)
 
-    def _train(self, loss: LossOfPack, pack: Pack, temperature: float, logits: Tensor) -> tuple[Tensor, Tensor, Metrics]:
-        value, metrics = loss(pack, *self._logprobs(pack, logits, temperature))
+    def _train(self, loss: LossOfPack, pack: Pack, temperature: float, out: Tensor) -> tuple[Tensor, Tensor, Metrics]:
+        value, metrics = loss(pack, *self._head(pack, out, temperature))
         return value, torch.ones((), dtype=torch.int), metrics
 
-    def _logprobs(self, pack: Pack, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """log pi and entropy of all rows of the pack. Under CP each rank computes its own rows; the loss is of whole responses."""
+    def _head(self, pack: Pack, logits: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        """log pi and entropy of all rows of the pack, from this rank's logits [1, rows, columns]."""
         at = self.model.parallel
         logits = mask_padding(logits.squeeze(0), self.model.weight_map.hf["vocab_size"], at.coord.tp)
         labels = pack.labels[cp_rows(pack.padded, at.layout.cp, at.coord.cp)].to(logits.device)
-        both = vocab_parallel_logprobs(logits, labels, temperature, at.tp_group if at.layout.tp > 1 else None)
+        return self._whole(pack, *vocab_parallel_logprobs(logits, labels, temperature, at.tp_group if at.layout.tp > 1 else None))
+
+    def _whole(self, pack: Pack, *mine: Tensor) -> tuple[Tensor, ...]:
+        """This rank's rows -> all rows of the pack [T], in order. Under CP each rank computes its own; the loss is of whole responses."""
+        at = self.model.parallel
         if at.layout.cp == 1:
-            return both
-        order = torch.cat([cp_rows(pack.padded, at.layout.cp, rank) for rank in range(at.layout.cp)]).argsort().to(logits.device)
+            return mine
+        order = torch.cat([cp_rows(pack.padded, at.layout.cp, rank) for rank in range(at.layout.cp)]).argsort().to(mine[0].device)
         # Every rank computes the same loss and keeps the gradient of its own rows, so that summing over the ranks counts each row once.
-        gathered = gather_from_sequence_parallel_region(torch.stack(both, dim=1), tensor_parallel_output_grad=False, group=at.cp_group)
-        logprobs, entropy = gathered[order].unbind(1)
-        return logprobs, entropy
+        gathered = gather_from_sequence_parallel_region(torch.stack(mine, dim=1), tensor_parallel_output_grad=False, group=at.cp_group)
+        return gathered[order].unbind(1)
 
     def _schedule(
         self, packs: list[Pack], routes: Routes, consume: Callable[..., Any], *, forward_only: bool, temperature: float | None = None

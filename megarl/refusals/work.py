@@ -8,11 +8,9 @@ from megarl.refusals.case import Case
 
 
 def objective(case: Case) -> str | None:
-    objective = case.config.objective
-    if objective.advantage == "gae":
-        return f"objective {objective.preset!r} with advantage 'gae' needs a critic, which is not supported yet; use objective=minirl"
-    if objective.kl_coef > 0:
-        return f"objective.kl_coef {objective.kl_coef} needs a reference model, which is not supported yet; set it to 0"
+    warmup, steps = case.config.critic.warmup_steps, case.config.train.steps
+    if case.config.objective.advantage == "gae" and warmup >= steps:
+        return f"critic.warmup_steps {warmup} leaves none of train.steps {steps} for the policy; lower it"
     return None
 
 

@@ -65,8 +65,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         {"num_experts": 0, "num_local_experts": 0},
         ["replay.mode R3 needs a MoE model", "none"],
     ),
-    ("objective", "run", ["objective=ppo"], {}, ["'ppo'", "critic", "objective=minirl"]),
-    ("objective", "run", ["objective.kl_coef=0.1"], {}, ["objective.kl_coef 0.1", "set it to 0"]),
+    ("objective", "run", ["objective=ppo", "critic.warmup_steps=9", "train.steps=9"], {}, ["critic.warmup_steps 9", "steps 9", "lower it"]),
     ("minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
     (
         "minibatches",
