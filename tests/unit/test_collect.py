@@ -1,0 +1,150 @@
+"""What becomes of a batch between the servers and the trainer: bad samples, equal groups, truncated and empty responses.
+
+The engine is real, one rank; the responses are made here, since a server cannot be asked for a NaN or for chosen rewards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megarl.collect import Batch, Collector  # noqa: E402
+from megarl.config import load_config  # noqa: E402
+from megarl.data import Prompt, load_tokenizer  # noqa: E402
+from megarl.engine.build import Engine, build_engine  # noqa: E402
+from megarl.engine.parallel import destroy_parallel  # noqa: E402
+from megarl.errors import UserError  # noqa: E402
+from megarl.learn import Learner  # noqa: E402
+from megarl.rollout.response import Response  # noqa: E402
+from tools.tiny_model import make_tiny_model  # noqa: E402
+
+GROUP = 4
+
+
+class Scripted:
+    """In place of a client: the answers of each prompt, in the order in which prompts are asked for. An answer is its text."""
+
+    def __init__(self, tokenizer: Any, answers: list[list[str]]) -> None:
+        self.tokenizer, self.answers = tokenizer, iter(answers)
+        self.nan: tuple[int, int] | None = None  # (prompt, response) whose third log-probability is NaN
+
+    def generate(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> list[list[Response]]:
+        return [[self._response(prompt, text, (p, i)) for i, text in enumerate(next(self.answers))] for p, prompt in enumerate(prompts)]
+
+    def _response(self, prompt: list[int], text: str, place: tuple[int, int]) -> Response:
+        tokens = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        logprobs = np.full(len(tokens), -0.5, np.float32)
+        if place == self.nan:
+            logprobs[2] = np.nan
+        spans = [{"version": 0, "start": 0, "end": len(tokens)}] if tokens else []
+        reason: Any = "length" if len(tokens) >= 6 else "stop"
+        return Response(np.array([*prompt, *tokens], np.int32), len(prompt), logprobs, None, spans, reason)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield make_tiny_model(tmp_path_factory.mktemp("collect") / "model")
+    destroy_parallel()
+
+
+def build(folder: Path, answers: list[list[str]], *keys: str) -> tuple[Engine, Collector, Scripted]:
+    config = load_config(
+        None,
+        [f"model.path={folder}", "data.reward=digit_sum", "data.prompts=train.jsonl", "replay.metrics=false", "replay.mode=none", *keys],
+    )
+    config.batch.prompts, config.batch.group = 4, GROUP
+    engine = build_engine(config, optimizer_steps=4)
+    tokenizer = load_tokenizer(str(folder))
+    client = Scripted(tokenizer, answers)
+    return engine, Collector(config, engine, client, tokenizer), client  # type: ignore[arg-type]
+
+
+def collect(collector: Collector) -> tuple[Batch, list[int]]:
+    drawn: list[int] = []
+
+    def draw(k: int) -> list[Prompt]:
+        lines = range(len(drawn) + 1, len(drawn) + k + 1)
+        drawn.extend(lines)
+        return [Prompt(collector.tokenizer.encode("12="), "3", "12=", line) for line in lines]
+
+    return collector.collect(draw, 0, 0), drawn
+
+
+MIXED, ALL, NONE = ["123", "124", "3", "4"], ["3", "13", "123", "3"], ["4", "14", "124", "4"]
+
+
+def groups_of(batch: Batch) -> list[list[int]]:
+    return [sorted({int(g) for pack in part for g in pack.group_ids.tolist() if g >= 0}) for part in batch.minibatches]
+
+
+def test_equal_groups_are_kept_dropped_or_replaced(folder: Path) -> None:
+    _, kept, _ = build(folder, [MIXED, ALL, NONE, MIXED], "batch.minibatches=2")
+    batch, _ = collect(kept)
+    assert groups_of(batch) == [[0, 1], [2, 3]] and batch.metrics["batch/equal_groups"] == 2
+    _, dropping, _ = build(folder, [MIXED, ALL, NONE, MIXED], "batch.minibatches=2", "batch.equal_groups=drop")
+    batch, drawn = collect(dropping)
+    assert groups_of(batch) == [[0], [3]] and len(drawn) == 4 and batch.metrics["batch/groups"] == 2
+    assert batch.metrics["reward/mean"] == 0.5  # of everything that was sampled
+    refill = [MIXED, ALL, NONE, MIXED, ALL, MIXED, MIXED]
+    _, refilling, _ = build(folder, refill, "batch.minibatches=2", "batch.equal_groups=refill", "batch.max_refills=2")
+    batch, drawn = collect(refilling)
+    assert groups_of(batch) == [[0, 3], [5, 6]] and drawn == list(range(1, 8)) and batch.metrics["batch/refilled_groups"] == 3
+    _, exhausted, _ = build(folder, [MIXED, ALL, NONE, NONE, ALL, ALL, ALL], "batch.minibatches=4", "batch.equal_groups=refill")
+    exhausted.config.batch.max_refills = 1
+    batch, drawn = collect(exhausted)
+    assert groups_of(batch) == [[0]] and len(drawn) == 7  # fewer groups than mini-batches: one each
+
+
+def test_a_batch_that_teaches_nothing_is_skipped_and_still_has_its_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine, collector, _ = build(folder, [ALL, NONE, ALL, ALL])
+    before = [tensor.detach().clone() for _, tensor in engine.model.params()]
+    batch, _ = collect(collector)
+    metrics, updates = Learner(collector.config, engine).learn(batch, 0)
+    assert updates == 0 and batch.metrics["reward/mean"] == 0.75 and metrics["batch/skipped_updates"] == 0
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, engine.model.params()))
+    assert "step 1: nothing to learn, in each of 4 groups all rewards are equal; no update" in capsys.readouterr().out
+    _, with_kl, _ = build(folder, [ALL, NONE, ALL, ALL], "objective.entropy_coef=0.1")
+    assert groups_of(collect(with_kl)[0]) == [[0, 1, 2, 3]]  # the entropy bonus does teach
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_nan_log_probability_is_named(folder: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, collector, client = build(folder, [MIXED] * 4, f"train.on_bad_batch={mode}")
+    client.nan = (2, 1)
+    named = "step 1: response 1 to the prompt on line 3 of train.jsonl: the rollout's log-probability of its token 2 is nan"
+    if mode == "stop":
+        with pytest.raises(UserError, match=named):
+            collect(collector)
+    else:
+        batch, _ = collect(collector)
+        assert batch.minibatches == [] and batch.metrics["batch/bad_samples"] == 1
+        assert named.removeprefix("step 1: ") in capsys.readouterr().out
+
+
+def test_truncated_responses_leave_the_loss_and_empty_ones_count(folder: Path) -> None:
+    engine, collector, _ = build(folder, [["", "3", "1234567", "3"], *[MIXED] * 3], "batch.mask_truncated=true", "objective=dapo")
+    batch, _ = collect(collector)
+    (packs,) = batch.minibatches
+    trained = sum(float(pack.mask.sum()) for pack in packs)
+    assert batch.metrics["response/empty"] == 1 and batch.metrics["response/tokens"] == trained + 7
+    assert all(float(pack.denominators[pack.mask.bool()][0]) == trained for pack in packs)  # dapo divides by the tokens of the loss
+    metrics, updates = Learner(collector.config, engine).learn(batch, 0)
+    assert updates == 1 and metrics["optim/grad_norm"] > 0
+
+
+def test_the_overlong_penalty_reaches_the_advantages_and_not_the_reported_reward(folder: Path) -> None:
+    keys = ("data.overlong_buffer=4", "data.overlong_penalty=0.5", "rollout.max_new_tokens=6", "objective=minirl")
+    _, collector, _ = build(folder, [["3", "1113", "111113", "3"], *[ALL] * 3], *keys)
+    batch, _ = collect(collector)
+    assert batch.metrics["reward/mean"] == 1.0
+    (pack,) = batch.minibatches[0]
+    found = {n: pack.advantages[start].item() for n, start in zip(pack.responses, pack.starts) if n < 4}
+    shaped = np.array([1.0, 0.75, 0.5, 1.0])  # 0, 4 - 2 = 2 of 4, 4 of 4 tokens into the buffer
+    assert [found[n] for n in range(4)] == pytest.approx((shaped - shaped.mean()).tolist())
