@@ -63,11 +63,12 @@ class Collector:
         if self.scorer is not None:
             self.scorer.close()
 
-    def collect(self, draw: Callable[[int], list[Prompt]], step: int, steps_done: int) -> Batch:
+    def collect(self, draw: Callable[[int], list[Prompt]], step: int, steps_done: int, *, to_learn: bool = True) -> Batch:
         """Rolls out a batch and lays it out for training. draw(k): the next k prompts, the same on every rank.
 
         Groups that teach nothing stay, go, or are replaced by others for up to batch.max_refills further rollouts (batch.equal_groups).
-        reward/* and response/* are of everything that was sampled. steps_done: optimizer steps before this step's first.
+        reward/* and response/* are of everything that was sampled. steps_done: optimizer steps before this step's first. to_learn: leave
+        out a batch of which nothing can be learnt.
         """
         batch, start = self.config.batch, time.perf_counter()
         rollout = Rollout([], [])
@@ -83,7 +84,7 @@ class Collector:
         metas, bad = rollout.metas, self._bad(rollout.metas, step)
         groups, dull = self._groups(metas)
         objective = self.config.objective
-        if bad or (len(dull) == drawn and not (objective.kl_coef or objective.entropy_coef)):
+        if bad or (to_learn and len(dull) == drawn and not (objective.kl_coef or objective.entropy_coef)):
             groups = []
             if not bad and self.parallel.is_main:
                 print(f"step {step + 1}: nothing to learn, in each of {drawn} groups all rewards are equal; no update", flush=True)

@@ -41,13 +41,14 @@ def main(argv: list[str]) -> int:
     if len(prompts) < parallel.layout.dp:
         raise UserError(f"{len(prompts)} prompts are fewer than the {parallel.layout.dp} data-parallel ranks; give more, or fewer ranks")
     config.replay.mode = config.replay_mode  # unset, it would follow batch.minibatches
-    config.batch.prompts, config.batch.minibatches = len(prompts), 1
+    config.batch.prompts, config.batch.minibatches, config.batch.equal_groups = len(prompts), 1, "keep"
     fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest)
+    collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     try:
-        collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
         with fleet.watched():
-            batch = collector.collect(prompts, step=0, steps_done=0)
+            batch = collector.collect(lambda k: prompts[:k], step=0, steps_done=0, to_learn=False)
     finally:
+        collector.close()
         fleet.close()
     responses = compare(engine, batch, captured=collector.routes is not None)
     if parallel.is_main:

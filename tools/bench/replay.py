@@ -100,9 +100,9 @@ def both(times: tuple[list[Seconds], list[Seconds]]) -> dict[str, Any]:
 def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     import torch.distributed as dist
 
-    from megarl.collect import Collector
+    from megarl.collect import Batch, Collector
     from megarl.config import load_config
-    from megarl.data import load_tokenizer
+    from megarl.data import Prompt, load_tokenizer
     from megarl.engine.build import build_engine
     from megarl.engine.exchange import gather_metas
     from megarl.engine.parallel import destroy_parallel
@@ -117,11 +117,15 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     learners = {mode: Learner(config, engine) for mode in ("R3", "none")}
     learners["none"].mode = "none"
     held = _responses(engine) if at.is_ingest else []
-    metas = gather_metas([collector._meta(prompt, response, float(n % 3 == 0)) for n, (prompt, response) in enumerate(held)], at)
+    prompt = Prompt([], "", "", 0)
+    metas = gather_metas(
+        [collector._meta(group, prompt, response, float(n % 3 == 0), "", 0) for n, (group, response) in enumerate(held)], at
+    )
+    groups = sorted({meta.prompt for meta in metas})
     owned = dict(zip([n for n, meta in enumerate(metas) if meta.owner == at.coord.rank], (response for _, response in held)))
 
     if routes == "recorded":
-        minibatches, _ = collector._lay_out(metas, owned)
+        minibatches, _ = collector._lay_out(metas, groups, owned)
         packs = [pack for minibatch in minibatches for pack in minibatch]
         found = {}
         for pack in gather_packs(engine, packs, engine.logprobs(packs, "record"), ("own",)):
@@ -136,9 +140,9 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     def one(mode: str) -> Seconds:
         dist.barrier()
         start, cpu = time.perf_counter(), time.process_time()
-        minibatches, _ = collector._lay_out(metas, owned)
+        minibatches, _ = collector._lay_out(metas, groups, owned)
         middle = time.perf_counter()
-        values = learners[mode].learn(minibatches)
+        values, _ = learners[mode].learn(Batch(minibatches, [""] * len(metas), {}, []), 0)
         dist.barrier()
         end = time.perf_counter()
         parts[mode].append({"exchange": middle - start, "old": values["time/old_logprob_s"], "update": values["time/update_s"]})
