@@ -2,7 +2,7 @@
 
     python tools/paper_grid.py --subset --out runs/paper_grid          N = 1 and N = 8 under int4, fp32 controls, 3 seeds
     python tools/paper_grid.py --full --out runs/paper_grid            all of it: about a core-night
-    python tools/paper_grid.py --sweep 1e-3 2e-3 4e-3                  learning rates of the fp32 control
+    python tools/paper_grid.py --sweep                                 learning rates of the fp32 control
     python tools/paper_grid.py --report --out runs/paper_grid          docs/paper.md, docs/paper/*.svg, docs/paper/results.json
     python tools/paper_grid.py --report                                the same pages from docs/paper/results.json alone
 
@@ -36,7 +36,9 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--subset", action="store_true")
     what.add_argument("--full", action="store_true")
-    what.add_argument("--sweep", type=float, nargs="+", metavar="LR")
+    what.add_argument(
+        "--sweep", type=float, nargs="*", metavar="LR", help=f"learning rates of the fp32 control; {arms.RATES} if none is named"
+    )
     what.add_argument("--report", action="store_true")
     what.add_argument("--lane", nargs=2, metavar=("QUEUE", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/paper_grid"))
@@ -54,7 +56,7 @@ def main() -> int:
     size = "full" if args.full else "subset"
     steps = args.steps or arms.STEPS[size]
     seeds = args.seeds or (5 if args.full else 3)
-    runs = arms.sweep(args.sweep, steps) if args.sweep else getattr(arms, size)(seeds, steps)
+    runs = arms.sweep(args.sweep or arms.RATES, steps) if args.sweep is not None else getattr(arms, size)(seeds, steps)
     make_task(args.out / "task")
     return run_all(runs, args.out, args.jobs)
 
@@ -108,7 +110,7 @@ def lane(queue: Path, folder: Path, out: Path) -> int:
         argv[at : at + 1] = ["tools.grid.lane", str(queue), str(out)]
         plan = dataclasses.replace(plan, trainer=dataclasses.replace(plan.trainer, argv=argv))
         status = launch(plan, load_config(arguments[0], arguments[1:]))
-        if status != 3:
+        if status == 0:
             return status
     return status
 

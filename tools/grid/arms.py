@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ OFF_POLICY = ("minirl", "minirl-no-clip")
 RECORD = "grid.json"  # in the folder of a run that has ended: its arm, what it cost, and why it failed if it did
 STEPS = {"subset": 64, "full": 320}  # optimizer steps of a run
 PROBE_STEPS = 2
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of the sweep
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def full(seeds: int, steps: int) -> list[Run]:
     return [Run(arm, 0, PROBE_STEPS) for arm in probes()] + [Run(arm, seed, steps) for seed in range(seeds) for arm in arms]
 
 
-def sweep(rates: list[float], steps: int) -> list[Run]:
+def sweep(rates: Sequence[float], steps: int) -> list[Run]:
     """The fp32 control over learning rates, on- and off-policy, one seed."""
     return [Run(Arm(n, "minirl", "none", "fp32", "sweep", lr), 0, steps) for lr in rates for n in (8, 1)]
 

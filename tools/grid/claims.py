@@ -146,7 +146,9 @@ def _mean(run: Results, key: str, part: slice) -> float:
 
 
 def label(arm: Arm) -> str:
-    """`MiniRL + R3, N = 8`."""
+    """`MiniRL + R3, N = 8`; of a sweep its learning rate."""
+    if arm.lr:
+        return f"lr {arm.lr:g}"
     names = {"minirl": "MiniRL", "minirl-no-is": "no IS", "minirl-length-norm": "length norm", "minirl-no-clip": "no clip"}
     replay = "" if arm.replay == "none" else f" + {arm.replay}"
     return f"{names[arm.objective]}{replay}, N = {arm.n}" + ("" if arm.precision == COARSE else f", {arm.precision}")

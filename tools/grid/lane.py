@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
             with (folder / "out.txt").open("a") as text, redirect_stdout(text):
                 train(config, connect)
     except UserError as error:
+        if not (folder / "metrics.jsonl").is_file() or not (folder / "metrics.jsonl").stat().st_size:
+            raise  # it never began: no result, but a server that did not start
         failure = str(error)
     after = _cpu_seconds(fleet)
     record = {"arm": asdict(run.arm), "seed": run.seed, "steps": run.steps, "failure": failure, "wall_s": time.time() - start}
@@ -87,11 +89,14 @@ def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
 
 
 def _cpu_seconds(fleet: list[LastingFleet]) -> tuple[float, float]:
-    """CPU seconds so far of this process and of its server (0 before it is known)."""
+    """CPU seconds so far of this process and of its server (0 before it is known), which leads a process group of its own."""
+    groups = {worker.pid for worker in fleet[0]._workers} if fleet else set()
     ticks = 0
-    for worker in fleet[0]._workers if fleet else []:
-        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # utime, stime
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # a process that has just ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) in groups:
+                ticks += int(fields[11]) + int(fields[12])  # utime, stime
     return time.process_time(), ticks / os.sysconf("SC_CLK_TCK")
 
 
