@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from statistics import fmean, median
@@ -190,19 +189,15 @@ def _sweep(results: Results) -> list[str]:
 
 def _cost(results: Results) -> list[str]:
     """CPU seconds, which a neighbour on the same cores does not change much."""
-    known = [run for run in results["runs"] if run["arm"]["kind"] == "rl" and run["server_cpu_s"]]
-    if not known:
-        return ["Not measured."]
-    cpu: Callable[[Results], float] = lambda run: run["trainer_cpu_s"] + run["server_cpu_s"]
-    total = sum(cpu(run) for run in known)
-    lines = [
-        f"{len(known)} runs took {total / 60:.0f} CPU minutes, trainer and server, without the start of a lane (about a CPU minute):",
-        f"some {total / 60 / 2:.0f} minutes of two otherwise idle cores.\n",
-    ]
-    lines += ["| N | CPU seconds a run | a rollout |", "|---|---|---|"]
-    for n in sorted({run["arm"]["n"] for run in known}):
-        some = [run for run in known if run["arm"]["n"] == n]
-        lines.append(f"| {n} | {fmean(map(cpu, some)):.1f} | {fmean(cpu(run) / max(run['rollouts'], 1) for run in some):.2f} |")
+    rl = [run for run in results["runs"] if run["arm"]["kind"] == "rl"]
+    lines = ["CPU seconds, without the start of a lane. `-`: the server's share was not measured.\n"]
+    lines += ["| N | runs | trainer, a run | server, a run | trainer, a rollout |", "|---|---|---|---|---|"]
+    for n in sorted({run["arm"]["n"] for run in rl}):
+        some = [run for run in rl if run["arm"]["n"] == n]
+        served = [run["server_cpu_s"] for run in some if run["server_cpu_s"] is not None]
+        server = f"{fmean(served):.1f}" if served else "-"
+        trainer, rollout = (fmean(run["trainer_cpu_s"] / (run["rollouts"] if each else 1) for run in some) for each in (False, True))
+        lines.append(f"| {n} | {len(some)} | {trainer:.1f} | {server} | {rollout:.2f} |")
     return lines
 
 
