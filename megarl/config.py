@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field("", description="Hugging Face folder (config.json, safetensors, tokenizer) the run starts from.")
+    path: str = Field("", description="What the run starts from: a Hugging Face folder, or a run's checkpoints/step_N (of any layout).")
 
 
 class ParallelConfig(Section):

@@ -8,7 +8,7 @@ from megarl.engine.device import setup_device
 DEVICE = setup_device()  # before anything below imports megatron-core
 
 from megarl.engine.exchange import RouteShape  # noqa: E402
-from megarl.engine.model import Model, build_model, load_hf, wrap_for_training  # noqa: E402
+from megarl.engine.model import Model, build_model, load_weights, wrap_for_training  # noqa: E402
 from megarl.engine.optim import build_optimizer  # noqa: E402
 from megarl.engine.parallel import Parallel, init_parallel  # noqa: E402
 from megarl.engine.step import Engine  # noqa: E402
@@ -25,7 +25,7 @@ def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float
     if not weight_map.moe_layers:
         config.replay.mode, config.replay.metrics = "none", False
     model = build_model(config, weight_map, parallel)
-    load_hf(model, config.model.path)
+    load_weights(model, config.model.path)
     if optimizer_steps:
         wrap_for_training(model, config)
     engine = Engine(model, temperature)

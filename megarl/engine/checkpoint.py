@@ -16,18 +16,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
-from megarl.checkpoints import STATE, whole_checkpoints
+from megarl.checkpoints import HF_FILES, STATE, hf_files, whole_checkpoints
 from megarl.engine.adam_fixes import after_loading, before_loading
 from megarl.engine.step import Engine
 from megarl.errors import UserError
+from megarl.weights.hf_folder import carry_files, carry_tensors
+from megarl.weights.megatron_folder import open_weights
 
 CRITIC = "critic"
 
 
 def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, critic: Engine | None = None) -> Path:
-    """Writes folder/step_N with model, optimizer, schedule, generator and `state` (plain JSON); keeps the newest `keep`.
+    """Writes folder/step_N with model, optimizer, schedule, generator, `state` (plain JSON), config.json and tokenizer.
 
-    A critic lies in a folder of its own below it.
+    Keeps the newest `keep`. A checkpoint so needs nothing else: it can be converted, and model.path can name it. A critic lies in a
+    folder of its own below it.
     """
     main = dist.get_rank() == 0
     partial, whole = folder / f".step_{step}.partial", folder / f"step_{step}"
@@ -46,6 +49,8 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
     if main:
         state = {**state, "step": step, "scheduler": engine.scheduler.state_dict(), "rng": torch.get_rng_state().tolist()}
         (partial / STATE).write_text(json.dumps(state))
+        (partial / HF_FILES).mkdir()
+        _carry(engine, whole_checkpoints(folder)[-1:], partial / HF_FILES)
         shutil.rmtree(whole, ignore_errors=True)
         _flush_to_disk(partial)
         partial.rename(whole)
@@ -53,6 +58,15 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
             shutil.rmtree(old)
     dist.barrier()
     return whole
+
+
+def _carry(engine: Engine, last: list[Path], target: Path) -> None:
+    """config.json, tokenizer and untrained tensors of the model's source; these are links into the last checkpoint, if there is one."""
+    model = engine.model
+    carry_files(hf_files(model.source), target)
+    with open_weights(model.source, model.weight_map) as reader:
+        known = last[0] / HF_FILES if last else hf_files(model.source)
+        carry_tensors(known, target, reader.carried(model.weight_map), reader.spec, reader.whole)
 
 
 def load_checkpoint(engine: Engine, path: Path, critic: Engine | None = None) -> dict[str, Any]:
@@ -96,6 +110,7 @@ def _sharded(engine: Engine, loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
+        "non_homogeneous_layers": True,  # a key for every layer, in dense models too: what megarl.weights.megatron_folder reads
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     sharded: dict[str, Any] = {_key(engine, i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.model.bare)}

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megarl.config import Config
 from megarl.engine.batch import Pack
-from megarl.engine.model import build_model, load_hf, wrap_for_training
+from megarl.engine.model import build_model, load_weights, wrap_for_training
 from megarl.engine.optim import build_optimizer
 from megarl.engine.parallel import Parallel
 from megarl.engine.step import Engine
 from megarl.weights.relations import Replicated
-from megarl.weights.weight_map import WeightMap, load_hf_config
+from megarl.weights.weight_map import WeightMap, load_weights_config
 
 VALUE_HEAD = "value_head.weight"
 
@@ -66,8 +66,8 @@ def build_critic(config: Config, parallel: Parallel, optimizer_steps: int) -> Cr
     """Trunk from model.path, a head of zeros, an optimizer under critic.lr with the schedule of train.*."""
     own = config.model_copy(deep=True)
     own.train.lr, own.train.min_lr = config.critic.lr, config.train.min_lr * config.critic.lr / config.train.lr
-    model = build_model(own, value_map(load_hf_config(config.model.path)), parallel, ValueHead)
-    load_hf(model, config.model.path, fresh=VALUE_HEAD)
+    model = build_model(own, value_map(load_weights_config(config.model.path)), parallel, ValueHead)
+    load_weights(model, config.model.path, fresh=VALUE_HEAD)
     wrap_for_training(model, own)
     critic = Critic(model, temperature=1.0)
     critic.set_optimizer(*build_optimizer(own, model, optimizer_steps))

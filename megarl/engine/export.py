@@ -1,44 +1,49 @@
-"""The model as a Hugging Face folder: safetensors gathered at rank 0, config and tokenizer carried along."""
+"""The model as a Hugging Face folder: safetensors streamed through rank 0, config and tokenizer carried along."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
+from megarl.checkpoints import hf_files
 from megarl.engine.model import Model
 from megarl.weights.gather import gather_full, plan_gather
-from megarl.weights.load import INDEX, HfReader
-from megarl.weights.source import exported_config
+from megarl.weights.hf_folder import SHARD_BYTES, ShardedWriter, carry_files, plan_shards
+from megarl.weights.megatron_folder import open_weights
+from megarl.weights.safetensors_file import Spec
 
-CARRIED = ("*.json", "*.txt", "*.model", "*.jinja")
 
+def export_hf(model: Model, source: str, out: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `out`, whole or not at all. Memory at rank 0: a bucket of weights.
 
-def export_hf(model: Model, source: str, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes `out`, whole or not at all.
-
-    source: the Hugging Face folder that the model was filled from: its config, its tokenizer and its multi-token prediction layers, which
-    are not trained, are carried along.
+    source: the folder that the model was filled from: its config, its tokenizer and its multi-token prediction layers, which are not
+    trained, are carried along.
     """
     plan = plan_gather(model.weight_map, model.parallel.layout)
     dtype = dtype or model.config.params_dtype
-    tensors = dict(gather_full(plan, model.weight_map, model.params(), model.parallel.coord.rank, dtype))
+    tensors = gather_full(plan, model.weight_map, model.params(), model.parallel.coord.rank, dtype)
     if model.parallel.is_main:
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for pattern in CARRIED:
-            for file in Path(source).glob(pattern):
-                if file.name != INDEX:
-                    shutil.copy(file, partial)
-        (partial / "config.json").write_text(json.dumps(exported_config(model.weight_map.hf), indent=2) + "\n")
-        with HfReader(source) as reader:
-            tensors |= {name: reader.whole(name) for name in reader.carried(model.weight_map)}
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial / "model.safetensors", {"format": "pt"})
+        wide, shapes = model.weight_map.hf_float32, model.weight_map.hf_shapes
+        specs = {name: Spec(torch.float32, shape) for name, shape in shapes.items() if name in wide}  # in the order of gather_full
+        specs |= {name: Spec(dtype, shape) for name, shape in shapes.items() if name not in wide}
+        with open_weights(source, model.weight_map) as reader:
+            carried = reader.carried(model.weight_map)
+            writer = ShardedWriter(partial, plan_shards(specs | {name: reader.spec(name) for name in carried}, shard_bytes))
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+            for name in carried:
+                writer.write(name, reader.whole(name))
+        writer.finish()
+        carry_files(hf_files(source), partial, dtype)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
+    else:
+        for _ in tensors:
+            pass
     dist.barrier()

@@ -24,7 +24,7 @@ from megarl.engine.experts import GroupedExperts
 from megarl.engine.mla import PackedLatentAttention
 from megarl.engine.parallel import Parallel
 from megarl.engine.shape_exchange import mend_shape_exchange
-from megarl.weights.load import HfReader
+from megarl.weights.megatron_folder import open_weights
 from megarl.weights.weight_map import Param, WeightMap
 
 
@@ -45,6 +45,7 @@ class Model:
     parallel: Parallel
     bare: list[GPTModel]
     chunks: list[Any] = field(default_factory=list)
+    source: str = ""  # the folder its weights were read from
 
     def params(self) -> Iterator[tuple[Param, torch.Tensor]]:
         """Every parameter and persistent buffer of this rank with its entry in the weight map, in the map's order."""
@@ -120,12 +121,13 @@ def _mark_parameters(model: Model) -> None:
             tensor.allreduce = False  # type: ignore[attr-defined]
 
 
-def load_hf(model: Model, path: str, *, fresh: str = "") -> None:
-    """Fills the model from a Hugging Face folder: each rank reads only the rectangles it holds.
+def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
+    """Fills the model from a Hugging Face folder or a Megatron checkpoint of any layout: each rank reads only the rectangles it holds.
 
-    Padding rows become zero, and so does the tensor named `fresh`, which the folder does not hold.
+    Padding rows become zero, and so does the tensor named `fresh`, which the source does not hold.
     """
-    with HfReader(path) as reader, torch.no_grad():
+    model.source = path
+    with open_weights(path, model.weight_map) as reader, torch.no_grad():
         reader.carried(model.weight_map)  # names what is missing or unknown
         for param, tensor in model.params():
             tensor.zero_()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from megarl.checkpoints import hf_files
 from megarl.config import Config
 
 
@@ -24,7 +24,7 @@ class Case:
     def hf(self) -> dict[str, Any]:
         if self.given_hf is not None:
             return self.given_hf
-        return json.loads((Path(self.config.model.path) / "config.json").read_text())
+        return json.loads((hf_files(self.config.model.path) / "config.json").read_text())
 
     @cached_property
     def model(self) -> dict[str, Any]:

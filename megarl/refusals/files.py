@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Literal
 
+from megarl.checkpoints import hf_files
 from megarl.refusals.case import Case
 
 
@@ -16,8 +17,8 @@ def model_path(case: Case) -> str | None:
     path = case.config.model.path
     if not path:
         return "model.path is empty; give a Hugging Face checkpoint folder, e.g. model.path=runs/tiny"
-    if not (Path(path) / "config.json").is_file():
-        return f"model.path {path!r} has no config.json; give a Hugging Face checkpoint folder"
+    if not (hf_files(path) / "config.json").is_file():
+        return f"model.path {path!r} has no config.json; give a Hugging Face checkpoint folder, or a run's checkpoints/step_N"
     try:
         _ = case.hf
     except ValueError as error:
@@ -27,6 +28,8 @@ def model_path(case: Case) -> str | None:
 
 def model_weights(case: Case) -> str | None:
     folder = Path(case.config.model.path)
+    if hf_files(folder) != folder:
+        return _megatron_weights(case, folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         missing = sorted({name for name in json.loads(index.read_text())["weight_map"].values() if not (folder / name).is_file()})
@@ -36,8 +39,17 @@ def model_weights(case: Case) -> str | None:
     return None
 
 
+def _megatron_weights(case: Case, folder: Path) -> str | None:
+    if not (folder / ".metadata").is_file():
+        return f"model.path {str(folder)!r} is not a whole checkpoint, it has no .metadata; give another"
+    if case.command in ("generate", "compare"):
+        hint = f"python checkpoints_conversion/megatron_to_hf.py --megatron {folder} --out DIR"
+        return f"model.path {str(folder)!r} is a Megatron checkpoint, which {case.command} cannot give to vLLM; convert it first: {hint}"
+    return None
+
+
 def tokenizer(case: Case) -> str | None:
-    folder = Path(case.config.model.path)
+    folder = hf_files(case.config.model.path)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
     return f"model.path {str(folder)!r} has no tokenizer.json; save the tokenizer beside the weights"

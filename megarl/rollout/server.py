@@ -17,6 +17,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
+from megarl.checkpoints import hf_files
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.lifeline import die_with_parent
@@ -78,7 +79,9 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     length = max(rollout.max_prompt_tokens + rollout.max_new_tokens, CANARY_TOKENS + 1)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", config.model.path]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_files(config.model.path))]
+    if hf_files(config.model.path) != Path(config.model.path):  # a Megatron checkpoint: the trainers' first sync brings the weights
+        command += ["--load-format", "dummy"]
     command += ["--host", here, "--port", str(port), "--dtype", dtype, "--tensor-parallel-size", str(rollout.tp)]
     command += ["--max-model-len", str(length), "--max-num-seqs", str(rollout.max_num_seqs), "--enable-prefix-caching"]
     # A request with a seed kills the engine where prefill is chunked (spec/engines.md): every prompt goes in at once.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
 from megarl.errors import UserError
 from megarl.weights.relations import Piece
+from megarl.weights.safetensors_file import SafetensorsFile, Spec
 from megarl.weights.source import SCALE, block_size, carried, dequantized
 from megarl.weights.weight_map import WeightMap, load_hf_config
 
@@ -24,27 +23,43 @@ class HfReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         self._where = self._index()
         self._block = block_size(load_hf_config(self.path))
 
     def _index(self) -> dict[str, str]:
         if (self.path / INDEX).is_file():
-            return json.loads((self.path / INDEX).read_text())["weight_map"]
+            try:
+                return json.loads((self.path / INDEX).read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{str(self.path / INDEX)!r} is not an index of safetensors; copy the checkpoint again") from None
         single = self.path / "model.safetensors"
         if not single.is_file():
             raise UserError(
                 f"model.path {str(self.path)!r} holds neither model.safetensors nor {INDEX}; give a Hugging Face checkpoint folder"
             )
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
+        return dict.fromkeys(self._open(single.name).tensors, single.name)
 
     def __enter__(self) -> HfReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        for file in self._files.values():
+            file.close()
+
+    def specs(self, weight_map: WeightMap) -> dict[str, Spec]:
+        """Every tensor of the map, in its order, as `read` gives it. UserError names one that is missing, unknown, or of another shape."""
+        self.carried(weight_map)
+        found = {}
+        for name, shape in weight_map.hf_shapes.items():
+            found[name] = self.spec(name)
+            if found[name].shape != shape:
+                raise UserError(f"tensor {name!r} in {str(self.path)!r} has shape {found[name].shape}, config.json wants {shape}")
+        return found
+
+    def spec(self, name: str) -> Spec:
+        spec = self._file(name).tensors[name]
+        return Spec(torch.bfloat16, spec.shape) if self._scaled(name) else spec
 
     def carried(self, weight_map: WeightMap) -> list[str]:
         """Tensors to copy to an export as they are (megarl.weights.source.carried). UserError where the map and the files differ."""
@@ -52,29 +67,36 @@ class HfReader:
 
     def whole(self, name: str) -> Tensor:
         """A whole tensor, its shape being the file's; dequantised as in `read`."""
-        shape = tuple(self._file(name).get_slice(name).get_shape())
+        shape = self._file(name).tensors[name].shape
         zero = (0,) * len(shape)
         return self.read(Piece(name, zero, zero, shape))
 
     def read(self, piece: Piece) -> Tensor:
         """A rectangle in the file's dtype; bfloat16 where the file holds block-FP8."""
-        if piece.hf + SCALE in self._where and self._block is not None:
+        if self._block is not None and self._scaled(piece.hf):
             return dequantized(self._stored, piece, self._block)
         return self._stored(piece)
 
-    def _file(self, name: str) -> Any:
+    def _scaled(self, name: str) -> bool:
+        return self._block is not None and name + SCALE in self._where
+
+    def _file(self, name: str) -> SafetensorsFile:
         if name not in self._where:
             raise UserError(f"tensor {name!r} is missing from {str(self.path)!r}; the checkpoint does not match its config.json")
-        file = self._where[name]
-        if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(self.path / file, "pt"))
-        return self._files[file]
+        file = self._open(self._where[name])
+        if name not in file.tensors:
+            raise UserError(f"{str(self.path / self._where[name])!r} lacks tensor {name!r}, which the index places there; copy it again")
+        return file
+
+    def _open(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            self._files[name] = SafetensorsFile(self.path / name)
+        return self._files[name]
 
     def _stored(self, piece: Piece) -> Tensor:
-        view = self._file(piece.hf).get_slice(piece.hf)
+        file = self._file(piece.hf)
+        shape = file.tensors[piece.hf].shape
         end = [a + n for a, n in zip(piece.hf_start, piece.shape)]
-        if any(have < want for have, want in zip(view.get_shape(), end)):
-            raise UserError(
-                f"tensor {piece.hf!r} has shape {view.get_shape()}, too small for {end}; config.json does not match the weights"
-            )
-        return view[tuple(slice(a, b) for a, b in zip(piece.hf_start, end))]
+        if len(shape) != len(end) or any(have < want for have, want in zip(shape, end)):
+            raise UserError(f"tensor {piece.hf!r} has shape {shape}, too small for {end}; config.json does not match the weights")
+        return file.read(piece.hf, piece.hf_start, piece.shape)

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from megarl.checkpoints import hf_files
 from megarl.errors import UserError
 from megarl.weights.layout import Coord, Layout
 from megarl.weights.relations import Piece, Rank, Relation, Replicated, Shape
@@ -156,7 +157,8 @@ class WeightMap:
 
 
 def load_hf_config(path: str | Path) -> dict[str, Any]:
-    file = Path(path) / "config.json"
+    """config.json of a Hugging Face folder, or of the one inside a Megatron checkpoint."""
+    file = hf_files(path) / "config.json"
     if not file.is_file():
         raise UserError(f"model.path {str(path)!r} has no config.json; give a Hugging Face checkpoint folder")
     return json.loads(file.read_text())

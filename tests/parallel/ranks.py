@@ -24,6 +24,7 @@ from megarl.weights.load import HfReader
 from megarl.weights.relations import Piece
 
 LAYOUT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
+LAYOUTS = (LAYOUT, ["parallel.pp=2", "parallel.vpp=2", "parallel.tp=2"], ["parallel.tp=2", "parallel.etp=2"], ["parallel.ep=4"])
 
 
 def layout_of_megatron(model: str) -> None:
@@ -225,8 +226,54 @@ def _update(engine: Engine, step: int) -> dict[str, float]:
     return engine.update(packs, "off", lambda pack, logprobs, entropy: (-(logprobs * pack.mask).sum() / 4, {}))[1]
 
 
+def converted_checkpoints(model: str) -> None:
+    """A run's checkpoint of any layout fills a model of any other and converts to its very weights; megatron-core loads a converted one."""
+    from megatron.core import dist_checkpointing
+
+    from megarl.convert.commands import hf_to_megatron_main, megatron_to_hf_main
+    from megarl.engine.checkpoint import _key, _sharded
+    from megarl.engine.export import export_hf
+
+    folder = [Path(tempfile.mkdtemp())] if dist.is_initialized() is False or dist.get_rank() == 0 else [Path()]
+    path, source = model, Path(model)
+    for number, keys in enumerate(LAYOUTS):
+        engine = build_engine(load_config(None, [f"model.path={path}", "train.lr=1e-2", *keys]), optimizer_steps=1)
+        dist.broadcast_object_list(folder, src=0)
+        here = folder[0] / str(number)
+        export_hf(engine.model, path, here / "read")
+        _update(engine, number)
+        saved = save_checkpoint(engine, here, 1, {"optimizer_steps": 1}, keep=1)
+        export_hf(engine.model, path, here / "saved", shard_bytes=500_000)
+        if dist.get_rank() == 0:
+            assert megatron_to_hf_main(["--megatron", str(saved), "--out", str(here / "converted"), "--verify"]) == 0
+            _assert_folders_equal(source, here / "read")
+            _assert_folders_equal(here / "saved", here / "converted")
+            sizes = [f"--{key.removeprefix('parallel.').replace('=', ' ')}" for key in LAYOUTS[number - 1] if "vpp" not in key]
+            options = " ".join(["--hf", str(here / "saved"), "--out", str(here / "megatron"), *sizes]).split()
+            assert hf_to_megatron_main(options) == 0
+        dist.barrier()
+        sharded = {key: value for key, value in _sharded(engine, loading=False).items() if key != "optimizer"}
+        sharded = {key: {n: t for n, t in value.items() if "_extra_state" not in n} for key, value in sharded.items()}
+        loaded = dist_checkpointing.load(sharded, str(here / "megatron"))
+        for i, chunk in enumerate(engine.model.bare):
+            for name, tensor in chunk.named_parameters():
+                assert torch.equal(loaded[_key(engine, i)][name], tensor), (keys, name)
+        path, source = str(saved), here / "saved"
+
+
+def _assert_folders_equal(a: Path, b: Path) -> None:
+    from safetensors.torch import load_file
+
+    want, found = ({k: t for file in x.glob("*.safetensors") for k, t in load_file(file).items()} for x in (a, b))
+    assert want.keys() == found.keys()
+    assert all(torch.equal(want[name], found[name]) for name in want), (a, b)
+
+
 CHECKS = {check.__name__: check for check in (layout_of_megatron, gathered_weights, quantized_shards, exchanged_rows)}
-CHECKS |= {check.__name__: check for check in (replay_is_a_no_op, sums_over_micro_batches, resume_is_exact, interleaved_packs)}
+CHECKS |= {
+    check.__name__: check
+    for check in (replay_is_a_no_op, sums_over_micro_batches, resume_is_exact, interleaved_packs, converted_checkpoints)
+}
 
 if __name__ == "__main__":
     for name in sys.argv[2:]:

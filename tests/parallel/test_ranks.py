@@ -14,7 +14,15 @@ from tools.tiny_model import make_tiny_model  # noqa: E402
 
 LAUNCHES = {
     1: ("replay_is_a_no_op", "sums_over_micro_batches"),
-    4: ("layout_of_megatron", "gathered_weights", "quantized_shards", "exchanged_rows", "resume_is_exact", "interleaved_packs"),
+    4: (
+        "layout_of_megatron",
+        "gathered_weights",
+        "quantized_shards",
+        "exchanged_rows",
+        "resume_is_exact",
+        "interleaved_packs",
+        "converted_checkpoints",
+    ),
 }
 
 

@@ -1,0 +1,77 @@
+"""A Megatron checkpoint, of a run or converted, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from megarl.checkpoints import hf_files
+from megarl.convert.output import fingerprint, output_folder
+from megarl.errors import UserError
+from megarl.report.transfer import Transfer
+from megarl.weights.hf_folder import Shard, carry_files, plan_shards, write_index
+from megarl.weights.load import HfReader
+from megarl.weights.megatron_folder import MegatronReader
+from megarl.weights.safetensors_file import SafetensorsWriter, Spec
+
+
+def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = False) -> None:
+    """Every tensor in the dtype the checkpoint holds it in. Memory: a small multiple of the largest tensor."""
+    with MegatronReader(megatron) as reader:
+        trained = reader.specs()
+        specs = trained | {name: reader.spec(name) for name in reader.carried(reader.weight_map)}
+        shards = plan_shards(specs, shard_bytes)
+        plan = {"source": str(megatron.absolute()), "files": fingerprint(megatron, (".metadata",)), "shards": [s.file for s in shards]}
+        with output_folder(out, plan, sum(shard.nbytes for shard in shards)) as partial:
+            progress = Transfer("writing", sum(shard.nbytes for shard in shards))
+            for shard in shards:
+                _write(reader, partial, shard, progress)
+            write_index(partial, shards)
+            carry_files(hf_files(megatron), partial, _common_dtype(trained))
+            progress.finish()
+            if verify:
+                verify_hf(reader, partial, specs)
+
+
+def _write(reader: MegatronReader, folder: Path, shard: Shard, progress: Transfer) -> None:
+    if (folder / shard.file).is_file():
+        progress.skip(shard.nbytes)
+        return
+    writer = SafetensorsWriter(folder / f".{shard.file}", shard.specs)
+    try:
+        for name, spec in shard.specs.items():
+            writer.write(name, reader.whole(name))
+            progress.add(spec.nbytes)
+        writer.close()
+    finally:
+        writer.abort()
+    os.replace(folder / f".{shard.file}", folder / shard.file)
+
+
+def verify_hf(reader: MegatronReader, folder: Path, specs: dict[str, Spec]) -> None:
+    """Reads both sides again and compares them bit for bit."""
+    progress = Transfer("verifying", sum(spec.nbytes for spec in specs.values()))
+    with HfReader(folder) as written:
+        for name, spec in specs.items():
+            same_bits(name, reader.whole(name), written.whole(name), folder)
+            progress.add(spec.nbytes)
+    progress.finish()
+
+
+def same_bits(name: str, want: torch.Tensor, found: torch.Tensor, folder: Path) -> None:
+    """Removes `folder` and raises UserError where they differ."""
+    as_bytes = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (want, found)]
+    if want.dtype != found.dtype or want.shape != found.shape or not torch.equal(*as_bytes):
+        shutil.rmtree(folder)
+        raise UserError(f"--verify: {name!r} was not written as it was read; check the disk and convert again")
+
+
+def _common_dtype(specs: dict[str, Spec]) -> torch.dtype:
+    """Of most of the bytes: what config.json calls the model's dtype."""
+    totals: dict[torch.dtype, int] = {}
+    for spec in specs.values():
+        totals[spec.dtype] = totals.get(spec.dtype, 0) + spec.nbytes
+    return max(totals, key=lambda dtype: totals[dtype])

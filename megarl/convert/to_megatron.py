@@ -1,0 +1,143 @@
+"""A Hugging Face folder as a Megatron checkpoint that any layout reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from megarl.checkpoints import HF_FILES, STATE
+from megarl.convert.output import fingerprint, output_folder
+from megarl.convert.to_hf import same_bits
+from megarl.errors import UserError
+from megarl.report.transfer import Transfer
+from megarl.weights.hf_folder import carry_files, carry_tensors
+from megarl.weights.layout import Layout
+from megarl.weights.load import HfReader
+from megarl.weights.megatron_folder import Cut, Global, MegatronReader, cuts_of_rank, whole_params
+from megarl.weights.relations import Piece
+from megarl.weights.safetensors_file import Spec
+from megarl.weights.torch_dist import Chunk, TorchDistWriter, write_metadata
+from megarl.weights.weight_map import WeightMap, load_hf_config
+
+JOURNAL = ".journal"  # one file for each finished data file: where its chunks lie
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    cuts: list[Cut]
+    nbytes: int
+
+
+def hf_to_megatron(hf: Path, out: Path, layout: Layout, file_bytes: int, verify: bool = False) -> None:
+    """Writes one file or more for each rank of `layout`. Memory: a small multiple of the largest tensor.
+
+    Tensors keep their dtype; a run casts them to its own when it loads them.
+    """
+    weight_map = WeightMap(load_hf_config(hf))
+    with HfReader(hf) as reader:
+        specs = reader.specs(weight_map)
+        stored = _global_specs(weight_map, specs)
+        files = _plan_files(weight_map, layout, specs, file_bytes)
+        total = sum(file.nbytes for file in files)
+        plan = {
+            "source": str(hf.absolute()),
+            "files": fingerprint(hf, ("*.safetensors", "config.json")),
+            "layout": asdict(layout),
+            "file_bytes": file_bytes,
+        }
+        with output_folder(out, plan, total) as partial:
+            progress = Transfer("writing", total)
+            (partial / JOURNAL).mkdir(exist_ok=True)
+            chunks = [chunk for file in files for chunk in _write(reader, partial, file, specs, progress)]
+            (partial / HF_FILES).mkdir(exist_ok=True)
+            carry_files(hf, partial / HF_FILES)
+            carry_tensors(hf, partial / HF_FILES, reader.carried(weight_map), reader.spec, reader.whole)
+            (partial / STATE).write_text(json.dumps({"converted_from": str(hf.absolute()), "layout": asdict(layout)}))
+            write_metadata(partial, stored, chunks)
+            shutil.rmtree(partial / JOURNAL)
+            progress.finish()
+            if verify:
+                verify_megatron(reader, partial, weight_map, specs)
+
+
+def _plan_files(weight_map: WeightMap, layout: Layout, specs: dict[str, Spec], file_bytes: int) -> list[_File]:
+    places: dict[str, list[tuple[Piece, Global]]] = {}
+    for param, where in whole_params(weight_map):
+        for piece in param.pieces:
+            places.setdefault(piece.hf, []).append((piece, where))
+    files: list[_File] = []
+    for rank in range(layout.world):
+        held: list[list[Cut]] = [[]]
+        size = 0
+        for cut in cuts_of_rank(weight_map, layout, rank, places):
+            nbytes = cut.numel * specs[cut.pieces[0].hf].dtype.itemsize
+            if held[-1] and size + nbytes > file_bytes:
+                held.append([])
+                size = 0
+            held[-1].append(cut)
+            size += nbytes
+        for number, cuts in enumerate(held):
+            if cuts:
+                nbytes = sum(cut.numel * specs[cut.pieces[0].hf].dtype.itemsize for cut in cuts)
+                files.append(_File(f"__{rank}_{number}.distcp", cuts, nbytes))
+    return files
+
+
+def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], progress: Transfer) -> list[Chunk]:
+    journal = folder / JOURNAL / file.name
+    if (folder / file.name).is_file():
+        progress.skip(file.nbytes)
+        rows = json.loads(journal.read_text())
+        return [Chunk(key, tuple(start), tuple(shape), *place) for key, start, shape, *place in rows]
+    writer = TorchDistWriter(folder, file.name)
+    try:
+        for cut in file.cuts:
+            tensor = _tensor(reader, cut)
+            writer.write(cut.key, cut.start, tensor)
+            progress.add(tensor.nbytes)
+        journal.write_text(json.dumps([[c.key, c.start, c.shape, c.file, c.offset, c.length] for c in writer.chunks]))
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    return writer.chunks
+
+
+def _tensor(reader: HfReader, cut: Cut) -> torch.Tensor:
+    if len(cut.pieces) == 1:
+        return reader.read(cut.pieces[0]).view(cut.shape)
+    inner = cut.shape[-len(cut.pieces[0].shape) :]
+    full: torch.Tensor | None = None
+    for piece in cut.pieces:
+        block = reader.read(piece)
+        if full is None:
+            full = torch.empty(inner, dtype=block.dtype)
+        full[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))] = block
+    assert full is not None
+    return full.view(cut.shape)
+
+
+def _global_specs(weight_map: WeightMap, specs: dict[str, Spec]) -> dict[str, Spec]:
+    """UserError where tensors that make one parameter differ in dtype."""
+    found: dict[str, Spec] = {}
+    for param, where in whole_params(weight_map):
+        for piece in param.pieces:
+            spec = found.setdefault(where.key, Spec(specs[piece.hf].dtype, where.shape))
+            if spec.dtype != specs[piece.hf].dtype:
+                raise UserError(f"tensor {piece.hf!r} is {specs[piece.hf].dtype}, others of {where.key!r} are {spec.dtype}; use one dtype")
+    return found
+
+
+def verify_megatron(reader: HfReader, folder: Path, weight_map: WeightMap, specs: dict[str, Spec]) -> None:
+    """Reads both sides again and compares them bit for bit."""
+    progress = Transfer("verifying", sum(spec.nbytes for spec in specs.values()))
+    with MegatronReader(folder, weight_map) as written:
+        for name in [*specs, *reader.carried(weight_map)]:
+            same_bits(name, reader.whole(name), written.whole(name), folder)
+            progress.add(reader.spec(name).nbytes)
+    progress.finish()

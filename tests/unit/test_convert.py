@@ -1,0 +1,309 @@
+"""Conversion between Hugging Face folders and Megatron checkpoints: bit for bit, resumed, and refused in one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+
+from megarl.convert import commands, to_hf, to_megatron
+from megarl.weights.safetensors_file import SafetensorsWriter
+from megarl.weights.torch_dist import TorchDistReader, TorchDistWriter
+from megarl.weights.weight_map import WeightMap
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.tiny_model import FAMILIES, tiny_config  # noqa: E402
+
+DENSE = ("qwen3", "llama")
+LAYOUTS = ("", "--tp 2", "--pp 2 --vpp 2", "--pp 4", "--tp 2 --pp 2", "--tp 4 --pp 2 --vpp 2")
+EXPERTS = ("--ep 8", "--tp 2 --etp 2", "--tp 2 --pp 2 --ep 2", "--tp 4 --etp 2 --ep 4 --pp 2 --vpp 2")
+SHARD = "--shard-gib 0.00003"  # 31 KiB: several files of a model of some 200 KB
+
+
+def make_folder(out: Path, family: str, **sizes: Any) -> Path:
+    """A Hugging Face folder of random bits in bf16 (float32 where the family keeps it), config.json and a stand-in for the tokenizer."""
+    defaults: dict[str, Any] = dict(hidden=32, heads=4, kv_heads=4, head_dim=16, moe_intermediate=16, vocab_size=37)
+    tree = tiny_config(family, **(defaults | sizes)).to_dict() | {"dtype": "bfloat16"}
+    weight_map = WeightMap(tree)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in weight_map.hf_shapes.items():
+        dtype = torch.float32 if name in weight_map.hf_float32 else torch.bfloat16
+        bits = torch.randint(
+            0, 256, (torch.Size(shape).numel() * dtype.itemsize,), dtype=torch.uint8, generator=generator
+        )  # NaN among them
+        tensors[name] = bits.view(dtype).view(shape)
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(tree))
+    (out / "tokenizer.json").write_text("{}")
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("convert") / "hf", "qwen3_moe")
+
+
+def to_megatron_(hf: Path, out: Path, options: str = "") -> int:
+    return commands.hf_to_megatron_main(["--hf", str(hf), "--out", str(out), *options.split()])
+
+
+def to_hf_(megatron: Path, out: Path, options: str = "") -> int:
+    return commands.megatron_to_hf_main(["--megatron", str(megatron), "--out", str(out), *options.split()])
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    want, found = tensors_of(a), tensors_of(b)
+    assert want.keys() == found.keys()
+    for name in want:
+        assert want[name].dtype == found[name].dtype and want[name].shape == found[name].shape, name
+        assert torch.equal(want[name].view(-1).view(torch.uint8), found[name].view(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_bitwise_equal_in_every_layout(family: str, tmp_path: Path) -> None:
+    hf = make_folder(tmp_path / "hf", family)
+    for i, layout in enumerate(LAYOUTS if family in DENSE else LAYOUTS + EXPERTS):
+        megatron, back = tmp_path / f"megatron{i}", tmp_path / f"back{i}"
+        assert to_megatron_(hf, megatron, layout) == 0
+        assert to_hf_(megatron, back, SHARD) == 0
+        assert_same(hf, back)
+        assert json.loads((back / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+        assert (back / "tokenizer.json").is_file()
+        index = json.loads((back / "model.safetensors.index.json").read_text())
+        assert sorted(set(index["weight_map"].values())) == sorted(file.name for file in back.glob("*.safetensors"))
+        shutil.rmtree(megatron)
+        shutil.rmtree(back)
+
+
+def test_torch_reads_what_we_write_and_we_read_what_torch_writes(folder: Path, tmp_path: Path) -> None:
+    """Regression test of the private names in megarl/weights/torch_dist.py."""
+    assert to_megatron_(folder, tmp_path / "megatron", "--tp 2 --etp 2 --verify") == 0
+    with_reader = TorchDistReader(tmp_path / "megatron")
+    want = {key: with_reader.read(key, [0] * len(spec.shape), spec.shape) for key, spec in with_reader.tensors.items()}
+    state = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in with_reader.tensors.items()}
+    dcp.load(state, checkpoint_id=tmp_path / "megatron", no_dist=True)
+    for key, tensor in want.items():
+        assert torch.equal(tensor.view(-1).view(torch.uint8), state[key].view(-1).view(torch.uint8)), key
+    dcp.save({"a": state["output_layer.weight"], "b": torch.tensor(3.0)}, checkpoint_id=tmp_path / "torch", no_dist=True)
+    theirs = TorchDistReader(tmp_path / "torch")
+    found = theirs.read("a", [3, 0], [5, 32])
+    assert torch.equal(found.view(torch.int16), state["output_layer.weight"][3:8].view(torch.int16))
+    assert theirs.read("b", [], []).item() == 3
+
+
+@pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
+def test_a_second_call_goes_on_after_a_kill(direction: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, convert, writer, files = folder, to_megatron_, TorchDistWriter, "*.distcp"
+    if direction == "to_hf":
+        assert to_megatron_(folder, tmp_path / "source") == 0
+        source, convert, files = tmp_path / "source", to_hf_, "*.safetensors"
+        writer = SafetensorsWriter  # type: ignore[assignment]
+    assert convert(source, tmp_path / "want", SHARD) == 0
+    closed, close = [], writer.close
+
+    def killed(self: Any) -> None:
+        if len(closed) == 2:
+            raise KeyboardInterrupt
+        closed.append(close(self))
+
+    monkeypatch.setattr(writer, "close", killed)
+    assert convert(source, tmp_path / "out", SHARD) == 130
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / ".out.partial"
+    kept = {file.name: file.stat().st_mtime_ns for file in partial.glob(files) if not file.name.startswith(".")}
+    assert len(kept) == 2
+    monkeypatch.setattr(writer, "close", close)
+    assert convert(source, tmp_path / "out", SHARD + " --verify") == 0
+    assert not partial.exists()
+    names = sorted(file.name for file in (tmp_path / "want").iterdir() if file.is_file())
+    assert names == sorted(file.name for file in (tmp_path / "out").iterdir() if file.is_file())
+    for file in (tmp_path / "want").glob(files):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_a_changed_source_begins_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = shutil.copytree(folder, tmp_path / "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(to_megatron, "write_metadata", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert to_megatron_(hf, tmp_path / "out") == 130
+    changed = {name: tensor.flip(0) for name, tensor in load_file(hf / "model.safetensors").items()}
+    save_file(changed, hf / "model.safetensors", {"format": "pt"})
+    assert to_megatron_(hf, tmp_path / "out") == 0 and to_hf_(tmp_path / "out", tmp_path / "back") == 0
+    assert_same(hf, tmp_path / "back")
+
+
+def truncate(hf: Path) -> None:
+    os.truncate(hf / "model.safetensors", (hf / "model.safetensors").stat().st_size - 10)
+
+
+def change(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(hf: Path) -> None:
+        tensors = load_file(hf / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+
+    return apply
+
+
+def split_and_lose(hf: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    names = list(tensors)
+    save_file({name: tensors[name] for name in names[:5]}, hf / "a.safetensors")
+    where = dict.fromkeys(names[:5], "a.safetensors") | dict.fromkeys(names[5:], "b.safetensors")
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "truncated": (truncate, "", "is truncated"),
+    "not safetensors": (lambda hf: (hf / "model.safetensors").write_bytes(b"<html>" * 99), "", "not a safetensors file"),
+    "missing shard": (split_and_lose, "", "b.safetensors' is missing"),
+    "missing tensor": (change(lambda t: t.pop("model.norm.weight")), "", "'model.norm.weight' is missing"),
+    "unknown tensor": (change(lambda t: t.update(extra=torch.zeros(2))), "", "'extra'.* is unknown"),
+    "wrong shape": (
+        change(lambda t: t.update({"model.norm.weight": torch.zeros(33)})),
+        "",
+        "has shape \\(33,\\), config.json wants \\(32,\\)",
+    ),
+    "mixed dtypes": (
+        change(lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": torch.zeros(64, 32)})),
+        "",
+        "k_proj.*float32.*bfloat16",
+    ),
+    "no config": (lambda hf: (hf / "config.json").unlink(), "", "no config.json"),
+    "tp": (lambda hf: None, "--tp 3", "--tp 3 does not divide"),
+    "pp": (lambda hf: None, "--pp 3", "pp 3 x vpp 1 does not divide"),
+    "ep": (lambda hf: None, "--ep 3", "--ep 3 does not divide"),
+    "zero": (lambda hf: None, "--tp 0", "--tp 0 is below 1"),
+    "shard size": (lambda hf: None, "--shard-gib 0", "--shard-gib 0.0 is not above 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_nothing_is_left(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, options, match = BAD[name]
+    hf = shutil.copytree(folder, tmp_path / "hf")
+    damage(hf)
+    assert_refused(capsys, lambda: to_megatron_(hf, tmp_path / "out", options), match)
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], call: Callable[[], int], match: str) -> None:
+    import re
+
+    capsys.readouterr()
+    assert call() == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and re.search(match, line), line
+
+
+def test_bad_checkpoints_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tmp_path / "megatron"
+    assert to_megatron_(folder, whole, SHARD) == 0
+    out = tmp_path / "back"
+
+    def damaged(name: str) -> Path:
+        return shutil.copytree(whole, tmp_path / name)
+
+    os.truncate(damaged("truncated") / "__0_1.distcp", 1000)
+    (damaged("missing") / "__0_1.distcp").unlink()
+    (damaged("without") / ".metadata").unlink()
+    other = damaged("other model")
+    tree = json.loads((other / "hf" / "config.json").read_text())
+    (other / "hf" / "config.json").write_text(json.dumps(tree | {"moe_intermediate_size": 8}))
+    for name, match in {
+        "truncated": "is truncated",
+        "missing": "is missing",
+        "without": "no .metadata",
+        "other model": "has shape",
+    }.items():
+        assert_refused(capsys, lambda name=name: to_hf_(tmp_path / name, out), match)  # type: ignore[misc]
+        assert not out.exists(), name
+
+
+def test_a_checkpoint_deleted_meanwhile_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert to_megatron_(folder, tmp_path / "step_3", SHARD) == 0
+    write = SafetensorsWriter.write
+
+    def deleted(self: Any, name: str, tensor: torch.Tensor) -> None:
+        write(self, name, tensor)
+        shutil.rmtree(tmp_path / "step_3", ignore_errors=True)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", deleted)
+    assert_refused(capsys, lambda: to_hf_(tmp_path / "step_3", tmp_path / "out", SHARD), "was deleted while it was read")
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_exists_is_left_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "out"), "already exists")
+    assert (tmp_path / "out").read_text() == "mine"
+    assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "out" / "inside"), "cannot be made")
+
+
+@pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
+def test_a_full_disk_is_one_line_and_the_next_call_goes_on(
+    direction: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, convert = folder, to_megatron_
+    if direction == "to_hf":
+        assert to_megatron_(folder, tmp_path / "source") == 0
+        source, convert = tmp_path / "source", to_hf_
+    written, save, pwrite = [], torch.save, os.pwrite
+
+    def full(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            written.append(1)
+            if len(written) > 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full(save))
+        patch.setattr(os, "pwrite", full(pwrite))
+        assert_refused(capsys, lambda: convert(source, tmp_path / "out", SHARD), "the disk is full")
+    assert not (tmp_path / "out").exists()
+    assert convert(source, tmp_path / "out", SHARD + " --verify") == 0
+
+
+def test_too_little_space_is_told_before_anything_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "out"), "the disk has 0.00 GiB free")
+
+
+def test_verify_sees_a_flipped_bit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = to_hf.MegatronReader.read
+
+    def flipped(self: Any, piece: Any) -> torch.Tensor:
+        tensor = original(self, piece)
+        if piece.hf == "model.norm.weight":
+            tensor.view(torch.uint8)[5] ^= 1
+        return tensor
+
+    monkeypatch.setattr(to_hf.MegatronReader, "read", flipped)
+    assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "out", "--verify"), "'model.norm.weight' was not written")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
