@@ -1,14 +1,14 @@
 """Core attention over packed sequences for layer specs without Transformer Engine: torch's scaled_dot_product_attention.
 
-The rows of a pack are cut into segments, each of one sequence; segments are right-padded into a rectangle, attended causally, and what
-the padding computes is dropped. So there is no mask of [tokens, tokens] and nothing attends across a border. Without context
-parallelism a segment is a sequence and the flash kernels of torch apply. With it a rank has the queries of its own rows, gathers keys and
-values of the whole pack, and attends with a mask of its segments.
+The rows of a pack are cut into segments, each of one sequence; segments of about equal length are right-padded into a rectangle, attended
+causally, and what the padding computes is dropped. So there is no mask of [tokens, tokens] and nothing attends across a border. Without
+context parallelism a segment is a sequence and the flash kernels of torch apply. With it a rank has the queries of its own rows, gathers
+keys and values of the whole pack, and attends with a mask of its segments.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,21 +18,36 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+# A segment shorter than SHORTEST of its rectangle's longest starts a rectangle of its own, unless all that this saves is fewer pairs of
+# query and key than CALL_CELLS: about the cost of one more call.
+SHORTEST = 0.9
+CALL_CELLS = 2**14
+
+
+@dataclass
+class Rectangle:
+    """Segments of about equal length. Padding points to row 0."""
+
+    query_index: Tensor  # [segments, longest query] -> row of this rank
+    key_index: Tensor  # [segments, longest key] -> row of the pack
+    mask: Tensor | None = None  # bool [segments, 1, longest query, longest key]; None is causal
+
+    def to(self, device: torch.device) -> Rectangle:
+        return Rectangle(*(None if x is None else x.to(device) for x in (self.query_index, self.key_index, self.mask)))  # type: ignore[arg-type]
+
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed parameters, and where each row lies in the padded rectangles [segments, longest]."""
+    """Megatron's packed parameters, and where each row lies in the padded rectangles."""
 
-    query_index: Tensor | None = None  # [segments, longest query] -> row of this rank; padding points to row 0
-    key_index: Tensor | None = None  # [segments, longest key] -> row of the pack
-    cells: Tensor | None = None  # [rows of this rank] -> cell of the query rectangle
-    mask: Tensor | None = None  # bool [segments, 1, longest query, longest key]; None is causal
+    rectangles: list[Rectangle] = field(default_factory=list)
+    cells: Tensor | None = None  # [rows of this rank] -> cell of the query rectangles, one after the other
     positions: Tensor | None = None  # int64 [rows of this rank]: of each row in its sequence
     gathered: Tensor | None = None  # row of the pack -> place in the concatenation of all context-parallel ranks' rows
 
     def to(self, device: torch.device) -> PackedSequences:
-        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        moved: dict[str, Any] = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, rectangles=[rectangle.to(device) for rectangle in self.rectangles], **moved)
 
 
 def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: int) -> PackedSequences:
@@ -55,29 +70,48 @@ def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: i
         for a, b in zip(edges, edges[1:])
         if max(a, span.start) < min(b, span.stop)
     ]
-    packed.query_index, packed.cells = _rectangle([end - first for first, end, _ in segments])
     packed.positions = torch.cat([torch.arange(first - start, end - start) for first, end, start in segments])
-    if len(cp_spans) == 1:
-        packed.key_index = packed.query_index
-        return packed
-    sizes = torch.tensor([end - start for _, end, start in segments])
-    column = torch.arange(int(sizes.max()))
-    starts = torch.tensor([start for _, _, start in segments])
-    packed.key_index = torch.where(column < sizes[:, None], starts[:, None] + column, 0)
-    position = torch.tensor([first - start for first, _, start in segments])[:, None] + torch.arange(packed.query_index.shape[1])
-    packed.mask = (column <= position[:, :, None])[:, None]  # padding queries see more than they should, and are dropped
-    rows = torch.cat([torch.arange(span.start, span.stop) for spans in cp_spans for span in spans])
-    packed.gathered = rows.argsort()
+    first, end, start = torch.tensor(segments).unbind(1)
+    queries, keys = end - first, end - start
+    place = queries.cumsum(0) - queries  # first row of each segment among this rank's rows
+    packed.cells = torch.empty(int(queries.sum()), dtype=torch.long)
+    cells = 0
+    for group in groups_of_segments(keys.tolist()):
+        query_index, inside = _rectangle(place[group], queries[group])
+        rectangle = Rectangle(query_index, query_index)
+        if len(cp_spans) > 1:
+            rectangle.key_index, _ = _rectangle(start[group], keys[group])
+            position = (first - start)[group][:, None] + torch.arange(query_index.shape[1])
+            # padding queries see more than they should, and are dropped
+            rectangle.mask = (torch.arange(rectangle.key_index.shape[1]) <= position[:, :, None])[:, None]
+        packed.rectangles.append(rectangle)
+        packed.cells[query_index[inside]] = cells + inside.flatten().nonzero().flatten()
+        cells += inside.numel()
+    if len(cp_spans) > 1:
+        rows = torch.cat([torch.arange(span.start, span.stop) for spans in cp_spans for span in spans])
+        packed.gathered = rows.argsort()
     return packed
 
 
-def _rectangle(sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """(row of each cell [segments, longest], cell of each row) for segments that follow each other."""
-    lengths = torch.tensor(sizes)
-    inside = torch.arange(int(lengths.max())) < lengths[:, None]
-    index = torch.zeros(inside.shape, dtype=torch.long)
-    index[inside] = torch.arange(int(lengths.sum()))
-    return index, inside.flatten().nonzero().flatten()
+def groups_of_segments(lengths: list[int]) -> list[list[int]]:
+    """Numbers of the segments of each rectangle, longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    longest = 0
+    for number, i in enumerate(order):
+        saved = (len(order) - number) * (longest**2 - lengths[i] ** 2)
+        if not groups or (lengths[i] < SHORTEST * longest and saved > CALL_CELLS):
+            groups.append([])
+            longest = lengths[i]
+        groups[-1].append(i)
+    return groups
+
+
+def _rectangle(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """[segments, longest]: the row of each cell, 0 in padding, and which cells are inside a segment."""
+    column = torch.arange(int(sizes.max()))
+    inside = column < sizes[:, None]
+    return torch.where(inside, starts[:, None] + column, 0), inside
 
 
 class RowRotary(torch.nn.Module):
@@ -127,14 +161,16 @@ class PackedCausalAttention(torch.nn.Module):
         def rectangle(x: Tensor, index: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [segments, heads, longest, dim]
             return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]).transpose(1, 2)
 
-        assert packed.query_index is not None and packed.key_index is not None
-        out = F.scaled_dot_product_attention(
-            rectangle(query, packed.query_index),
-            rectangle(key, packed.key_index),
-            rectangle(value, packed.key_index),
-            attn_mask=packed.mask,
-            is_causal=packed.mask is None,
-            scale=self.scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return out[..., :width].transpose(1, 2).flatten(0, 1).index_select(0, packed.cells).flatten(1).unsqueeze(1)
+        outs = []
+        for part in packed.rectangles:
+            out = F.scaled_dot_product_attention(
+                rectangle(query, part.query_index),
+                rectangle(key, part.key_index),
+                rectangle(value, part.key_index),
+                attn_mask=part.mask,
+                is_causal=part.mask is None,
+                scale=self.scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+            outs.append(out[..., :width].transpose(1, 2).flatten(0, 1))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, packed.cells).flatten(1).unsqueeze(1)

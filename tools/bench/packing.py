@@ -3,8 +3,8 @@
     python tools/bench/packing.py [--responses 1024] [--budget 32768] [--seeds 20]
 
 Lengths are log-normal (median 1500 tokens, sigma 1.0, cut at 32,768). Padding counts rows of packs that belong to no response, empty packs
-included. Attention pads further inside a pack: its rectangle of [sequences, longest] is printed beside it. Imbalance is the most loaded
-replica over the mean, minus 1.
+included. Attention pads further inside a pack, to the longest sequence of each of its rectangles: the share of its cells is printed
+beside it. Imbalance is the most loaded replica over the mean, minus 1.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megarl.engine.attention import groups_of_segments  # noqa: E402
 from megarl.engine.batch import assign, pack_lengths  # noqa: E402
 from megarl.weights.layout import Layout  # noqa: E402
 
@@ -25,6 +26,7 @@ LAYOUTS = [
     Layout(world=8),
     Layout(tp=2, pp=2, world=32),
     Layout(tp=4, cp=2, world=64),
+    Layout(tp=2, pp=2, vpp=2, world=64),
     Layout(tp=2, pp=4, vpp=2, world=64),
 ]
 
@@ -36,7 +38,7 @@ def measure(layout: Layout, rows: list[int], budget: int) -> tuple[float, float,
     for packs in packed:
         lengths = pack_lengths([sum(rows[i] for i in pack) for pack in packs], layout)
         computed += sum(lengths)
-        cells += sum(len(pack) * max((rows[i] for i in pack), default=0) for pack in packs)
+        cells += sum(len(group) * rows[pack[group[0]]] for pack in packs for group in groups_of_segments([rows[i] for i in pack]))
     load = [sum(rows[i] for pack in packs for i in pack) for packs in packed]
     return 1 - sum(rows) / computed, 1 - sum(rows) / cells, max(load) / statistics.mean(load) - 1
 
