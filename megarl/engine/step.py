@@ -17,10 +17,11 @@ from megarl.engine.batch import Pack, cp_rows, router_rows
 from megarl.engine.logprob import mask_padding, vocab_parallel_logprobs
 from megarl.engine.model import Model
 from megarl.engine.optim import current_lr
-from megarl.replay.context import Recorded, Replay, replay_schedule
+from megarl.replay.context import Replay, replay_schedule
 
 Metrics = dict[str, Tensor]
 LossOfPack = Callable[..., tuple[Tensor, Metrics]]  # (pack, logprobs [T], entropy [T]) -> loss, metrics
+Taken = tuple[Tensor, Tensor | None]  # own routes and gap of one chunk and pack, as megarl.replay.context.Recorded.stacked gives them
 Routes = Literal["off", "record", "replay"]  # no hooks; the router's own, recorded; pack.routes, replayed and the own recorded
 
 
@@ -109,7 +110,7 @@ class Engine:
     def _schedule(
         self, packs: list[Pack], routes: Routes, consume: Callable[..., Any], *, forward_only: bool, temperature: float | None = None
     ) -> list[Any]:
-        recorded: dict[tuple[int, int], Recorded] = {}
+        recorded: dict[tuple[int, int], Taken] = {}
         with replay_schedule(self._routers) if routes != "off" else nullcontext() as replay:
             result = get_forward_backward_func()(
                 forward_step_func=partial(self._forward, replay, routes, consume, temperature or self.temperature, recorded),
@@ -131,7 +132,7 @@ class Engine:
         routes: Routes,
         consume: Callable[..., Any],
         temperature: float,
-        recorded: dict[tuple[int, int], Recorded],
+        recorded: dict[tuple[int, int], Taken],
         data: Iterator[tuple[int, Pack]],
         chunk: Any,
     ) -> tuple[Tensor, Callable[..., Any]]:
@@ -141,23 +142,22 @@ class Engine:
         context: Any = nullcontext()
         if replay is not None:
             target = None if pack.routes is None else pack.routes[:, self._layers[index]].to(device)
-            present = None if pack.present is None else pack.present.to(device)
+            present = None if pack.present is None or pack.present.all() else pack.present.to(device)
             context = replay.forward(index, target, present, replay=routes == "replay")
         at = self.model.parallel
         mine = cp_rows(pack.padded, at.layout.cp, at.coord.cp)
         tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
         with context as record:
             out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences.to(device))
-        if record is not None:
-            recorded[index, number] = record
+        if record is not None and record.own:
+            recorded[index, number] = record.stacked()
         return out, partial(consume, pack, temperature)
 
-    def _keep_routes(self, pack: Pack, records: list[Recorded]) -> None:
-        stacked = [record.stacked() for record in records if record.own]
-        if stacked:
-            pack.own = torch.cat([own for own, _ in stacked], dim=1).cpu()
-            if stacked[0][1] is not None:
-                pack.gap = torch.cat([gap for _, gap in stacked if gap is not None], dim=1).cpu()
+    def _keep_routes(self, pack: Pack, taken: list[Taken]) -> None:
+        if taken:
+            pack.own = torch.cat([own for own, _ in taken], dim=1).cpu()
+            gaps = [gap for _, gap in taken if gap is not None]
+            pack.gap = torch.cat(gaps, dim=1).cpu() if gaps else None
 
     def predicting_rows(self, pack: Pack) -> Tensor:
         """bool [rows of this rank]: rows that predict a response token, the ones that routing metrics count."""

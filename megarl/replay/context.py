@@ -25,15 +25,20 @@ class Router(Protocol):
 class Recorded:
     """What the routers of one chunk did for one micro-batch, rows in the order of this rank's slice.
 
-    own: the top-k of the live scores of this pass, [rows, layers, K]; under replay, given the replayed earlier layers.
-    gap: how far the replayed (or compared) experts lie below the own choice in score, [rows, layers]; 0 where the sets agree.
+    own: a layer's top-k of the live scores of this pass, [rows, K]; under replay, given the replayed earlier layers.
+    lowest: the least score among those, and among the replayed (or compared) experts, [rows]; empty where there are none.
     """
 
     own: list[Tensor] = field(default_factory=list)
-    gap: list[Tensor] = field(default_factory=list)
+    lowest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def stacked(self) -> tuple[Tensor, Tensor | None]:
-        return torch.stack(self.own, dim=1), torch.stack(self.gap, dim=1) if self.gap else None
+        """own int16 [rows, layers, K]; gap [rows, layers]: how far the replayed experts lie below the own in score."""
+        own = torch.stack(self.own, dim=1).to(torch.int16)
+        if not self.lowest:
+            return own, None
+        chosen, replayed = (torch.stack(layers, dim=1) for layers in zip(*self.lowest))
+        return own, (chosen - replayed).clamp_(min=0)
 
 
 class _Hook:
@@ -61,14 +66,16 @@ class _Hook:
             return scores.gather(1, chosen), chosen
         assert default_compute_topk is not None
         values, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        self.record.own.append(chosen.to(torch.int16))
+        self.record.own.append(chosen)
         if self.target is not None:
             if len(self.target) != len(scores):
                 raise RuntimeError(f"{len(self.target)} rows of routes for {len(scores)} rows of tokens")
-            gap = values.detach().amin(1) - scores.detach().gather(1, self.target).amin(1)
-            self.record.gap.append(gap.clamp(min=0))
-            if self.replay:
-                chosen = self.target if self.present is None else torch.where(self.present[:, None], self.target, chosen)
+            replayed = scores.gather(1, self.target)
+            self.record.lowest.append((values.detach().amin(1), replayed.detach().amin(1)))
+            if self.replay and self.present is None:
+                values, chosen = replayed, self.target
+            elif self.replay:
+                chosen = torch.where(self.present[:, None], self.target, chosen)
                 values = scores.gather(1, chosen)
         self.used.append(chosen)
         return values, chosen
@@ -101,11 +108,12 @@ class Replay:
         """One micro-batch through one chunk.
 
         routes: integer [rows, layers of the chunk, K] to replay (or, with replay=False, only to compare with); None for neither.
-        present: bool [rows]; a row that is not present is routed live.
+        present: bool [rows]; a row that is not present is routed live. None: all are present.
         """
         recorded = Recorded()
+        targets = None if routes is None else routes.transpose(0, 1).to(torch.long, memory_format=torch.contiguous_format)
         for i, hook in enumerate(self._hooks[chunk]):
-            hook.target = None if routes is None else routes[:, i].long()
+            hook.target = None if targets is None else targets[i]
             hook.present, hook.replay, hook.record = present, replay, recorded
         try:
             yield recorded
