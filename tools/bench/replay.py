@@ -3,8 +3,9 @@
     python tools/bench/replay.py [--ranks 1] [--pairs 100] [--routes recorded] [--only step|capture] [--json FILE] [key=value ...]
 
 The same work in pairs, one after the other in random order, so that what else the machine does falls on both; the figure is the median
-of the ratios within a pair, with a bootstrap 95% interval. A limit of 1.03 lies above the interval, or below it, or it is undecided. With
-PROFILE=DIR in the environment 10 more pairs run under cProfile.
+of the ratios within a pair, with a bootstrap 95% interval. A limit of 1.03 lies above the interval, or below it, or it is undecided. The
+CPU time of all ranks is judged beside the clock: it does not count what a neighbour on the same cores does. With PROFILE=DIR in the
+environment 10 more pairs run under cProfile.
 
 step: the exchange of the responses and their routes, the pi_old pass and 4 updates, of the benchmark's work (tools/bench/step.py: 16
 prompts of 8 tokens, 8 responses each of 16 tokens). Routes travel and are compared in both; only R3 replays them. The routes are those that
@@ -20,7 +21,6 @@ import contextlib
 import gc
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -35,10 +35,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tools.bench.pairs import WARM_UP, Seconds, interleaved, on_clock, on_cpu  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
 LIMIT = 1.03
-WARM_UP = 5
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 8, 16
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {},  # 0.5M parameters
@@ -46,58 +46,18 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """Bootstrap 95% interval of the median."""
-    rng = np.random.default_rng(0)
-    values = np.array(ratios)
-    medians = np.median(values[rng.integers(0, len(values), (10_000, len(values)))], axis=1)
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def summary(with_it: list[float], without: list[float]) -> dict[str, Any]:
-    """The median ratio within a pair, its interval, and what it says of LIMIT."""
-    ratios = [a / b for a, b in zip(with_it, without)]
-    low, high = interval(ratios)
+def judged(result: dict[str, Any]) -> dict[str, Any]:
+    """With what the interval says of LIMIT."""
+    low, high = result["interval_95"]
     verdict = "met" if high <= LIMIT else "not met" if low > LIMIT else "undecided"
-    return {
-        "pairs": len(ratios),
-        "median_ratio": statistics.median(ratios),
-        "interval_95": [low, high],
-        "verdict": f"at most {LIMIT}: {verdict}",
-        "with_s": statistics.median(with_it),
-        "without_s": statistics.median(without),
-    }
-
-
-Seconds = tuple[float, float]  # on the clock, and of this process's CPU time: the latter does not count what others do meanwhile
-
-
-def interleaved(first: Callable[[], Seconds], second: Callable[[], Seconds], pairs: int) -> tuple[list[Seconds], list[Seconds]]:
-    """Seconds of both, pair by pair. The order within a pair is random, and the same in every process."""
-    draw = random.Random(0)
-    times: tuple[list[Seconds], list[Seconds]] = ([], [])
-    for pair in range(WARM_UP + pairs):
-        order = [(first, 0), (second, 1)]
-        draw.shuffle(order)
-        for call, which in order:
-            gc.collect()
-            seconds = call()
-            if pair >= WARM_UP:
-                times[which].append(seconds)
-    return times
-
-
-def both(times: tuple[list[Seconds], list[Seconds]]) -> dict[str, Any]:
-    """The summary on the clock, and under "cpu" that of CPU time."""
-    wall, cpu = ([[pair[i] for pair in side] for side in times] for i in (0, 1))
-    return {**summary(*wall), "cpu": summary(*cpu)}
+    return {**result, "verdict": f"at most {LIMIT}: {verdict}"}
 
 
 # ---- the step: inside the ranks
 
 
 def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
+    import torch
     import torch.distributed as dist
 
     from megarl.collect import Batch, Collector
@@ -146,13 +106,15 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
         dist.barrier()
         end = time.perf_counter()
         parts[mode].append({"exchange": middle - start, "old": values["time/old_logprob_s"], "update": values["time/update_s"]})
-        return end - start, time.process_time() - cpu
+        spent = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+        dist.all_reduce(spent)
+        return end - start, float(spent)
 
     gc.freeze()
     gc.disable()
     times = interleaved(lambda: one("R3"), lambda: one("none"), pairs)
     if at.is_main:
-        result = both(times)
+        result = {**judged(on_clock(times)), "cpu": judged(on_cpu(times))}
         medians = {mode: {k: statistics.median(row[k] for row in rows[WARM_UP:]) for k in rows[0]} for mode, rows in parts.items()}
         (folder / "step.json").write_text(json.dumps({**result, "parts_s": medians}))
     if at.is_main and os.environ.get("PROFILE"):
@@ -231,7 +193,7 @@ def capture(folder: Path, pairs: int, overrides: list[str]) -> dict[str, Any]:
             assert lengths == {PROMPT_TOKENS + NEW_TOKENS} and all((r.routes is not None) == captured for group in groups for r in group)
             return seconds, 0.0
 
-        return summary(*([wall for wall, _ in side] for side in interleaved(lambda: one(on, True), lambda: one(off, False), pairs)))
+        return judged(on_clock(interleaved(lambda: one(on, True), lambda: one(off, False), pairs)))
 
 
 @contextlib.contextmanager
@@ -263,12 +225,12 @@ def _server(folder: Path, captured: bool, overrides: list[str]) -> Iterator[Any]
 def show(name: str, result: dict[str, Any]) -> None:
     low, high = result["interval_95"]
     print(
-        f"{name:34}{result['with_s'] * 1e3:9.1f} ms{result['without_s'] * 1e3:9.1f} ms{result['median_ratio']:9.4f}"
+        f"{name:34}{result['first_s'] * 1e3:9.1f} ms{result['second_s'] * 1e3:9.1f} ms{result['median_ratio']:9.4f}"
         f"   [{low:.4f}, {high:.4f}]   {result['verdict']}, {result['pairs']} pairs",
         flush=True,
     )
     if "cpu" in result:
-        show("  CPU time of rank 0", result["cpu"])
+        show("  CPU time of all ranks", result["cpu"])
     for part in ("exchange", "old", "update") if "parts_s" in result else ():
         print(f"  {part:32}" + "".join(f"{result['parts_s'][mode][part] * 1e3:9.1f} ms" for mode in ("R3", "none")))
 
