@@ -1,9 +1,11 @@
 """Seconds a step, and where they go, for one fixed piece of work in several layouts. Prints a table; --json FILE writes the figures.
 
-    python tools/bench/step.py [--steps 20] [--layouts 1,dp2,tp2pp2ep2] [--json FILE] [key=value ...]
+    python tools/bench/step.py [--steps 20] [--layouts 1,dp2,dp2-n2,tp2pp2ep2] [--json FILE] [key=value ...]
 
 The work: a Qwen3-MoE of 0.5M parameters (4 layers, hidden 64, 8 experts top-2, vocabulary 32, float32), 16 prompts of 8 tokens,
-8 responses each of at most 16 tokens, one update, R3 on. Medians over --steps steps after 3.
+8 responses each of at most 16 tokens, one update (two in dp2-n2), R3 on, every check on. With one update (N = 1) pi_old is the update's own
+log-probability (spec/objective.md); dp2-n2 splits the same responses over two updates, so it pays for a pi_old pass and a second optimizer
+step. Medians over --steps steps after 3.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from tools.tiny_model import make_tiny_model  # noqa: E402
 LAYOUTS = {
     "1": dict(trainers=1),
     "dp2": dict(trainers=2),
+    "dp2-n2": dict(trainers=2, minibatches=2),
     "tp2pp2ep2": dict(trainers=4, tp=2, pp=2, ep=2),
 }
 WARM_UP = 3
@@ -41,7 +44,7 @@ def configuration(folder: Path, name: str, steps: int) -> dict[str, Any]:
     return {
         "model": {"path": str(folder / "model")},
         "data": {"prompts": str(folder / "data" / "train.jsonl"), "reward": "digit_sum"},
-        "batch": {"prompts": 16, "group": 8, "minibatches": 1},
+        "batch": {"prompts": 16, "group": 8, "minibatches": layout.pop("minibatches", 1)},
         "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 16},
         "replay": {"mode": "R3"},
         "train": {"steps": steps, "lr": 1e-4},
