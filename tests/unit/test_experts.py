@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from megarl.config import ParallelConfig
-from megarl.engine import experts as module
-from megarl.engine.build import DEVICE, init_parallel
-from megarl.engine.experts import GroupedExperts, _stack
 from megarl.engine.parallel import destroy_parallel
+from tools.one_rank import expert_layer, one_rank
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megarl.engine import experts as module
+from megarl.engine.experts import GroupedExperts, _stack
 
 HIDDEN, WIDTH = 32, 24
 COUNTS = {
@@ -33,33 +29,13 @@ COUNTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def world():
-    init_parallel(ParallelConfig(), DEVICE, seed=0)
-    yield
+    yield one_rank()
     destroy_parallel()
 
 
 def make(kind, experts=4, dtype=torch.float32, **changes):
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=1,
-        num_moe_experts=experts,
-        moe_ffn_hidden_size=WIDTH,
-        ffn_hidden_size=3 * WIDTH,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-        gradient_accumulation_fusion=False,
-        use_cpu_initialization=True,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        moe_router_topk=1,
-        moe_router_pre_softmax=True,
-        **changes,
-    )
-    submodules = get_moe_module_spec(use_te=False, num_experts=experts).submodules.experts.submodules
-    return kind(experts, config, submodules, pg_collection=get_default_pg_collection())
+    changes |= dict(params_dtype=dtype, bf16=dtype == torch.bfloat16, moe_router_topk=1, moe_router_pre_softmax=True)
+    return expert_layer(kind, experts, HIDDEN, WIDTH, **changes)
 
 
 def make_pair(**kwargs):

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from megarl.config import ParallelConfig, load_config
-from megarl.engine.build import DEVICE, init_parallel
+from megarl.config import load_config
 from megarl.engine.model import Model, _transformer_config
 from megarl.engine.parallel import destroy_parallel
 from megarl.replay.context import replay_schedule
 from megarl.replay.metrics import RoutingSums
 from megarl.replay.routes import accept_routes, agreement, check_routes, route_dtype, spread_routes
 from megarl.weights.weight_map import WeightMap
+from tools.one_rank import one_rank
 
 # isort: split
 from megatron.core.tensor_parallel import checkpoint
@@ -45,8 +45,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module", autouse=True)
 def world():
-    parallel = init_parallel(ParallelConfig(), DEVICE, seed=0)
-    yield parallel
+    yield one_rank()
     destroy_parallel()
 
 

@@ -7,7 +7,6 @@ medians of the CPU time, which a neighbour on the same cores does not change muc
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -37,36 +36,17 @@ def main() -> None:
 def make_layers(experts: int, hidden: int, ffn: int) -> dict[str, Any]:
     """Two real expert modules of equal weights, as megatron-core builds them in a world of one rank."""
     import torch
-    import torch.nn.functional as F
 
-    from megarl.config import ParallelConfig
-    from megarl.engine.build import DEVICE, init_parallel
-    from megarl.engine.experts import GroupedExperts
+    from tools.one_rank import expert_layer, one_rank
 
     # isort: split
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.experts import SequentialMLP
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    init_parallel(ParallelConfig(), DEVICE, seed=0)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=hidden,
-        num_attention_heads=1,
-        num_moe_experts=experts,
-        moe_ffn_hidden_size=ffn,
-        ffn_hidden_size=2 * ffn,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-        gradient_accumulation_fusion=False,
-        use_cpu_initialization=True,
-    )
-    submodules = get_moe_module_spec(use_te=False, num_experts=experts).submodules.experts.submodules
-    make = lambda kind: kind(experts, copy.deepcopy(config), submodules, pg_collection=get_default_pg_collection())
-    layers = {"sequential": make(SequentialMLP), "grouped": make(GroupedExperts)}
+    from megarl.engine.experts import GroupedExperts
+
+    one_rank()
+    kinds = {"sequential": SequentialMLP, "grouped": GroupedExperts}
+    layers = {name: expert_layer(kind, experts, hidden, ffn) for name, kind in kinds.items()}
     layers["grouped"].load_state_dict(layers["sequential"].state_dict())
     for layer in layers.values():
         for param in layer.parameters():
