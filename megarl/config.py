@@ -46,6 +46,10 @@ class EngineConfig(Section):
     micro_batch_tokens: int = Field(8192, ge=1, description="Token budget of one packed micro-batch.")
     distributed_optimizer: bool = Field(False, description="Shard optimizer state over data-parallel ranks.")
     experts: Literal["grouped", "sequential"] = Field("grouped", description="All experts in one grouped product, or one after the other.")
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(
+        "auto", description="Layers: Transformer Engine's, or megatron-core's own; auto takes the former on a GPU where it is installed."
+    )
+    deterministic: bool = Field(False, description="Deterministic kernels in training, wherever torch has them; slower on a GPU.")
 
 
 class ReplayConfig(Section):
@@ -79,6 +83,13 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(256, ge=1, description="Responses one server decodes at the same time.")
     enforce_eager: bool = Field(True, description="Run vLLM without torch.compile and graphs.")
     kv_cache_gib: float = Field(0.25, gt=0, description="Memory for vLLM's KV cache on a CPU, in GiB.")
+    quantization: Literal["none", "fp8"] = Field(
+        "none", description="fp8: vLLM quantises the weights as it loads them, and again at every sync; needs a GPU."
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="Precision of vLLM's KV cache; auto is rollout.dtype.")
+    batch_invariant: bool = Field(
+        False, description="vLLM's batch-invariant kernels: a token's numbers do not depend on its batch; slower, needs a GPU."
+    )
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="vLLM's share of GPU memory.")
     start_timeout_s: float = Field(300, gt=0, description="How long the trainer waits for the servers to come up, in seconds.")
     request_timeout_s: float = Field(600, gt=0, description="How long one batch of rollouts may take, in seconds.")

@@ -55,6 +55,7 @@ def after_loading(optimizer: Any) -> None:
     """Loading leaves one `step` tensor shared by all parameters, which a step then advances once for each of them: gives each its own."""
     for part in parts_of(optimizer):
         inner = getattr(part, "optimizer", None)
-        for state in inner.state.values() if inner is not None else []:
+        fused = inner is not None and any(group.get("fused") for group in inner.param_groups)  # wants `step` beside the parameter
+        for param, state in inner.state.items() if inner is not None else []:
             if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
+                state["step"] = state["step"].to(param.device, copy=True) if fused else state["step"].clone()

@@ -2,13 +2,17 @@
 
 The rows of a pack are cut into segments, each of one sequence; segments of about equal length are right-padded into a rectangle, attended
 causally, and what the padding computes is dropped. So there is no mask of [tokens, tokens] and nothing attends across a border. Without
-context parallelism a segment is a sequence and the flash kernels of torch apply. With it a rank has the queries of its own rows, gathers
-keys and values of the whole pack, and attends with a mask of its segments.
+context parallelism a segment is a sequence and the flash kernels of torch apply; on a GPU in half precision torch's varlen_attn then
+takes the pack as it is, without rectangles (not yet run). With it a rank has the queries of its own rows, gathers keys and values of the
+whole pack, and attends with a mask of its segments.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -158,6 +162,11 @@ class PackedCausalAttention(torch.nn.Module):
             )
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
 
+        varlen = varlen_attention() if query.is_cuda and query.dtype != torch.float32 and packed.gathered is None else None
+        if varlen is not None:
+            longest, edges = packed.max_seqlen_q, packed.cu_seqlens_q
+            return varlen(query[:, 0], key[:, 0], value[:, 0], edges, longest, self.scale)[..., :width].flatten(1).unsqueeze(1)
+
         def rectangle(x: Tensor, index: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [segments, heads, longest, dim]
             return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]).transpose(1, 2)
 
@@ -174,3 +183,25 @@ class PackedCausalAttention(torch.nn.Module):
             )
             outs.append(out[..., :width].transpose(1, 2).flatten(0, 1))
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, packed.cells).flatten(1).unsqueeze(1)
+
+
+@cache
+def varlen_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor] | None:
+    """torch's causal attention over a pack: (q [T, heads, dim], k, v, cu_seqlens, longest, scale) -> [T, heads, dim]; None if it has none.
+
+    Its flash kernels take fewer key heads than query heads; from torch 2.12 on it wants to be told so (`enable_gqa`). Where it may be told
+    not to split the keys (`num_splits`), deterministic mode does: the result of a sequence then does not depend on its pack.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, scale: float | None) -> Tensor:
+        more: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in known else {}
+        if "num_splits" in known and torch.are_deterministic_algorithms_enabled():
+            more["num_splits"] = 1
+        return varlen_attn(query, key, value, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), **more)
+
+    return attend

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megarl.config import Config
-from megarl.engine.device import setup_device
+from megarl.engine.device import make_deterministic, setup_device
 
 DEVICE = setup_device()  # before anything below imports megatron-core
 
@@ -20,6 +20,8 @@ def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float
 
     A model without experts has no routes: `config` is changed so that replay and its metrics are off.
     """
+    if config.engine.deterministic:
+        make_deterministic()
     parallel = init_parallel(config.parallel, DEVICE, config.run.seed)
     weight_map = WeightMap(load_hf_config(config.model.path))
     if not weight_map.moe_layers:

@@ -55,6 +55,15 @@ def setup_device() -> Device:
     return Device(CPU, "gloo")
 
 
+def make_deterministic() -> None:
+    """Deterministic kernels in this process, wherever torch has them, from here on (engine.deterministic). Before any matrix product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # split-k sums in float32
+
+
 class _Stream:
     """The CPU has one queue and everything in it is in order."""
 

@@ -11,29 +11,19 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megarl.config import Config
-from megarl.engine.attention import PackedCausalAttention, RowRotary
-from megarl.engine.experts import GroupedExperts
-from megarl.engine.mla import PackedLatentAttention
+from megarl.engine.attention import RowRotary
 from megarl.engine.parallel import Parallel
+from megarl.engine.profile import Profile, choose_profile
 from megarl.engine.shape_exchange import mend_shape_exchange
+from megarl.engine.specs import layer_specs, profile_settings
 from megarl.weights.megatron_folder import open_weights
+from megarl.weights.names import transformer_engine_names
 from megarl.weights.weight_map import Param, WeightMap
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm in a Megatron spec. Its weight is marked sequence-parallel, so that its gradient is summed over TP."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -43,6 +33,7 @@ class Model:
     config: TransformerConfig
     weight_map: WeightMap
     parallel: Parallel
+    profile: Profile
     bare: list[GPTModel]
     chunks: list[Any] = field(default_factory=list)
     source: str = ""  # the folder its weights were read from
@@ -50,8 +41,17 @@ class Model:
     def params(self) -> Iterator[tuple[Param, torch.Tensor]]:
         """Every parameter and persistent buffer of this rank with its entry in the weight map, in the map's order."""
         named = [_named_tensors(chunk) for chunk in self.bare]
-        for param in self.weight_map.params(self.parallel.layout, self.parallel.coord):
-            yield param, named[param.chunk][param.name]
+        for param, name in self.named_entries():
+            yield param, named[param.chunk][name]
+
+    def named_entries(self) -> list[tuple[Param, str]]:
+        """Every entry of the weight map that this rank holds, with the parameter's name in the model that was built."""
+        entries = list(self.weight_map.params(self.parallel.layout, self.parallel.coord))
+        if not self.profile.transformer_engine:
+            return [(param, param.name) for param in entries]
+        chunks = [[p.name for p in entries if p.chunk == chunk] for chunk in range(len(self.bare))]
+        names = [transformer_engine_names(chunk, self.profile.grouped_experts) for chunk in chunks]
+        return [(param, names[param.chunk][param.name]) for param in entries]
 
     def routers(self) -> list[tuple[int, TopKRouter]]:
         """The routers of this rank as (index among the model's MoE layers, router), in global order."""
@@ -70,16 +70,18 @@ def build_model(
     config: Config, weight_map: WeightMap, parallel: Parallel, head: Callable[[TransformerConfig], torch.nn.Module] | None = None
 ) -> Model:
     """GPTModel chunks of this rank, not yet filled and not yet wrapped for training. `head` makes another output layer than the usual."""
-    transformer = _transformer_config(config, weight_map, parallel)
+    profile = choose_profile(config.engine, parallel.device, latent=weight_map.model.get("multi_latent_attention", False))
+    transformer = _transformer_config(config, weight_map, parallel, profile)
     if parallel.layout.vpp > 1:
         mend_shape_exchange()
     chunks = []
     for chunk in range(parallel.layout.vpp):
         stage = chunk if parallel.layout.vpp > 1 else None
+        layers = parallel.layout.stage_layers(weight_map.num_layers, parallel.coord.pp, chunk)
         chunks.append(
             GPTModel(
                 config=transformer,
-                transformer_layer_spec=_layer_specs(config, transformer, weight_map, parallel, chunk),
+                transformer_layer_spec=layer_specs(profile, transformer, [layer in weight_map.moe_layers for layer in layers]),
                 vocab_size=weight_map.padded_vocab(parallel.layout.tp),
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
@@ -94,7 +96,7 @@ def build_model(
             gpt.rotary_pos_emb = RowRotary(gpt.rotary_pos_emb)
         if head is not None and gpt.post_process:
             gpt.output_layer = head(transformer).to(parallel.device.device)
-    model = Model(transformer, weight_map, parallel, bare=chunks)
+    model = Model(transformer, weight_map, parallel, profile, bare=chunks)
     _check_against_map(model)
     _mark_parameters(model)
     if transformer.bf16:
@@ -148,7 +150,7 @@ def wrap_for_training(model: Model, config: Config) -> None:
     model.chunks = [DistributedDataParallel(model.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(model.chunks)]
 
 
-def _transformer_config(config: Config, weight_map: WeightMap, parallel: Parallel) -> TransformerConfig:
+def _transformer_config(config: Config, weight_map: WeightMap, parallel: Parallel, profile: Profile) -> TransformerConfig:
     dtype = parallel.device.dtype(config.engine.dtype)
     at = parallel.layout
     recompute: dict[str, Any] = {}
@@ -183,15 +185,11 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
         moe_aux_loss_coeff=0.0,
         moe_router_bias_update_rate=0.0,  # where a family has an expert bias, it is frozen in RL
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=False,
-        moe_permute_fusion=False,
         use_cpu_initialization=parallel.device.device.type == "cpu",
         perform_initialization=False,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
@@ -199,45 +197,15 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
         overlap_p2p_comm=False,
         batch_p2p_comm=False,
         barrier_with_L1_time=False,
+        deterministic_mode=config.engine.deterministic,
+        **profile_settings(profile),
         **recompute,
     )
 
 
-def _layer_specs(
-    config: Config, transformer: TransformerConfig, weight_map: WeightMap, parallel: Parallel, chunk: int
-) -> TransformerBlockSubmodules:
-    layers = parallel.layout.stage_layers(weight_map.num_layers, parallel.coord.pp, chunk)
-    grouped = config.engine.experts == "grouped"
-    specs = [_layer_spec(transformer, moe=layer in weight_map.moe_layers, grouped=grouped) for layer in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
-
-
-def _layer_spec(config: TransformerConfig, moe: bool, grouped: bool) -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts if moe else None,
-        moe_grouped_gemm=False,
-        qk_layernorm=config.qk_layernorm,
-        multi_latent_attention=config.multi_latent_attention,
-        normalization="RMSNorm",
-    )
-    attention = spec.submodules.self_attention.submodules
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    if config.multi_latent_attention:
-        spec.submodules.self_attention.module = PackedLatentAttention
-        attention.q_layernorm = attention.kv_layernorm = RMSNorm
-    elif config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    attention.core_attention = PackedCausalAttention
-    if moe and grouped:
-        spec.submodules.mlp.submodules.experts.module = GroupedExperts
-    return spec
-
-
 def _check_against_map(model: Model) -> None:
     """The map and the model must agree on every name and shape: a family's table cannot be silently incomplete."""
-    mapped: dict[tuple[int, str], Sequence[int]] = {
-        (p.chunk, p.name): p.shape for p in model.weight_map.params(model.parallel.layout, model.parallel.coord)
-    }
+    mapped: dict[tuple[int, str], Sequence[int]] = {(param.chunk, name): param.shape for param, name in model.named_entries()}
     built = {(i, name): tuple(p.shape) for i, chunk in enumerate(model.bare) for name, p in _named_tensors(chunk).items()}
     if mapped != built:
         wrong = sorted(set(mapped.items()) ^ set(built.items()), key=str)[:3]

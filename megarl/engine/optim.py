@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarl.config import Config
+from megarl.engine.adam_fixes import parts_of
 from megarl.engine.model import Model
 
 
@@ -30,6 +31,8 @@ def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple
         use_distributed_optimizer=config.engine.distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(settings, model.chunks, use_gloo_process_groups=False)
+    if model.parallel.device.device.type == "cuda" and model.profile.adam == "torch":
+        _fuse_adam(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     decay = train.lr_decay_iters or max(optimizer_steps, train.lr_warmup_iters + 1)
     scheduler = OptimizerParamScheduler(
@@ -48,6 +51,13 @@ def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _fuse_adam(optimizer: Any) -> None:
+    """torch's one-kernel Adam: its default on a GPU (foreach) copies all parameters. Before the first step; not yet run."""
+    for part in parts_of(optimizer):
+        for group in part.optimizer.param_groups:
+            group.update(fused=True, foreach=False)
 
 
 def current_lr(optimizer: Any) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megarl.config import Config
 from megarl.errors import UserError
-from megarl.refusals import files, layouts, work
+from megarl.refusals import files, gpu, layouts, work
 from megarl.refusals.case import Case
 
 LOOP = ("run", "train")
@@ -47,6 +47,8 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (work.lengths, ROLLOUT),
     (work.micro_batch, (*LOOP, "compare")),
     (layouts.rollout_tp, ROLLOUT + PLAN),
+    (gpu.transformer_engine, ENGINE),
+    (gpu.rollout_kernels, ROLLOUT),
     (files.store, ROLLOUT),
 )
 

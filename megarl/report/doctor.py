@@ -71,10 +71,15 @@ def _machine() -> list[str]:
 def _engines() -> list[str]:
     problems = []
     try:
-        from megatron.core import parallel_state  # noqa: F401
+        from megarl.config import EngineConfig
+        from megarl.engine.device import setup_device
+        from megarl.engine.profile import choose_profile
 
-        _line("optimizer", "apex" if _importable("apex") else "transformer_engine" if _importable("transformer_engine") else "torch Adam")
-        _line("attention", "megarl.engine.attention over torch SDPA")
+        profile = choose_profile(EngineConfig(), setup_device())
+        _line("layers", profile.layers)
+        _line("attention", profile.attention)
+        _line("experts", profile.experts)
+        _line("optimizer", f"Adam of {profile.adam}")
     except Exception as error:  # whatever an import of a broken build raises
         problems.append(f"megatron-core does not import: {error}")
     try:
@@ -93,11 +98,3 @@ def _engines() -> list[str]:
     if not points:
         problems.append("the vLLM plugin is not registered; install megarl itself: pip install --no-deps -e .")
     return problems
-
-
-def _importable(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True

@@ -93,6 +93,10 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     if rollout.enforce_eager:
         command += ["--enforce-eager"]
+    if rollout.quantization != "none":
+        command += ["--quantization", rollout.quantization]
+    if rollout.kv_cache_dtype != "auto":
+        command += ["--kv-cache-dtype", rollout.kv_cache_dtype]
     if config.wants_routes and WeightMap(load_hf_config(config.model.path)).moe_layers:
         command += ["--enable-return-routed-experts"]
     if torch.cuda.is_available():
@@ -119,6 +123,8 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
         ours["GLOO_SOCKET_IFNAME"] = interface
     if config.rollout.enforce_eager:
         ours["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles a few helpers even so, which costs 20 s and a C++ compiler
+    if config.rollout.batch_invariant:
+        ours["VLLM_BATCH_INVARIANT"] = "1"
     if not torch.cuda.is_available():
         ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         # vLLM's latent attention on a CPU has one head size, blocks of 16 and no prefix cache, which routes need: it runs unfolded.

@@ -69,7 +69,7 @@ def quantized_shards(model: str) -> None:
         before = [tensor.detach().clone() for _, tensor in built.params()]
         for mode in ("fp8_e4m3", "int4"):
             with quantized_weights(built.params(), shapes, mode, ["router"], at.tp_group, at.etp_group):
-                full = dict(gather_full(plan, shapes, built.params(), dist.get_rank(), torch.float32))
+                full = dict(gather_full(plan, built.weight_map, built.params(), dist.get_rank(), torch.float32))
             assert all(torch.equal(tensor, was) for (_, tensor), was in zip(built.params(), before))
             with HfReader(model) as reader:
                 for name in full:

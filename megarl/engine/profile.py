@@ -1,0 +1,68 @@
+"""Which implementation of layers, attention, experts and Adam this process uses, decided in one place.
+
+Transformer Engine where it is installed and there is a GPU, else megatron-core's local layers with our attention and experts. No GPU row
+of docs/gpu.md has been run: the Transformer Engine branch is written after megatron-core's code and tested for its names only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+from megarl.config import EngineConfig
+from megarl.engine.device import Device
+
+Adam = Literal["Transformer Engine", "Apex", "torch"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    transformer_engine: bool  # layer spec, norms, linear layers
+    grouped_experts: bool
+    fused_gradients: bool  # weight gradients added to main_grad inside the product, by Apex's extension
+    adam: Adam
+
+    @property
+    def layers(self) -> str:
+        if self.transformer_engine:
+            return f"Transformer Engine {importlib.metadata.version('transformer-engine')}"
+        return "megatron-core local layers"
+
+    @property
+    def attention(self) -> str:
+        from megarl.engine.attention import varlen_attention
+
+        if self.transformer_engine:
+            return "Transformer Engine, packed (THD); megarl over torch under context parallelism"
+        return "megarl.engine.attention over torch " + ("varlen_attn (GPU) or SDPA" if varlen_attention() else "SDPA")
+
+    @property
+    def experts(self) -> str:
+        if not self.grouped_experts:
+            return "sequential"
+        return "Transformer Engine grouped GEMM" if self.transformer_engine else "megarl.engine.experts over torch grouped_mm"
+
+
+def choose_profile(engine: EngineConfig, device: Device, *, latent: bool = False) -> Profile:
+    """engine.transformer_impl and what is installed. Latent attention has local layers only (engine/mla.py). `setup_device()` must have run: megatron-core says which Adam it took."""
+    wanted = engine.transformer_impl
+    on_gpu = device.device.type == "cuda"
+    return Profile(
+        transformer_engine=wanted == "transformer_engine" or (wanted == "auto" and on_gpu and not latent and has_transformer_engine()),
+        grouped_experts=engine.experts == "grouped",
+        fused_gradients=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        adam=chosen_adam(),
+    )
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def chosen_adam() -> Adam:
+    """megatron-core tries Transformer Engine's FusedAdam, Apex's and torch's AdamW, in this order (optimizer/distrib_optimizer.py)."""
+    from megatron.core.optimizer import distrib_optimizer as core
+
+    return "Transformer Engine" if core.USING_TE_OPTIMIZER else "Apex" if core.USING_APEX_OPTIMIZER else "torch"

@@ -1,0 +1,31 @@
+"""Refusals of what only a GPU, or a package that is not installed, can do."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megarl.launch.plan import has_gpu
+from megarl.refusals.case import Case
+
+
+def transformer_engine(case: Case) -> str | None:
+    if case.config.engine.transformer_impl != "transformer_engine":
+        return None
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "engine.transformer_impl transformer_engine: it is not installed; install the gpu extra or set engine.transformer_impl=auto"
+    if not has_gpu():
+        return "engine.transformer_impl transformer_engine needs a GPU, this host has none; set engine.transformer_impl=auto"
+    if case.model.get("multi_latent_attention"):
+        return "engine.transformer_impl transformer_engine has no latent attention over packed rows; set engine.transformer_impl=auto"
+    return None
+
+
+def rollout_kernels(case: Case) -> str | None:
+    rollout = case.config.rollout
+    if rollout.quantization != "none" and not has_gpu():
+        return f"rollout.quantization {rollout.quantization} needs a GPU, this host has none; set rollout.quantization=none"
+    if rollout.batch_invariant and not has_gpu():
+        return "rollout.batch_invariant true needs a GPU, this host has none; set rollout.batch_invariant=false"
+    if rollout.batch_invariant and rollout.kv_cache_dtype == "fp8":
+        return "rollout.batch_invariant true with rollout.kv_cache_dtype fp8 is not offered by vLLM; set rollout.kv_cache_dtype=auto"
+    return None

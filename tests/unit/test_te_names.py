@@ -1,0 +1,68 @@
+"""Names under Transformer Engine's layer spec: the rule by itself, and megatron-core's own spec built over a stand-in (te_stub.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import te_stub; te_stub.install()
+from megarl.config import load_config
+from megarl.engine.build import DEVICE, init_parallel, build_model, WeightMap
+import torch
+from megarl.engine import model as module
+from megarl.engine.batch import make_packs
+settings = module.profile_settings
+module.profile_settings = lambda profile: {{**settings(profile), "moe_permute_fusion": False}}  # makes a CUDA tensor
+for experts, dense in (("grouped", [0]), ("sequential", [])):
+    config = load_config(None, ["engine.transformer_impl=transformer_engine", "engine.experts=" + experts])
+    at = init_parallel(config.parallel, DEVICE, 0)
+    model = build_model(config, WeightMap({{**json.loads({hf!r}), "mlp_only_layers": dense}}), at)  # raises where a name or a shape differs
+    assert model.profile.transformer_engine and model.profile.adam == "Transformer Engine", model.profile
+    print(json.dumps([name for _, name in model.named_entries()]))
+# what the attention hands to Transformer Engine
+[pack] = make_packs([[0, 1]], [torch.arange(6), torch.arange(4)], [1, 1], at.layout, at.coord)
+attention = model.bare[0].decoder.layers[0].self_attention.core_attention
+q = torch.randn(pack.padded, 1, 4, 16)
+from megatron.core.transformer.enums import AttnMaskType
+out = attention(q, q, q, None, attn_mask_type=AttnMaskType.causal, attention_bias=None, packed_seq_params=pack.sequences)
+seen = {{k: v.tolist() if torch.is_tensor(v) else v for k, v in attention.seen.items()}}
+print(json.dumps([tuple(out.shape), seen]))
+"""
+
+
+@pytest.fixture(scope="module")
+def built() -> list:
+    from tests.conftest import HF_CONFIG
+
+    script = BUILD.format(here=str(Path(__file__).parent), hf=json.dumps(HF_CONFIG))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def test_megatrons_own_spec_has_the_names_that_the_map_derives(built: list) -> None:
+    grouped, sequential = built[:2]
+    layer = "decoder.layers.0."
+    assert layer + "self_attention.linear_qkv.layer_norm_weight" in grouped
+    assert layer + "mlp.linear_fc1.layer_norm_weight" in grouped, "layer 0 is dense: its norm is fused"
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in grouped, "layer 1 has experts: its norm is not"
+    assert "decoder.layers.1.mlp.experts.linear_fc2.weight7" in grouped
+    assert layer + "mlp.experts.local_experts.7.linear_fc2.weight" in sequential
+
+
+def test_the_attention_hands_over_the_pack_with_its_edges(built: list) -> None:
+    shape, seen = built[2]
+    assert shape == [8, 1, 64] and seen["shape"] == [8, 4, 16]
+    assert seen["qkv_format"] == "thd" and seen["cu_seqlens_q"] == seen["cu_seqlens_kv"] == [0, 5, 8]
+    assert seen["attn_mask_type"] == "padding_causal" and seen["max_seqlen_q"] == 5
