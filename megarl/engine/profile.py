@@ -46,7 +46,10 @@ class Profile:
 
 
 def choose_profile(engine: EngineConfig, device: Device, *, latent: bool = False) -> Profile:
-    """engine.transformer_impl and what is installed. Latent attention has local layers only (engine/mla.py). `setup_device()` must have run: megatron-core says which Adam it took."""
+    """engine.transformer_impl and what is installed; latent attention has local layers only (engine/mla.py).
+
+    `setup_device()` must have run: megatron-core says which Adam it took.
+    """
     wanted = engine.transformer_impl
     on_gpu = device.device.type == "cuda"
     return Profile(
