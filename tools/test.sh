@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything CI checks: lint, types, the configuration reference, all tests. Arguments go to pytest, whose closing line is the last one.
+# Everything CI checks: lint (the Dockerfile too), types, the configuration reference, all tests. Arguments go to pytest, whose closing line is the last one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,6 +11,7 @@ if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get 
 fi
 export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
+.venv/bin/hadolint Dockerfile
 .venv/bin/mypy
 .venv/bin/python tools/config_docs.py --check
 exec .venv/bin/python -m pytest "$@"

@@ -143,6 +143,7 @@ def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int]
     spans = lengths + ([padding] if padding else [])
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     zeros = torch.zeros(padding, dtype=torch.long)
+    padded = zeros.to(tokens[0].device) if tokens else zeros  # tokens may lie on the device already
     mask = torch.zeros(length)
     for start, n, prompt_len in zip(starts, lengths, prompt_lens):
         mask[start + prompt_len - 1 : start + n] = 1
@@ -150,8 +151,8 @@ def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int]
         responses=responses,
         starts=starts,
         rows=rows,
-        tokens=torch.cat([t[:-1] for t in tokens] + [zeros]),
-        labels=torch.cat([t[1:] for t in tokens] + [zeros]),
+        tokens=torch.cat([t[:-1] for t in tokens] + [padded]),
+        labels=torch.cat([t[1:] for t in tokens] + [padded]),
         mask=mask,
         seq_ids=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [zeros - 1]),
         positions=torch.cat([torch.arange(n) for n in spans]),

@@ -48,6 +48,8 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (work.micro_batch, (*LOOP, "compare")),
     (layouts.rollout_tp, ROLLOUT + PLAN),
     (gpu.transformer_engine, ENGINE),
+    (gpu.loader, ("sft",)),
+    (gpu.rollout_python, ("run", "generate", "compare")),
     (gpu.rollout_kernels, ROLLOUT),
     (files.store, ROLLOUT),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from megarl.launch.plan import has_gpu
 from megarl.refusals.case import Case
@@ -29,3 +30,23 @@ def rollout_kernels(case: Case) -> str | None:
     if rollout.batch_invariant and rollout.kv_cache_dtype == "fp8":
         return "rollout.batch_invariant true with rollout.kv_cache_dtype fp8 is not offered by vLLM; set rollout.kv_cache_dtype=auto"
     return None
+
+
+def rollout_python(case: Case) -> str | None:
+    path = case.config.launch.rollout_python
+    if path is not None and not os.access(path, os.X_OK):
+        return f"launch.rollout_python {path!r} is no program; give the Python of the environment that holds vLLM, or leave it unset"
+    return None
+
+
+def loader(case: Case) -> str | None:
+    if case.config.data.loader == "dali" and not _has_dali():
+        return "data.loader dali: nvidia-dali is not installed; install the dali extra or set data.loader=torch"
+    return None
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ImportError:  # there is no package nvidia at all
+        return False

@@ -32,6 +32,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("reward", "run", ["data.reward=no.such.function"], {}, ["no.such"]),
     ("loggers", "run", ["run.loggers=[tensorbord]"], {}, ["run.loggers 'tensorbord' is unknown", "'tensorboard'"]),
     ("transformer_engine", "sft", ["engine.transformer_impl=transformer_engine"], {}, ["not installed", "engine.transformer_impl=auto"]),
+    ("rollout_python", "run", ["launch.rollout_python=/nowhere"], {}, ["launch.rollout_python '/nowhere' is no program", "give"]),
     ("rollout_kernels", "run", ["rollout.quantization=fp8"], {}, ["rollout.quantization fp8 needs a GPU", "rollout.quantization=none"]),
     ("rollout_kernels", "run", ["rollout.batch_invariant=true"], {}, ["rollout.batch_invariant true needs a GPU", "=false"]),
     ("run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
@@ -87,7 +88,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
     ("store", "run", ["launch.store=192.0.2.1:29600"], {}, ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"]),
 ]
-APART = {"model_weights", "tokenizer"}  # tests of their own below
+APART = {"loader", "model_weights", "tokenizer"}  # tests of their own below
 
 
 @pytest.mark.parametrize(("name", "command", "overrides", "hf", "says"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
@@ -146,6 +147,14 @@ def test_config_json_that_is_broken(run_yaml: Path) -> None:
     (run_yaml.parent / "model" / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not JSON"):
         refusals.check(load_config(run_yaml))
+
+
+def test_a_loader_that_is_not_installed(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(run_yaml, ["data.loader=dali"])
+    refusals.check(config, "sft")
+    monkeypatch.setattr(refusals.gpu, "_has_dali", lambda: False)
+    with pytest.raises(UserError, match="nvidia-dali is not installed; install the dali extra or set data.loader=torch"):
+        refusals.check(config, "sft")
 
 
 def test_a_port_in_use(run_yaml: Path) -> None:
