@@ -33,7 +33,7 @@ def open_shared(handle: Handle, device: torch.device) -> Tensor:
     kind: Any = UntypedStorage
     parts = [_decode(part) for part in handle["parts"]]
     if handle["kind"] == "cuda":
-        torch.cuda._lazy_init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
         storage = kind._new_shared_cuda(torch.device(device).index or 0, *parts)
     else:
         storage = kind._new_shared_filename_cpu(*parts)
