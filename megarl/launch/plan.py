@@ -69,9 +69,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     log_dir = Path(config.run.dir) / ("logs" if command in WRITES_RUN else f"logs.{command}")
     ranks = ranks_of(command, config)
     engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
-    shared = config.launch.colocate  # rollout workers on the GPUs of the trainer ranks
-    gpus = _gpus(max(ranks, engines * config.rollout.tp) if shared else ranks + engines * config.rollout.tp)
-    first = 0 if shared else ranks
+    gpus = _gpus(ranks + engines * config.rollout.tp)
     env = _environment(config, host)
     torchrun = [sys.executable, "-m", "megarl.launch.torchrun", str(log_dir), f"--nproc-per-node={ranks}"]
     torchrun += ["--master-addr=127.0.0.1", f"--master-port={free_port('127.0.0.1')}", "-m", "megarl.launch.rank", str(log_dir)]
@@ -87,7 +85,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
             name=f"rollout worker {i}",
             argv=[config.launch.rollout_python or sys.executable, "-m", "megarl.cli", "rollout", *arguments],
             log=log_dir / f"worker_{i}.log",
-            env={**env, **_visible(gpus[first + i * config.rollout.tp :][: config.rollout.tp])},
+            env={**env, **_visible(gpus[ranks + i * config.rollout.tp :][: config.rollout.tp])},
         )
         for i in range(engines)
     ]
