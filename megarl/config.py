@@ -96,14 +96,22 @@ class RolloutConfig(Section):
 
 
 class SyncConfig(Section):
-    transport: Literal["broadcast"] = Field("broadcast", description="How weights reach the rollout workers (full tensors).")
+    transport: Literal["reshard", "broadcast"] = Field(
+        "reshard", description="How weights reach the rollout workers: slices straight from rank to rank, or full tensors from rank 0."
+    )
     quantize: Literal["none", "fp8_e4m3", "fp8_e5m2", "int8", "int4"] = Field(
         "none", description="Fake quantisation of the weights on the way: weight-only, one scale a row, to study low-precision rollouts."
     )
     quantize_also: list[Literal["router", "embeddings"]] = Field(
         [], description="Quantise these too; embeddings are the input embedding and lm_head. Norms and biases never are."
     )
-    timeout_s: float = Field(120, gt=0, description="Time limit of one weight sync in seconds.")
+    staged: bool | None = Field(
+        None, description="Receive and check everything before anything is loaded, at the cost of a copy; unset is true on a CPU alone."
+    )
+    digests: Literal["first", "every", "off"] = Field(
+        "first", description="Which syncs compare digests of the workers' weights with an engine loaded from disk."
+    )
+    timeout_s: float = Field(120, gt=0, description="Time limit of each step of a weight sync in seconds.")
     canary_tolerance: float | None = Field(
         None, gt=0, description="Largest |log-probability difference| of the canary; unset is 1e-4 in float32, 0.5 in lower precision."
     )

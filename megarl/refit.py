@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,24 +15,26 @@ from megarl.config import Config
 from megarl.engine.batch import make_packs
 from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import attach_routes
+from megarl.engine.export import export_hf
 from megarl.errors import UserError
 from megarl.replay.routes import only_moe_layers
 from megarl.report.trace import phase
 from megarl.rollout.fleet import Fleet
-from megarl.weights.gather import gather_full, plan_gather
+from megarl.rollout.sync import Canary, Sending
+from megarl.weights.outgoing import Slices, WholeTensors
 from megarl.weights.quantize import quantized_weights
+from megarl.weights.rollout_layout import RolloutLayout
 
 CANARY_TOKENS = 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # of |log-probability difference|, by the coarser of the two engines
 
 
 class Refit:
-    """Every rank calls sync(); rank 0 sends, and asks the servers for the canary."""
+    """Every rank calls sync(); rank 0 leads the servers, and asks them for the canary."""
 
     def __init__(self, config: Config, engine: Engine, fleet: Fleet) -> None:
         self.config, self.engine, self.fleet = config, engine, fleet
         model = engine.model
-        self.plan = plan_gather(model.weight_map, model.parallel.layout)
         self.routes = route_shape(model) if config.wants_routes and model.weight_map.moe_layers else None
         generator = torch.Generator().manual_seed(0)
         self.canary = torch.randint(model.weight_map.hf["vocab_size"], (CANARY_TOKENS,), generator=generator)
@@ -39,40 +43,67 @@ class Refit:
         self.rollout_dtype = trained if config.rollout.dtype == "auto" else device.dtype(config.rollout.dtype)
         coarse = torch.bfloat16 if torch.bfloat16 in (trained, self.rollout_dtype) else torch.float32
         self.tolerance = config.sync.canary_tolerance or TOLERANCE[coarse]
+        # Whether vLLM, loading model.path by itself, holds what the trainer would send at step 0.
+        self.disk_is_step_0 = config.sync.quantize == "none" and trained in (torch.float32, self.rollout_dtype)
+        self.synced = False
+
+    def connect(self) -> None:
+        """Brings trainers and rollout workers together; the first sync does it."""
+        at, sync, workers = self.engine.model.parallel, self.config.sync, self.fleet.workers
+        if sync.transport == "reshard":
+            (tp,) = {worker.tp for worker in workers}
+            rollout = RolloutLayout(len(workers), tp)
+            self.outgoing: Slices | WholeTensors = Slices(
+                self.engine.model.weight_map, at.layout, rollout, self.rollout_dtype, at.coord.rank
+            )
+        else:
+            self.outgoing = WholeTensors(self.engine.model.weight_map, at.layout, len(workers), self.rollout_dtype, at.coord.rank)
+        staged = at.device.device.type == "cpu" if sync.staged is None else sync.staged
+        remember = sync.digests != "off" and self.disk_is_step_0
+        sending = Sending(sync.transport, self.outgoing.senders, staged, sync.timeout_s)
+        self.fleet.connect(sending, self.outgoing.manifests() if at.is_main else [], remember)
 
     def sync(self, version: int) -> Values:
-        """Full tensors to every worker, checksums checked there, version set, prefix caches dropped; then the canary.
+        """Weights into every worker, checked there; digests where due; the canary; and only then the version. Raises where one differs.
 
-        Under sync.quantize both see the same quantised weights: the trainer's own are swapped out meanwhile.
+        Under sync.quantize all of these see the same quantised weights: the trainer's own are swapped out meanwhile.
         """
         start = time.perf_counter()
         model, how = self.engine.model, self.config.sync
         at, shapes = model.parallel, model.weight_map.hf_shapes
+        if not self.synced:
+            self.connect()
+        values: Values = {"sync/bytes": float(self.outgoing.bytes)}
         with quantized_weights(model.params(), shapes, how.quantize, how.quantize_also, at.tp_group, at.etp_group):
             with phase("sync"):
-                values = self._push(version)
+                scores = self.fleet.push(self.outgoing.buckets(model.params()), self.canary.tolist())
+                if how.digests == "every" or (how.digests == "first" and not self.synced):
+                    self._check_digests(version)
             with phase("canary"):
-                values["sync/canary_max_diff"] = self._canary()
+                values["sync/canary_max_diff"] = self._compare_canary(scores)
+        self.fleet.commit(version)
+        self.synced = True
         values["time/sync_s"] = time.perf_counter() - start
         values["version/weights"] = float(version)
         return values
 
-    def _push(self, version: int) -> Values:
-        model = self.engine.model
-        tensors = gather_full(self.plan, model.weight_map, model.params(), model.parallel.coord.rank, self.rollout_dtype)
-        values: Values = {}
-        if model.parallel.is_main:
-            report = self.fleet.push(tensors, version)
-            values["sync/bytes"] = float(report.bytes)
-        else:
-            for _ in tensors:
-                pass
-        return values
+    def _check_digests(self, version: int) -> None:
+        """What the workers hold against an engine loaded from disk: the one vLLM started with, or one made of an export."""
+        if version == 0 and self.disk_is_step_0:
+            self.fleet.check_digests(None)
+            return
+        folder = Path(self.config.run.dir).resolve() / ".weight_check"
+        export_hf(self.engine.model, self.config.model.path, folder, self.rollout_dtype)
+        try:
+            self.fleet.check_digests(str(folder))
+        finally:
+            if self.engine.model.parallel.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _canary(self) -> float:
+    def _compare_canary(self, scores: list[Canary]) -> float:
         """Largest |log pi - log mu| over the canary, over all servers. Raises where it exceeds the tolerance."""
         model, at = self.engine.model, self.engine.model.parallel
-        answers: list[list[tuple[np.ndarray, np.ndarray | None]]] = [self.fleet.score(self.canary.tolist()) if at.is_main else []]
+        answers = [scores]
         dist.broadcast_object_list(answers, src=0)
         worst = torch.zeros(len(answers[0]), dtype=torch.float64, device=at.device.device)
         for server, (logprobs, routes) in enumerate(answers[0]):

@@ -2,9 +2,14 @@
 
     POST /megarl/generate    a batch of prompts in one request, one binary body back
     POST /megarl/score       teacher-forced log-probabilities and routes of one sequence
-    POST /megarl/sync/*      vLLM's weight-update life cycle; finish sets the version and always drops the prefix cache
+    POST /megarl/sync/init      the group that weights come by, and what will come
+    POST /megarl/sync/receive   receive and check a whole sync; with load, go on to load it
+    POST /megarl/sync/load      load it, drop the prefix cache, score the canary
+    POST /megarl/sync/check     compare digests with an engine loaded from disk
+    POST /megarl/sync/commit    set the version
 
-Errors come back as status 500 and a JSON object {"error": one line}. Runs in the API server process.
+Errors come back as status 500 and a JSON object {"error": one line}; whatever would use weights that no version was committed for, as 503.
+Runs in the API server process.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.protocol import EngineClient
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -25,6 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 from megarl.rollout.wire import encode
 
 PREFIX = "/megarl/"
+DIRTY = "a weight update has begun and no version was committed: the weights are neither old nor new; a whole weight sync mends it"
 _numbers = itertools.count()
 
 
@@ -34,10 +39,15 @@ class RolloutEndpoint:
     def __init__(self, app: Any) -> None:
         self.app = app
         self._moe_layers: list[int] | None = None
-        self._updating = False
+        self._staged = True
+        self._dirty = False  # loading has begun and no version was committed since
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
+        ours = scope["type"] == "http" and scope["path"].startswith(PREFIX)
+        if self._dirty and scope["type"] == "http" and scope["method"] == "POST" and not scope["path"].startswith(PREFIX + "sync/"):
+            await _respond(send, 503, json.dumps({"error": DIRTY}).encode())
+            return
+        if not ours:
             await self.app(scope, receive, send)
             return
         request = await _body(receive)
@@ -50,16 +60,12 @@ class RolloutEndpoint:
             return
         gone.cancel()
         status, body = work.result()
-        headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/octet-stream")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await _respond(send, status, body)
 
     async def _answer(self, path: str, engine: EngineClient, request: dict[str, Any]) -> tuple[int, bytes]:
         try:
             if path.startswith("sync/"):
                 return 200, await self._sync(engine, path.removeprefix("sync/"), request)
-            if self._updating:
-                raise RuntimeError("a weight update has begun and not finished: the weights are neither old nor new")
             if path == "generate":
                 return 200, await self._generate(engine, **request)
             if path == "score":
@@ -96,21 +102,32 @@ class RolloutEndpoint:
 
     async def _sync(self, engine: EngineClient, step: str, request: dict[str, Any]) -> bytes:
         if step == "init":
-            await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=request))
-        elif step == "start":
-            self._updating = True
-            await engine.start_weight_update()
-        elif step == "update":
-            await engine.update_weights(WeightTransferUpdateRequest(update_info=request))
-        elif step == "finish":
-            await engine.finish_weight_update(str(request["version"]))
-            # Cached keys, values and routes are of the old weights. Requests still running are recomputed.
-            if not await engine.reset_prefix_cache(reset_running_requests=True):
-                raise RuntimeError("the prefix cache could not be reset after a weight update")
-            self._updating = False
+            self._staged = request["meeting"]["staged"]
+            await _on_workers(engine, "sync_init", request["meeting"], request["remember_disk"])
+        elif step == "receive":
+            self._dirty = self._dirty or not self._staged
+            await _on_workers(engine, "sync_receive")
+            if request["load"]:
+                return await self._load(engine, request["canary"])
+        elif step == "load":
+            return await self._load(engine, request["canary"])
+        elif step == "check":
+            await _on_workers(engine, "sync_check", request["folder"])
+        elif step == "commit":
+            await engine.update_weight_version(str(request["version"]))
+            self._dirty = False
         elif step != "version":
             raise ValueError(f"no step {step!r} in a weight sync")
         return json.dumps({"version": _version(await engine.get_weight_version())}).encode()
+
+    async def _load(self, engine: EngineClient, canary: list[int] | None) -> bytes:
+        """From here on the weights are neither old nor agreed upon, until a version is committed."""
+        self._dirty = True
+        await _on_workers(engine, "sync_load")
+        # Cached keys, values and routes are of the old weights. Requests still running are recomputed.
+        if not await engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("the prefix cache could not be reset after a weight update")
+        return await self._score(engine, canary) if canary else encode({}, {})
 
     async def _routes(self, engine: EngineClient, choice: CompletionOutput) -> np.ndarray:
         """[tokens, MoE layers, K] of all layers' [tokens, layers, K]."""
@@ -118,6 +135,13 @@ class RolloutEndpoint:
             self._moe_layers = (await engine.collective_rpc("moe_layers"))[0]
         routes = choice.routed_experts
         return routes if routes.shape[1] == len(self._moe_layers) else routes[:, self._moe_layers]
+
+
+async def _on_workers(engine: EngineClient, method: str, *args: Any) -> None:
+    """Raises RuntimeError with the first worker's account of what went wrong, if any."""
+    for error in await engine.collective_rpc(method, args=args):
+        if error is not None:
+            raise RuntimeError(error)
 
 
 async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]) -> RequestOutput:
@@ -129,6 +153,12 @@ async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]
 def _version(label: str) -> int:
     """vLLM's label of the weights it was started with is "default": optimizer step 0."""
     return 0 if label == "default" else int(label)
+
+
+async def _respond(send: Any, status: int, body: bytes) -> None:
+    headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/octet-stream")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _body(receive: Any) -> dict[str, Any]:

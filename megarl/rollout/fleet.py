@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.rollout.client import RolloutClient, RolloutError
 from megarl.rollout.coordinator import WorkerInfo, check_workers, open_store, request_shutdown, wait_for_workers
-from megarl.rollout.sync import BroadcastSync, SyncReport
+from megarl.rollout.sync import Canary, Sending, SyncLeader
+from megarl.weights.pack import Manifest
+from megarl.weights.send import Outgoing, WeightSender
 
 
 class Fleet:
-    """Rank 0 owns the store and the weight group; every ingest rank has a client and reads the store. Other ranks hold an empty one."""
+    """Rank 0 owns the store and leads the syncs; every ingest rank has a client and reads the store; senders are in the weight group."""
 
     def __init__(self, config: Config, device: torch.device, *, is_ingest: bool) -> None:
         """Collective: waits, on rank 0, until rollout.engines workers have registered; raises UserError, named, if they do not."""
@@ -27,22 +29,21 @@ class Fleet:
         if port in ("", "0"):
             raise UserError(f"launch.store {config.launch.store!r} has no port; `megarl run` chooses one, else give host:port")
         self._store: Any = None
-        self._sync: BroadcastSync | None = None
-        self._workers: list[WorkerInfo] = []
+        self._leader: SyncLeader | None = None
+        self._sender: WeightSender | None = None
+        self.workers: list[WorkerInfo] = []
+        self._device, self._address = device, (host, int(port))
         main = dist.get_rank() == 0
         if main:
             self._store = open_store(host, int(port), is_master=True, timeout_s=config.rollout.start_timeout_s)
-            self._workers = wait_for_workers(self._store, config.rollout.engines, config.rollout.start_timeout_s)
-        told = [self._workers]
+            self.workers = wait_for_workers(self._store, config.rollout.engines, config.rollout.start_timeout_s)
+        told = [self.workers]
         dist.broadcast_object_list(told, src=0)
-        self._workers = told[0]
-        self.urls = [worker.url for worker in self._workers]
+        self.workers = told[0]
+        self.urls = [worker.url for worker in self.workers]
         if is_ingest and not main:
             self._store = open_store(host, int(port), is_master=False, timeout_s=config.rollout.start_timeout_s)
         self.client = RolloutClient(self.urls, config.rollout.request_timeout_s) if is_ingest or main else None
-        if main:
-            self._sync = BroadcastSync(host, int(port), config.sync.timeout_s)
-            self._sync.connect(self._store, self._workers, device)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -51,29 +52,97 @@ class Fleet:
             yield
         except RolloutError:
             if self._store is not None:
-                check_workers(self._store, self._workers, wait_s=5.0)
+                check_workers(self._store, self.workers, wait_s=5.0)
             raise
 
     def check(self) -> None:
         """Raises RolloutDied, on an ingest rank, if a worker failed or fell silent. Cheap."""
         if self._store is not None:
-            check_workers(self._store, self._workers)
+            check_workers(self._store, self.workers)
 
-    def push(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        assert self._sync is not None
-        with self.watched():
-            return self._sync.push(tensors, version)
+    def connect(self, sending: Sending, manifests: list[list[Manifest]], remember_disk: bool) -> None:
+        """Collective: the group that weights travel by. manifests: see SyncLeader.init; only rank 0's are read."""
+        rank = dist.get_rank()
+        told = [uuid.uuid4().hex]
+        dist.broadcast_object_list(told, src=0)
+        if rank >= sending.senders:
+            return
+        host, port = self._address
+        store = self._store or open_store(host, port, is_master=False, timeout_s=sending.timeout_s)
+        world = sending.senders + sum(worker.tp for worker in self.workers)
 
-    def score(self, tokens: list[int]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """The canary from every server: (log-probabilities [T-1], routes [T-1, L, K])."""
-        assert self.client is not None
-        with self.watched():
-            return [self.client.score(tokens, server) for server in range(len(self.urls))]
+        def join() -> WeightSender:
+            return WeightSender(store, told[0], rank, world, sending.timeout_s, self._device)
+
+        if rank == 0:
+            self._leader = SyncLeader(self.workers, host, port, sending)
+            with self.watched():
+                self._sender = self._leader.init(told[0], manifests, join, remember_disk)
+        else:
+            self._sender = join()
+
+    def push(self, buckets: Iterable[Outgoing], canary: list[int]) -> list[Canary]:
+        """Sends this rank's buckets. Rank 0: returns every server's score of the canary, once all have loaded; they do not serve yet.
+
+        Elsewhere a send that fails is left to rank 0, which knows more and ends the run; an empty list is returned.
+        """
+        if self._leader is not None and self._sender is not None:
+            with self.watched():
+                return self._leader.push(lambda: self._sender.send(buckets), canary, self._sender.close)
+        if self._sender is None:
+            for _ in buckets:
+                pass
+            return []
+        try:
+            self._sender.send(buckets)
+        except RuntimeError as error:
+            print(f"megarl: trainer rank {dist.get_rank()}: sending weights failed: {' '.join(str(error).split())}", file=sys.stderr)
+            self._sender.close()
+        return []
+
+    def check_digests(self, folder: str | None) -> None:
+        if self._leader is not None:
+            with self.watched():
+                self._leader.check(folder)
+
+    @property
+    def push_seconds(self) -> dict[str, float]:
+        """Where the last push took its time, on rank 0."""
+        return self._leader.seconds if self._leader is not None else {}
+
+    def commit(self, version: int) -> None:
+        """Every server serves again, under this version."""
+        if self._leader is not None:
+            with self.watched():
+                self._leader.commit(version)
 
     def close(self) -> None:
         """Ends the workers of this run, rank 0; safe to call after a failure."""
         if self.client is not None:
             self.client.close()
-        if self._sync is not None:
-            self._sync.close()
-            request_shutdown(self._store, self._workers)
+        if self._sender is not None:
+            self._sender.close()
+        if self._leader is not None:
+            self._leader.close()
+        if self._store is not None and dist.get_rank() == 0:
+            request_shutdown(self._store, self.workers)
+
+
+class JoinedFleet(Fleet):
+    """Workers that belong to somebody else, who is the store's master: for tools that sync from one set of ranks after another."""
+
+    def __init__(self, config: Config, device: torch.device, workers: list[WorkerInfo]) -> None:
+        host, _, port = config.launch.store.rpartition(":")
+        self._store: Any = open_store(host, int(port), is_master=False, timeout_s=config.sync.timeout_s)
+        self._leader: SyncLeader | None = None
+        self._sender: WeightSender | None = None
+        self._device, self._address = device, (host, int(port))
+        self.workers, self.urls = workers, [worker.url for worker in workers]
+        self.client = None
+
+    def close(self) -> None:
+        """Lets go of the workers, which go on."""
+        if self._sender is not None:
+            self._sender.close()
+        if self._leader is not None:
+            self._leader.close()

@@ -1,111 +1,148 @@
-"""The sending end of a weight sync: full tensors, by broadcast, into every rollout server at once, between two rollouts."""
+"""The sending end of a weight sync: rank 0 leads the servers through its steps over HTTP, every sender fills messages.
+
+    receive    all workers receive, check and (staged) keep; a lone worker goes on by itself
+    load       all workers load, drop the prefix cache and score the canary
+    commit     the version is set: only now do they serve again
+
+A server that fails closes its group, so that no sender waits for it; whatever happens, a sync ends within sync.timeout_s a step.
+"""
 
 from __future__ import annotations
 
+import json
 import time
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
+import numpy as np
 
 from megarl.rollout.client import RolloutError, Server
 from megarl.rollout.coordinator import WorkerInfo
-from megarl.weights.pack import Bucket, buckets
-from megarl.weights.transport import WeightGroup
+from megarl.rollout.wire import decode
+from megarl.weights.pack import Manifest
 
-BUCKET_BYTES = 256 * 2**20
+ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it
 
-
-@dataclass
-class SyncReport:
-    seconds: float
-    bytes: int
-    tensors: int
+Canary = tuple[np.ndarray, np.ndarray | None]  # log-probabilities float32 [T-1], routes [T-1, L, K]
 
 
-class BroadcastSync:
-    """Held by one trainer rank, the sender. One that raised is spent: connect a new one."""
+@dataclass(frozen=True)
+class Sending:
+    """What the two ends agree on. senders: trainer ranks 0 .. senders-1 of the group; the workers follow, server by server."""
 
-    def __init__(self, store_host: str, store_port: int, timeout_s: float, bucket_bytes: int = BUCKET_BYTES) -> None:
-        """`store_host`, `store_port`: the run's store. `timeout_s` bounds connect and every push."""
-        self._store_host, self._store_port = store_host, store_port
-        self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
-        self._servers: list[Server] = []
-        self._group: WeightGroup | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._deadline = 0.0
+    transport: str  # reshard | broadcast
+    senders: int
+    staged: bool
+    timeout_s: float
 
-    def connect(self, store: dist.Store, workers: list[WorkerInfo], device: torch.device) -> None:
-        """Makes the group of this rank (0) and all ranks of `workers`. `store`: a client or the master of the run's store."""
-        self._servers = [Server(worker.url, self._timeout_s) for worker in workers]
+
+class SyncLeader:
+    """Rank 0's hold on all servers. One that raised is spent: connect a new one."""
+
+    def __init__(self, workers: list[WorkerInfo], store_host: str, store_port: int, sending: Sending) -> None:
+        self.workers, self.sending = workers, sending
+        self._store = (store_host, store_port)
+        self._servers = [Server(worker.url, sending.timeout_s) for worker in workers]
         self._pool = ThreadPoolExecutor(len(workers) + 1, "weight-sync")
-        self._deadline = time.monotonic() + self._timeout_s
-        name = uuid.uuid4().hex
-        meeting: dict[str, Any] = {
-            "store_host": self._store_host,
-            "store_port": self._store_port,
-            "group": name,
-            "world_size": 1 + sum(worker.tp for worker in workers),
-            "timeout_s": self._timeout_s,
-        }
-        offsets = [1 + sum(worker.tp for worker in workers[:i]) for i in range(len(workers))]
-        posts = self._post_all("init", [{**meeting, "rank_offset": offset} for offset in offsets])
-        group = self._pool.submit(WeightGroup, store, name, 0, meeting["world_size"], self._timeout_s, device)
-        self._await([*posts, group], None)
-        self._group = group.result()
+        self._lone = sum(worker.tp for worker in workers) == 1
+        self._deadline = 0.0
+        self.seconds: dict[str, float] = {}  # of the last push()
 
-    def push(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
-        """Loads `tensors` (Hugging Face names, full shapes) into every server and sets their weight version; drops their prefix caches.
+    def init(self, name: str, manifests: list[list[Manifest]], join: Callable[[], Any], remember_disk: bool) -> Any:
+        """Brings all ends together in a group called `name`; returns what join(), which enters it here, returns.
 
-        Raises RolloutError, one line that names the server and, where bytes differ, the tensor. Ends within timeout_s.
+        manifests: for each server, one for each of its workers or one for all. remember_disk: the workers note the digests of the weights
+        that vLLM loaded, for check().
+        """
+        told: dict[int, list[dict[str, Any]]] = {}
+        bodies = []
+        for i, mine in enumerate(manifests):
+            meeting = {
+                "store_host": self._store[0],
+                "store_port": self._store[1],
+                "group": name,
+                "world_size": self.sending.senders + sum(worker.tp for worker in self.workers),
+                "rank_offset": self.sending.senders + sum(worker.tp for worker in self.workers[:i]),
+                "timeout_s": self.sending.timeout_s,
+                "transport": self.sending.transport,
+                "staged": self.sending.staged,
+                "manifests": told.setdefault(id(mine), [manifest.to_json() for manifest in mine]),
+            }
+            bodies.append({"meeting": meeting, "remember_disk": remember_disk})
+        self._deadline = time.monotonic() + self.sending.timeout_s
+        posts = self._post("init", bodies)
+        group = self._pool.submit(join)
+        self._await([*posts, group])
+        return group.result()
+
+    def push(self, send: Callable[[], None], canary: list[int], abort: Callable[[], None]) -> list[Canary]:
+        """Takes all servers as far as loaded and not yet committed; returns their scores of the canary (empty: none).
+
+        send: sends this rank's messages; abort: makes a pending send() fail. Raises RolloutError, one line that names the server and, where
+        bytes differ, tensor, rank and slice.
         """
         start = time.monotonic()
-        self._deadline = start + self._timeout_s
-        report = SyncReport(0.0, 0, 0)
-        self._await(self._post_all("start", {}), None)
-        for bucket in buckets(tensors, self._bucket_bytes):
-            self._send(bucket)
-            report.bytes += bucket.buffer.numel()
-            report.tensors += len(bucket.names)
-        self._await(self._post_all("finish", {"version": version}), None)
-        report.seconds = time.monotonic() - start
-        return report
+        self._deadline = start + self.sending.timeout_s
+        body = {"load": self._lone, "canary": canary}
+        posts = self._post("receive", [body] * len(self._servers))
+        for post in posts:
+            post.add_done_callback(lambda done: abort() if done.exception() else None)
+        failed = None
+        try:
+            send()
+        except RuntimeError as error:  # a server that failed has left the group: its own account comes first
+            failed = " ".join(str(error).split())
+            wait(posts, ACCOUNT_S, return_when=FIRST_EXCEPTION)
+            abort()
+        answers = self._await(posts)
+        received = time.monotonic()
+        if failed:
+            raise RolloutError(f"weight sync: sending failed although every rollout server received: {failed}")
+        if not self._lone:
+            self._deadline = time.monotonic() + self.sending.timeout_s
+            answers = self._await(self._post("load", [body] * len(self._servers)))
+        self.seconds = {"receive": received - start, "load": time.monotonic() - received}  # a lone worker loads within receive
+        return [(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)] if canary else []
+
+    def check(self, folder: str | None) -> None:
+        """Compares the workers' weights with an engine loaded from `folder` (None: the one vLLM started with). Raises RolloutError."""
+        self._deadline = time.monotonic() + self.sending.timeout_s
+        self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
+
+    def commit(self, version: int) -> None:
+        """Sets the version of all servers, which serve again from here on."""
+        self._deadline = time.monotonic() + self.sending.timeout_s
+        answers = self._await(self._post("commit", [{"version": version}] * len(self._servers)))
+        assert all(json.loads(answer)["version"] == version for answer in answers)
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
-            self._group = None
         for server in self._servers:
             server.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _send(self, bucket: Bucket) -> None:
-        assert self._group is not None, "connect() first"
-        posts = self._post_all("update", bucket.header())
-        self._await(posts, self._group.broadcast(bucket.buffer))
-
-    def _post_all(self, step: str, bodies: dict[str, Any] | list[dict[str, Any]]) -> list[Future[bytes]]:
-        assert self._pool is not None, "connect() first"
-        if isinstance(bodies, dict):
-            bodies = [bodies] * len(self._servers)
+    def _post(self, step: str, bodies: list[dict[str, Any]]) -> list[Future[bytes]]:
         left = max(self._deadline - time.monotonic(), 0.1)
-        return [self._pool.submit(server.post, f"/megarl/sync/{step}", body, left) for server, body in zip(self._servers, bodies)]
+        self._errors: list[BaseException | None] = []  # in the order in which they came: the first is the cause of the others
+        return [self._pool.submit(self._post_one, server, step, body, left) for server, body in zip(self._servers, bodies)]
 
-    def _await(self, posts: Sequence[Future[Any]], work: dist.Work | None) -> None:
-        """Waits for all servers, and no longer than the first failure: a server that failed would never join the broadcast."""
-        done, pending = wait(posts, max(self._deadline - time.monotonic(), 0), return_when=FIRST_EXCEPTION)
-        for post in done:
-            if error := post.exception():
+    def _post_one(self, server: Server, step: str, body: dict[str, Any], left: float) -> bytes:
+        try:
+            return server.post(f"/megarl/sync/{step}", body, left)
+        except BaseException as error:
+            self._errors.append(error)
+            raise
+
+    def _await(self, posts: Sequence[Future[Any]]) -> list[Any]:
+        """All answers, or the first failure: a server that failed will never join the others."""
+        done, pending = wait(posts, max(self._deadline - time.monotonic(), 0) + 0.5, return_when=FIRST_EXCEPTION)
+        for error in [*self._errors, *(post.exception() for post in done)]:
+            if error is not None:
                 self.close()
                 raise error
         if pending:
             self.close()
             late = ", ".join(server.url for server, post in zip(self._servers, posts) if post in pending)
-            raise RolloutError(f"weight sync: no answer within {self._timeout_s:.0f} s from rollout server {late or '(group)'}")
-        if work is not None:
-            work.wait()
+            raise RolloutError(f"weight sync: no answer within {self.sending.timeout_s:.0f} s from rollout server {late or '(group)'}")
+        return [post.result() for post in posts]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +19,50 @@ from safetensors.torch import load_file
 from megarl.rollout import coordinator
 from megarl.rollout.client import RolloutClient
 from megarl.rollout.coordinator import WorkerInfo
-from megarl.rollout.sync import BroadcastSync, SyncReport
+from megarl.rollout.sync import Canary, Sending, SyncLeader
+from megarl.weights.outgoing import whole_buckets
+from megarl.weights.pack import whole_tensors
+from megarl.weights.send import WeightSender
 
 ROOT = Path(__file__).resolve().parents[2]
 
 EOS = 1
-START_S = 240  # limit for a server's start on two busy cores
+START_S = 900  # limit for a server's start on two very busy cores
 SUPERVISOR = (
-    "import sys; from megarl.config import load_config; from megarl.rollout.server import run_rollout; "
-    "sys.exit(run_rollout(load_config(None, sys.argv[2:]), '127.0.0.1', int(sys.argv[1])))"
+    "import sys; from megarl.config import load_config; from megarl.rollout import server; command = server.server_command; "
+    "faulty = {'megarl.rollout.extension.WorkerExtension': 'tests.engine.faults.FaultyExtension'}; "
+    "server.server_command = lambda *args: [faulty.get(word, word) for word in command(*args)]; "
+    "sys.exit(server.run_rollout(load_config(None, sys.argv[2:]), '127.0.0.1', int(sys.argv[1])))"
 )
+
+
+class Pusher:
+    """One trainer rank that has whole tensors and broadcasts them: connect, then any number of pushes."""
+
+    def __init__(self, store: torch.distributed.Store, port: int, workers: list[WorkerInfo], timeout_s: float, staged: bool) -> None:
+        self.store, self.workers = store, workers
+        self.sending = Sending("broadcast", 1, staged, timeout_s)
+        self.leader = SyncLeader(workers, "127.0.0.1", port, self.sending)
+
+    def connect(self, weights: dict[str, torch.Tensor]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        self.manifest = whole_tensors(shapes, dict.fromkeys(shapes, "float32"), 2**19)  # several buckets for a model of 2 MB
+        name = uuid.uuid4().hex
+        world = 1 + sum(worker.tp for worker in self.workers)
+
+        def join() -> WeightSender:
+            return WeightSender(self.store, name, 0, world, self.sending.timeout_s, torch.device("cpu"))
+
+        self.sender = self.leader.init(name, [[self.manifest]] * len(self.workers), join, remember_disk=True)
+
+    def load(self, weights: dict[str, torch.Tensor], canary: list[int] | None = None) -> list[Canary]:
+        """As far as loaded: no version is committed yet."""
+        buckets = whole_buckets(weights.items(), self.manifest)
+        return self.leader.push(lambda: self.sender.send(buckets), canary or [], self.sender.close)
+
+    def push(self, weights: dict[str, torch.Tensor], version: int) -> None:
+        self.load(weights)
+        self.leader.commit(version)
 
 
 @dataclass
@@ -37,32 +73,42 @@ class Rollout:
     supervisors: list[subprocess.Popen[bytes]]
     workers: list[WorkerInfo] = field(default_factory=list)
     version: int = 0
+    pusher: Pusher | None = None
 
     @functools.cached_property
     def client(self) -> RolloutClient:
         return RolloutClient([worker.url for worker in self.workers], timeout_s=120)
 
-    @functools.cached_property
-    def sync(self) -> BroadcastSync:
-        return self.connect(timeout_s=60)
+    def connect(self, checkpoint: Path, timeout_s: float = 60, workers: list[WorkerInfo] | None = None, staged: bool = True) -> Pusher:
+        pusher = Pusher(self.store, self.store.port, workers or self.workers, timeout_s, staged)
+        pusher.connect(load_file(checkpoint / "model.safetensors"))
+        return pusher
 
-    def connect(self, timeout_s: float, workers: list[WorkerInfo] | None = None) -> BroadcastSync:
-        sync = BroadcastSync("127.0.0.1", self.store.port, timeout_s, bucket_bytes=2**19)  # several buckets for a model of 2 MB
-        sync.connect(self.store, workers or self.workers, torch.device("cpu"))
-        return sync
-
-    def load(self, checkpoint: Path) -> SyncReport:
-        """Pushes a checkpoint's tensors under the next version."""
+    def load(self, checkpoint: Path) -> None:
+        """Pushes a checkpoint's tensors under the next version. A test that connects by itself drops `pusher` afterwards."""
+        self.pusher = self.pusher or self.connect(checkpoint)
         self.version += 1
-        return self.sync.push(load_file(checkpoint / "model.safetensors").items(), self.version)
+        self.pusher.push(load_file(checkpoint / "model.safetensors"), self.version)
+
+    def fault(self, kind: str, name: str = "", worker: int = 0) -> None:
+        """Arms a fault of tests.engine.faults in all workers of one server."""
+        self.client.servers[worker].post("/collective_rpc", {"method": "fault", "args": [kind, name]})
 
 
 @contextlib.contextmanager
-def supervised(model: Path, run_dir: Path, engines: int = 1, wait: bool = True) -> Iterator[Rollout]:
+def supervised(model: Path, run_dir: Path, engines: int = 1, tp: int = 1, wait: bool = True) -> Iterator[Rollout]:
     store = coordinator.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
-    keys = [f"model.path={model}", f"run.dir={run_dir}", "rollout.max_prompt_tokens=96", "rollout.max_new_tokens=32", "run.seed=3"]
+    keys = [
+        f"model.path={model}",
+        f"run.dir={run_dir}",
+        "rollout.max_prompt_tokens=96",
+        "rollout.max_new_tokens=32",
+        "run.seed=3",
+        f"rollout.tp={tp}",
+        f"rollout.start_timeout_s={START_S}",
+    ]
     command = [sys.executable, "-c", SUPERVISOR, str(store.port), *keys]
-    rollout = Rollout(store, [subprocess.Popen(command) for _ in range(engines)])
+    rollout = Rollout(store, [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(engines)])
     try:
         if wait:
             rollout.workers = coordinator.wait_for_workers(store, engines, START_S)

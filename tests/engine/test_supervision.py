@@ -7,20 +7,16 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-import megarl.rollout.sync as sync_module
 from megarl.launch.lifeline import descendants
 from megarl.rollout import coordinator
-from megarl.rollout.client import RolloutError
+from megarl.rollout.client import RolloutClient, RolloutError
 from megarl.rollout.coordinator import RolloutDied
-from megarl.weights.pack import Bucket, buckets
 from tests.engine.support import START_S, judged, prompts, supervised
 from tests.engine.test_rollout import assert_judged
 
@@ -41,18 +37,9 @@ def _alive(pid: int) -> bool:
     return False
 
 
-def test_a_failed_sync_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two servers, from their first answer to their end: both loaded, a flipped byte, the refusals after it, a frozen engine, kill -9."""
-    victim = "model.layers.2.mlp.experts.3.down_proj.weight"
+def test_failed_syncs_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers, from their first answer to their end: both loaded, one killed while it receives, the other frozen, kill -9."""
     weights = load_file(checkpoints[0] / "model.safetensors")
-
-    def tampered(*args: Any) -> Iterator[Bucket]:
-        for bucket in buckets(*args):
-            if victim in bucket.names:
-                sizes = [-(-4 * int(np.prod(shape)) // 16) * 16 for shape in bucket.shapes]
-                bucket.buffer[sum(sizes[: bucket.names.index(victim)]) + 5] ^= 1
-            yield bucket
-
     with supervised(checkpoints[0], tmp_path, engines=2) as rollout:
         assert rollout.client.weight_versions() == [0, 0]
         for checkpoint in (checkpoints[0], checkpoints[1]):
@@ -63,21 +50,24 @@ def test_a_failed_sync_and_a_killed_supervisor(checkpoints: tuple[Path, Path], t
                 rollout.load(checkpoints[1])
         assert rollout.client.weight_versions() == [1, 1]
 
-        sync = rollout.connect(30, rollout.workers[1:])
-        monkeypatch.setattr(sync_module, "buckets", tampered)
-        with pytest.raises(
-            RolloutError, match=rf"^rollout server {rollout.workers[1].url}\S+: .*{victim}.* arrived with checksum"
-        ) as caught:
-            sync.push(weights.items(), 2)
-        assert "\n" not in str(caught.value)
-        monkeypatch.undo()
-        with pytest.raises(RolloutError, match="neither old nor new"):
-            rollout.client.generate(prompts(2, 8), 1, 1.0, 8, [])
-        with pytest.raises(RolloutError, match="earlier weight update failed"):
-            rollout.connect(3).push(weights.items(), 2)
+        assert rollout.pusher is not None
+        rollout.fault("die_receiving", worker=1)
+        start = time.monotonic()
+        with pytest.raises(RolloutError, match=rf"^rollout server {rollout.workers[1].url}\S+: \S") as caught:
+            rollout.pusher.push(weights, 2)
+        assert "\n" not in str(caught.value) and time.monotonic() - start < 30
+        with pytest.raises(RolloutDied, match=r"rollout worker 1 "):
+            coordinator.check_workers(rollout.store, rollout.workers, wait_s=20)
+        survivor = RolloutClient([rollout.workers[0].url], 60)
+        assert survivor.weight_versions() == [1]
+        assert_judged(survivor.generate(prompts(3, 8), 2, 1.0, 8, []), checkpoints[1])
+        (dead,) = (s for s in rollout.supervisors if rollout.workers[0].pid not in descendants(s.pid))
+        assert dead.wait(20) == 1
+        rollout.supervisors.remove(dead)
+        rollout.workers = rollout.workers[:1]
 
-        sync = rollout.connect(3, rollout.workers[:1])
-        supervisor = next(s for s in rollout.supervisors if rollout.workers[0].pid in descendants(s.pid))
+        pusher = rollout.connect(checkpoints[0], 3)
+        (supervisor,) = rollout.supervisors
         below = descendants(supervisor.pid)
         engine = next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(engine, signal.SIGSTOP)
@@ -85,7 +75,7 @@ def test_a_failed_sync_and_a_killed_supervisor(checkpoints: tuple[Path, Path], t
         with pytest.raises(
             RolloutError, match=f"no answer within 3 s.*{rollout.workers[0].url}|{rollout.workers[0].url}.*no answer within 3 s"
         ):
-            sync.push(weights.items(), 3)
+            pusher.push(weights, 3)
         assert time.monotonic() - start < 6
         os.kill(engine, signal.SIGCONT)
 
@@ -98,8 +88,8 @@ def test_a_failed_sync_and_a_killed_supervisor(checkpoints: tuple[Path, Path], t
         rollout.workers = []
 
 
-def test_a_dense_first_layer_and_a_killed_engine(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
-    """vLLM reports all layers; we hand on those with experts. Then the engine dies and the store says so, with the log's last lines."""
+def test_a_dense_first_layer_and_an_engine_killed_while_it_loads(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    """vLLM reports all layers; we hand on those with experts. Then the engine dies in a sync and the store says so, with its last lines."""
     mixed = tmp_path / "mixed"
     _make_first_layer_dense(checkpoints[0], mixed)
     with supervised(mixed, tmp_path / "run") as rollout:
@@ -110,9 +100,10 @@ def test_a_dense_first_layer_and_a_killed_engine(checkpoints: tuple[Path, Path],
         np.testing.assert_allclose(response.logprobs, logprobs[7:], atol=1e-4)
 
         below = descendants(rollout.supervisors[0].pid)
-        os.kill(next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()), signal.SIGKILL)
-        with pytest.raises(RolloutError, match="rollout server"):
-            rollout.client.generate(prompts(1, 8), 1, 1.0, 8, [])
+        pusher = rollout.connect(mixed)
+        rollout.fault("die_loading")
+        with pytest.raises(RolloutError, match=rf"^rollout server {rollout.workers[0].url}\S+: \S"):
+            pusher.push(load_file(mixed / "model.safetensors"), 1)
         with pytest.raises(RolloutDied, match=r"rollout worker 0 \(pid \d+ on \S+\): the vLLM server ended .*last lines of \S+0.log:\n"):
             coordinator.check_workers(rollout.store, rollout.workers, wait_s=20)
         assert rollout.supervisors[0].wait(20) == 1

@@ -1,0 +1,69 @@
+"""What goes wrong inside a vLLM worker, at a test's word: the worker extension of the servers that tests start (POST /collective_rpc)."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+from typing import Any
+
+from torch import Tensor
+
+from megarl.rollout.extension import WorkerExtension
+
+
+class FaultyExtension(WorkerExtension):
+    """WorkerExtension, and fault(), which arms one fault until the next sync_init."""
+
+    def sync_init(self, meeting: dict[str, Any], remember_disk: bool) -> str | None:
+        self.fault("none")
+        return super().sync_init(meeting, remember_disk)
+
+    def fault(self, kind: str, name: str = "") -> None:
+        """flip: one bit of tensor `name` on arrival. die_receiving, die_loading: kill -9 of this process; fail_loading: half is loaded.
+
+        no_prepack: vLLM's in-place update as it is without our patch.
+        """
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
+
+        from megarl.rollout import receiver, vllm_patches
+        from megarl.weights.pack import assemble
+
+        receiver.assemble = _tampered(assemble, kind, name) if kind in ("flip", "die_receiving") else assemble
+        engine = self.weight_transfer_engine
+        engine.__dict__.pop("_load", None)
+        if kind in ("die_loading", "fail_loading"):
+            engine._load = _half_loaded(engine._load, kind)
+        if kind == "no_prepack":
+            Method._setup_kernel = inspect.getclosurevars(Method._setup_kernel).nonlocals["original"]
+        else:
+            vllm_patches.apply()
+
+
+def _tampered(assemble: Any, kind: str, name: str) -> Any:
+    def call(bucket: Any, buffers: list[Tensor], tensors: Any) -> dict[str, Tensor]:
+        if kind == "die_receiving":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for message, buffer in zip(bucket, buffers):
+            if name in (part.name for part in message.parts):
+                values = assemble([message], [buffer], {part.name: tensors[part.name] for part in message.parts})
+                values[name].view(-1)[3:4].view(dtype=_int(values[name])).bitwise_xor_(1)  # a view of the buffer
+        return assemble(bucket, buffers, tensors)
+
+    return call
+
+
+def _int(tensor: Tensor) -> Any:
+    import torch
+
+    return {4: torch.int32, 2: torch.int16}[tensor.element_size()]
+
+
+def _half_loaded(load: Any, kind: str) -> Any:
+    def call(tensors: dict[str, Tensor]) -> None:
+        load(dict(list(tensors.items())[: len(tensors) // 2]))
+        if kind == "die_loading":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("the test ended this load half way")
+
+    return call
