@@ -18,7 +18,7 @@ from megarl.engine.optim import build_optimizer
 from megarl.engine.parallel import Parallel
 from megarl.engine.step import Engine
 from megarl.weights.relations import Replicated
-from megarl.weights.weight_map import WeightMap, load_weights_config
+from megarl.weights.weight_map import WeightMap, load_hf_config
 
 VALUE_HEAD = "value_head.weight"
 
@@ -66,7 +66,7 @@ def build_critic(config: Config, parallel: Parallel, optimizer_steps: int) -> Cr
     """Trunk from model.path, a head of zeros, an optimizer under critic.lr with the schedule of train.*."""
     own = config.model_copy(deep=True)
     own.train.lr, own.train.min_lr = config.critic.lr, config.train.min_lr * config.critic.lr / config.train.lr
-    model = build_model(own, value_map(load_weights_config(config.model.path)), parallel, ValueHead)
+    model = build_model(own, value_map(load_hf_config(config.model.path)), parallel, ValueHead)
     load_weights(model, config.model.path, fresh=VALUE_HEAD)
     wrap_for_training(model, own)
     critic = Critic(model, temperature=1.0)

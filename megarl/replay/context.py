@@ -74,7 +74,7 @@ class _Hook:
             self.record.lowest.append((values.detach().amin(1), replayed.detach().amin(1)))
             if self.replay and self.present is None:
                 values, chosen = replayed, self.target
-            elif self.replay:
+            elif self.replay and self.present is not None:
                 chosen = torch.where(self.present[:, None], self.target, chosen)
                 values = scores.gather(1, chosen)
         self.used.append(chosen)
