@@ -82,6 +82,7 @@ class Refit:
             with phase("canary"):
                 values["sync/canary_max_diff"] = self._compare_canary(scores)
         self.fleet.commit(version)
+        dist.barrier()  # another ingest rank must not ask a server that does not serve yet
         self.synced = True
         values["time/sync_s"] = time.perf_counter() - start
         values["version/weights"] = float(version)
