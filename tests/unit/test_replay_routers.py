@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from megarl.config import load_config
+from megarl.config import EngineConfig, load_config
+from megarl.engine.build import DEVICE
 from megarl.engine.model import Model, _transformer_config
 from megarl.engine.parallel import destroy_parallel
+from megarl.engine.profile import choose_profile
 from megarl.replay.context import replay_schedule
 from megarl.replay.metrics import RoutingSums
 from megarl.replay.routes import accept_routes, agreement, check_routes, route_dtype, spread_routes
@@ -240,7 +242,7 @@ def test_trap_04_multi_token_prediction_layers_are_skipped(world):
     """Their layer numbers start again at 1. Dense first layers: a router's index counts MoE layers only (trap 10)."""
     chunk = torch.nn.Module()
     chunk.decoder, chunk.mtp = torch.nn.ModuleList([make_router("softmax", layer=n) for n in (3, 2)]), make_router("softmax", layer=1)
-    model = Model(chunk.mtp.config, SimpleNamespace(moe_layers=[1, 2]), world, bare=[chunk])
+    model = Model(chunk.mtp.config, SimpleNamespace(moe_layers=[1, 2]), world, choose_profile(EngineConfig(), DEVICE), bare=[chunk])
     assert [(i, router.layer_number) for i, router in model.routers()] == [(0, 2), (1, 3)]
 
 
@@ -379,7 +381,7 @@ def test_trap_12_more_than_256_experts():
 
 def test_trap_13_expert_bias_is_frozen_and_there_is_no_auxiliary_loss(world, hf_config):
     """The engine's config says so. The count that would move the bias is of the experts used, the replayed ones."""
-    config = _transformer_config(load_config(None, []), WeightMap(hf_config), world)
+    config = _transformer_config(load_config(None, []), WeightMap(hf_config), world, choose_profile(EngineConfig(), DEVICE))
     assert config.moe_router_bias_update_rate == 0 and config.moe_aux_loss_coeff == 0
     assert config.moe_router_load_balancing_type == "none" and config.moe_z_loss_coeff is None
     router, routes = make_router("sigmoid"), random_routes()
