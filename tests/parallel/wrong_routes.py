@@ -85,7 +85,7 @@ def main(model: str, case: str | None) -> None:
     for name, (spoil, says) in CASES.items() if case is None else [(case, CASES[case])]:
         given.spoil = spoil
         try:
-            collector.collect(prompts, 0, 0)
+            collector.collect(lambda count: prompts[:count], 0, 0)
         except UserError as error:
             line = str(error)
             assert "\n" not in line and f"response 1 to the prompt on line {WRONG_LINE} ('digits 3')" in line and says in line, (name, line)
@@ -94,7 +94,8 @@ def main(model: str, case: str | None) -> None:
         else:
             raise AssertionError(f"{name}: not noticed on rank {rank}")
     given.spoil = lambda routes: routes
-    values = Learner(config, engine).learn(collector.collect(prompts, 0, 0).minibatches)
+    batch = collector.collect(lambda count: prompts[:count], 0, 0, to_learn=False)  # all rewards are equal
+    values, _ = Learner(config, engine).learn(batch, 0)
     assert values["routing/agree_rollout_old"] is not None
     print(f"rank {rank}: ok {' '.join(CASES)}", flush=True)
     destroy_parallel()
