@@ -19,7 +19,6 @@ from megarl.config import Config
 from megarl.engine.attention import RowRotary
 from megarl.engine.parallel import Parallel
 from megarl.engine.profile import Profile, choose_profile
-from megarl.engine.shape_exchange import mend_shape_exchange
 from megarl.engine.specs import layer_specs, profile_settings
 from megarl.weights.megatron_folder import open_weights
 from megarl.weights.names import transformer_engine_names
@@ -72,8 +71,6 @@ def build_model(
     """GPTModel chunks of this rank, not yet filled and not yet wrapped for training. `head` makes another output layer than the usual."""
     profile = choose_profile(config.engine, parallel.device, latent=weight_map.model.get("multi_latent_attention", False))
     transformer = _transformer_config(config, weight_map, parallel, profile)
-    if parallel.layout.vpp > 1:
-        mend_shape_exchange()
     chunks = []
     for chunk in range(parallel.layout.vpp):
         stage = chunk if parallel.layout.vpp > 1 else None
@@ -174,7 +171,7 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=True,  # packs differ in length
+        variable_seq_lengths=at.vpp == 1,  # packs differ in length, but see batch.pack_lengths
         normalization="RMSNorm",
         add_bias_linear=False,
         gated_linear_unit=True,

@@ -20,7 +20,6 @@ LAUNCHES = {
         "quantized_shards",
         "exchanged_rows",
         "resume_is_exact",
-        "interleaved_packs",
         "converted_checkpoints",
     ),
 }
