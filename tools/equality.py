@@ -281,7 +281,8 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
     lengths = [p + r for p, r in RESPONSES]
     tokens = [torch.randint(3, 14, (n,), generator=generator) for n in lengths]
     mu = [-torch.rand(r, generator=generator) * 3 for _, r in RESPONSES]
-    advantage = torch.randn(len(RESPONSES), generator=generator)
+    # Of both signs, but positive in the mean: else the loss is a small difference of large terms and its relative error is of the terms'.
+    advantage = torch.randn(len(RESPONSES), generator=generator) + 1
     routes = [
         torch.rand(n - 1, len(weight_map.moe_layers), weight_map.num_experts, generator=generator).argsort(-1)[..., : weight_map.top_k]
         for n in lengths

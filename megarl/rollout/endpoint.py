@@ -54,11 +54,17 @@ class RolloutEndpoint:
         engine = scope["app"].state.engine_client
         work = asyncio.ensure_future(self._answer(scope["path"].removeprefix(PREFIX), engine, request))
         gone = asyncio.ensure_future(receive())  # nothing but a disconnect can come after the body
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        # vLLM leaves a call to its workers pending for ever when their process dies; `errored` tells.
+        while not (work.done() or gone.done() or engine.errored):
+            await asyncio.wait((work, gone), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not work.done():
             work.cancel()  # the caller went away: vLLM aborts its requests
             return
         gone.cancel()
+        if not work.done():
+            work.cancel()
+            await _respond(send, 500, json.dumps({"error": "vLLM's engine process died; the worker's log says why"}).encode())
+            return
         status, body = work.result()
         await _respond(send, status, body)
 

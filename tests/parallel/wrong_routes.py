@@ -105,5 +105,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
     except UserError as error:
-        print(f"megarl: error: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"megarl: error: {error}\n")  # one write: four ranks share the pipe
         os._exit(2)
