@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +17,7 @@ from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.replay.metrics import RoutingSums
 from megarl.report.trace import phase
 from megarl.report.worst import Row, gather_worst, worst_of
+from megarl.tally import Times, merge_all, reduce_sums, routing_values
 from megarl.valuation import Valuation, explained
 
 
@@ -81,11 +80,12 @@ class Learner:
                 cap = self.config.objective.is_cap
                 sums = merge(sums, mismatch_metrics(pack.old_logprobs.cpu(), pack.rollout_logprobs, pack.mask, cap))
         times.lap("time/update_s")
-        values: Values = dict(explained(finish(self._reduce(sums))))
+        values: Values = dict(explained(finish(reduce_sums(self.parallel, sums))))
         if self.config.run.rollout_samples:
             at = self.parallel
             self.worst = gather_worst(worst_of(packs) if at.is_last_stage and at.coord.tp == at.coord.cp == 0 else [])
-        values |= self._routing(old_routing, new_routing) if packs else {}
+        if packs and (self.live != "off" or self.mode != "none"):
+            values |= routing_values(self.parallel, old_routing, new_routing)
         if norms:
             values |= {"optim/grad_norm": max(norm["optim/grad_norm"] for norm in norms), "optim/lr": norms[-1]["optim/lr"]}
         values |= {key.replace("optim", "critic"): value for key, value in self.critic_norm.items()}
@@ -188,68 +188,3 @@ class Learner:
         if pack.own is not None and pack.routes is not None and pack.present is not None:
             rows = self.engine.predicting_rows(pack) & pack.present
             routing.add(pack.own, pack.routes, rows, pack.gap)
-
-    def _reduce(self, sums: Sums) -> Sums:
-        """Adds (or maxes) over the data-parallel ranks of the last stage, then tells everyone."""
-        at = self.parallel
-        if at.coord.cp:  # every context-parallel rank computed the same loss
-            sums = {key: value if key.endswith(":max") else torch.zeros_like(value) for key, value in sums.items()}
-        if at.is_last_stage and at.layout.dp * at.layout.cp > 1:
-            for op, keys in _by_operation(sums):
-                joined = torch.stack([sums[key].double().to(at.device.device) for key in keys])
-                dist.all_reduce(joined, op=op, group=at.replica_group)
-                sums |= dict(zip(keys, joined))
-        told = [sums]
-        if at.layout.pp > 1:
-            dist.broadcast_object_list(told, src=at.layout.rank_of(tp=0, cp=0, dp=0, pp=at.layout.pp - 1))
-        return told[0]
-
-    def _routing(self, old: RoutingSums, new: RoutingSums) -> Values:
-        """routing/* over all ranks: every rank's routers saw other rows or other layers."""
-        if self.live == "off" and self.mode == "none":
-            return {}
-        device = self.parallel.device.device
-        differs = (torch.cat(old.differs).double() if old.differs else torch.zeros(0, dtype=torch.float64)).to(device)
-        if self.parallel.layout.pp > 1:  # the stages hold different layers of the same rows
-            dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=self.parallel.pp_group)
-        differing = torch.tensor([float(differs.sum()), float(len(differs))], dtype=torch.float64)
-        sums = torch.cat([old.agree, old.rows, new.agree, new.rows, differing]).to(device)
-        worst = torch.tensor(old.worst_gap, dtype=torch.float64, device=device)
-        if self.parallel.layout.world > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        agree, rows, agree_new, rows_new, pair = sums.split([self.moe_layers] * 4 + [2])
-        values: Values = {}
-        if rows.sum():
-            values["routing/agree_rollout_old"] = float(agree.sum() / rows.sum())
-            values["routing/layer_agreement"] = (agree / rows.clamp(min=1)).tolist()
-            values["routing/any_layer_differs_frac"] = float(pair[0] / pair[1].clamp(min=1))
-            values["routing/worst_gap"] = float(worst)
-        if rows_new.sum():
-            values["routing/agree_old_current"] = float(agree_new.sum() / rows_new.sum())
-        return values
-
-
-class Times:
-    """Seconds since the last lap, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: Values = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
-
-
-def merge_all(sums: Sums, parts: list[Sums]) -> Sums:
-    for part in parts:
-        sums = merge(sums, part)
-    return sums
-
-
-def _by_operation(sums: Sums) -> list[tuple[dist.ReduceOp.RedOpType, list[str]]]:
-    keys = sorted(sums)
-    maxima = [key for key in keys if key.endswith(":max")]
-    both = [(dist.ReduceOp.MAX, maxima), (dist.ReduceOp.SUM, [key for key in keys if key not in maxima])]
-    return [(op, chosen) for op, chosen in both if chosen]

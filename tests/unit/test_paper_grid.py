@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,13 +15,25 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megarl.config import Config  # noqa: E402
+from megarl.errors import UserError  # noqa: E402
 from megarl.refusals import check  # noqa: E402
-from tools.grid import arms, claims, results  # noqa: E402
+from megarl.rollout.coordinator import WorkerInfo  # noqa: E402
+from tools.grid import arms, claims, lane, results  # noqa: E402
 from tools.grid.page import write_report  # noqa: E402
 
 
 def a_run(arm: arms.Arm, seed: int, reward: list[float], k3: list[float] | None = None, failure: str | None = None) -> dict[str, Any]:
-    record = {"arm": asdict(arm), "seed": seed, "steps": 64, "failure": failure, "wall_s": 1.0, "trainer_cpu_s": 2.0, "server_cpu_s": 3.0}
+    record = {
+        "arm": asdict(arm),
+        "seed": seed,
+        "steps": 64,
+        "lr": 1e-3,
+        "failure": failure,
+        "wall_s": 1.0,
+        "trainer_cpu_s": 2.0,
+        "server_cpu_s": 3.0,
+    }
     k3 = k3 or [1e-3] * len(reward)
     rows = [
         {"reward/mean": r, "mismatch/kl_k3": k, "policy/entropy": 1.0, "time/step_s": 1.0, "mismatch/extreme_frac_2": 0.1}
@@ -57,10 +73,53 @@ def test_arms_of_a_seed_are_paired_and_their_mini_batches_equal(tmp_path: Path) 
     assert all(len(files) == 1 for files in seen.values())
 
 
+def test_another_rate_or_length_is_another_run() -> None:
+    arm = arms.Arm(1, "minirl", "none", "int4")
+    names = {arms.Run(arm, 0, 64).name, arms.Run(arm, 0, 320).name, arms.Run(dataclasses.replace(arm, lr=1e-2), 0, 64).name}
+    names |= {run.name for rates in ([1e-3], [2e-3]) for run in arms.sweep(rates, 64)}
+    assert len(names) == 3 + 4 and f"n1-minirl-none-int4-lr{arms.base_lr():g}-t64-s0" in names
+
+
+def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, trained = [], []
+
+    class OneFleet(lane.LastingFleet):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append(self)
+            self.workers = [WorkerInfo(index=0, url="", tp=1, pid=os.getpgrp(), host="", log="")]
+
+        def leave(self) -> None:
+            pass
+
+    def train(config: Config, connect: Any) -> None:
+        connect(config, None, is_ingest=True)
+        trained.append(Path(config.run.dir).name)
+        (Path(config.run.dir) / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward/mean": 0.5, "time/step_s": 1.0}) + "\n")
+        if len(trained) == 2:
+            raise UserError("the rate was too high")
+
+    monkeypatch.setattr(lane, "LastingFleet", OneFleet)
+    monkeypatch.setattr(lane, "train", train)
+    runs = [arms.Run(arms.Arm(n, "minirl", "none", "int4"), 0, 8) for n in (1, 2, 4)]
+    queue = tmp_path / "queue.json"
+    queue.write_text(json.dumps([asdict(run) for run in runs]))
+
+    def again(deadline: float) -> int:
+        return lane.main([str(queue), str(tmp_path), str(deadline), str(arms.BASE), *runs[0].overrides(tmp_path)])
+
+    assert again(time.time() - 1) == 0 and trained == []
+    assert again(math.inf) == 3 and trained == [run.name for run in runs[:2]]  # a failed run ends the lane: a fresh server for the next
+    assert again(math.inf) == 0 and trained == [run.name for run in runs] and len(made) == 2
+    records = [json.loads((tmp_path / "runs" / run.name / arms.RECORD).read_text()) for run in runs]
+    assert [record["failure"] for record in records] == [None, "the rate was too high", None]
+    assert records[1]["server_cpu_s"] is not None and all(record["lr"] == arms.base_lr() for record in records)
+
+
 def test_no_run_of_the_full_grid_is_refused(tmp_path: Path) -> None:
     from tools.tiny_model import make_tiny_model
 
-    make_tiny_model(tmp_path / "task" / "cold", layers=1, hidden=32, head_dim=16)
+    for cold in arms.COLD_STARTS:
+        make_tiny_model(tmp_path / "task" / cold, layers=1, hidden=32, head_dim=16)
     (tmp_path / "task" / "train.jsonl").write_text('{"prompt": "1234567=", "answer": "8"}\n')
     for run in arms.full(1, 64):
         check(run.config(tmp_path), "run")
@@ -133,14 +192,19 @@ def test_the_page_from_run_directories_and_from_its_own_json(tmp_path: Path) -> 
     for run in arms.subset(3, 64):
         folder = out / "runs" / run.name
         folder.mkdir(parents=True)
-        record = {"arm": asdict(run.arm), "seed": run.seed, "steps": run.steps, "failure": None}
+        record = {"arm": asdict(run.arm), "seed": run.seed, "steps": run.steps, "lr": run.lr, "failure": None}
         record |= {"wall_s": 9.0, "trainer_cpu_s": 2.0, "server_cpu_s": 3.0}
         (folder / arms.RECORD).write_text(json.dumps(record))
         keys = ("reward/mean", "mismatch/kl_k3", "mismatch/extreme_frac_2", "routing/agree_rollout_old", "policy/entropy", "time/step_s")
         (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, **dict.fromkeys(keys, 0.25)}) + "\n" for i in range(8)))
-    assert write_report(out, docs) == 0
+    other = arms.Run(claims.ON, 0, 32)  # of another length: not in the report
+    (out / "runs" / other.name).mkdir()
+    record |= {"arm": asdict(other.arm), "steps": 32}
+    (out / "runs" / other.name / arms.RECORD).write_text(json.dumps(record))
+    assert write_report(out, docs, 64) == 0
+    assert len(json.loads((docs / "paper" / "results.json").read_text())["runs"]) == len(arms.subset(3, 64))
     page = (docs / "paper.md").read_text()
     assert page.count("| **") == 8 and "not run" in page and "| int4 | 2.5e-01 | 2.5e-01 |" in page
     assert all((docs / "paper" / link).is_file() for link in ("on_reward.svg", "off_k3.svg", "results.json"))
-    assert write_report(tmp_path / "absent", docs) == 0
+    assert write_report(tmp_path / "absent", docs, 64) == 0
     assert (docs / "paper.md").read_text() == page

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from megarl.config import Config, load_config
 
 BASE = Path(__file__).resolve().parents[2] / "examples" / "paper_grid" / "base.yaml"
-TASK = "sums of seven digits modulo 10, a Qwen3-MoE of about 0.3M parameters (3 layers, 8 experts, top-2)"
+DIGITS = 10  # of a sum; the quickstart has 5: longer sums, so that a run does not saturate
+TASK = f"sums of {DIGITS} digits modulo 10, a Qwen3-MoE of about 0.3M parameters (3 layers, 8 experts, top-2)"
+COLD_STARTS = {"cold": [], "short": ["train.steps=250"]}  # folder below task/ -> keys of its cold start; the second is trained less (C6)
 PROMPTS = 8  # of a mini-batch: the global batch is PROMPTS x N
 COARSE = "int4"  # the low precision of the stated subset: where an effect that exists should show first
 
@@ -23,14 +27,15 @@ PRECISIONS: dict[str, list[str]] = {
 ON_POLICY = ("minirl", "minirl-no-is", "minirl-length-norm")
 OFF_POLICY = ("minirl", "minirl-no-clip")
 RECORD = "grid.json"  # in the folder of a run that has ended: its arm, what it cost, and why it failed if it did
-STEPS = {"subset": 64, "full": 320}  # optimizer steps of a run
+STEPS = 320  # optimizer steps of a run
 PROBE_STEPS = 2
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of the sweep
+RATES = (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)  # of the sweep
 
 
 @dataclass(frozen=True)
 class Arm:
-    """N mini-batches a rollout, objective, routing replay, rollout precision. kind: rl, sweep (learning rates) or probe (precisions)."""
+    """N mini-batches a rollout, objective, routing replay, rollout precision, cold start. kind: rl, sweep (learning rates) or probe
+    (precisions)."""
 
     n: int
     objective: str
@@ -38,10 +43,11 @@ class Arm:
     precision: str
     kind: str = "rl"
     lr: float | None = None
+    cold: str = "cold"
 
     @property
     def name(self) -> str:
-        name = f"n{self.n}-{self.objective}-{self.replay.lower()}-{self.precision}"
+        name = f"n{self.n}-{self.objective}-{self.replay.lower()}-{self.precision}" + (f"-{self.cold}" if self.cold != "cold" else "")
         return name if self.kind == "rl" else f"{self.kind}-{name}" + (f"-lr{self.lr:g}" if self.lr else "")
 
 
@@ -52,8 +58,15 @@ class Run:
     steps: int  # optimizer steps
 
     @property
+    def lr(self) -> float:
+        return self.arm.lr or base_lr()
+
+    @property
     def name(self) -> str:
-        return f"{self.arm.name}-s{self.seed}"
+        """Of its folder. Another rate or another length is another run."""
+        kind = "" if self.arm.kind == "rl" else f"{self.arm.kind}-"
+        arm = dataclasses.replace(self.arm, kind="rl", lr=None)
+        return f"{kind}{arm.name}-lr{self.lr:g}-t{self.steps}-s{self.seed}"
 
     @property
     def server(self) -> str:
@@ -62,13 +75,18 @@ class Run:
 
     def overrides(self, out: Path) -> list[str]:
         arm, task = self.arm, out / "task"
-        keys = [f"model.path={task / 'cold'}", f"data.prompts={task / 'train.jsonl'}", f"run.dir={out / 'runs' / self.name}"]
+        keys = [f"model.path={task / arm.cold}", f"data.prompts={task / 'train.jsonl'}", f"run.dir={out / 'runs' / self.name}"]
         keys += [f"objective={arm.objective}", f"replay.mode={arm.replay}", f"run.seed={self.seed}"]
         keys += [f"batch.minibatches={arm.n}", f"batch.prompts={PROMPTS * arm.n}", f"train.steps={max(1, self.steps // arm.n)}"]
         return keys + PRECISIONS[arm.precision] + ([f"train.lr={arm.lr}"] if arm.lr else [])
 
     def config(self, out: Path) -> Config:
         return load_config(BASE, self.overrides(out))
+
+
+@cache
+def base_lr() -> float:
+    return load_config(BASE).train.lr
 
 
 def on_policy(precision: str) -> list[Arm]:
@@ -79,14 +97,20 @@ def off_policy(n: int, precision: str) -> list[Arm]:
     return [Arm(n, objective, replay, precision) for objective in OFF_POLICY for replay in ("none", "R2", "R3")]
 
 
+SECOND_START = Arm(1, "minirl", "none", COARSE, cold="short")
+
+
 def probes() -> list[Arm]:
     """A few steps from the cold start in every precision, with and without replay: their first rollouts are the same."""
     return [Arm(2, "minirl", replay, precision, "probe") for precision in PRECISIONS for replay in ("none", "R3")]
 
 
 def subset(seeds: int, steps: int) -> list[Run]:
-    """N = 1 and N = 8 under COARSE, their fp32 controls, and the probes of every precision; seed by seed, so that a cut leaves pairs."""
-    arms = [Arm(1, "minirl", "none", "fp32"), *on_policy(COARSE), Arm(8, "minirl", "none", "fp32"), *off_policy(8, COARSE)]
+    """N = 1 and N = 8 under COARSE, their fp32 controls, a second cold start, and the probes of every precision.
+
+    Seed by seed, so that a cut leaves pairs.
+    """
+    arms = [Arm(1, "minirl", "none", "fp32"), *on_policy(COARSE), Arm(8, "minirl", "none", "fp32"), *off_policy(8, COARSE), SECOND_START]
     runs = [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision != "bf16"]
     runs += [Run(arm, seed, steps) for seed in range(seeds) for arm in arms]
     return runs + [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision == "bf16"]
@@ -95,7 +119,7 @@ def subset(seeds: int, steps: int) -> list[Run]:
 def full(seeds: int, steps: int) -> list[Run]:
     """Every arm at N = 1, 2, 4, 8 in every precision; the low ones first, since they are what the claims are about."""
     arms = [arm for n in (1, 2, 4, 8) for arm in (on_policy(COARSE) if n == 1 else off_policy(n, COARSE))]
-    arms += [Arm(n, "minirl", "none", "fp32") for n in (1, 2, 4, 8)]
+    arms += [Arm(n, "minirl", "none", "fp32") for n in (1, 2, 4, 8)] + [SECOND_START]
     for precision in ("fp8_e5m2", "fp8_e4m3", "bf16"):
         arms += [arm for n in (1, 8) for arm in (on_policy(precision) if n == 1 else off_policy(n, precision))]
     return [Run(arm, 0, PROBE_STEPS) for arm in probes()] + [Run(arm, seed, steps) for seed in range(seeds) for arm in arms]

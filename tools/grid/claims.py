@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tools.grid.arms import COARSE, Arm
+from tools.grid.arms import COARSE, SECOND_START, Arm
 
 Verdict = Literal["yes", "no", "unclear", "not run"]
 Sign = Literal[">", "<", "<=", "="]
@@ -151,7 +151,8 @@ def label(arm: Arm) -> str:
         return f"lr {arm.lr:g}"
     names = {"minirl": "MiniRL", "minirl-no-is": "no IS", "minirl-length-norm": "length norm", "minirl-no-clip": "no clip"}
     replay = "" if arm.replay == "none" else f" + {arm.replay}"
-    return f"{names[arm.objective]}{replay}, N = {arm.n}" + ("" if arm.precision == COARSE else f", {arm.precision}")
+    other = [arm.precision] * (arm.precision != COARSE) + [f"{arm.cold} cold start"] * (arm.cold != "cold")
+    return ", ".join([f"{names[arm.objective]}{replay}, N = {arm.n}", *other])
 
 
 def claims(results: Results) -> list[Claim]:
@@ -178,6 +179,7 @@ def claims(results: Results) -> list[Claim]:
         strong, weak = ("R2", "R3") if n == 2 else ("R3", "R2")
         c5 += [replay_wins(n, strong, "none"), judge.better(off(n, strong), off(n, strong, clip=False)), replay_wins(n, strong, weak)]
         c5 += [judge.fate(off(n, "R2"), True)] if n > 2 else []
+    c6 = judge.compare("a second, shorter cold start ends as the first", SECOND_START, ON, "=", last, SAME)
     alike = [judge.compare(f"peak of {label(off(n, r))} as of {label(ON)}", off(n, r), ON, "=", best, SAME) for n, r in PEAKS]
     return [
         Claim("C1", "On-policy, MiniRL with the IS weight, no length norm, no replay is best and most stable", c1),
@@ -185,7 +187,7 @@ def claims(results: Results) -> list[Claim]:
         Claim("C3", "Length norm: stable but worse", [judge.fate(LENGTH, False), judge.better(ON, LENGTH)]),
         Claim("C4", "On-policy R3 lowers the KL but gains nothing", c4),
         Claim("C5", "Off-policy: clipping and replay both needed; N = 2: R2 over R3; N = 4, 8: R3 over R2, and R2 does not last", c5),
-        Claim("C6", "Different cold starts end alike", [Part("a second cold start", "the grid has one cold start", "not run")]),
+        Claim("C6", "Different cold starts end alike", [c6]),
         Claim("C7", "On- and off-policy, once stable, peak alike", alike),
         Claim("C8", "The KL rises with every collapse", [judge.every_collapse()]),
     ]

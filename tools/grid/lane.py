@@ -1,6 +1,6 @@
 """A lane: one trainer rank and one vLLM server that do run after run, so that a short run does not pay for starting them.
 
-    megarl.launch.rank LOG_DIR tools.grid.lane QUEUE OUT BASE key=value ...      started by tools/paper_grid.py
+    megarl.launch.rank LOG_DIR tools.grid.lane QUEUE OUT DEADLINE BASE key=value ...      started by tools/paper_grid.py
 
 Every run is the trainer's own `train(config)`; only the fleet of workers outlives it. A run begins with a weight sync, so that nothing of
 the one before it is left in the server. Lanes share a queue: a run belongs to the lane that holds its lock.
@@ -33,7 +33,12 @@ class LastingFleet(Fleet):
     """Closed by its lane, not by the runs that use it."""
 
     def close(self) -> None:
-        pass
+        """Of one run: lets go of its way of sending weights. The next run connects anew."""
+        if self._sender is not None:
+            self._sender.close()
+        if self._leader is not None:
+            self._leader.close()
+        self._sender = self._leader = None
 
     def leave(self) -> None:
         super().close()
@@ -42,7 +47,7 @@ class LastingFleet(Fleet):
 def main(argv: list[str]) -> int:
     out = Path(argv[1])
     runs = [Run(Arm(**item["arm"]), item["seed"], item["steps"]) for item in json.loads(Path(argv[0]).read_text())]
-    lane = load_config(argv[2], argv[3:])
+    deadline, lane = float(argv[2]), load_config(argv[3], argv[4:])
     fleet: list[LastingFleet] = []
 
     def connect(config: Any, device: Any, *, is_ingest: bool) -> Fleet:
@@ -52,6 +57,8 @@ def main(argv: list[str]) -> int:
 
     status = 0
     for run in runs:
+        if time.time() > deadline:
+            break
         with _claimed(out, run) as mine:
             if mine and not ended(out, run) and not _do(run, out, connect, fleet):
                 status = 3  # the server may be in an unknown state: the next lane starts a fresh one
@@ -79,7 +86,7 @@ def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
             raise  # it never began: no result, but a server that did not start
         failure = str(error)
     after = _cpu_seconds(fleet)
-    record = {"arm": asdict(run.arm), "seed": run.seed, "steps": run.steps, "failure": failure, "wall_s": time.time() - start}
+    record = {"arm": asdict(run.arm), "seed": run.seed, "steps": run.steps, "lr": run.lr, "failure": failure, "wall_s": time.time() - start}
     record |= {"trainer_cpu_s": after[0] - before[0], "server_cpu_s": after[1] - before[1] if before[1] else None}
     partial = folder / f".{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=1))
@@ -90,7 +97,7 @@ def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
 
 def _cpu_seconds(fleet: list[LastingFleet]) -> tuple[float, float]:
     """CPU seconds so far of this process and of its server (0 before it is known), which leads a process group of its own."""
-    groups = {worker.pid for worker in fleet[0]._workers} if fleet else set()
+    groups = {worker.pid for worker in fleet[0].workers} if fleet else set()
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # a process that has just ended

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from megarl.report.curves import HEIGHT, LEFT, WIDTH, Series, css, line_chart
-from tools.grid.arms import COARSE, PRECISIONS, RATES, TASK, Arm, off_policy, on_policy
+from tools.grid.arms import COARSE, PRECISIONS, TASK, Arm, off_policy, on_policy
 from tools.grid.claims import Judge, Part, Results, claims, label, whole
 from tools.grid.results import COLLAPSED_BELOW, collect
 
-SWEPT = [Arm(1, "minirl", "none", "fp32", "sweep", lr) for lr in RATES]
 CONTROL_1, CONTROL_8 = Arm(1, "minirl", "none", "fp32"), Arm(8, "minirl", "none", "fp32")
-PICTURES: list[tuple[str, str, str, bool, list[Arm]]] = [  # file, title, metric, logarithmic, arms
+Picture = tuple[str, str, str, bool, list[Arm]]  # file, title, metric, logarithmic, arms
+PICTURES: list[Picture] = [
     ("on_reward", "Mean reward, N = 1", "reward/mean", False, [CONTROL_1, *on_policy(COARSE)[:5]]),
     ("off_reward", "Mean reward, N = 8", "reward/mean", False, off_policy(8, COARSE)),
     ("on_k3", "k3 of the mismatch, N = 1", "mismatch/kl_k3", True, on_policy(COARSE)),
@@ -25,27 +26,47 @@ PICTURES: list[tuple[str, str, str, bool, list[Arm]]] = [  # file, title, metric
     ("off_extreme", "Share of tokens with a ratio above 2, N = 8", "mismatch/extreme_frac_2", False, off_policy(8, COARSE)),
     ("off_agreement", "Routing agreement of the engines, N = 8", "routing/agree_rollout_old", False, off_policy(8, COARSE)),
     ("off_clip", "Tokens clipped with A < 0, N = 8", "staleness/clip_frac_neg", False, off_policy(8, COARSE)),
-    ("lr_reward", "Mean reward of the fp32 control, N = 1", "reward/mean", False, SWEPT),
-    ("lr_entropy", "Entropy of the fp32 control, N = 1", "policy/entropy", False, SWEPT),
-    ("lr_length", "Mean length of the fp32 control, N = 1", "response/length_mean", False, SWEPT),
     ("off_grad_norm", "Gradient norm, N = 8", "optim/grad_norm", True, off_policy(8, COARSE)),
 ]
 
 
-def write_report(out: Path, docs: Path) -> int:
+def write_report(out: Path, docs: Path, steps: int) -> int:
     """Pages from the runs under `out`, or, where there are none, from docs/paper/results.json."""
     folder = docs / "paper"
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / "results.json"
     if (out / "runs").is_dir():
-        store.write_text(_compact(collect(out)))
+        store.write_text(_compact(collect(out, steps)))
     results = json.loads(store.read_text())
-    for name, title, key, log, arms in PICTURES:
-        if picture := draw(results, title, key, log, arms):
-            (folder / f"{name}.svg").write_text(picture)
-    (docs / "paper.md").write_text(render(results, [p for p in PICTURES if (folder / f"{p[0]}.svg").is_file()]))
+    drawn = []
+    for picture in PICTURES + swept(results):
+        name, title, key, log, arms = picture
+        (folder / f"{name}.svg").unlink(missing_ok=True)
+        if text := draw(results, title, key, log, arms):
+            (folder / f"{name}.svg").write_text(text)
+            drawn.append(picture)
+    (docs / "paper.md").write_text(render(results, drawn))
     print(f"{len(results['runs'])} runs -> {docs / 'paper.md'}")
     return 0
+
+
+def swept(results: Results) -> list[Picture]:
+    """Pictures of the fp32 control at every learning rate that was tried."""
+    rates = sorted({run["arm"]["lr"] for run in results["runs"] if run["arm"]["kind"] == "sweep"})
+    metrics = (("reward", "reward/mean"), ("entropy", "policy/entropy"), ("length", "response/length_mean"), ("k3", "mismatch/kl_k3"))
+    return [
+        (
+            f"lr_{name}",
+            f"{TITLES[name]} of the fp32 control, N = 1",
+            key,
+            name == "k3",
+            [Arm(1, "minirl", "none", "fp32", "sweep", lr) for lr in rates],
+        )
+        for name, key in metrics
+    ]
+
+
+TITLES = {"reward": "Mean reward", "entropy": "Entropy", "length": "Mean length", "k3": "k3 of the mismatch"}
 
 
 def _compact(results: Results) -> str:
@@ -85,7 +106,7 @@ def _median(values: list[float]) -> float | None:
     return median(values) if values else None
 
 
-def render(results: Results, pictures: list[tuple[str, str, str, bool, list[Arm]]]) -> str:
+def render(results: Results, pictures: list[Picture]) -> str:
     found = claims(results)
     rows = [f"| {c.name} | {c.text} | **{c.verdict}** |" for c in found]
     parts = [f"| {c.name} | {p.text} | {p.measured or '-'} | {_word(p)} |" for c in found for p in c.parts]
@@ -175,16 +196,20 @@ def _precisions(results: Results) -> list[str]:
 
 def _sweep(results: Results) -> list[str]:
     runs = sorted((run for run in results["runs"] if run["arm"]["kind"] == "sweep"), key=lambda run: (run["arm"]["n"], run["arm"]["lr"]))
+    if not runs:
+        return ["No sweep was run."]
+    tried = sorted({run["arm"]["lr"] for run in runs})
+    stable = [lr for lr in tried if all(not run["collapsed"] and run["last"] > run["first"] for run in runs if run["arm"]["lr"] == lr)]
     lines = [
-        "The fp32 control, one seed a rate. The grid runs at 5e-4, stable in every fp32 control of the table of arms. 2e-3 is not:",
-        "its reward falls to half within a few updates at N = 1 and does not recover. No rate between the two was tried unless a row says",
-        "so: 5e-4 is a stable rate, not shown to be the largest.\n",
+        "The fp32 control. Chance is 0.1: a rate under which a control falls there within its first eighth has not collapsed by the grid's",
+        "criterion, so here a rate counts as stable if no control collapsed and each ended higher than it began. The largest such rate:",
+        f"{max(stable, default=math.nan):g}. The grid runs at {results['lr']:g}.\n",
     ]
     lines += ["| N | lr | steps | first | best | last | collapsed |", "|---|---|---|---|---|---|---|"]
     for run in runs:
         cells = (run["arm"]["n"], f"{run['arm']['lr']:g}", run["steps"], run["first"], run["best"], run["last"], run["collapsed"])
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return lines if runs else ["No sweep was run."]
+    return lines
 
 
 def _cost(results: Results) -> list[str]:

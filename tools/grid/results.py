@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from megarl.report.metrics import read_metrics
-from tools.grid.arms import RECORD, Arm
+from tools.grid.arms import RECORD, Arm, base_lr
 
 COLLAPSED_BELOW = 0.8  # of the best eighth's mean reward; fixed before any run
 POINTS = 16
@@ -45,13 +45,17 @@ def collapsed(rewards: list[float], failed: bool = False) -> bool:
     return failed or not parts or not parts[-1] >= COLLAPSED_BELOW * max(parts)
 
 
-def collect(out: Path) -> dict[str, Any]:
-    """What results.json holds, of every run under `out` that has ended."""
+def collect(out: Path, steps: int) -> dict[str, Any]:
+    """What results.json holds, of every run under `out` that has ended: of the grid itself those of `steps` at the grid's learning rate."""
     runs = []
-    for record in sorted((out / "runs").glob(f"*/{RECORD}")):
-        rows = read_metrics(record.parent) if (record.parent / "metrics.jsonl").is_file() else []
-        runs.append(_run(json.loads(record.read_text()), rows))
-    return {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} CPU cores", "collapsed_below": COLLAPSED_BELOW, "runs": runs}
+    for path in sorted((out / "runs").glob(f"*/{RECORD}")):
+        record = json.loads(path.read_text())
+        if record["arm"]["kind"] == "rl" and (record["steps"], record["lr"]) != (steps, base_lr()):
+            continue
+        rows = read_metrics(path.parent) if (path.parent / "metrics.jsonl").is_file() else []
+        runs.append(_run(record, rows))
+    head = {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} CPU cores", "collapsed_below": COLLAPSED_BELOW}
+    return {**head, "lr": base_lr(), "runs": runs}
 
 
 def _run(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
