@@ -48,6 +48,7 @@ MODELS = {  # arguments of make_tiny_model; the default family is Qwen3-MoE
     "deepseek": {"family": "deepseek_v3", "top_k": 4},  # latent attention, expert bias, 2 of 4 groups, shared expert, dense first layer
     "qwen2": {"family": "qwen2_moe", "kv_heads": 4},  # QKV bias, a shared expert behind a gate
     "llama": {"family": "llama"},  # no experts
+    "deep": {"layers": 8},
 }
 ROWS = [
     Row("1 rank, several micro-batches", 1, engine=SMALL, quick=True),
@@ -84,6 +85,7 @@ ROWS = [
     Row("TP2 EP4 DP2", 4, {"tp": 2, "ep": 4}, SMALL, quick=True),
     Row("PP2 EP2 DP2", 4, {"pp": 2, "ep": 2}, SMALL),
     Row("PP4", 4, {"pp": 4}, SMALL),
+    Row("PP4 VPP2, 8 layers", 4, {"pp": 4, "vpp": 2}, SMALL, model="deep"),
     Row("DeepSeek, TP2 CP2 EP2 full recompute", 4, {"tp": 2, "cp": 2, "ep": 2}, {"recompute": "full", **SMALL}, model="deepseek"),
     Row(
         "DeepSeek, TP2 PP2 EP2, first stage all dense",

@@ -96,14 +96,9 @@ def router_rows(padded: int, layout: Layout, coord: Coord) -> Tensor:
 
 
 def pack_lengths(rows: list[int], layout: Layout) -> list[int]:
-    """Padded lengths of the packs of one schedule run, given their rows: multiples of what CP and sequence parallelism cut them into.
-
-    Under the interleaved schedule all are equal: at PP = 2 megatron-core's exchange of shapes cannot tell a send to the next stage from
-    one to the previous stage, since both are the same rank (p2p_communication.py, _communicate_shapes).
-    """
+    """Padded lengths of packs, given their rows: multiples of what CP and sequence parallelism cut them into."""
     each = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
-    lengths = [max(-(-n // each), 1) * each for n in rows]
-    return [max(lengths)] * len(lengths) if layout.vpp > 1 else lengths
+    return [max(-(-n // each), 1) * each for n in rows]
 
 
 def assign(rows: list[int], replicas: int, budget: int, multiple: int = 1) -> list[list[list[int]]]:
@@ -123,20 +118,7 @@ def assign(rows: list[int], replicas: int, budget: int, multiple: int = 1) -> li
     packed = [_first_fit(members, rows, budget) for members in mine]
     count = max(len(packs) for packs in packed)
     count = -(-count // multiple) * multiple
-    if multiple > 1:  # the interleaved schedule pads all packs to one length; elsewhere first fit is better, it keeps equals together
-        packed = [_balanced(members, rows, budget, count) or packs for members, packs in zip(mine, packed)]
     return [packs + [[] for _ in range(count - len(packs))] for packs in packed]
-
-
-def _balanced(members: list[int], rows: list[int], budget: int, count: int) -> list[list[int]] | None:
-    """`count` packs of about equal length; None if one would exceed the budget."""
-    packs: list[list[int]] = [[] for _ in range(count)]
-    load = [0] * count
-    for i in members:  # largest first
-        place = min(range(count), key=lambda p: (load[p], p))
-        packs[place].append(i)
-        load[place] += rows[i]
-    return [sorted(pack) for pack in packs] if max(load) <= budget else None
 
 
 def _first_fit(members: list[int], rows: list[int], budget: int) -> list[list[int]]:

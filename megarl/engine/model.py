@@ -171,7 +171,7 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        variable_seq_lengths=at.vpp == 1,  # packs differ in length, but see batch.pack_lengths
+        variable_seq_lengths=True,  # packs differ in length; see pipeline.py
         normalization="RMSNorm",
         add_bias_linear=False,
         gated_linear_unit=True,

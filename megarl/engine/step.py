@@ -17,6 +17,7 @@ from megarl.engine.batch import Pack, cp_rows, router_rows
 from megarl.engine.logprob import mask_padding, vocab_parallel_logprobs
 from megarl.engine.model import Model
 from megarl.engine.optim import current_lr
+from megarl.engine.pipeline import StageMessages, schedule_groups
 from megarl.replay.context import Replay, replay_schedule
 
 Metrics = dict[str, Tensor]
@@ -111,6 +112,11 @@ class Engine:
         self, packs: list[Pack], routes: Routes, consume: Callable[..., Any], *, forward_only: bool, temperature: float | None = None
     ) -> list[Any]:
         recorded: dict[tuple[int, int], Taken] = {}
+        at = self.model.parallel
+        between: dict[str, Any] = {}
+        if at.layout.pp > 1:
+            messages = StageMessages(self.model.config, at.layout, at.coord, [pack.padded for pack in packs])
+            between = {"p2p_communicator": messages, "pg_collection": schedule_groups()}
         with replay_schedule(self._routers) if routes != "off" else nullcontext() as replay:
             result = get_forward_backward_func()(
                 forward_step_func=partial(self._forward, replay, routes, consume, temperature or self.temperature, recorded),
@@ -121,6 +127,7 @@ class Engine:
                 micro_batch_size=1,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
+                **between,
             )
         for i, pack in enumerate(packs):
             self._keep_routes(pack, [recorded[c, i] for c in range(len(self.model.chunks)) if (c, i) in recorded])

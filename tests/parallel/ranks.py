@@ -184,6 +184,28 @@ def sums_over_micro_batches(model: str) -> None:
     assert grads([[4]]).abs().max() > 0
 
 
+def interleaved_packs(model: str) -> None:
+    """PP2 x VPP2, where the next and the previous stage are one rank: every pack's log-probabilities are those of a run of its own, and
+    an update over packs of different lengths ends, for as many packs as stages and for more, with the gradient of one after the other."""
+    engine = build_engine(load_config(None, [f"model.path={model}", "parallel.pp=2", "parallel.vpp=2"]), optimizer_steps=1)
+    at = engine.model.parallel
+    tokens = [torch.randint(3, 14, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 30, 12, 2, 21, 9)]
+    packs = make_packs([[i] for i in range(len(tokens))], tokens, [1] * len(tokens), at.layout, at.coord)
+    assert len({pack.padded for pack in packs}) == len(packs)
+    together = engine.logprobs(packs, "off")
+    for number, pack in enumerate(packs):
+        alone = engine.logprobs([pack, pack], "off")
+        if at.is_last_stage:
+            assert torch.equal(alone[0][0], together[number][0]), number
+
+    def gradient(packs: list[Pack]) -> torch.Tensor:
+        engine.gradients(packs, "off", lambda pack, logprobs, entropy: (-(logprobs * pack.mask).sum() / len(tokens), {}))
+        return torch.cat([tensor.main_grad.flatten() for _, tensor in engine.model.params()])
+
+    pairs = [gradient(packs[i : i + 2]) for i in range(0, len(packs), 2)]
+    torch.testing.assert_close(gradient(packs), torch.stack(pairs).sum(0), rtol=1e-5, atol=1e-6)
+
+
 def resume_is_exact(model: str) -> None:
     """Two updates, a checkpoint, a third update: a fresh engine that loads the checkpoint does the third update bitwise the same."""
     folder = [Path(tempfile.mkdtemp()) if dist.is_initialized() is False or dist.get_rank() == 0 else None]
@@ -258,7 +280,7 @@ def _assert_folders_equal(a: Path, b: Path) -> None:
 CHECKS = {check.__name__: check for check in (layout_of_megatron, gathered_weights, quantized_shards, exchanged_rows)}
 CHECKS |= {
     check.__name__: check
-    for check in (replay_is_a_no_op, sums_over_micro_batches, resume_is_exact, converted_checkpoints)
+    for check in (replay_is_a_no_op, sums_over_micro_batches, interleaved_packs, resume_is_exact, converted_checkpoints)
 }
 
 if __name__ == "__main__":

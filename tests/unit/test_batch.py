@@ -54,9 +54,10 @@ def test_context_parallel_rows_cost_the_same_under_causal_attention() -> None:
     assert len(set(cost)) == 1
 
 
-def test_packs_of_the_interleaved_schedule_have_one_length() -> None:
-    assert pack_lengths([3, 17, 8], Layout(tp=2, pp=2, vpp=2, world=4)) == [18, 18, 18]
+def test_packs_are_padded_to_what_tensor_and_context_parallelism_cut() -> None:
     assert pack_lengths([3, 17, 8, 0], Layout(tp=2, world=2)) == [4, 18, 8, 2]
+    assert pack_lengths([3, 17, 8, 0], Layout(tp=2, cp=2, world=4)) == [8, 24, 8, 8]
+    assert pack_lengths([3, 17, 8], Layout(tp=2, pp=2, vpp=2, world=4)) == [4, 18, 8]
 
 
 def test_labels_are_shifted_inside_each_response() -> None:
