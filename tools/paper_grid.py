@@ -123,8 +123,8 @@ def lane(queue: Path, folder: Path, out: Path, deadline: float) -> int:
         argv[at : at + 1] = ["tools.grid.lane", str(queue), str(out), str(deadline)]
         plan = dataclasses.replace(plan, trainer=dataclasses.replace(plan.trainer, argv=argv))
         status = launch(plan, load_config(arguments[0], arguments[1:]))
-        if status == 0:
-            return status
+        if status in (0, 130, 143):  # 128 + SIGINT, SIGTERM
+            break
     return status
 
 

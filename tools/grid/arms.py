@@ -27,7 +27,7 @@ PRECISIONS: dict[str, list[str]] = {
 ON_POLICY = ("minirl", "minirl-no-is", "minirl-length-norm")
 OFF_POLICY = ("minirl", "minirl-no-clip")
 RECORD = "grid.json"  # in the folder of a run that has ended: its arm, what it cost, and why it failed if it did
-STEPS = 320  # optimizer steps of a run
+STEPS = 256  # optimizer steps of a run
 PROBE_STEPS = 2
 RATES = (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)  # of the sweep
 
@@ -127,7 +127,7 @@ def full(seeds: int, steps: int) -> list[Run]:
 
 def sweep(rates: Sequence[float], steps: int) -> list[Run]:
     """The fp32 control over learning rates, on- and off-policy, one seed."""
-    return [Run(Arm(n, "minirl", "none", "fp32", "sweep", lr), 0, steps) for lr in rates for n in (8, 1)]
+    return [Run(Arm(n, "minirl", "none", "fp32", "sweep", lr), 0, steps) for lr in rates for n in (1, 8)]
 
 
 def servers(runs: list[Run]) -> Iterator[str]:
