@@ -77,7 +77,7 @@ def test_another_rate_or_length_is_another_run() -> None:
     arm = arms.Arm(1, "minirl", "none", "int4")
     names = {arms.Run(arm, 0, 64).name, arms.Run(arm, 0, 320).name, arms.Run(dataclasses.replace(arm, lr=1e-2), 0, 64).name}
     names |= {run.name for rates in ([1e-3], [2e-3]) for run in arms.sweep(rates, 64)}
-    assert len(names) == 3 + 4 and f"n1-minirl-none-int4-lr{arms.base_lr():g}-t64-s0" in names
+    assert len(names) == 3 + 4 and f"n1-minirl-none-int4-lr{arms.base().train.lr:g}-t64-s0" in names
 
 
 def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(tmp_path: Pat
     assert again(math.inf) == 0 and trained == [run.name for run in runs] and len(made) == 2
     records = [json.loads((tmp_path / "runs" / run.name / arms.RECORD).read_text()) for run in runs]
     assert [record["failure"] for record in records] == [None, "the rate was too high", None]
-    assert records[1]["server_cpu_s"] is not None and all(record["lr"] == arms.base_lr() for record in records)
+    assert records[1]["server_cpu_s"] is not None and all(record["lr"] == arms.base().train.lr for record in records)
 
 
 def test_no_run_of_the_full_grid_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Run:
 
     @property
     def lr(self) -> float:
-        return self.arm.lr or base_lr()
+        return self.arm.lr or base().train.lr
 
     @property
     def name(self) -> str:
@@ -85,8 +85,9 @@ class Run:
 
 
 @cache
-def base_lr() -> float:
-    return load_config(BASE).train.lr
+def base() -> Config:
+    """What all runs share."""
+    return load_config(BASE)
 
 
 def on_policy(precision: str) -> list[Arm]:

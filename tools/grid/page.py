@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from megarl.report.curves import HEIGHT, LEFT, WIDTH, Series, css, line_chart
-from tools.grid.arms import COARSE, PRECISIONS, TASK, Arm, off_policy, on_policy
+from tools.grid.arms import PRECISIONS, TASK, Arm, full
 from tools.grid.claims import Judge, Part, Results, claims, label, whole
+from tools.grid.pictures import PICTURES, Picture, draw, swept
 from tools.grid.results import COLLAPSED_BELOW, collect
-
-CONTROL_1, CONTROL_8 = Arm(1, "minirl", "none", "fp32"), Arm(8, "minirl", "none", "fp32")
-Picture = tuple[str, str, str, bool, list[Arm]]  # file, title, metric, logarithmic, arms
-PICTURES: list[Picture] = [
-    ("on_reward", "Mean reward, N = 1", "reward/mean", False, [CONTROL_1, *on_policy(COARSE)[:5]]),
-    ("off_reward", "Mean reward, N = 8", "reward/mean", False, off_policy(8, COARSE)),
-    ("on_k3", "k3 of the mismatch, N = 1", "mismatch/kl_k3", True, on_policy(COARSE)),
-    ("off_k3", "k3 of the mismatch, N = 8", "mismatch/kl_k3", True, off_policy(8, COARSE)),
-    ("on_entropy", "Entropy, N = 1", "policy/entropy", False, [CONTROL_1, *on_policy(COARSE)[:5]]),
-    ("off_entropy", "Entropy, N = 8", "policy/entropy", False, off_policy(8, COARSE)),
-    ("off_extreme", "Share of tokens with a ratio above 2, N = 8", "mismatch/extreme_frac_2", False, off_policy(8, COARSE)),
-    ("off_agreement", "Routing agreement of the engines, N = 8", "routing/agree_rollout_old", False, off_policy(8, COARSE)),
-    ("off_clip", "Tokens clipped with A < 0, N = 8", "staleness/clip_frac_neg", False, off_policy(8, COARSE)),
-    ("off_grad_norm", "Gradient norm, N = 8", "optim/grad_norm", True, off_policy(8, COARSE)),
-]
 
 
 def write_report(out: Path, docs: Path, steps: int) -> int:
@@ -50,60 +34,11 @@ def write_report(out: Path, docs: Path, steps: int) -> int:
     return 0
 
 
-def swept(results: Results) -> list[Picture]:
-    """Pictures of the fp32 control at every learning rate that was tried."""
-    rates = sorted({run["arm"]["lr"] for run in results["runs"] if run["arm"]["kind"] == "sweep"})
-    metrics = (("reward", "reward/mean"), ("entropy", "policy/entropy"), ("length", "response/length_mean"), ("k3", "mismatch/kl_k3"))
-    return [
-        (
-            f"lr_{name}",
-            f"{TITLES[name]} of the fp32 control, N = 1",
-            key,
-            name == "k3",
-            [Arm(1, "minirl", "none", "fp32", "sweep", lr) for lr in rates],
-        )
-        for name, key in metrics
-    ]
-
-
-TITLES = {"reward": "Mean reward", "entropy": "Entropy", "length": "Mean length", "k3": "k3 of the mismatch"}
-
-
 def _compact(results: Results) -> str:
     """One line a run."""
     head = {key: value for key, value in results.items() if key != "runs"}
     lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in results["runs"])
     return json.dumps(head)[:-1] + f', "runs": [\n{lines}\n]}}\n'
-
-
-def draw(results: Results, title: str, key: str, log: bool, arms: list[Arm]) -> str:
-    """Medians over seeds as one SVG file with its legend; empty where nothing was run."""
-    judge, series, end = Judge(results), [], 0
-    for arm in arms:
-        curves = [run["curves"].get(key, []) for run in judge.of(arm).values()]
-        points = max((len(curve) for curve in curves), default=0)
-        if points:
-            end = max(end, *(run["steps"] for run in judge.of(arm).values()))
-            series.append((arm, [_median([c[i] for c in curves if i < len(c) and c[i] is not None]) for i in range(points)]))
-    if not series:
-        return ""
-    length = max(len(values) for _, values in series)
-    steps = [round((i + 1) * end / length) for i in range(length)]
-    chart = line_chart(steps, [Series(label(arm), values + [None] * (length - len(values))) for arm, values in series], log=log)
-    names = "".join(
-        f'<line class="line s{i}" x1="{LEFT}" x2="{LEFT + 16}" y1="{HEIGHT + 28 + 15 * i}" y2="{HEIGHT + 28 + 15 * i}"/>'
-        f'<text class="tick" x="{LEFT + 22}" y="{HEIGHT + 32 + 15 * i}">{escape(label(arm))}</text>'
-        for i, (arm, _) in enumerate(series)
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 36 + 15 * len(series)}" width="{WIDTH}" role="img">'
-        f'<title>{escape(title)}</title><style>{css("svg")}</style><text class="tick" x="{LEFT}" y="13">{escape(title)}, by optimizer step'
-        f'</text><g transform="translate(0 16)">{chart}</g>{names}</svg>\n'
-    )
-
-
-def _median(values: list[float]) -> float | None:
-    return median(values) if values else None
 
 
 def render(results: Results, pictures: list[Picture]) -> str:
@@ -114,7 +49,15 @@ def render(results: Results, pictures: list[Picture]) -> str:
     rl = [run for run in results["runs"] if run["arm"]["kind"] == "rl"]
     return "\n".join(
         [
-            HEAD.format(date=results["date"], machine=results["machine"], below=COLLAPSED_BELOW, task=TASK, **_sizes(rl)),
+            HEAD.format(
+                date=results["date"],
+                machine=results["machine"],
+                below=COLLAPSED_BELOW,
+                task=TASK,
+                lr=results["lr"],
+                warmup=results["warmup"],
+                **_sizes(rl),
+            ),
             "| claim | | here |\n|---|---|---|",
             *rows,
             "\n## Part by part\n",
@@ -129,6 +72,8 @@ def render(results: Results, pictures: list[Picture]) -> str:
             *_precisions(results),
             "\n## Learning rate\n",
             *_sweep(results),
+            "\n## What was run\n",
+            *_coverage(results),
             "\n## Curves\n",
             "Medians over seeds.\n",
             *images,
@@ -212,17 +157,32 @@ def _sweep(results: Results) -> list[str]:
     return lines
 
 
+def _coverage(results: Results) -> list[str]:
+    """How much of the full grid there is, by N and precision."""
+    judge = Judge(results)
+    lines = ["Arms of the full grid (`--full`) with at least one run, and the fewest seeds among these.\n"]
+    lines += ["| N | rollout | arms run | seeds |", "|---|---|---|---|"]
+    arms = [run.arm for run in full(1, 1) if run.arm.kind == "rl"]
+    for n, precision in dict.fromkeys((arm.n, arm.precision) for arm in arms):
+        some = [len(judge.of(arm)) for arm in arms if (arm.n, arm.precision) == (n, precision)]
+        seeds = [count for count in some if count]
+        lines.append(f"| {n} | {precision} | {len(seeds)} of {len(some)} | {min(seeds, default='-')} |")
+    return lines
+
+
 def _cost(results: Results) -> list[str]:
     """CPU seconds, which a neighbour on the same cores does not change much."""
     rl = [run for run in results["runs"] if run["arm"]["kind"] == "rl"]
-    lines = ["CPU seconds, without the start of a lane. `-`: the server's share was not measured.\n"]
-    lines += ["| N | runs | trainer, a run | server, a run | trainer, a rollout |", "|---|---|---|---|---|"]
+    lines = [
+        "CPU seconds, without the start of a lane; the clock's on a machine with other work. `-`: the server's share was not measured.\n"
+    ]
+    lines += ["| N | runs | trainer, a run | server, a run | trainer, a rollout | clock, a run |", "|---|---|---|---|---|---|"]
     for n in sorted({run["arm"]["n"] for run in rl}):
         some = [run for run in rl if run["arm"]["n"] == n]
         served = [run["server_cpu_s"] for run in some if run["server_cpu_s"] is not None]
         server = f"{fmean(served):.1f}" if served else "-"
         trainer, rollout = (fmean(run["trainer_cpu_s"] / (run["rollouts"] if each else 1) for run in some) for each in (False, True))
-        lines.append(f"| {n} | {len(some)} | {trainer:.1f} | {server} | {rollout:.2f} |")
+        lines.append(f"| {n} | {len(some)} | {trainer:.1f} | {server} | {rollout:.2f} | {fmean(run['wall_s'] for run in some):.0f} |")
     return lines
 
 
@@ -230,7 +190,7 @@ HEAD = """# The paper's claims, in small
 
 Written by `python tools/paper_grid.py --report` from [paper/results.json](paper/results.json), {date}, {machine}; do not edit.
 The claims are those of "Stabilizing RL with LLMs" (arXiv 2512.01374). {runs} runs, up to {seeds} seeds an arm,
-{steps} optimizer steps each: {task}.
+{steps} optimizer steps each at a learning rate of {lr:g} after {warmup} steps of warm-up: {task}.
 Megatron trains in float32, vLLM rolls out with int4 weights (the router included) where nothing else is said.
 A mini-batch is 8 prompts x 8 responses for every N. An arm with fewer than 3 seeds decides nothing.
 Arms are paired: the same cold start, and at equal N the same prompts in the same order and the same sampling seeds.

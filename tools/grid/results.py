@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from megarl.report.metrics import read_metrics
-from tools.grid.arms import RECORD, Arm, base_lr
+from tools.grid.arms import RECORD, Arm, base
 
 COLLAPSED_BELOW = 0.8  # of the best eighth's mean reward; fixed before any run
 POINTS = 16
@@ -50,12 +50,12 @@ def collect(out: Path, steps: int) -> dict[str, Any]:
     runs = []
     for path in sorted((out / "runs").glob(f"*/{RECORD}")):
         record = json.loads(path.read_text())
-        if record["arm"]["kind"] == "rl" and (record["steps"], record["lr"]) != (steps, base_lr()):
+        if record["arm"]["kind"] == "rl" and (record["steps"], record["lr"]) != (steps, base().train.lr):
             continue
         rows = read_metrics(path.parent) if (path.parent / "metrics.jsonl").is_file() else []
         runs.append(_run(record, rows))
     head = {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} CPU cores", "collapsed_below": COLLAPSED_BELOW}
-    return {**head, "lr": base_lr(), "runs": runs}
+    return {**head, "lr": base().train.lr, "warmup": base().train.lr_warmup_iters, "runs": runs}
 
 
 def _run(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
