@@ -22,5 +22,5 @@ for ((i = 0; i < gpus / tp && first + i < engines; i++)); do
 done
 # Servers end quietly when the trainers tell them to; one that fails takes the node, and so the job, with it.
 for _ in "${pids[@]}"; do
-    wait -n || { status=$?; kill "${pids[@]}" 2>/dev/null; exit "$status"; }
+    wait -n || { status=$?; kill "${pids[@]}" 2>/dev/null || true; exit "$status"; }
 done
