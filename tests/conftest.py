@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+TESTS = Path(__file__).parent
+
 HF_CONFIG: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_hidden_layers": 4,
@@ -27,6 +29,13 @@ HF_CONFIG: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `-n 2 --dist loadgroup` a file's tests stay on one worker, and so do those of a folder whose files share a server."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(pytest.mark.xdist_group(folder if folder in ("e2e", "engine") else item.path.stem))
 
 
 @pytest.fixture

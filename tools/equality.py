@@ -59,7 +59,7 @@ ROWS = [
     Row("TP2", 2, {"tp": 2}, SMALL),
     Row("TP2 EP2", 2, {"tp": 2, "ep": 2}, SMALL, quick=True),
     Row("TP2 ETP2", 2, {"tp": 2, "etp": 2}, SMALL, quick=True),
-    Row("TP2 EP1 ETP1", 2, {"tp": 2, "ep": 1, "etp": 1}, {"recompute": "full", **SMALL}),
+    Row("TP2 EP1 ETP1", 2, {"tp": 2, "ep": 1, "etp": 1}, {"recompute": "full", **SMALL}, quick=True),
     Row("PP2", 2, {"pp": 2}, SMALL),
     Row("PP2 full recompute", 2, {"pp": 2}, {"recompute": "full", **SMALL}, quick=True),
     Row("PP2 dense first layer", 2, {"pp": 2}, SMALL, model="dense_first"),

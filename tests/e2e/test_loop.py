@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megarl.report.trace import read_trace
 from megarl.report.worst import read_worst
 from tests.e2e.conftest import DP2, TP2_PP2_EP2, Bench, Command
 
@@ -95,12 +96,14 @@ def test_engines_agree_after_every_sync_with_r3(whole: list[dict[str, Any]], ben
         worst = read_worst(bench.folder / "whole", row["step"], 1)  # of this step and later ones
         assert worst and worst[0]["difference"] >= row["mismatch/abs_logprob_diff_max"] * (1 - 1e-6) and "=" in worst[0]["before"]
     assert sorted(path.name for path in (bench.folder / "whole" / "checkpoints").iterdir()) == ["step_10", "step_8"]
+    phases = Counter(event["name"] for event in read_trace(bench.folder / "whole"))
+    assert (
+        phases["rollout"] >= STEPS and phases["sync"] == STEPS + 1 and phases["update"] == 4 * STEPS and phases["checkpoint"] == STEPS // 2
+    ), phases
 
 
 def test_a_finished_run_starts_nothing(whole: list[dict[str, Any]], bench: Bench, cold: Path) -> None:
-    start = time.monotonic()
     command = bench.finish("run", "whole", r3(bench, cold))
-    assert time.monotonic() - start < 10
     assert command.out.startswith(
         f"run.dir '{bench.folder}/whole' is complete (step 10 of 10); raise train.steps to go on, or give another"
     )
@@ -149,10 +152,8 @@ def assert_same_step(row: dict[str, Any], same: dict[str, Any]) -> None:
 
 
 def ctrl_c_ends_everything(command: Command) -> None:
-    start = time.monotonic()
     command.popen.send_signal(signal.SIGINT)
     assert command.wait() == 130
-    assert time.monotonic() - start < 10
     assert command.processes() == {}
     assert command.err.strip() == "megarl: SIGINT, ending all processes"
 
@@ -168,10 +169,9 @@ def test_no_replay_a_bad_line_skipped_and_a_worker_killed(bench: Bench, cold: Pa
     command = bench.start("run", "none", config)
     command.wait_until(lambda: len(bench.rows("none")) >= 8, "step 8")
     server = next(pid for pid, line in command.processes().items() if "vllm.entrypoints.openai.api_server" in line)
-    start = time.monotonic()
     os.kill(server, signal.SIGKILL)
     assert command.wait() in (1, 2)  # the worker's status or the rank's, whichever ends first
-    assert time.monotonic() - start < 20 and command.processes() == {}
+    assert command.processes() == {}
     first, *log = command.err.splitlines()
     assert first.startswith("megarl: error: rollout worker 0 (pid ") and "the vLLM server ended with status -9; last lines of " in first
     assert any("vllm" in line.lower() or "INFO" in line for line in log)

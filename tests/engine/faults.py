@@ -39,6 +39,19 @@ class FaultyExtension(WorkerExtension):
         else:
             vllm_patches.apply()
 
+    def resumed_requests(self) -> int:
+        """How often a preempted request was taken up again since the first call, which begins to count."""
+        runner = self.model_runner
+        if "execute_model" not in vars(runner):
+            original, runner.resumed = runner.execute_model, 0
+
+            def execute_model(scheduler_output: Any, *args: Any) -> Any:
+                runner.resumed += len(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+                return original(scheduler_output, *args)
+
+            runner.execute_model = execute_model
+        return runner.resumed
+
 
 def _tampered(assemble: Any, kind: str, name: str) -> Any:
     def call(bucket: Any, buffers: list[Tensor], tensors: Any) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ from megarl.weights.send import WeightSender
 ROOT = Path(__file__).resolve().parents[2]
 
 EOS = 1
+KV_CACHE_BLOCKS = 64  # of 32 tokens: so few that a test can make the scheduler preempt
+KV_BYTES = 4 * 2 * 2 * 32 * 4  # of a token in the models of these tests: layers, K and V, heads, their width, float32
 START_S = 900  # limit for a server's start on two very busy cores
 SUPERVISOR = (
     "import sys; from megarl.config import load_config; from megarl.rollout import server; command = server.server_command; "
@@ -103,6 +105,7 @@ def supervised(model: Path, run_dir: Path, engines: int = 1, tp: int = 1, wait: 
         f"run.dir={run_dir}",
         "rollout.max_prompt_tokens=96",
         "rollout.max_new_tokens=32",
+        f"rollout.kv_cache_gib={KV_CACHE_BLOCKS * 32 * KV_BYTES / 2**30}",
         "run.seed=3",
         f"rollout.tp={tp}",
         f"rollout.start_timeout_s={START_S}",

