@@ -115,6 +115,7 @@ def _of_family(family: str, experts: int, top_k: int, width: int, head_dim: int)
         num_nextn_predict_layers=0,
     )
     latent = dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=head_dim, qk_rope_head_dim=head_dim, v_head_dim=head_dim)
+    latent |= dict(scoring_func="sigmoid", topk_method="noaux_tc")  # transformers has no other; vLLM must be told
     yarn = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=0.7)
     one_group = dict(n_group=1, topk_group=1)
     return {

@@ -1,7 +1,8 @@
 """Every place where we reach into vLLM, all of it for CPUs, written for one release. tests/engine holds each patch.
 
 1. An in-place weight update skips the CPU's expert prepack (unquantized_fused_moe_method.py, _setup_kernel): silently wrong experts.
-2. Routes (AuxOutput connector) are wired to Model Runner V2 only, which needs Triton: we drive vLLM's own connector from the CPU runner.
+2. The CPU's rotary kernel rotates nothing but the first head where a query has an axis of heads (DeepSeek-V3's models): silently wrong.
+3. Routes (AuxOutput connector) are wired to Model Runner V2 only, which needs Triton: we drive vLLM's own connector from the CPU runner.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 import vllm
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 VERSION = "0.32.0"
 WORKER = "megarl.rollout.cpu_worker.RolloutWorker"
@@ -30,6 +32,7 @@ def apply() -> None:
     """Patches this process; may be called more than once. Another version of vLLM is left alone until one of our workers asks for it."""
     if vllm.__version__.partition("+")[0] == VERSION:
         _repack_experts_on_update()
+        _rotate_every_head()
         _allow_routes_with_our_worker()
 
 
@@ -46,6 +49,20 @@ def _repack_experts_on_update() -> None:
 
     _setup_kernel._megarl = True  # type: ignore[attr-defined]
     UnquantizedFusedMoEMethod._setup_kernel = _setup_kernel
+
+
+def _rotate_every_head() -> None:
+    original = RotaryEmbedding.forward_cpu
+    if getattr(original, "_megarl", False):
+        return
+
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        """The kernel counts heads by the last axis: query [T, heads x size] is right, [T, heads, size] is not."""
+        rotate = original if query.dim() == positions.dim() + 1 else RotaryEmbedding.forward_native
+        return rotate(self, positions, query, key)
+
+    forward_cpu._megarl = True  # type: ignore[attr-defined]
+    RotaryEmbedding.forward_cpu = forward_cpu
 
 
 def _allow_routes_with_our_worker() -> None:

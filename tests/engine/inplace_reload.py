@@ -1,4 +1,4 @@
-"""Run by test_reload_bug.py: vLLM in this process reloads checkpoint B over A, then prints its largest error against transformers' B."""
+"""Run by test_vllm_faults.py: vLLM in this process reloads checkpoint B over A, then prints its largest error against transformers' B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""vLLM 0.32 skips the CPU's expert prepack when weights are replaced in place; our plugin repairs it in every vLLM process."""
+"""Two faults of vLLM 0.32 on a CPU that our plugin mends in every vLLM process: experts stay unpacked when weights are replaced in place,
+and queries with an axis of heads are rotated wrongly."""
 
 from __future__ import annotations
 
@@ -28,3 +29,13 @@ def test_our_plugin_repairs_the_reload(checkpoints: tuple[Path, Path]) -> None:
 def test_vllm_alone_reloads_wrongly(checkpoints: tuple[Path, Path]) -> None:
     """Where this fails, vLLM has mended it and the patch may go."""
     assert reload_error(*checkpoints, plugins="") > 1e-2
+
+
+def test_every_head_is_rotated() -> None:
+    """Where vLLM alone is right, the patch may go."""
+    environment = {**os.environ, "VLLM_PLUGINS": "megarl", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.engine.rotated_heads"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = re.search(r"^alone=(\S+) ours=(\S+)$", done.stdout, re.MULTILINE)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    assert float(found[1]) > 1e-2 and float(found[2]) == 0
