@@ -1,6 +1,6 @@
 """After a weight sync, does vLLM compute what the trainer computes? For training layouts against vLLM servers of TP1 and TP2.
 
-    python tools/reshard_table.py [--layouts 1,tp2,...] [--tp 1,2] [--json FILE] [sync.transport=broadcast sync.quantize=int8 ...]
+    python tools/reshard_table.py [--layouts 1,tp2,...] [--tp 1,2] [--json FILE] [--write FILE] [sync.quantize=int8 ...]
 
 One server of each kind stays up; ranks of one layout after the other connect to it, sync, change every weight and sync again. A figure is
 max |log pi - log mu| over the canary's 64 tokens, float32; the limit is 1e-5. After every sync the digests of the workers' weights are
@@ -10,21 +10,29 @@ compared with an engine that vLLM loads from an export of the gathered (and quan
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import subprocess
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools.vllm_servers import run_ranks, servers  # noqa: E402
+
 LIMIT = 1e-5
-START_S = 900  # limit for a server's start on two very busy cores
+PAGE = """# Weight syncs from every layout
+
+Printed by `python tools/reshard_table.py --write docs/reshard.md` ({count} layouts of real trainer ranks, {how}, float32, gloo) into
+running vLLM servers of tensor parallelism 1 and 2; the model is `tools/tiny_model.py`'s Qwen3-MoE. Between the two syncs every weight
+changes. A figure is max |log pi - log mu| over 64 tokens, the trainer's log-probability against vLLM's; the limit is 1e-5. After both
+syncs the digests of all weights of all vLLM ranks are those of an engine that vLLM loads from an export. Sent / held: bytes that left the
+trainers over bytes that the rollout ranks hold. Stages that hold different amounts cannot be evened out by a choice of replicas.
+
+{table}
+"""
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {  # name -> (ranks, parallel.*)
     "1": (1, {}),
     "tp2": (2, {"tp": 2}),
@@ -41,33 +49,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {  # name -> (ranks, parallel.*
 }
 
 
-@contextlib.contextmanager
-def servers(model: Path, folder: Path, tps: list[int], overrides: list[str]) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-    """One vLLM server of each tensor-parallel size: (the run's store, of which this process is the master; the servers' WorkerInfo)."""
-    from dataclasses import asdict
-
-    from megarl.rollout import coordinator
-
-    store = coordinator.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    children = []
-    config = folder / "servers.yaml"
-    config.write_text("")
-    for tp in tps:
-        keys = [f"model.path={model}", f"run.dir={folder / f'server_tp{tp}'}", f"rollout.tp={tp}", f"launch.store=127.0.0.1:{store.port}"]
-        keys += ["rollout.max_prompt_tokens=96", "rollout.max_new_tokens=16", f"rollout.start_timeout_s={START_S}", *overrides]
-        children.append(subprocess.Popen([sys.executable, "-m", "megarl.cli", "rollout", str(config), *keys], cwd=ROOT, env=env))
-    try:
-        workers = coordinator.wait_for_workers(store, len(tps), START_S)
-        yield store, [{k: v for k, v in asdict(worker).items() if k not in ("beat", "seen_at")} for worker in workers]
-        coordinator.request_shutdown(store, workers)
-    finally:
-        for child in children:
-            child.terminate()
-        for child in children:
-            child.wait(30)
-
-
 def ranks(work: dict[str, Any]) -> None:
     """Inside torchrun: for every layout and server, two syncs; rank 0 appends a row to work["out"]."""
     import torch
@@ -77,19 +58,16 @@ def ranks(work: dict[str, Any]) -> None:
     from megarl.engine.build import build_engine
     from megarl.engine.parallel import destroy_parallel
     from megarl.refit import Refit
-    from megarl.rollout.coordinator import WorkerInfo
-    from megarl.rollout.fleet import JoinedFleet
+    from tools.vllm_servers import join
 
     for name in work["layouts"]:
         keys = [f"parallel.{key}={value}" for key, value in LAYOUTS[name][1].items()]
         for info in work["workers"]:
-            worker = WorkerInfo(**info)
             config = load_config(None, [f"model.path={work['model']}", f"run.dir={work['folder']}", *keys, *work["overrides"]])
-            config.launch.store = f"127.0.0.1:{work['port']}"
             engine = build_engine(config)
-            fleet = JoinedFleet(config, engine.model.parallel.device.device, [worker])
+            fleet = join(config, engine, info, work["port"])
             refit = Refit(config, engine, fleet)
-            row = {"layout": name, "transport": config.sync.transport, "quantize": config.sync.quantize, "tp": worker.tp}
+            row = {"layout": name, "transport": config.sync.transport, "quantize": config.sync.quantize, "tp": info["tp"]}
             for sync in ("first", "second"):
                 values = refit.sync(1)
                 row |= {sync: values["sync/canary_max_diff"], f"{sync}_s": values["time/sync_s"]}
@@ -110,29 +88,25 @@ def ranks(work: dict[str, Any]) -> None:
 def table(
     model: Path, folder: Path, layouts: list[str], port: int, workers: list[dict[str, Any]], overrides: list[str]
 ) -> list[dict[str, Any]]:
-    """Launches the ranks, one launch for each world size; prints and returns the rows. Raises CalledProcessError where a sync fails."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}
+    """Launches the ranks, one launch for each world size; returns the rows. Raises CalledProcessError where a sync fails."""
     out = folder / f"rows_{len(list(folder.glob('rows_*')))}.jsonl"
     out.touch()
     for world in sorted({LAYOUTS[name][0] for name in layouts}):
         mine = [name for name in layouts if LAYOUTS[name][0] == world]
         work = dict(layouts=mine, workers=workers, port=port, model=str(model), folder=str(folder), overrides=overrides, out=str(out))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__]
-        subprocess.run([*command, "--ranks", json.dumps(work)], env=env, cwd=ROOT, check=True)
+        run_ranks(__file__, world, work)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    columns = {"vLLM": 6, "transport": 11, "quantize": 10, "first sync": 12, "second sync": 13, "sent/held": 11, "max/mean sent": 15}
-    print(f"{'layout':14}" + "".join(f"{column:>{width}}" for column, width in columns.items()))
+def table_of(rows: list[dict[str, Any]]) -> str:
+    lines = ["| trainer | ranks | vLLM | first sync | second sync | sent / held | busiest sender / mean |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         sent = row["bytes_sent"]
-        ratio = sum(sent) / row["bytes_held"]
-        even = max(sent) * len(sent) / sum(sent) if sum(sent) else float("nan")
-        print(
-            f"{row['layout']:14}{'TP' + str(row['tp']):>6}{row['transport']:>11}{row['quantize']:>10}"
-            f"{row['first']:12.1e}{row['second']:13.1e}{ratio:11.3f}{even:15.3f}"
-        )
+        even = f"{max(sent) * len(sent) / sum(sent):.3f}" if sum(sent) else "-"
+        name = re.sub(r"([a-z]+\d)", r"\1 ", row["layout"]).upper().strip()
+        figures = f"{row['first']:.1e} | {row['second']:.1e} | {sum(sent) / row['bytes_held']:.3f} | {even}"
+        lines.append(f"| {name if len(sent) > 1 else 'one rank'} | {len(sent)} | TP{row['tp']} | {figures} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -140,6 +114,7 @@ def main() -> None:
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--tp", default="1,2")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, help="write the table as markdown")
     parser.add_argument("--ranks", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -151,9 +126,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = make_tiny_model(folder / "model")
-        with servers(model, folder, [int(tp) for tp in args.tp.split(",")], []) as (store, workers):
-            rows = table(model, folder, args.layouts.split(","), store.port, workers, ["sync.digests=every", *args.overrides])
-    show(rows)
+        with servers(model, folder, [int(tp) for tp in args.tp.split(",")], []) as (port, workers):
+            rows = table(model, folder, args.layouts.split(","), port, workers, ["sync.digests=every", *args.overrides])
+    print(table_of(rows))
+    if args.write:
+        how = f"{rows[0]['transport']}, quantize {rows[0]['quantize']}"
+        args.write.write_text(PAGE.format(count=len({row["layout"] for row in rows}), how=how, table=table_of(rows)))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     sys.exit(0 if max(max(row["first"], row["second"]) for row in rows) <= LIMIT else 1)

@@ -13,7 +13,15 @@ from megarl.rollout.extension import WorkerExtension
 
 
 class FaultyExtension(WorkerExtension):
-    """WorkerExtension, and fault(), which arms one fault until the next sync_init."""
+    """WorkerExtension, fault(), which arms one fault until the next sync_init, and parameter_sizes()."""
+
+    def parameter_sizes(self) -> dict[str, int]:
+        """Elements of every parameter as vLLM made it, before a backend laid it out in its own way."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        layers = self.model_runner.get_model().named_modules()
+        made = ((layer, get_layerwise_info(module).restore_metadata[0]) for layer, module in layers)
+        return {f"{layer}.{name}": tensor.numel() for layer, tensors in made for name, tensor in tensors.items()}
 
     def sync_init(self, meeting: dict[str, Any], remember_disk: bool) -> str | None:
         self.fault("none")

@@ -20,9 +20,13 @@ from megarl.rollout import coordinator
 from megarl.rollout.client import RolloutClient
 from megarl.rollout.coordinator import WorkerInfo
 from megarl.rollout.sync import Canary, Sending, SyncLeader
-from megarl.weights.outgoing import whole_buckets
+from megarl.weights.layout import Layout
+from megarl.weights.load import HfReader
+from megarl.weights.outgoing import Slices, whole_buckets
 from megarl.weights.pack import whole_tensors
+from megarl.weights.rollout_layout import RolloutLayout
 from megarl.weights.send import WeightSender
+from megarl.weights.weight_map import Param, WeightMap, load_hf_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +69,36 @@ class Pusher:
     def push(self, weights: dict[str, torch.Tensor], version: int) -> None:
         self.load(weights)
         self.leader.commit(version)
+
+
+class SlicePusher:
+    """One trainer rank that holds a whole model and sends every worker its slices."""
+
+    def __init__(self, store: torch.distributed.TCPStore, workers: list[WorkerInfo], model: Path) -> None:
+        self.weight_map = WeightMap(load_hf_config(model))
+        rollout = RolloutLayout(len(workers), coordinator.common_tp(workers))
+        self.slices = Slices(self.weight_map, Layout(), rollout, torch.float32, 0)
+        sending = Sending("reshard", self.slices.senders, True, 60)
+        self.leader = SyncLeader(workers, "127.0.0.1", store.port, sending)
+        name, world = uuid.uuid4().hex, sending.senders + rollout.world
+
+        def join() -> WeightSender:
+            return WeightSender(store, name, 0, world, sending.timeout_s, torch.device("cpu"))
+
+        self.sender = self.leader.init(name, self.slices.manifests(), join, remember_disk=True)
+
+    def push(self, model: Path, version: int) -> None:
+        with HfReader(model) as reader:
+            params = [(param, _filled(param, reader)) for param in self.weight_map.params(Layout(), Layout().coord(0))]
+        self.leader.push(lambda: self.sender.send(self.slices.buckets(params)), [], self.sender.close)
+        self.leader.commit(version)
+
+
+def _filled(param: Param, reader: HfReader) -> torch.Tensor:
+    tensor = torch.zeros(param.shape)
+    for piece in param.pieces:
+        tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))] = reader.read(piece)
+    return tensor
 
 
 @dataclass

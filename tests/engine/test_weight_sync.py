@@ -40,6 +40,13 @@ def assert_refuses(rollout: Rollout) -> None:
         rollout.client.servers[0].post("/inference/v1/generate", {"token_ids": [3, 4], "sampling_params": {"max_tokens": 1}})
 
 
+def assert_a_whole_sync_mends(rollout: Rollout, checkpoint: Path) -> None:
+    """Over a new connection."""
+    rollout.pusher = None
+    rollout.load(checkpoint)
+    assert_serves(rollout, checkpoint, rollout.version)
+
+
 def test_after_an_update_the_server_computes_with_the_new_weights(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
     """Holds the expert repack (megarl.rollout.vllm_patches) and the prefix cache: the same prompts, cached, before and after."""
     batch = prompts(4, 80)
@@ -98,9 +105,7 @@ def test_a_flipped_bit_is_named(rollout: Rollout, checkpoints: tuple[Path, Path]
         assert_serves(rollout, checkpoints[0], rollout.version)
     else:
         assert_refuses(rollout)
-    rollout.pusher = None
-    rollout.load(checkpoints[1])
-    assert_serves(rollout, checkpoints[1], rollout.version)
+    assert_a_whole_sync_mends(rollout, checkpoints[1])
 
 
 def test_a_load_that_fails_half_way_is_mended_by_a_whole_sync(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
@@ -110,9 +115,7 @@ def test_a_load_that_fails_half_way_is_mended_by_a_whole_sync(rollout: Rollout, 
     with pytest.raises(RolloutError, match="the test ended this load half way"):
         rollout.load(checkpoints[1])
     assert_refuses(rollout)
-    rollout.pusher = None
-    rollout.load(checkpoints[1])
-    assert_serves(rollout, checkpoints[1], rollout.version)
+    assert_a_whole_sync_mends(rollout, checkpoints[1])
 
 
 @pytest.mark.parametrize("phase", ["receive", "commit"])
@@ -127,9 +130,7 @@ def test_a_killed_sender(rollout: Rollout, checkpoints: tuple[Path, Path], phase
         assert_serves(rollout, checkpoints[0], rollout.version)
     else:
         assert_refuses(rollout)
-    rollout.pusher = None
-    rollout.load(checkpoints[1])
-    assert_serves(rollout, checkpoints[1], rollout.version)
+    assert_a_whole_sync_mends(rollout, checkpoints[1])
 
 
 def test_connecting_to_a_server_that_is_not_there_ends_in_time(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.reshard_table import servers  # noqa: E402
+from tools.vllm_servers import run_ranks, servers  # noqa: E402
 
 WORLD = 4
 LAYOUT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
@@ -41,15 +39,13 @@ def ranks(work: dict[str, Any]) -> None:
     from megarl.engine.parallel import destroy_parallel
     from megarl.refit import Refit
     from megarl.rollout.client import Server
-    from megarl.rollout.coordinator import WorkerInfo
-    from megarl.rollout.fleet import JoinedFleet
+    from tools.vllm_servers import join
 
     keys = [f"model.path={work['model']}", f"run.dir={work['folder']}", "engine.dtype=bfloat16", "sync.digests=off", *LAYOUT]
     config = load_config(None, [*keys, *work["overrides"]])
-    config.launch.store = f"127.0.0.1:{work['port']}"
     engine = build_engine(config)
     model = engine.model
-    worker = WorkerInfo(**work["workers"][0])
+    (worker,) = work["workers"]
     times: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     figures: dict[str, Any] = {}
     for way in WAYS * TURNS:
@@ -60,12 +56,12 @@ def ranks(work: dict[str, Any]) -> None:
                 saved = time.perf_counter()
                 if model.parallel.is_main:
                     body = {"method": "reload_weights", "kwargs": {"weights_path": str(Path(work["folder"]) / "export")}}
-                    Server(worker.url, 300).post("/collective_rpc", body)
+                    Server(worker["url"], 300).post("/collective_rpc", body)
                 dist.barrier()
                 times[way].append({"total": time.perf_counter() - start, "save": saved - start})
             continue
         config.sync.transport = way  # type: ignore[assignment]
-        fleet = JoinedFleet(config, model.parallel.device.device, [worker])
+        fleet = join(config, engine, worker, work["port"])
         refit = Refit(config, engine, fleet)
         refit.sync(1)  # warm: buffers, and the canary once
         for _ in range(work["rounds"] // TURNS):
@@ -115,13 +111,11 @@ def main() -> None:
         folder = Path(temporary)
         shape = dict(layers=args.layers, hidden=512, experts=32, top_k=4, moe_intermediate=512, heads=8, kv_heads=4, head_dim=64)
         model = make_tiny_model(folder / "model", **shape, dtype="bfloat16", initializer_range=0.02)
-        with servers(model, folder, [2], ["rollout.dtype=bfloat16", "sync.timeout_s=300"]) as (store, workers):
+        with servers(model, folder, [2], ["rollout.dtype=bfloat16", "sync.timeout_s=300"]) as (port, workers):
             overrides = ["sync.timeout_s=300", "rollout.dtype=bfloat16", *args.overrides]
-            work = dict(workers=workers, port=store.port, model=str(model), folder=str(folder), rounds=args.rounds, overrides=overrides)
+            work = dict(workers=workers, port=port, model=str(model), folder=str(folder), rounds=args.rounds, overrides=overrides)
             work["out"] = str(folder / "times.json")
-            env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", __file__]
-            subprocess.run([*command, "--ranks", json.dumps(work)], env=env, cwd=ROOT, check=True)
+            run_ranks(__file__, WORLD, work)
             found = json.loads((folder / "times.json").read_text())
     report(found, args)
 
