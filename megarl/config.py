@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from megarl.errors import UserError
 from megarl.objective.presets import ObjectiveConfig, resolve_objective
@@ -115,6 +115,12 @@ class SyncConfig(Section):
     canary_tolerance: float | None = Field(
         None, gt=0, description="Largest |log-probability difference| of the canary; unset is 1e-4 in float32, 0.5 in lower precision."
     )
+
+    @field_validator("digests", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        """YAML reads an unquoted off as false."""
+        return "off" if value is False else value
 
 
 class DataConfig(Section):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megarl.checkpoints import hf_files
 from megarl.collect import Values
 from megarl.config import Config
 from megarl.engine.batch import make_packs
@@ -19,6 +20,7 @@ from megarl.engine.export import export_hf
 from megarl.errors import UserError
 from megarl.replay.routes import only_moe_layers
 from megarl.report.trace import phase
+from megarl.rollout.coordinator import common_tp
 from megarl.rollout.fleet import Fleet
 from megarl.rollout.sync import Canary, Sending
 from megarl.weights.outgoing import Slices, WholeTensors
@@ -44,15 +46,15 @@ class Refit:
         coarse = torch.bfloat16 if torch.bfloat16 in (trained, self.rollout_dtype) else torch.float32
         self.tolerance = config.sync.canary_tolerance or TOLERANCE[coarse]
         # Whether vLLM, loading model.path by itself, holds what the trainer would send at step 0.
-        self.disk_is_step_0 = config.sync.quantize == "none" and trained in (torch.float32, self.rollout_dtype)
+        from_disk = hf_files(config.model.path) == Path(config.model.path)  # of a Megatron checkpoint vLLM starts on dummy weights
+        self.disk_is_step_0 = from_disk and config.sync.quantize == "none" and trained in (torch.float32, self.rollout_dtype)
         self.synced = False
 
     def connect(self) -> None:
         """Brings trainers and rollout workers together; the first sync does it."""
         at, sync, workers = self.engine.model.parallel, self.config.sync, self.fleet.workers
         if sync.transport == "reshard":
-            (tp,) = {worker.tp for worker in workers}
-            rollout = RolloutLayout(len(workers), tp)
+            rollout = RolloutLayout(len(workers), common_tp(workers))
             self.outgoing: Slices | WholeTensors = Slices(
                 self.engine.model.weight_map, at.layout, rollout, self.rollout_dtype, at.coord.rank
             )

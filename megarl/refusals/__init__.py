@@ -26,6 +26,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (files.tokenizer, ("run", "train", "sft", "rollout", "generate", "compare")),
     (files.family, ALL + PLAN),
     (files.architecture, ALL + PLAN),
+    (files.block_fp8, ROLLOUT),
     (files.prompts, (*LOOP, "compare")),
     (files.eval_prompts, LOOP),
     (files.demonstrations, ("sft",)),

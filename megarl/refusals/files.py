@@ -48,6 +48,16 @@ def _megatron_weights(case: Case, folder: Path) -> str | None:
     return None
 
 
+def block_fp8(case: Case) -> str | None:
+    if not case.hf.get("quantization_config"):
+        return None
+    path = case.config.model.path
+    return (
+        f"model.path {path!r} is quantised (quantization_config): vLLM would keep it so, but is sent bfloat16; convert it first: "
+        f"python checkpoints_conversion/hf_to_megatron.py --hf {path} --out DIR, then model.path=DIR"
+    )
+
+
 def tokenizer(case: Case) -> str | None:
     folder = hf_files(case.config.model.path)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):

@@ -1,4 +1,6 @@
-"""Memory of a trainer rank, computed from config.json and the layout alone; not yet compared with a running trainer.
+"""Memory of a trainer rank, computed from config.json and the layout alone.
+
+Parameters, gradients and optimizer are held against running ranks (tests/parallel/ranks.py, planned_memory), not activations and logits.
 
 States are what megatron-core allocates for the parameters of the weight map: gradients in float32, Adam with float32 moments and, in
 bfloat16, a float32 copy of the parameters. The distributed optimizer divides moments and copy by the replicas of a parameter.

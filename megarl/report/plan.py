@@ -108,8 +108,9 @@ def describe(found: dict[str, Any]) -> str:
         f"{'into a rollout rank':>24} {sync['receiver_max'] / GIB:>11.3f} {sync['receiver_bound'] / GIB:>11.3f}",
         f"{'out of a trainer host':>24} {sync['host_out_max'] / GIB:>11.3f}",
         f"{'into a rollout host':>24} {sync['host_in_max'] / GIB:>11.3f}",
-        f"at {sync['link_gbs']:g} GB/s a rank, {sync['gpus_per_host']} ranks a host: {sync['seconds']:.3f} s; no plan can take less than "
-        f"{sync['seconds_bound']:.3f} s",
+        f"at {sync['link_gbs']:g} GB/s a rank, {sync['gpus_per_host']} ranks a host: {sync['seconds']:.3f} s for "
+        f"the busiest rank's bytes, without latency; the bound {sync['seconds_bound']:.3f} s holds where every byte goes straight from a "
+        "trainer to each rollout rank that keeps it (one that rollout ranks pass on to one another costs the trainers less)",
     ]
     return "\n".join(lines)
 

@@ -95,6 +95,18 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[Worker
         time.sleep(0.1)
 
 
+def common_tp(workers: list[WorkerInfo]) -> int:
+    """rollout.tp of all workers. Raises UserError where it differs: servers may join from other hosts with configurations of their own."""
+    first = workers[0]
+    for worker in workers:
+        if worker.tp != first.tp:
+            raise UserError(
+                f"rollout worker {worker.index} ({worker.url}) has rollout.tp {worker.tp}, worker {first.index} ({first.url}) has "
+                f"{first.tp}; start all with the same, or set sync.transport=broadcast"
+            )
+    return first.tp
+
+
 def check_workers(store: dist.Store, workers: list[WorkerInfo], wait_s: float = 0.0) -> None:
     """Raises RolloutDied if a worker reported a failure or has been silent for STALE_S. Cheap: two store look-ups a worker.
 

@@ -6,6 +6,7 @@ On CUDA none of this has been run yet.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -53,6 +54,7 @@ def fingerprint_of_folder(vllm_config: VllmConfig, folder: str) -> dict[str, str
     """The digests of a second model that vLLM's loader makes from a Hugging Face folder in this process, freed at once."""
     check_version()
     config = copy.copy(vllm_config)
+    config.load_config = dataclasses.replace(vllm_config.load_config, load_format="auto")  # the running engine may have begun on dummies
     config.model_config = copy.copy(vllm_config.model_config)
     config.model_config.model = folder
     config.compilation_config = copy.copy(vllm_config.compilation_config)

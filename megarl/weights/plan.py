@@ -139,7 +139,9 @@ class Plan:
         return np.tile(engine, self.rollout.engines)
 
     def least_sent(self) -> int:
-        """No plan can let every trainer rank send less than this: what a stage holds leaves from the stage's ranks alone. Bytes."""
+        """Bytes that some trainer rank must send where all go straight to the rollout ranks that keep them: what the fullest stage owes,
+        over the stage's ranks. Not a bound for schemes in which rollout ranks pass on what they received.
+        """
         by_stage = self.load.sent.reshape(self.train.pp, -1).sum(1)
         return -(-int(by_stage.max()) // (self.train.world // self.train.pp))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megarl.convert.commands import hf_to_megatron_main
 from tests.e2e.conftest import DP2, Bench
 from tests.e2e.test_loop import configuration
 
@@ -28,6 +29,9 @@ def failing(response, answer, prompt):
 
 
 def test_ppo_stops_at_a_failing_reward_and_resumes_its_critic(bench: Bench, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run starts from a Megatron checkpoint: vLLM begins on dummy weights, and the first sync's digests are those of an export."""
+    converted = bench.folder / "cold_megatron"
+    assert hf_to_megatron_main(["--hf", str(cold), "--out", str(converted)]) == 0
     (bench.folder / "failing_rewards.py").write_text(REWARD)
     monkeypatch.setenv("PYTHONPATH", str(bench.folder), prepend=":")
     config = configuration(
@@ -38,6 +42,7 @@ def test_ppo_stops_at_a_failing_reward_and_resumes_its_critic(bench: Bench, cold
         critic={"lr": 1e-3, "warmup_steps": 1},
         replay={"mode": "none"},
         run={"save_every": 1, "keep": 1},
+        model={"path": str(converted)},
     )
     config["data"] |= {"reward": "failing_rewards.failing", "reward_workers": 1}
     config["batch"]["minibatches"] = 2

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megarl.config import load_config
+from megarl.engine.adam_fixes import parts_of
 from megarl.engine.batch import Meta, Pack, make_packs, router_rows
 from megarl.engine.build import build_engine, route_shape
 from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -25,6 +26,8 @@ from megarl.weights.relations import Piece
 
 LAYOUT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
 LAYOUTS = (LAYOUT, ["parallel.pp=2", "parallel.vpp=2", "parallel.tp=2"], ["parallel.tp=2", "parallel.etp=2"], ["parallel.ep=4"])
+
+PADDING = 4096  # bytes
 
 
 def layout_of_megatron(model: str) -> None:
@@ -277,10 +280,58 @@ def _assert_folders_equal(a: Path, b: Path) -> None:
     assert all(torch.equal(want[name], found[name]) for name in want), (a, b)
 
 
+def planned_memory(model: str) -> None:
+    """`megarl plan`'s bytes of parameters, gradients and optimizer are those that ranks hold after an update.
+
+    Megatron's buffers and the distributed optimizer's shards are padded: at most PADDING bytes more in each.
+    """
+    from megarl.report.memory import Training, stage_memory
+
+    sharded = "engine.distributed_optimizer=true"
+    for keys in (LAYOUT, [*LAYOUT, "engine.dtype=bfloat16"], [*LAYOUT, sharded], [sharded, "engine.dtype=bfloat16", "parallel.ep=2"]):
+        config = load_config(None, [f"model.path={model}", *keys])
+        engine = build_engine(config, optimizer_steps=1)
+        _update(engine, 0)
+        at, itemsize = engine.model.parallel, 2 if config.engine.dtype == "bfloat16" else 4
+        training = Training(at.layout, itemsize, config.engine.distributed_optimizer, "none", 64)
+        planned = stage_memory(engine.model.weight_map, training, at.coord.pp)
+        assert held_parameters(engine) == planned.parameters, keys
+        assert 0 <= held_gradients(engine) - planned.gradients <= PADDING, keys
+        difference = held_optimizer(engine) - planned.optimizer
+        everyone = [torch.zeros(()) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, torch.tensor(float(difference)))
+        if config.engine.distributed_optimizer:  # shards are cut anywhere: a rank may hold less than its share, all together do not
+            assert 0 <= sum(everyone) <= PADDING * len(everyone) and max(map(abs, everyone)) <= PADDING, (keys, everyone)
+        else:
+            assert not any(everyone), (keys, everyone)
+
+
+def held_parameters(engine: Engine) -> int:
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in engine.model.params())
+
+
+def held_gradients(engine: Engine) -> int:
+    buffers = [buffer for chunk in engine.model.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in buffers)
+
+
+def held_optimizer(engine: Engine) -> int:
+    """Moments, and what the optimizer steps on where that is a copy of its own. Without the count of steps, a scalar a tensor."""
+    weights = {tensor.untyped_storage().data_ptr() for _, tensor in engine.model.params()}
+    total = 0
+    for part in parts_of(engine.optimizer):
+        for group in part.optimizer.param_groups:
+            for tensor in group["params"]:
+                state = part.optimizer.state[tensor]
+                own = () if tensor.untyped_storage().data_ptr() in weights else (tensor,)
+                total += sum(each.numel() * each.element_size() for each in (state["exp_avg"], state["exp_avg_sq"], *own))
+    return total
+
+
 CHECKS = {check.__name__: check for check in (layout_of_megatron, gathered_weights, quantized_shards, exchanged_rows)}
 CHECKS |= {
     check.__name__: check
-    for check in (replay_is_a_no_op, sums_over_micro_batches, interleaved_packs, resume_is_exact, converted_checkpoints)
+    for check in (replay_is_a_no_op, sums_over_micro_batches, interleaved_packs, resume_is_exact, converted_checkpoints, planned_memory)
 }
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ LAUNCHES = {
         "interleaved_packs",
         "resume_is_exact",
         "converted_checkpoints",
+        "planned_memory",
     ),
 }
 

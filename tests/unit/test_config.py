@@ -65,6 +65,12 @@ def test_default_replay_follows_the_degree_of_off_policiness(minibatches: int, m
     assert load_config(None, [f"batch.minibatches={minibatches}"]).replay_mode == mode
 
 
+def test_off_without_quotes(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("sync: {digests: off}")
+    for config in (load_config(tmp_path / "run.yaml"), load_config(None, ["sync.digests=off"])):
+        assert config.sync.digests == "off"
+
+
 def test_what_is_dumped_loads_as_the_same_tree(tmp_path: Path) -> None:
     config = load_config(
         None, ["objective={preset: dapo, eps_low: 0.1}", "train.lr=3e-6", "replay.mode=none", "sync.canary_tolerance=1e-3"]

@@ -224,14 +224,20 @@ def test_bad_checkpoints_are_one_line(folder: Path, tmp_path: Path, capsys: pyte
     os.truncate(damaged("truncated") / "__0_1.distcp", 1000)
     (damaged("missing") / "__0_1.distcp").unlink()
     (damaged("without") / ".metadata").unlink()
-    other = damaged("other model")
-    tree = json.loads((other / "hf" / "config.json").read_text())
-    (other / "hf" / "config.json").write_text(json.dumps(tree | {"moe_intermediate_size": 8}))
+    tree = json.loads((whole / "hf" / "config.json").read_text())
+    for name, change in {
+        "narrower": {"moe_intermediate_size": 8},
+        "longer": {"num_hidden_layers": 5},
+        "shorter": {"num_hidden_layers": 3},
+    }.items():
+        (damaged(name) / "hf" / "config.json").write_text(json.dumps(tree | change))
     for name, match in {
         "truncated": "is truncated",
         "missing": "is missing",
         "without": "no .metadata",
-        "other model": "has shape",
+        "narrower": "has shape",
+        "longer": "lacks 'decoder.layers.4.",
+        "shorter": "'decoder.layers.3.*unknown to the weight map",
     }.items():
         assert_refused(capsys, lambda name=name: to_hf_(tmp_path / name, out), match)  # type: ignore[misc]
         assert not out.exists(), name

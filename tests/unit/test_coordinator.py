@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def test_workers_meet_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     request_shutdown(store, found, wait_s=0.3)
     assert time.monotonic() - start > 0.2 and coordinator.shutdown_requested(other)
+
+
+def test_workers_that_are_cut_differently_are_named() -> None:
+    assert coordinator.common_tp([worker(0), worker(1)]) == 1
+    with pytest.raises(UserError, match=r"worker 1 \(http://127.0.0.1:8001\) has rollout.tp 2, worker 0 \(\S+8000\) has 1; start all with"):
+        coordinator.common_tp([worker(0), dataclasses.replace(worker(1), tp=2)])
 
 
 def test_a_store_that_cannot_be_had_is_one_line() -> None:

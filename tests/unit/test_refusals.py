@@ -23,6 +23,13 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("architecture", "run", [], {"rope_scaling": {"rope_type": "yarn"}}, ["rope scaling 'yarn'", "remove"]),
     ("architecture", "run", [], {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["rope scaling 'linear'"]),
     ("architecture", "run", [], {"use_sliding_window": True}, ["use_sliding_window true", "false"]),
+    (
+        "block_fp8",
+        "rollout",
+        [],
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        ["is quantised", "convert it first", "hf_to_megatron.py", "then model.path=DIR"],
+    ),
     ("prompts", "run", ["data.prompts="], {}, ["data.prompts is empty", "give"]),
     ("prompts", "train", ["data.prompts=/nowhere.jsonl"], {}, ["data.prompts '/nowhere.jsonl' does not exist", "give"]),
     ("prompts", "run", ["data.prompts=/dev/null"], {}, ["data.prompts '/dev/null'", "give"]),

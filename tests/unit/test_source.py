@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megarl.config import load_config
+from megarl.convert.commands import hf_to_megatron_main, megatron_to_hf_main
 from megarl.engine.build import build_engine
 from megarl.engine.export import export_hf
 from megarl.engine.parallel import destroy_parallel
@@ -84,6 +85,19 @@ def test_an_export_is_dequantised_and_carries_multi_token_prediction(
     config = load_hf_config(tmp_path / "out")
     assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 1
     assert any(".layers.2." in name for name in want) and any(name.endswith("e_score_correction_bias") for name in want)
+
+
+def test_a_conversion_there_and_back_does_the_same(released: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    path, want = released
+    assert hf_to_megatron_main(["--hf", str(path), "--out", str(tmp_path / "megatron"), "--tp", "2", "--ep", "2", "--verify"]) == 0
+    assert megatron_to_hf_main(["--megatron", str(tmp_path / "megatron"), "--out", str(tmp_path / "back"), "--verify"]) == 0
+    got = load_file(tmp_path / "back" / "model.safetensors")
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+    for folder in (tmp_path / "megatron" / "hf", tmp_path / "back"):
+        config = load_hf_config(folder)
+        assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 1
 
 
 def test_tensors_that_are_missing_or_unknown_are_named(released: tuple[Path, dict[str, torch.Tensor]]) -> None:

@@ -5,7 +5,8 @@
 qwen3-235b: Qwen3-235B-A22B, 1,024 trainer ranks (TP4 PP8 EP16) into 256 rollout ranks (32 engines of TP8).
 kimi-1t: Kimi-K2 (DeepSeek-V3's architecture, 384 experts), 2,048 trainer ranks (TP8 PP16 EP32) into 512 rollout ranks (EP16 over TP8).
 sender_in_step_over_max: what it would cost the senders if nobody began a bucket before all have ended the one before.
-Seconds are of the processor, one thread. The lower bound of a receiver is what it holds; of a sender, what its stage holds over its ranks.
+Seconds are of the processor, one thread. The bound of a receiver is what it holds; of a sender, what its stage owes over the stage's ranks,
+where no rollout rank passes on what it received (Plan.least_sent).
 """
 
 from __future__ import annotations
