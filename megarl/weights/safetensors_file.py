@@ -75,9 +75,14 @@ class RawFile:
         return bytes(data)
 
     def read(self, offset: int, spec: Spec, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The rectangle [start, start + shape) of the array of `spec` at byte `offset`. Reads whole rows of the first axis."""
+        """The rectangle [start, start + shape) of the array of `spec` at byte `offset`.
+
+        Reads whole rows of the first axis that has more than one: of a stacked expert's gate and up, only the half that is asked for.
+        """
         if not spec.shape:
             start, shape, rows, inner = (), (), 1, 1
+        elif len(spec.shape) > 1 and spec.shape[0] == 1:
+            return self.read(offset, Spec(spec.dtype, spec.shape[1:]), start[1:], shape[1:]).unsqueeze(0)
         else:
             rows, inner = shape[0], math.prod(spec.shape[1:])
         block = torch.empty((rows, *spec.shape[1:]) if spec.shape else (), dtype=spec.dtype)
