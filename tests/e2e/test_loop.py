@@ -159,14 +159,13 @@ def ctrl_c_ends_everything(command: Command) -> None:
 
 
 def test_no_replay_a_bad_line_skipped_and_a_worker_killed(bench: Bench, cold: Path) -> None:
-    """Mode none under DP2 at temperature 1, into a server of TP2; the run has many steps and ends when its vLLM server is killed."""
+    """Mode none under DP2 at temperature 1; the run has many steps and ends when its vLLM server is killed."""
     prompts = bench.folder / "data" / "spoilt.jsonl"
     lines = (bench.folder / "data" / "train.jsonl").read_text().splitlines()
     prompts.write_text("\n".join([*lines[:6], '{"prompt": "123=", "ans', *lines[6:]]) + "\n")
     config = configuration(bench, cold, DP2, replay={"mode": "none"})
     config["data"] |= {"prompts": str(prompts), "on_bad_line": "skip"}
     config["train"]["steps"] = 1000
-    config["rollout"]["tp"] = 2
     command = bench.start("run", "none", config)
     command.wait_until(lambda: len(bench.rows("none")) >= 8, "step 8")
     server = next(pid for pid, line in command.processes().items() if "vllm.entrypoints.openai.api_server" in line)

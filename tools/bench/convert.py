@@ -1,11 +1,12 @@
 """Speed and memory of a conversion, beside `cp` of the same files. Prints a table; --json FILE writes the figures.
 
-    python tools/bench/convert.py [--gb 4] [--folder DIR] [--json FILE]
+    python tools/bench/convert.py [--gb 4] [--rounds 3] [--folder DIR] [--json FILE]
 
 A Qwen3-MoE of random bits in bfloat16 (hidden 2048, 32 experts of 768, vocabulary 32,768; as many layers as --gb, 1e9 bytes, asks for) in
-safetensors of at most 1 GiB goes to a Megatron checkpoint cut for TP2 PP1 EP2 and back, each by its own command. Every way ends with an
-fsync of what it wrote; seconds are from the start of the process, with the source in the page cache. Peak is the process's largest resident
-set; "imports" is that of a process which only loads the command. What came back is compared with the source bit for bit.
+safetensors of at most 1 GiB goes to a Megatron checkpoint cut for TP2 PP1 EP2 and back, each by its own command. Every way begins with a
+quiet disk and ends with an fsync of what it wrote; seconds are from the start of the process, with the source in the page cache. The ways
+take turns; medians, and from fastest to slowest. Peak is the process's largest resident set; "imports" is that of a process which only
+loads the command. What came back is compared with the source bit for bit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 SHARD_GIB = 1
 LAYOUT = ["--tp", "2", "--ep", "2"]
+WAYS = ("cp", "hf_to_megatron", "megatron_to_hf")
 FOLDERS = 4  # the source, its copy, the Megatron checkpoint, and what came back
 
 
@@ -68,6 +71,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def timed(*command: str, flush: Path | None = None) -> tuple[float, float]:
     """Seconds, and the largest resident set in bytes, of a command; flush: a folder whose files are then brought to disk, in the time."""
+    os.sync()
     start = time.perf_counter()
     child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
@@ -94,24 +98,28 @@ def assert_same(source: Path, back: Path) -> None:
                 raise RuntimeError(f"{name} did not come back as it was")
 
 
-def measure(folder: Path, gb: float) -> dict[str, Any]:
+def measure(folder: Path, gb: float, rounds: int) -> dict[str, Any]:
     source, copy, megatron, back = (folder / name for name in ("hf", "copy", "megatron", "back"))
     total, largest = apart(make_checkpoint, source, gb)
     scripts, shard = ROOT / "checkpoints_conversion", ["--shard-gib", str(SHARD_GIB)]
     to_megatron, to_hf = ([sys.executable, str(scripts / name)] for name in ("hf_to_megatron.py", "megatron_to_hf.py"))
-    result: dict[str, Any] = {"bytes": total, "largest_tensor": largest}
-    result["imports"] = timed(sys.executable, "-c", "import megarl.convert.commands")
-    result["cp"] = timed("cp", "-r", str(source), str(copy), flush=copy)
-    shutil.rmtree(copy)
-    result["hf_to_megatron"] = timed(*to_megatron, "--hf", str(source), "--out", str(megatron), *LAYOUT, *shard)
-    result["megatron_to_hf"] = timed(*to_hf, "--megatron", str(megatron), "--out", str(back), *shard)
-    apart(assert_same, source, back)
-    return result
+    found: dict[str, list[tuple[float, float]]] = {"imports": [], **{way: [] for way in WAYS}}
+    for _ in range(rounds):
+        found["imports"].append(timed(sys.executable, "-c", "import megarl.convert.commands"))
+        found["cp"].append(timed("cp", "-r", str(source), str(copy), flush=copy))
+        shutil.rmtree(copy)
+        found["hf_to_megatron"].append(timed(*to_megatron, "--hf", str(source), "--out", str(megatron), *LAYOUT, *shard))
+        found["megatron_to_hf"].append(timed(*to_hf, "--megatron", str(megatron), "--out", str(back), *shard))
+        apart(assert_same, source, back)
+        shutil.rmtree(megatron)
+        shutil.rmtree(back)
+    return {"bytes": total, "largest_tensor": largest, "seconds_and_peak": found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder if left out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -119,14 +127,17 @@ def main() -> None:
         free = shutil.disk_usage(temporary).free
         if free < FOLDERS * args.gb * 1e9:
             raise SystemExit(f"--gb {args.gb} needs {FOLDERS * args.gb:.0f} GB, {temporary} has {free / 1e9:.0f}; give a smaller --gb")
-        found = measure(Path(temporary), args.gb)
+        found = measure(Path(temporary), args.gb, args.rounds)
     total = found["bytes"]
     print(f"{total / 1e9:.2f} GB, largest tensor {found['largest_tensor'] / 1e6:.0f} MB")
-    print(f"{'':16}{'seconds':>9}{'MB/s':>8}{'of cp':>8}{'peak MB':>9}{'above imports, in largest tensors':>36}")
-    for name in ("cp", "hf_to_megatron", "megatron_to_hf"):
-        seconds, peak = found[name]
-        above = f"{(peak - found['imports'][1]) / found['largest_tensor']:36.2f}" if name != "cp" else ""
-        print(f"{name:16}{seconds:9.1f}{total / 1e6 / seconds:8.0f}{found['cp'][0] / seconds:8.2f}{peak / 1e6:9.0f}{above}")
+    seconds = {way: [each[0] for each in found["seconds_and_peak"][way]] for way in WAYS}
+    peak = {way: max(each[1] for each in rows) for way, rows in found["seconds_and_peak"].items()}
+    print(f"{'':16}{'seconds':>9}{'MB/s':>8}{'of cp':>8}{'from-to':>14}{'peak MB':>9}{'above imports, in largest tensors':>36}")
+    for way in WAYS:
+        median = statistics.median(seconds[way])
+        ratio, span = statistics.median(seconds["cp"]) / median, f"{min(seconds[way]):.1f}-{max(seconds[way]):.1f}"
+        above = f"{(peak[way] - peak['imports']) / found['largest_tensor']:36.2f}" if way != "cp" else ""
+        print(f"{way:16}{median:9.1f}{total / 1e6 / median:8.0f}{ratio:8.2f}{span:>14}{peak[way] / 1e6:9.0f}{above}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
