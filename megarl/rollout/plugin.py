@@ -1,6 +1,6 @@
 """What megarl adds to vLLM: the entry point of the group vllm.general_plugins, run once in every vLLM process on this machine.
 
-In a vLLM process that is not ours it repairs one bug (weights updated in place on a CPU) and offers a backend name; nothing else changes.
+In a vLLM process that is not ours it repairs two bugs of the CPU build (vllm_patches.py) and offers a backend name; nothing else changes.
 """
 
 from __future__ import annotations
