@@ -7,11 +7,12 @@ Shape letters: N rows (a token once for each expert it goes to, sorted by expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import weighted_swiglu, weighted_swiglu_back
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
@@ -40,12 +41,13 @@ class GroupedExperts(SequentialMLP):
             hidden_NH = (probs_N[:, None] * hidden_NH).to(hidden_NH.dtype)
             probs_N = torch.ones_like(probs_N)
         fc1, fc2 = self._weights("linear_fc1"), self._weights("linear_fc2")
+        fused = self.config.bias_activation_fusion
         if not hidden_NH.is_cpu:
-            return _GatedExperts.apply(hidden_NH, probs_N, _ends(tokens_per_expert).to(hidden_NH.device), *fc1, *fc2), None
+            return _GatedExperts.apply(hidden_NH, probs_N, _ends(tokens_per_expert).to(hidden_NH.device), fused, *fc1, *fc2), None
         blocks = _blocks(tokens_per_expert.tolist(), CACHE_BYTES // fc1[0][:, 0].nbytes)
         rows = [int(tokens_per_expert[block].sum()) for block in blocks]
         outs = [
-            _GatedExperts.apply(x, probs, _ends(tokens_per_expert[block]), *fc1[block], *fc2[block])
+            _GatedExperts.apply(x, probs, _ends(tokens_per_expert[block]), fused, *fc1[block], *fc2[block])
             for block, x, probs in zip(blocks, hidden_NH.split(rows), probs_N.split(rows))
         ]
         return (outs[0] if len(outs) == 1 else torch.cat(outs)), None
@@ -55,37 +57,61 @@ class GroupedExperts(SequentialMLP):
 
 
 class _GatedExperts(torch.autograd.Function):
-    """fc2_e(silu(gate) * up * prob) with [gate | up] = fc1_e(x), for the rows of every expert e. The activation is recomputed backward."""
+    """fc2_e(silu(gate) * up * prob) with [gate | up] = fc1_e(x), for the rows of every expert e. The activation is recomputed backward.
+
+    fused: the activation by megatron-core's functions for torch.compile, one kernel each; else by torch's, in as little memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_NH: Tensor, probs_N: Tensor, ends_E: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NH: Tensor, probs_N: Tensor, ends_E: Tensor, fused: bool, *weights: Tensor) -> Tensor:
         fc1, fc2 = _split(weights)
         h_N2F = _product(x_NH, _stack(fc1).transpose(1, 2), ends_E)
-        gate, up = h_N2F.chunk(2, -1)
-        scaled_NF = _scale_(F.silu(gate).mul_(up), probs_N)
+        if fused:
+            scaled_NF = weighted_swiglu(h_N2F, probs_N[:, None])
+        else:
+            gate, up = h_N2F.chunk(2, -1)
+            scaled_NF = _scale_(F.silu(gate).mul_(up), probs_N)
         ctx.save_for_backward(x_NH, probs_N, ends_E, h_N2F, *weights)
+        ctx.fused = fused
         return _product(scaled_NF, _stack(fc2).transpose(1, 2), ends_E)
 
     @staticmethod
     def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, ...]:
         x_NH, probs_N, ends_E, h_N2F, *weights = ctx.saved_tensors
-        needs_x, needs_probs, _, needs_fc1, *_ = ctx.needs_input_grad
         fc1, fc2 = _split(weights)
         dy_NH = dy_NH.contiguous()
-        gate, up = h_N2F.chunk(2, -1)
-        dh_N2F = torch.empty_like(h_N2F)
-        dgate, dup = act_NF, silu_NF = dh_N2F.chunk(2, -1)  # one memory: first the activation, then the gradient
-        torch.ops.aten.silu.out(gate, out=silu_NF)
-        torch.mul(silu_NF, up, out=act_NF)
         dscaled_NF = _product(dy_NH, _stack(fc2), ends_E)
-        dprobs_N = torch.linalg.vecdot(dscaled_NF.to(probs_N.dtype), act_NF.to(probs_N.dtype)) if needs_probs else None
-        dfc2 = _deliver(fc2, _product(dy_NH.t(), _scale_(act_NF, probs_N), ends_E)) if ctx.needs_input_grad[-1] else [None] * len(fc2)
-        dact_NF = _scale_(dscaled_NF, probs_N)
-        dup.mul_(dact_NF)
-        torch.ops.aten.silu_backward.grad_input(dact_NF.mul_(up), gate, grad_input=dgate)
+
+        def fc2_gradient(scaled_NF: Tensor) -> list[Tensor | None]:
+            return _deliver(fc2, _product(dy_NH.t(), scaled_NF, ends_E)) if ctx.needs_input_grad[-1] else [None] * len(fc2)
+
+        if ctx.fused:
+            dfc2 = fc2_gradient(weighted_swiglu(h_N2F, probs_N[:, None]))
+            dh_N2F, dprobs_N1 = weighted_swiglu_back(dscaled_NF, h_N2F, probs_N[:, None])
+            dprobs_N = dprobs_N1[:, 0]
+        else:
+            dh_N2F, dprobs_N, dfc2 = _activation_backward(dscaled_NF, h_N2F, probs_N, fc2_gradient)
+        needs_x, needs_probs, _, _, needs_fc1, *_ = ctx.needs_input_grad
         dfc1 = _deliver(fc1, _product(dh_N2F.t(), x_NH, ends_E)) if needs_fc1 else [None] * len(fc1)
         dx_NH = _product(dh_N2F, _stack(fc1), ends_E) if needs_x else None
-        return dx_NH, dprobs_N, None, *dfc1, *dfc2
+        return dx_NH, dprobs_N if needs_probs else None, None, None, *dfc1, *dfc2
+
+
+def _activation_backward(
+    dscaled_NF: Tensor, h_N2F: Tensor, probs_N: Tensor, fc2_gradient: Callable[[Tensor], list[Tensor | None]]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """(dh, dprobs, what fc2_gradient makes of the activation). dscaled is used up; the activation lies where dh is written afterwards."""
+    gate, up = h_N2F.chunk(2, -1)
+    dh_N2F = torch.empty_like(h_N2F)
+    dgate, dup = act_NF, silu_NF = dh_N2F.chunk(2, -1)  # one memory: first the activation, then the gradient
+    torch.ops.aten.silu.out(gate, out=silu_NF)
+    torch.mul(silu_NF, up, out=act_NF)
+    dprobs_N = torch.linalg.vecdot(dscaled_NF.to(probs_N.dtype), act_NF.to(probs_N.dtype))
+    dfc2 = fc2_gradient(_scale_(act_NF, probs_N))
+    dact_NF = _scale_(dscaled_NF, probs_N)
+    dup.mul_(dact_NF)
+    torch.ops.aten.silu_backward.grad_input(dact_NF.mul_(up), gate, grad_input=dgate)
+    return dh_N2F, dprobs_N, dfc2
 
 
 def _ends(tokens_per_expert: Tensor) -> Tensor:

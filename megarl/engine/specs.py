@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megarl.engine.attention import PackedCausalAttention
 from megarl.engine.experts import GroupedExperts
 from megarl.engine.mla import PackedLatentAttention
+from megarl.engine.permutation import install as permute_by_index
 from megarl.engine.profile import Profile
 
 
@@ -27,6 +28,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def layer_specs(profile: Profile, config: TransformerConfig, moe: Iterable[bool]) -> TransformerBlockSubmodules:
     """`moe`: for each layer of the chunk, whether it has experts."""
+    permute_by_index()
     if profile.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -40,7 +42,7 @@ def profile_settings(profile: Profile) -> dict[str, Any]:
     return dict(
         moe_grouped_gemm=te and profile.grouped_experts,
         moe_permute_fusion=te,
-        bias_activation_fusion=te,
+        bias_activation_fusion=te or profile.fused_activation,
         gradient_accumulation_fusion=profile.fused_gradients,
     )
 

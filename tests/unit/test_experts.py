@@ -102,6 +102,21 @@ def test_bfloat16():
     close({k: v.float() for k, v in got.items()}, {k: v.float() for k, v in want.items()}, 2**-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_megatrons_fused_activation(dtype, monkeypatch):
+    """What a GPU runs compiled (engine/profile.py), here by torch's ordinary operators."""
+    calls = []
+    for name in ("weighted_swiglu", "weighted_swiglu_back"):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, function=function: calls.append(name) or function(*args))
+    sequential, grouped = make_pair(dtype=dtype)
+    grouped.config.bias_activation_fusion = True
+    got, want = (run(e, [40, 0, 30, 6], dtype=dtype) for e in (grouped, sequential))
+    assert calls == ["weighted_swiglu", "weighted_swiglu", "weighted_swiglu_back"]
+    assert {name: t.dtype for name, t in got.items()} == {name: t.dtype for name, t in want.items()}
+    close({k: v.float() for k, v in got.items()}, {k: v.float() for k, v in want.items()}, 2**-7 if dtype == torch.bfloat16 else 1e-6)
+
+
 def test_activation_recompute():
     sequential, grouped = make_pair()
 
