@@ -19,6 +19,7 @@ COPY setup.py pyproject.toml README.md LICENSE ./
 COPY megarl megarl
 COPY examples examples
 COPY tools tools
+COPY checkpoints_conversion checkpoints_conversion
 RUN /opt/train/bin/pip install --no-cache-dir . \
     && /opt/rollout/bin/pip install --no-cache-dir . \
     && /opt/train/bin/python -c "import torch, transformer_engine.pytorch, apex, megarl" \

@@ -82,7 +82,7 @@ class RolloutConfig(Section):
     max_lag: int = Field(0, ge=0, description="Largest allowed lag of a token's weights in optimizer steps; 0 is synchronous.")
     max_num_seqs: int = Field(256, ge=1, description="Responses one server decodes at the same time.")
     enforce_eager: bool = Field(True, description="Run vLLM without torch.compile and graphs.")
-    kv_cache_gib: float = Field(0.25, gt=0, description="Memory for vLLM's KV cache on a CPU, in GiB.")
+    kv_cache_gib: float = Field(0.25, gt=0, description="Memory for vLLM's KV cache on a CPU and under launch.colocate, in GiB a GPU.")
     quantization: Literal["none", "fp8"] = Field(
         "none", description="fp8: vLLM quantises the weights as it loads them, and again at every sync; needs a GPU."
     )
@@ -90,7 +90,7 @@ class RolloutConfig(Section):
     batch_invariant: bool = Field(
         False, description="vLLM's batch-invariant kernels: a token's numbers do not depend on its batch; slower, needs a GPU."
     )
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="vLLM's share of GPU memory.")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="vLLM's share of GPU memory, but see rollout.kv_cache_gib.")
     start_timeout_s: float = Field(300, gt=0, description="How long the trainer waits for the servers to come up, in seconds.")
     request_timeout_s: float = Field(600, gt=0, description="How long one batch of rollouts may take, in seconds.")
 
@@ -201,6 +201,11 @@ class LaunchConfig(Section):
     )
     rollout_python: str | None = Field(
         None, description="Python of the rollout workers, where vLLM lives in an environment of its own; unset is this one."
+    )
+    colocate: bool = Field(
+        False,
+        description="megarl run on a node of GPUs: trainer and rollouts on the same ones, in turns; rollout.engines x rollout.tp is then "
+        "launch.trainers. Not yet run on a GPU.",
     )
     interface: str | None = Field(None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice.")
 

@@ -62,7 +62,7 @@ class Refit:
             self.outgoing = WholeTensors(self.engine.model.weight_map, at.layout, len(workers), self.rollout_dtype, at.coord.rank)
         staged = at.device.device.type == "cpu" if sync.staged is None else sync.staged
         remember = sync.digests != "off" and self.disk_is_step_0
-        sending = Sending(sync.transport, self.outgoing.senders, staged, sync.timeout_s)
+        sending = Sending(sync.transport, self.outgoing.senders, staged, sync.timeout_s, self.config.launch.colocate)
         self.fleet.connect(sending, self.outgoing.manifests() if at.is_main else [], remember)
 
     def sync(self, version: int) -> Values:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megarl.checkpoints import whole_checkpoints
 from megarl.collect import Collector, Values
+from megarl.colocate import Turns
 from megarl.config import Config, dump_config, load_config
 from megarl.data import Prompt, PromptStream, load_prompts, load_tokenizer
 from megarl.engine.build import build_engine
@@ -48,6 +49,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
         step, done = state["step"], state["optimizer_steps"]
         stream.load_state_dict(state["stream"])
 
+    turns = Turns(config, [engine, *([learner.critic] if learner.critic else [])])
     output = Output(config, step, tokenizer) if parallel.is_main else None
     fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest)
     collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
@@ -59,7 +61,8 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             fleet.check()
             with fleet.watched():
                 batch = collector.collect(lambda k: [prompts[i] for i in stream.next(k)], step, done)
-            learned, updates = learner.learn(batch, step)
+            with turns.training(fleet):
+                learned, updates = learner.learn(batch, step)
             step, done = step + 1, done + updates
             metrics: Values = {**batch.metrics, **learned}
             metrics |= refit.sync(done)
@@ -72,7 +75,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
                 output.write(step, metrics, batch.samples, learner.worst)
             if last or (config.run.save_every and step % config.run.save_every == 0):
                 state = {"optimizer_steps": done, "stream": stream.state_dict()}
-                with phase("checkpoint"):
+                with phase("checkpoint"), turns.training(fleet):
                     save_checkpoint(engine, folder, step, state, config.run.keep, learner.critic)
     finally:
         collector.close()

@@ -154,8 +154,10 @@ class Engine:
         at = self.model.parallel
         mine = cp_rows(pack.padded, at.layout.cp, at.coord.cp)
         tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
+        # bf16 logits stay bf16: megatron-core would copy all of them to float32, 20 GB for 32k tokens, and their gradient too.
+        half = {"fp32_output": False} if self.model.config.bf16 else {}
         with context as record:
-            out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences.to(device))
+            out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences.to(device), **half)
         if record is not None and record.own:
             recorded[index, number] = record.stacked()
         return out, partial(consume, pack, temperature)

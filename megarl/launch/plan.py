@@ -69,7 +69,9 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     log_dir = Path(config.run.dir) / ("logs" if command in WRITES_RUN else f"logs.{command}")
     ranks = ranks_of(command, config)
     engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
-    gpus = _gpus(ranks + engines * config.rollout.tp)
+    colocated = config.launch.colocate and command == "run"
+    gpus = _gpus(ranks if colocated else ranks + engines * config.rollout.tp)
+    for_rollouts = gpus if colocated else gpus[ranks:]
     env = _environment(config, host)
     torchrun = [sys.executable, "-m", "megarl.launch.torchrun", str(log_dir), f"--nproc-per-node={ranks}"]
     torchrun += ["--master-addr=127.0.0.1", f"--master-port={free_port('127.0.0.1')}", "-m", "megarl.launch.rank", str(log_dir)]
@@ -85,7 +87,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
             name=f"rollout worker {i}",
             argv=[config.launch.rollout_python or sys.executable, "-m", "megarl.cli", "rollout", *arguments],
             log=log_dir / f"worker_{i}.log",
-            env={**env, **_visible(gpus[ranks + i * config.rollout.tp :][: config.rollout.tp])},
+            env={**env, **_visible(for_rollouts[i * config.rollout.tp :][: config.rollout.tp])},
         )
         for i in range(engines)
     ]

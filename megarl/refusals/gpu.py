@@ -21,6 +21,25 @@ def transformer_engine(case: Case) -> str | None:
     return None
 
 
+def colocate(case: Case) -> str | None:
+    launch, rollout = case.config.launch, case.config.rollout
+    if not launch.colocate:
+        return None
+    if case.command != "run":
+        return f"launch.colocate true is for megarl run, which places both sides on one node, not megarl {case.command}; set it to false"
+    if not has_gpu():
+        return "launch.colocate true needs a GPU, this host has none; set launch.colocate=false"
+    workers = rollout.engines * rollout.tp
+    if workers != case.world:
+        return (
+            f"launch.colocate true puts one rollout worker beside each trainer rank: rollout engines {rollout.engines} x tp {rollout.tp} "
+            f"is not launch.trainers {case.world}; set rollout.engines={max(1, case.world // rollout.tp)} or launch.trainers={workers}"
+        )
+    if "expandable_segments:true" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "").lower():
+        return "launch.colocate true: memory of PYTORCH_CUDA_ALLOC_CONF expandable_segments:True cannot be shared; unset it"
+    return None
+
+
 def rollout_kernels(case: Case) -> str | None:
     rollout = case.config.rollout
     if rollout.quantization != "none" and not has_gpu():

@@ -7,8 +7,11 @@
     POST /megarl/sync/load      load it, drop the prefix cache, score the canary
     POST /megarl/sync/check     compare digests with an engine loaded from disk
     POST /megarl/sync/commit    set the version
+    POST /megarl/sync/sleep     give the GPU's memory to the trainer (launch.colocate): the weights go to host memory, the KV cache goes
+    POST /megarl/sync/wake      take it back
 
-Errors come back as status 500 and a JSON object {"error": one line}; whatever would use weights that no version was committed for, as 503.
+Errors come back as status 500 and a JSON object {"error": one line}; whatever would use weights that no version was committed for, or that
+sleep, as 503.
 Runs in the API server process.
 """
 
@@ -30,6 +33,7 @@ from megarl.rollout.wire import encode
 
 PREFIX = "/megarl/"
 DIRTY = "a weight update has begun and no version was committed: the weights are neither old nor new; a whole weight sync mends it"
+ASLEEP = "the server is asleep while the trainer has the GPU (launch.colocate); it answers again once it was woken"
 _numbers = itertools.count()
 
 
@@ -41,11 +45,12 @@ class RolloutEndpoint:
         self._moe_layers: list[int] | None = None
         self._staged = True
         self._dirty = False  # loading has begun and no version was committed since
+        self._asleep = False
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         ours = scope["type"] == "http" and scope["path"].startswith(PREFIX)
-        if self._dirty and scope["type"] == "http" and scope["method"] == "POST" and not scope["path"].startswith(PREFIX + "sync/"):
-            await _respond(send, 503, json.dumps({"error": DIRTY}).encode())
+        if scope["type"] == "http" and scope["method"] == "POST" and (refused := self._refused(scope["path"])):
+            await _respond(send, 503, json.dumps({"error": refused}).encode())
             return
         if not ours:
             await self.app(scope, receive, send)
@@ -67,6 +72,12 @@ class RolloutEndpoint:
             return
         status, body = work.result()
         await _respond(send, status, body)
+
+    def _refused(self, path: str) -> str | None:
+        step = path.removeprefix(PREFIX + "sync/")
+        if self._asleep and step not in ("sleep", "wake"):
+            return ASLEEP
+        return DIRTY if self._dirty and step == path else None
 
     async def _answer(self, path: str, engine: EngineClient, request: dict[str, Any]) -> tuple[int, bytes]:
         try:
@@ -122,6 +133,13 @@ class RolloutEndpoint:
         elif step == "commit":
             await engine.update_weight_version(str(request["version"]))
             self._dirty = False
+        elif step == "sleep":
+            self._asleep = True
+            await engine.sleep(level=1)
+        elif step == "wake":
+            if not await engine.wake_up():
+                raise RuntimeError("vLLM did not take all of its memory back")
+            self._asleep = False
         elif step != "version":
             raise ValueError(f"no step {step!r} in a weight sync")
         return json.dumps({"version": _version(await engine.get_weight_version())}).encode()

@@ -6,7 +6,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -72,7 +72,7 @@ class Fleet:
         world = sending.senders + sum(worker.tp for worker in self.workers)
 
         def join() -> WeightSender:
-            return WeightSender(store, told[0], rank, world, sending.timeout_s, self._device)
+            return WeightSender(store, told[0], rank, world, sending.timeout_s, self._device, sending.shared)
 
         if rank == 0:
             self._leader = SyncLeader(self.workers, host, port, sending)
@@ -115,6 +115,13 @@ class Fleet:
         if self._leader is not None:
             with self.watched():
                 self._leader.commit(version)
+
+    def turn(self, step: Literal["sleep", "wake"]) -> None:
+        """Collective: every server sleeps, or is awake, when this returns. After the first sync."""
+        if self._leader is not None:
+            with self.watched():
+                self._leader.turn(step)
+        dist.barrier()
 
     def close(self) -> None:
         """Ends the workers of this run, rank 0; safe to call after a failure."""

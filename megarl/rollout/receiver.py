@@ -20,7 +20,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from megarl.rollout.partial import partial_tensor
 from megarl.rollout.vllm_reload import abandon_reload, fingerprint, fingerprint_of_folder
 from megarl.weights.pack import Corrupted, Manifest, Message, assemble, message_bytes
-from megarl.weights.transport import WeightGroup
+from megarl.weights.shared import SharedGroup
+from megarl.weights.transport import WeightGroup, Work
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Meeting(WeightTransferInitInfo):
     timeout_s: float
     transport: str  # reshard | broadcast
     staged: bool
+    shared: bool  # the senders are on this node's GPUs: megarl.weights.shared
     manifests: list[dict[str, Any]]
 
 
@@ -51,7 +53,7 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
 
     init_info_cls = Meeting
     update_info_cls = Everything
-    _group: WeightGroup | None = None
+    _group: WeightGroup | SharedGroup | None = None
     _loading = False  # stays set when a load fails: vLLM's layers are then half old, half new
     _begun = False  # whether a load ever began
     _disk: dict[str, str] | None = None  # digests of what vLLM loaded at its start
@@ -63,7 +65,8 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
         self.rank = init_info.rank_offset + local
         timeout = timedelta(seconds=init_info.timeout_s)
         store = dist.TCPStore(init_info.store_host, init_info.store_port, is_master=False, timeout=timeout)
-        self._group = WeightGroup(store, init_info.group, self.rank, init_info.world_size, init_info.timeout_s, torch.device(self.device))
+        kind = SharedGroup if init_info.shared else WeightGroup
+        self._group = kind(store, init_info.group, self.rank, init_info.world_size, init_info.timeout_s, torch.device(self.device))
         self._manifest = Manifest.from_json(init_info.manifests[local if len(init_info.manifests) > 1 else 0])
         self._broadcast, self.staged = init_info.transport == "broadcast", init_info.staged
         self._kept: list[list[Tensor]] = []  # the staging buffers: allocated once, a copy of what this worker holds
@@ -145,13 +148,13 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
             self.shutdown()  # whoever sends to this rank learns of it at once
             raise
 
-    def _begin(self, number: int, kept: list[list[Tensor]] | None) -> tuple[list[Tensor], list[dist.Work]]:
+    def _begin(self, number: int, kept: list[list[Tensor]] | None) -> tuple[list[Tensor], list[Work]]:
         assert self._group is not None
         bucket = self._manifest.buckets[number]
         buffers = kept[number] if kept is not None else self._buffers(bucket)
         if self._broadcast:
             return buffers, [self._group.broadcast(buffer) for buffer in buffers]
-        return buffers, self._group.exchange([], [(buffer, message.source) for buffer, message in zip(buffers, bucket)], number)
+        return buffers, [*self._group.exchange([], [(buffer, message.source) for buffer, message in zip(buffers, bucket)], number)]
 
     def _buffers(self, bucket: tuple[Message, ...]) -> list[Tensor]:
         sizes = [message_bytes(message.parts, self._manifest.tensors) for message in bucket]

@@ -99,12 +99,12 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
         command += ["--kv-cache-dtype", rollout.kv_cache_dtype]
     if config.wants_routes and WeightMap(load_hf_config(config.model.path)).moe_layers:
         command += ["--enable-return-routed-experts"]
-    if torch.cuda.is_available():
-        command += ["--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
-    else:
-        command += ["--kv-cache-memory-bytes", str(int(rollout.kv_cache_gib * 2**30)), "--block-size", "32"]
-        command += ["--worker-cls", "megarl.rollout.cpu_worker.RolloutWorker"]
-    return command
+    cuda, cache = torch.cuda.is_available(), ["--kv-cache-memory-bytes", str(int(rollout.kv_cache_gib * 2**30))]
+    if not cuda:
+        return [*command, *cache, "--block-size", "32", "--worker-cls", "megarl.rollout.cpu_worker.RolloutWorker"]
+    if config.launch.colocate:  # what is free while the trainer starts as well says nothing: vLLM must not size its cache by it
+        return [*command, *cache, "--gpu-memory-utilization", "0.01", "--enable-sleep-mode"]
+    return [*command, "--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
 
 
 def server_environment(config: Config, store_host: str) -> dict[str, str]:

@@ -4,6 +4,8 @@
     load       all workers load, drop the prefix cache and score the canary
     commit     the version is set: only now do they serve again
 
+and, where both share GPUs (launch.colocate), between syncs: sleep, while the trainer trains, and wake.
+
 A server that fails closes its group, so that no sender waits for it; whatever happens, a sync ends within sync.timeout_s a step.
 """
 
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,6 +38,7 @@ class Sending:
     senders: int
     staged: bool
     timeout_s: float
+    shared: bool = False  # trainer and workers share GPUs: megarl.weights.shared
 
 
 class SyncLeader:
@@ -68,6 +71,7 @@ class SyncLeader:
                 "timeout_s": self.sending.timeout_s,
                 "transport": self.sending.transport,
                 "staged": self.sending.staged,
+                "shared": self.sending.shared,
                 "manifests": told.setdefault(id(mine), [manifest.to_json() for manifest in mine]),
             }
             bodies.append({"meeting": meeting, "remember_disk": remember_disk})
@@ -116,6 +120,11 @@ class SyncLeader:
         self._deadline = time.monotonic() + self.sending.timeout_s
         answers = self._await(self._post("commit", [{"version": version}] * len(self._servers)))
         assert all(json.loads(answer)["version"] == version for answer in answers)
+
+    def turn(self, step: Literal["sleep", "wake"]) -> None:
+        """All servers give their GPU memory up, or take it back, before this returns."""
+        self._deadline = time.monotonic() + self.sending.timeout_s
+        self._await(self._post(step, [{}] * len(self._servers)))
 
     def close(self) -> None:
         for server in self._servers:

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Handle = dict[str, Any]
+
+_parts: Any = WeakTensorKeyDictionary()  # of a buffer: on CUDA every further sharing of a storage would wrap its pointer once more
 
 
 def share(buffer: Tensor) -> Handle:
@@ -22,14 +25,26 @@ def share(buffer: Tensor) -> Handle:
     On CUDA the allocator must not use expandable segments: such memory has no IPC handle.
     """
     assert buffer.dtype == torch.uint8 and buffer.is_contiguous()
-    storage: Any = buffer.untyped_storage()
-    parts = storage._share_cuda_()[1:] if buffer.is_cuda else storage._share_filename_cpu_()
+    whole = buffer if buffer._base is None else buffer._base
+    if whole not in _parts:
+        storage: Any = buffer.untyped_storage()
+        _parts[whole] = [_encode(part) for part in (storage._share_cuda_()[1:] if buffer.is_cuda else storage._share_filename_cpu_())]
     kind = "cuda" if buffer.is_cuda else "cpu"
-    return {"kind": kind, "offset": buffer.storage_offset(), "bytes": buffer.numel(), "parts": [_encode(part) for part in parts]}
+    return {"kind": kind, "offset": buffer.storage_offset(), "bytes": buffer.numel(), "parts": _parts[whole]}
 
 
 def open_shared(handle: Handle, device: torch.device) -> Tensor:
     """uint8 [bytes]: the owner's memory itself, on `device`, which must be the GPU that holds it (or one that reaches it)."""
+    return cut(open_whole(handle, device), handle)
+
+
+def cut(whole: Tensor, handle: Handle) -> Tensor:
+    """The buffer of a handle out of its storage."""
+    return whole[handle["offset"] : handle["offset"] + handle["bytes"]]
+
+
+def open_whole(handle: Handle, device: torch.device) -> Tensor:
+    """The whole storage that the handle's buffer lies in, uint8: for a reader that meets it again under other offsets."""
     kind: Any = UntypedStorage
     parts = [_decode(part) for part in handle["parts"]]
     if handle["kind"] == "cuda":
@@ -37,8 +52,7 @@ def open_shared(handle: Handle, device: torch.device) -> Tensor:
         storage = kind._new_shared_cuda(torch.device(device).index or 0, *parts)
     else:
         storage = kind._new_shared_filename_cpu(*parts)
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    return whole[handle["offset"] : handle["offset"] + handle["bytes"]]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _encode(part: Any) -> Any:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.weights.transport import WeightGroup
+from megarl.weights.shared import SharedGroup
+from megarl.weights.transport import WeightGroup, Work
 
 IN_FLIGHT = 2  # buckets of one sender at a time: one is packed while the one before travels
 
@@ -25,17 +26,22 @@ class Outgoing:
 class WeightSender:
     """This rank's place in the group. One that raised is spent."""
 
-    def __init__(self, store: dist.Store, name: str, rank: int, world: int, timeout_s: float, device: torch.device) -> None:
-        """Raises RuntimeError when the others have not come within `timeout_s`, which bounds every send as well."""
-        self._group = WeightGroup(store, name, rank, world, timeout_s, device)
+    def __init__(
+        self, store: dist.Store, name: str, rank: int, world: int, timeout_s: float, device: torch.device, shared: bool = False
+    ) -> None:
+        """shared: through memory that both ends see, instead of a process group (megarl/weights/shared.py).
+
+        Raises RuntimeError when the others have not come within `timeout_s`, which bounds every send as well.
+        """
+        self._group = (SharedGroup if shared else WeightGroup)(store, name, rank, world, timeout_s, device)
 
     def send(self, buckets: Iterable[Outgoing]) -> None:
         """Sends all buckets. When the next one is asked for, at most IN_FLIGHT - 1 are still on their way: a ring of buffers will do."""
-        pending: list[list[dist.Work]] = []
+        pending: list[list[Work]] = []
         for bucket in buckets:
             single = [(buffer, rank) for buffer, rank in bucket.messages if rank is not None]
-            works = [self._group.broadcast(buffer) for buffer, rank in bucket.messages if rank is None]
-            pending.append(works + (self._group.exchange(single, [], bucket.number) if single else []))
+            works: list[Work] = [self._group.broadcast(buffer) for buffer, rank in bucket.messages if rank is None]
+            pending.append([*works, *(self._group.exchange(single, [], bucket.number) if single else [])])
             if len(pending) == IN_FLIGHT:
                 _wait(pending.pop(0))
         for works in pending:
@@ -46,6 +52,6 @@ class WeightSender:
         self._group.close()
 
 
-def _wait(works: list[dist.Work]) -> None:
+def _wait(works: list[Work]) -> None:
     for work in works:
         work.wait()

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 SENDER = 0  # of a broadcast
+
+
+class Work(Protocol):
+    def wait(self) -> Any: ...
 
 
 class WeightGroup:

@@ -45,9 +45,11 @@ SUPERVISOR = (
 class Pusher:
     """One trainer rank that has whole tensors and broadcasts them: connect, then any number of pushes."""
 
-    def __init__(self, store: torch.distributed.Store, port: int, workers: list[WorkerInfo], timeout_s: float, staged: bool) -> None:
+    def __init__(
+        self, store: torch.distributed.Store, port: int, workers: list[WorkerInfo], timeout_s: float, staged: bool, shared: bool = False
+    ) -> None:
         self.store, self.workers = store, workers
-        self.sending = Sending("broadcast", 1, staged, timeout_s)
+        self.sending = Sending("broadcast", 1, staged, timeout_s, shared)
         self.leader = SyncLeader(workers, "127.0.0.1", port, self.sending)
 
     def connect(self, weights: dict[str, torch.Tensor]) -> None:
@@ -57,7 +59,7 @@ class Pusher:
         world = 1 + sum(worker.tp for worker in self.workers)
 
         def join() -> WeightSender:
-            return WeightSender(self.store, name, 0, world, self.sending.timeout_s, torch.device("cpu"))
+            return WeightSender(self.store, name, 0, world, self.sending.timeout_s, torch.device("cpu"), self.sending.shared)
 
         self.sender = self.leader.init(name, [[self.manifest]] * len(self.workers), join, remember_disk=True)
 
@@ -115,8 +117,10 @@ class Rollout:
     def client(self) -> RolloutClient:
         return RolloutClient([worker.url for worker in self.workers], timeout_s=120)
 
-    def connect(self, checkpoint: Path, timeout_s: float = 60, workers: list[WorkerInfo] | None = None, staged: bool = True) -> Pusher:
-        pusher = Pusher(self.store, self.store.port, workers or self.workers, timeout_s, staged)
+    def connect(
+        self, checkpoint: Path, timeout_s: float = 60, workers: list[WorkerInfo] | None = None, staged: bool = True, shared: bool = False
+    ) -> Pusher:
+        pusher = Pusher(self.store, self.store.port, workers or self.workers, timeout_s, staged, shared)
         pusher.connect(load_file(checkpoint / "model.safetensors"))
         return pusher
 

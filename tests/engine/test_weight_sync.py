@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megarl.rollout.client import RolloutError
+from megarl.rollout.wire import decode
 from tests.engine.support import ROOT, Pusher, Rollout, judged, prompts
 from tests.engine.test_rollout import assert_judged
 
@@ -131,6 +132,34 @@ def test_a_killed_sender(rollout: Rollout, checkpoints: tuple[Path, Path], phase
     else:
         assert_refuses(rollout)
     assert_a_whole_sync_mends(rollout, checkpoints[1])
+
+
+def test_a_colocated_server_sleeps_and_gets_its_weights_through_shared_memory(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
+    """launch.colocate. vLLM's CPU worker has no memory to free, but its scheduler stops, its caches go, and it comes back."""
+    pusher = rollout.connect(checkpoints[1], staged=False, shared=True)
+    pusher.push(weights(checkpoints[1]), 70)
+    assert_serves(rollout, checkpoints[1], 70)
+    ask = {"prompts": prompts(2, 80), "sampling": {"n": 1, "temperature": 1.0, "max_tokens": 1}, "seeds": None}
+    cached = lambda: decode(rollout.client.servers[0].post("/megarl/generate", ask))[0]["cached"]
+    assert cached() is not None and cached() == [64, 64]
+    pusher.leader.turn("sleep")
+    for route, body in (("/megarl/generate", ask), ("/inference/v1/generate", {}), ("/megarl/sync/load", {"canary": []})):
+        with pytest.raises(RolloutError, match="asleep while the trainer has the GPU"):
+            rollout.client.servers[0].post(route, body)
+    pusher.leader.turn("wake")
+    assert cached() == [0, 0]
+    assert_serves(rollout, checkpoints[1], 70)
+    pusher.push(weights(checkpoints[0]), 71)
+    assert_serves(rollout, checkpoints[0], 71)
+    rollout.pusher = None
+
+
+def test_a_flipped_bit_in_shared_memory_is_named(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
+    pusher = rollout.connect(checkpoints[1], shared=True)
+    rollout.fault("flip", VICTIM)
+    with pytest.raises(RolloutError, match=rf"weight sync: {VICTIM}\[0:64, 0:64\] from trainer rank 0 arrived with checksum"):
+        pusher.push(weights(checkpoints[1]), 99)
+    rollout.pusher = None
 
 
 def test_connecting_to_a_server_that_is_not_there_ends_in_time(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:

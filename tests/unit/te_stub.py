@@ -1,7 +1,9 @@
-"""A stand-in for Transformer Engine that holds parameters and computes nothing: for tests of names, never of results.
+"""A stand-in for Transformer Engine that holds parameters and computes nothing but packed attention: for tests of names and arguments.
 
 megatron-core's own wrappers (extensions/transformer_engine.py) are built on these classes, so the names and shapes of parameters are
-theirs. What each real class registers: transformer_engine/pytorch/module/{linear,layernorm_linear,grouped_linear}.py.
+theirs. What each real class registers: transformer_engine/pytorch/module/{linear,layernorm_linear,grouped_linear}.py. What attention
+takes, and of which shapes and dtypes: the docstring of forward in pytorch/attention/dot_product_attention/dot_product_attention.py,
+arguments that release 2.11 has too.
 """
 
 from __future__ import annotations
@@ -49,9 +51,35 @@ class RMSNorm(_Module):
 
 
 class DotProductAttention(_Module):
-    def forward(self, query, key, value, attention_mask, **kwargs):
-        self.seen = {"shape": tuple(query.shape), **kwargs}
-        return query.flatten(1)
+    def forward(
+        self,
+        query_layer,
+        key_layer,
+        value_layer,
+        attention_mask=None,
+        qkv_format=None,
+        cu_seqlens_q=None,
+        cu_seqlens_kv=None,
+        cu_seqlens_q_padded=None,
+        cu_seqlens_kv_padded=None,
+        max_seqlen_q=None,
+        max_seqlen_kv=None,
+        attn_mask_type=None,
+    ):
+        """[t, heads, dim], groups of key and value heads -> [t, heads * dim]: causal attention inside each sequence of cu_seqlens."""
+        assert attention_mask is None and qkv_format == "thd" and attn_mask_type == "padding_causal"
+        assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None, "no padding between sequences"
+        for cu_seqlens, longest, rows in ((cu_seqlens_q, max_seqlen_q, query_layer), (cu_seqlens_kv, max_seqlen_kv, key_layer)):
+            assert rows.dim() == 3 and cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.device == rows.device
+            assert type(longest) is int and longest == int(cu_seqlens.diff().max()) and int(cu_seqlens[-1]) == len(rows)
+        self.seen = {"shape": tuple(query_layer.shape), "cu_seqlens": cu_seqlens_q}
+        edges = cu_seqlens_q.tolist()
+        outs = []
+        for a, b in zip(edges, edges[1:]):
+            q, k, v = (rows[a:b].transpose(0, 1) for rows in (query_layer, key_layer, value_layer))
+            out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
+            outs.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(outs)
 
 
 def get_cpu_offload_context(*args, **kwargs):

@@ -18,5 +18,7 @@ def test_the_image_is_pinned_as_setup_is_and_does_not_run_as_root() -> None:
         assert f'"{name}=={version}"' in setup, f"{name}=={version} is not what setup.py pins"
     assert re.findall(r"^USER (.*)$", text, re.M)[-1] == "10001"
     assert re.search(r"^HEALTHCHECK .*megarl", text, re.M)
-    for source in re.findall(r"^COPY (.*) \S+$", text, re.M):
-        assert all((ROOT / name).exists() for name in source.split()), source
+    copied = [name for source in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in source.split()]
+    assert all((ROOT / name).exists() for name in copied), copied
+    commands = set(re.findall(r"\b(checkpoints_conversion|examples|tools|megarl)/\w", (ROOT / "README.md").read_text()))
+    assert commands <= set(copied), "the README names files of a folder that the image lacks"

@@ -95,7 +95,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
     ("store", "run", ["launch.store=192.0.2.1:29600"], {}, ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"]),
 ]
-APART = {"loader", "model_weights", "tokenizer"}  # tests of their own below
+APART = {"colocate", "loader", "model_weights", "tokenizer"}  # tests of their own below
 
 
 @pytest.mark.parametrize(("name", "command", "overrides", "hf", "says"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ def measure(layer: Any, qkv: tuple[torch.Tensor, ...], grad: torch.Tensor, packe
     return {**times, "results": [both(), *(x.grad for x in qkv)]}
 
 
-def run(smoke: bool) -> dict[str, Any]:
+def run(smoke: bool) -> Iterator[dict[str, Any]]:
     from megarl.engine import attention as module
     from megarl.engine.attention import PackedCausalAttention, packed_sequences, varlen_attention
 
@@ -42,7 +43,7 @@ def run(smoke: bool) -> dict[str, Any]:
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     layer = PackedCausalAttention(SimpleNamespace(), 1)
     ways = {"rectangle": lambda: None, **({"varlen": varlen_attention} if ON_GPU and varlen_attention() else {})}
-    rows = []
+    yield {"heads": heads, "groups": groups, "head_dim": dim, "dtype": str(dtype)}
     for tokens in sizes:
         for kind, lengths in packs(tokens).items():
             shapes = ((heads, dim), (groups, dim), (groups, dim))
@@ -59,7 +60,7 @@ def run(smoke: bool) -> dict[str, Any]:
                 results[way] = found.pop("results")
                 flops = sum(2.0 * n * n * heads * dim for n in lengths)  # causal: half of 4 n^2
                 rates = {"forward_flops_per_s": flops / found["forward_s"], "flops_per_s": 3.5 * flops / found["both_s"]}
-                rows.append({"tokens": tokens, "pack": kind, "sequences": len(lengths), "way": way, **found, **rates})
-            if "varlen" in results:
-                rows[-1]["difference"] = [relative(a, b) for a, b in zip(results["varlen"], results["rectangle"])]
-    return {"heads": heads, "groups": groups, "head_dim": dim, "dtype": str(dtype), "rows": rows}
+                row = {"tokens": tokens, "pack": kind, "sequences": len(lengths), "way": way, **found, **rates}
+                if way == "varlen":
+                    row["difference"] = [relative(a, b) for a, b in zip(results["varlen"], results["rectangle"])]
+                yield {"row": row}

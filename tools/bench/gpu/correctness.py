@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _loss(pack: Any, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[tor
     return -(logprobs * weight).sum() + 0.01 * entropy.mean(), {}
 
 
-def run(smoke: bool) -> dict[str, Any]:
+def run(smoke: bool) -> Iterator[dict[str, Any]]:
     from tools.bench.gpu.common import relative
 
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +53,8 @@ def run(smoke: bool) -> dict[str, Any]:
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-m", "tools.bench.gpu.correctness", str(path)], env=env, check=True)
         reference = torch.load(path, weights_only=False)
-    rows = []
+    yield {"limits": LIMITS}
+    passed = []
     for dtype in ("float32", "bfloat16"):
         for experts in ("grouped", "sequential"):
             found = outcome(dtype, experts, reference["routes"])
@@ -70,8 +72,9 @@ def run(smoke: bool) -> dict[str, Any]:
                 "own_routes_equal": float((found["own"].sort(-1).values == reference["own"].sort(-1).values).all(-1).float().mean()),
             }
             row["passed"] = max(row["logprobs"], row["entropy"], row["gradient"]) <= LIMITS[dtype]
-            rows.append(row)
-    return {"limits": LIMITS, "rows": rows, "passed": all(row["passed"] for row in rows)}
+            passed.append(row["passed"])
+            yield {"row": row}
+    yield {"passed": all(passed)}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,37 +20,52 @@ import torch.distributed as dist
 TIMEOUT_S = 120.0
 
 
-def run(smoke: bool) -> dict[str, Any]:
+def run(smoke: bool) -> Iterator[dict[str, Any]]:
     from tools.bench.gpu.common import ON_GPU
 
-    return measure(1 if ON_GPU else 2, smoke, "cuda" if ON_GPU else "cpu")
+    yield measure(1 if ON_GPU else 2, smoke, "cuda" if ON_GPU else "cpu")
 
 
-def measure(ranks: int, smoke: bool, device: str) -> dict[str, Any]:
-    size, count, repeats = (1 << 20, 3, 2) if smoke else (256 << 20, 8, 6)
-    with tempfile.NamedTemporaryFile() as file:
-        context = multiprocessing.get_context("spawn")
-        others = [context.Process(target=rank_of, args=(r, ranks, file.name, device, size, count, repeats)) for r in range(1, ranks)]
-        for other in others:
-            other.start()
-        times, equal = rank_of(0, ranks, file.name, device, size, count, repeats)
+def measure(ranks: int, smoke: bool, device: str, shared: bool = False) -> dict[str, Any]:
+    """shared: all ranks on one GPU, through megarl.weights.shared."""
+    sizes = (1 << 20, 3, 3) if smoke else (256 << 20, 8, 6)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=rank_of, args=(r, ranks, store.port, device, shared, *sizes)) for r in range(1, ranks)]
+    for other in others:
+        other.start()
+    try:
+        times, equal = rank_of(0, ranks, store.port, device, shared, *sizes)
         for other in others:
             other.join(TIMEOUT_S)
-    total = size * count
+            equal = equal and other.exitcode == 0
+    finally:
+        for other in others:
+            other.kill()
+    total = sizes[0] * sizes[1]
     median = sorted(times[1:])[len(times[1:]) // 2]
-    backend = "nccl" if device == "cuda" else "gloo"
-    return {"ranks": ranks, "backend": backend, "bytes": total, "bytes_per_s": total / median, "first_s": times[0], "equal": equal}
+    way = "shared memory" if shared else "nccl" if device == "cuda" else "gloo"
+    return {
+        "ranks": ranks,
+        "way": way,
+        "bytes": total,
+        "bytes_per_s": total / median,
+        "median_s": median,
+        "first_s": times[0],
+        "equal": equal,
+    }
 
 
-def rank_of(rank: int, ranks: int, path: str, device: str, size: int, count: int, repeats: int) -> tuple[list[float], bool]:
-    """Rank 0 sends every bucket to the last rank (itself where it is alone); the last rank returns what it got, by its sums."""
+def rank_of(rank: int, ranks: int, port: int, device: str, shared: bool, size: int, count: int, repeats: int) -> tuple[list[float], bool]:
+    """Rank 0 sends every bucket to the last rank (itself where it is alone), which compares what it got with what was to come."""
+    from megarl.weights.shared import SharedGroup
     from megarl.weights.transport import WeightGroup
 
-    where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
+    where = torch.device(device, 0 if shared else rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(where)
-    store = dist.FileStore(path, ranks)
-    group = WeightGroup(store, "bench", rank, ranks, TIMEOUT_S, where)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    group = (SharedGroup if shared else WeightGroup)(store, "bench", rank, ranks, TIMEOUT_S, where)
     sends, receives = rank == 0, rank == ranks - 1
     generator = torch.Generator().manual_seed(0)
     source = [torch.randint(256, (size,), dtype=torch.uint8, generator=generator).to(where) for _ in range(count)]
@@ -66,7 +81,8 @@ def rank_of(rank: int, ranks: int, path: str, device: str, size: int, count: int
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
     equal = not receives or all(torch.equal(a, b) for a, b in zip(source, target))
-    group.close()
+    if ranks == 1 or not shared:
+        group.close()
     assert equal, "what arrived is not what was sent"
     return times, equal
 

@@ -7,6 +7,7 @@ layer and of the output layer, and from these the figure for all 48 layers.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,16 +19,17 @@ CASES = [(4096, "grouped"), (32_768, "grouped"), (4096, "sequential"), (32_768, 
 SEQUENCE = 4096
 
 
-def run(smoke: bool, number: int) -> dict[str, Any]:
+def run(smoke: bool, number: int) -> Iterator[dict[str, Any]]:
     """One of CASES; with fewer layers than were thought to fit, should they not."""
     tokens, experts = CASES[number]
     depth = 2 if smoke else layers_that_fit(QWEN3_30B_A3B, tokens, 0.95 * torch.cuda.get_device_properties(0).total_memory)
-    failed: list[dict[str, Any]] = []
+    yield {"peak_flops": PEAK}
     while True:
         try:
-            return {"peak_flops": PEAK, "rows": [*failed, case(64 if smoke else tokens, experts, depth, smoke)]}
+            yield from case(64 if smoke else tokens, experts, depth, smoke)
+            return
         except torch.OutOfMemoryError as error:
-            failed.append({"tokens": tokens, "experts": experts, "layers": depth, "error": str(error).splitlines()[0]})
+            yield {"row": {"tokens": tokens, "experts": experts, "layers": depth, "error": str(error).splitlines()[0]}}
             if depth == 1:
                 raise
             depth -= 1
@@ -40,10 +42,11 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def case(tokens: int, experts: str, depth: int, smoke: bool) -> dict[str, Any]:
-    """One row: both depths, both modes of replay."""
+def case(tokens: int, experts: str, depth: int, smoke: bool) -> Iterator[dict[str, Any]]:
+    """What each of two depths took, then the row made of both."""
     hf, sequence = (TINY, 32) if smoke else (QWEN3_30B_A3B, SEQUENCE)
     shallow = _depth(hf, tokens, sequence, experts, 1, ("off",), smoke)
+    yield {"one_layer": shallow}
     _free()
     deep = _depth(hf, tokens, sequence, experts, depth, ("off", "replay"), smoke)
     _free()
@@ -51,7 +54,7 @@ def case(tokens: int, experts: str, depth: int, smoke: bool) -> dict[str, Any]:
     layer_s = (off - shallow["gradients_s"]["off"]) / max(1, depth - 1)
     head_s = max(0.0, shallow["gradients_s"]["off"] - layer_s)
     layer, head = forward_flops(hf, sequence)
-    return {
+    row = {
         "tokens": tokens,
         "sequence": sequence,
         "experts": experts,
@@ -66,6 +69,7 @@ def case(tokens: int, experts: str, depth: int, smoke: bool) -> dict[str, Any]:
         "rest_s": head_s,
         **deep,
     }
+    yield {"row": row}
 
 
 def _depth(hf: dict[str, Any], tokens: int, sequence: int, experts: str, depth: int, modes: tuple[str, ...], smoke: bool) -> dict[str, Any]:
