@@ -51,7 +51,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (gpu.transformer_engine, ENGINE),
     (gpu.loader, ("sft",)),
     (gpu.rollout_python, ("run", "generate", "compare")),
-    (gpu.colocate, LOOP + ("rollout",)),
+    (gpu.colocate, LOOP),
     (gpu.rollout_kernels, ROLLOUT),
     (files.store, ROLLOUT),
 )

@@ -128,6 +128,7 @@ def test_without_the_key_nothing_happens():
         ("run", [], False, ["launch.colocate true needs a GPU", "launch.colocate=false"]),
         ("run", ["rollout.engines=3"], True, ["engines 3 x tp 1 is not launch.trainers 4", "rollout.engines=4 or launch.trainers=3"]),
         ("run", ["rollout.engines=2", "rollout.tp=2"], True, []),
+        ("rollout", [], False, []),  # what megarl run starts: the whole was judged before
         ("run", ["rollout.engines=4"], True, []),
     ],
 )
