@@ -83,4 +83,4 @@ class _Collect(torch.autograd.Function):
 
 def _sum(x_NH: Tensor, row_TK: Tensor) -> Tensor:
     """[T, H]: an embedding bag is a gather and a sum in one kernel, accumulated in float32."""
-    return F.embedding_bag(row_TK, x_NH, mode="sum")
+    return F.embedding_bag(row_TK, x_NH.contiguous(), mode="sum")

@@ -53,6 +53,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (gpu.rollout_python, ("run", "generate", "compare")),
     (gpu.colocate, LOOP),
     (gpu.rollout_kernels, ROLLOUT),
+    (gpu.fp8_cache_on_a_cpu, ROLLOUT),
     (files.store, ROLLOUT),
 )
 

@@ -41,6 +41,14 @@ def test_bitwise_equal_in_float32(tokens, experts, k):
     assert all(torch.equal(a, b) for a, b in zip(ours, core))
 
 
+def test_a_gradient_that_is_not_contiguous():
+    """As that of a plain sum, which has no memory of its own."""
+    routing_map, probs = routes(9, 4, 2)
+    x = torch.randn(9, 8)
+    ours, core = (there_and_back(module, x, routing_map, probs, torch.ones(()).expand(9, 8)) for module in (permutation, moe_utils))
+    assert all(torch.equal(a, b) for a, b in zip(ours, core))
+
+
 def test_sums_of_bfloat16_rows_are_rounded_once():
     """The K rows of a token are added in float32. (A sum half-way between two numbers goes up on a CPU, to even elsewhere.)"""
     routing_map, _ = routes(200, 16, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("rollout_python", "run", ["launch.rollout_python=/nowhere"], {}, ["launch.rollout_python '/nowhere' is no program", "give"]),
     ("rollout_kernels", "run", ["rollout.quantization=fp8"], {}, ["rollout.quantization fp8 needs a GPU", "rollout.quantization=none"]),
     ("rollout_kernels", "run", ["rollout.batch_invariant=true"], {}, ["rollout.batch_invariant true needs a GPU", "=false"]),
+    (
+        "fp8_cache_on_a_cpu",
+        "run",
+        ["rollout.kv_cache_dtype=fp8"],
+        {},
+        ["kv_cache_dtype fp8", "a multiple of 32, these are 16"],
+    ),
     ("run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
     ("run_dir", "run", ["run.dir=/dev/null/x"], {}, ["'/dev/null' is a file", "give"]),
     ("world", "run", ["launch.trainers=6"], {}, ["tp 2 x pp 2 x cp 1 needs a multiple of 4", "there are 6", "launch.trainers=8"]),
@@ -162,6 +170,16 @@ def test_a_loader_that_is_not_installed(run_yaml: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(refusals.gpu, "_has_dali", lambda: False)
     with pytest.raises(UserError, match="nvidia-dali is not installed; install the dali extra or set data.loader=torch"):
         refusals.check(config, "sft")
+
+
+@pytest.mark.parametrize(("flags", "refused"), [({"avx2"}, True), ({"avx2", "avx512f"}, False)])
+def test_an_fp8_cache_needs_avx512_on_a_cpu(
+    run_yaml: Path, hf_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, flags: set[str], refused: bool
+) -> None:
+    (run_yaml.parent / "model" / "config.json").write_text(json.dumps(hf_config | {"head_dim": 32}))
+    monkeypatch.setattr(refusals.gpu, "_cpu_flags", lambda: flags)
+    with pytest.raises(UserError, match="needs AVX-512, this one has none; set rollout.kv_cache_dtype=auto") if refused else nullcontext():
+        refusals.check(load_config(run_yaml, ["rollout.kv_cache_dtype=fp8"]))
 
 
 def test_a_port_in_use(run_yaml: Path) -> None:
