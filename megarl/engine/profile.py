@@ -43,7 +43,9 @@ class Profile:
     def experts(self) -> str:
         if not self.grouped_experts:
             return "sequential"
-        return "Transformer Engine grouped GEMM" if self.transformer_engine else "megarl.engine.experts over torch grouped_mm"
+        if self.transformer_engine:
+            return "Transformer Engine grouped GEMM"
+        return "megarl.engine.experts over torch grouped_mm" + (", fused activation" if self.fused_activation else "")
 
 
 def choose_profile(engine: EngineConfig, device: Device, *, latent: bool = False) -> Profile:
