@@ -1,7 +1,7 @@
-"""megatron-core 0.16 with torch's Adam (no Apex, no Transformer Engine): three faults in saving and loading the optimizer, mended.
+"""megatron-core 0.16 with torch's Adam (no Apex, no Transformer Engine): four faults in saving and loading the optimizer, mended.
 
 torch's Adam keeps a `step` tensor for each parameter, which megatron-core's loaders do not expect. Held by tests/parallel/ranks.py,
-resume_is_exact.
+resume_is_exact, and tests/unit/test_first_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ def parts_of(optimizer: Any) -> Iterator[Any]:
     yield from getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def before_saving(optimizer: Any) -> None:
+    """Gives an optimizer without a step so far the state of step 0: without it a distributed one cannot be saved, and others not loaded."""
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        for part in parts_of(optimizer):
+            _give_state(part)
+
+
 def before_loading(optimizer: Any) -> None:
-    """A fresh distributed optimizer cannot describe its state (distrib_optimizer.py, state_dict): gives it the state of step 0.
+    """The same for a distributed optimizer, which cannot describe itself to the loader (distrib_optimizer.py, state_dict).
 
     Its loader copies into every entry of a parameter's state, but a checkpoint has none for `step` (_set_main_param_and_optimizer_states).
     """
@@ -28,12 +35,17 @@ def before_loading(optimizer: Any) -> None:
         return
     for part in parts_of(optimizer):
         if isinstance(part, DistributedOptimizer):
-            for group in part.optimizer.param_groups:
-                for tensor in group["params"]:
-                    if not part.optimizer.state[tensor]:
-                        zeros = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
-                        part.optimizer.state[tensor].update(step=torch.tensor(0.0), **zeros)
+            _give_state(part)
             part._set_main_param_and_optimizer_states = _without_step(part)
+
+
+def _give_state(part: Any) -> None:
+    inner = getattr(part, "optimizer", None)
+    for group in inner.param_groups if inner is not None else []:
+        for tensor in group["params"]:
+            if not inner.state[tensor]:
+                zeros = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
+                inner.state[tensor].update(step=torch.zeros((), device=tensor.device if group.get("fused") else "cpu"), **zeros)
 
 
 def _without_step(part: Any) -> Any:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from megarl.checkpoints import HF_FILES, STATE, hf_files, whole_checkpoints
-from megarl.engine.adam_fixes import after_loading, before_loading
+from megarl.engine.adam_fixes import after_loading, before_loading, before_saving
 from megarl.engine.step import Engine
 from megarl.errors import UserError
 from megarl.weights.hf_folder import carry_files, carry_tensors
@@ -107,6 +107,8 @@ def _key(engine: Engine, chunk: int) -> str:
 
 
 def _sharded(engine: Engine, loading: bool) -> dict[str, Any]:
+    if not loading:
+        before_saving(engine.optimizer)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
