@@ -39,6 +39,21 @@ def before_loading(optimizer: Any) -> None:
             part._set_main_param_and_optimizer_states = _without_step(part)
 
 
+def restore_step_0(loaded: Any) -> None:
+    """In a loaded state of the optimizer: megatron-core leaves the common step out where it is 0 (optimizer.py:845,1033)."""
+    if not isinstance(loaded, dict) or distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    state = loaded.get("state")
+    if (
+        isinstance(state, dict)
+        and state
+        and all(isinstance(one, dict) and "exp_avg" in one and "step" not in one for one in state.values())
+    ):
+        state["common_step"] = torch.zeros(())
+    for inner in loaded.values():
+        restore_step_0(inner)
+
+
 def _give_state(part: Any) -> None:
     inner = getattr(part, "optimizer", None)
     for group in inner.param_groups if inner is not None else []:

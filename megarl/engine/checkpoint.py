@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from megarl.checkpoints import HF_FILES, STATE, hf_files, whole_checkpoints
-from megarl.engine.adam_fixes import after_loading, before_loading, before_saving
+from megarl.engine.adam_fixes import after_loading, before_loading, before_saving, restore_step_0
 from megarl.engine.step import Engine
 from megarl.errors import UserError
 from megarl.weights.hf_folder import carry_files, carry_tensors
@@ -97,6 +97,7 @@ def _load(engine: Engine, path: Path, schedule: dict[str, Any]) -> None:
         missing = [name for name in [*wrong.missing_keys, *wrong.unexpected_keys] if "_extra_state" not in name]
         if missing:
             raise UserError(f"checkpoint {str(path)!r} does not fit this model: {missing[0]!r}; give another run.dir")
+    restore_step_0(loaded["optimizer"])
     engine.optimizer.load_state_dict(loaded["optimizer"])
     after_loading(engine.optimizer)
     engine.scheduler.load_state_dict(schedule)
