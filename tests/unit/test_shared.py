@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -66,13 +65,11 @@ def test_a_broadcast_reaches_all(store):
 def test_a_rank_that_leaves_ends_the_others_wait(store, waiting):
     groups = meet(store, 2, timeout_s=60.0)
     work = groups[0].exchange([(numbered(1), 1)], [], 0) if waiting == "sender" else groups[1].exchange([], [(numbered(0), 0)], 0)
-    start = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         waited = pool.submit(work[0].wait)
         groups[1 if waiting == "sender" else 0].close()
         with pytest.raises(RuntimeError, match="rank . of the weight group left it"):
-            waited.result(30)
-    assert time.monotonic() - start < 30
+            waited.result()
 
 
 def test_nobody_comes(store):
