@@ -14,13 +14,16 @@ examples/paper_grid/README.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,8 +64,18 @@ def main() -> int:
     else:
         runs = arms.full(args.seeds or 5, args.steps) if args.full else arms.subset(args.seeds or 3, args.steps)
     runs = [run for run in runs if any(text in run.name for text in args.only)]
-    make_task(args.out / "task")
+    with locked(args.out / "task"):
+        make_task(args.out / "task")
     return run_all(runs, args.out, args.jobs, time.time() + 60 * args.minutes)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One command at a time: the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def make_task(folder: Path) -> None:

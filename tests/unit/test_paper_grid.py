@@ -20,7 +20,11 @@ from megarl.errors import UserError  # noqa: E402
 from megarl.refusals import check  # noqa: E402
 from megarl.rollout.coordinator import WorkerInfo  # noqa: E402
 from tools.grid import arms, claims, lane, results  # noqa: E402
-from tools.grid.page import write_report  # noqa: E402
+from tools.grid.page import JUDGED, write_report  # noqa: E402
+
+ON, NO_IS, LENGTH, ON_R3, NO_IS_R3, LENGTH_R3 = (
+    arms.Arm(1, objective, replay, arms.COARSE) for replay in ("none", "R3") for objective in arms.ON_POLICY
+)
 
 
 def a_run(arm: arms.Arm, seed: int, reward: list[float], k3: list[float] | None = None, failure: str | None = None) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def test_the_subset_is_what_the_claims_need() -> None:
     assert len({run.name for run in runs}) == len(runs)
     rl = [run for run in runs if run.arm.kind == "rl"]
     assert {run.seed for run in rl} == {0, 1, 2} and {run.arm.n for run in rl} == {1, 8}
-    assert {run.arm for run in rl} >= {claims.ON, claims.NO_IS, claims.LENGTH, claims.ON_R3, claims.NO_IS_R3, claims.LENGTH_R3}
+    assert {run.arm for run in rl} >= {ON, NO_IS, LENGTH, ON_R3, NO_IS_R3, LENGTH_R3}
     names = {run.arm.name for run in arms.full(1, 64)}
     assert {run.arm.name for run in runs} <= names
     assert {(run.arm.n, run.arm.objective, run.arm.replay) for run in arms.full(1, 64) if run.arm.n > 1 and run.arm.kind == "rl"} == {
@@ -167,23 +171,24 @@ def test_a_world_as_in_the_paper_and_its_opposite() -> None:
     down = [0.5] * 8 + [0.1] * 8
 
     def world(no_is: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return three_seeds(claims.ON, 0.6) + three_seeds(claims.LENGTH, 0.4) + no_is
+        return three_seeds(ON, 0.6) + three_seeds(LENGTH, 0.4) + no_is
 
-    like = verdicts(world([a_run(claims.NO_IS, seed, down, **fall) for seed in range(3)]))
+    like = verdicts(world([a_run(NO_IS, seed, down, **fall) for seed in range(3)]))
     assert (like["C2"], like["C3"], like["C8"]) == ("not shown", "shown", "shown")  # it collapsed, but its entropy did not fall
-    unlike = verdicts(world(three_seeds(claims.NO_IS, 0.6)))
+    unlike = verdicts(world(three_seeds(NO_IS, 0.6)))
     assert unlike["C2"] == "not shown" and unlike["C8"] == "undecided" and unlike["C1"] == "not shown"
-    flat = verdicts(world([a_run(claims.NO_IS, seed, down, k3=[1e-3] * 16) for seed in range(3)]))
+    flat = verdicts(world([a_run(NO_IS, seed, down, k3=[1e-3] * 16) for seed in range(3)]))
     assert flat["C8"] == "not shown"
+    assert {claim.verdict for claim in claims.claims({"runs": world([])}, "fp8_e4m3")} == {"not run"}
     two = verdicts([run for run in world([]) if run["seed"] < 2])
     assert two["C3"] == "undecided"
 
 
 def test_signs_of_comparisons() -> None:
-    judge = claims.Judge({"runs": three_seeds(claims.ON, 0.50) + three_seeds(claims.ON_R3, 0.51)})
-    verdict = {sign: judge.compare("", claims.ON_R3, claims.ON, sign, claims.last, 0.03).verdict for sign in (">", "<", "<=", "=")}
+    judge = claims.Judge({"runs": three_seeds(ON, 0.50) + three_seeds(ON_R3, 0.51)})
+    verdict = {sign: judge.compare("", ON_R3, ON, sign, claims.last, 0.03).verdict for sign in (">", "<", "<=", "=")}
     assert verdict == {">": "yes", "<": "no", "<=": "yes", "=": "yes"}
-    verdict = {sign: judge.compare("", claims.ON_R3, claims.ON, sign, claims.last).verdict for sign in (">", "<", "<=", "=")}
+    verdict = {sign: judge.compare("", ON_R3, ON, sign, claims.last).verdict for sign in (">", "<", "<=", "=")}
     assert verdict == {">": "yes", "<": "no", "<=": "no", "=": "no"}
 
 
@@ -197,14 +202,14 @@ def test_the_page_from_run_directories_and_from_its_own_json(tmp_path: Path) -> 
         (folder / arms.RECORD).write_text(json.dumps(record))
         keys = ("reward/mean", "mismatch/kl_k3", "mismatch/extreme_frac_2", "routing/agree_rollout_old", "policy/entropy", "time/step_s")
         (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, **dict.fromkeys(keys, 0.25)}) + "\n" for i in range(8)))
-    other = arms.Run(claims.ON, 0, 32)  # of another length: not in the report
+    other = arms.Run(ON, 0, 32)  # of another length: not in the report
     (out / "runs" / other.name).mkdir()
     record |= {"arm": asdict(other.arm), "steps": 32}
     (out / "runs" / other.name / arms.RECORD).write_text(json.dumps(record))
     assert write_report(out, docs, 64) == 0
     assert len(json.loads((docs / "paper" / "results.json").read_text())["runs"]) == len(arms.subset(3, 64))
     page = (docs / "paper.md").read_text()
-    assert page.count("| **") == 8 and "not run" in page and "| int4 | 2.5e-01 | 2.5e-01 |" in page
+    assert page.count("| **") == 8 * len(JUDGED) and "not run" in page and "| int4 | 2.5e-01 | 2.5e-01 |" in page
     assert all((docs / "paper" / link).is_file() for link in ("on_reward.svg", "off_k3.svg", "results.json"))
     assert write_report(tmp_path / "absent", docs, 64) == 0
     assert (docs / "paper.md").read_text() == page

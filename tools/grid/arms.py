@@ -13,7 +13,7 @@ from megarl.config import Config, load_config
 BASE = Path(__file__).resolve().parents[2] / "examples" / "paper_grid" / "base.yaml"
 DIGITS = 10  # of a sum; the quickstart has 5: longer sums, so that a run does not saturate
 TASK = f"sums of {DIGITS} digits modulo 10, a Qwen3-MoE of about 0.3M parameters (3 layers, 8 experts, top-2)"
-COLD_STARTS = {"cold": [], "short": ["train.steps=250"]}  # folder below task/ -> keys of its cold start; the second is trained less (C6)
+COLD_STARTS = {"cold": [], "other": ["run.seed=1", "train.steps=500"]}  # folder below task/ -> its keys; two of them for C6
 PROMPTS = 8  # of a mini-batch: the global batch is PROMPTS x N
 COARSE = "int4"  # the low precision of the stated subset: where an effect that exists should show first
 
@@ -98,7 +98,7 @@ def off_policy(n: int, precision: str) -> list[Arm]:
     return [Arm(n, objective, replay, precision) for objective in OFF_POLICY for replay in ("none", "R2", "R3")]
 
 
-SECOND_START = Arm(1, "minirl", "none", COARSE, cold="short")
+SECOND_START = Arm(1, "minirl", "none", COARSE, cold="other")
 
 
 def probes() -> list[Arm]:

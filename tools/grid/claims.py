@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any, Literal
 
@@ -17,9 +17,6 @@ Results = dict[str, Any]
 LEAST_SEEDS = 3
 SAME = 0.03  # rewards closer than this count as alike
 DRAWS = 10_000
-
-ON, NO_IS, LENGTH = (Arm(1, objective, "none", COARSE) for objective in ("minirl", "minirl-no-is", "minirl-length-norm"))
-ON_R3, NO_IS_R3, LENGTH_R3 = (Arm(1, objective, "R3", COARSE) for objective in ("minirl", "minirl-no-is", "minirl-length-norm"))
 
 
 @dataclass(frozen=True)
@@ -104,12 +101,13 @@ class Judge:
     def better(self, a: Arm, b: Arm) -> Part:
         return self.compare(f"{label(a)} ends higher than {label(b)}", a, b, ">", last, SAME)
 
-    def every_collapse(self) -> Part:
+    def every_collapse(self, precision: str) -> Part:
         """C8: the mismatch of a run that collapsed, last eighth against first."""
         text = "k3 is higher in the last eighth of a collapsed run than in its first"
-        fallen = [run for runs in self.runs.values() for run in runs.values() if run["collapsed"] and run["arm"]["kind"] == "rl"]
+        grid = [run for runs in self.runs.values() for run in runs.values() if run["arm"]["kind"] == "rl"]
+        fallen = [run for run in grid if run["collapsed"] and run["arm"]["precision"] == precision]
         ratios = [end(run, "mismatch/kl_k3") / max(start(run, "mismatch/kl_k3"), 1e-12) for run in fallen if run["rollouts"] > 1]
-        if not self.runs:
+        if not any(run["arm"]["precision"] == precision for run in grid):
             return Part(text, "", "not run")
         if len(ratios) < LEAST_SEEDS:
             return Part(text, f"{len(ratios)} runs collapsed", "unclear")
@@ -155,12 +153,16 @@ def label(arm: Arm) -> str:
     return ", ".join([f"{names[arm.objective]}{replay}, N = {arm.n}", *other])
 
 
-def claims(results: Results) -> list[Claim]:
-    """Every claim with its parts, from the runs under COARSE rollouts."""
+def claims(results: Results, precision: str = COARSE) -> list[Claim]:
+    """Every claim with its parts, from the runs with rollouts of one precision."""
     judge = Judge(results)
+    objectives = ("minirl", "minirl-no-is", "minirl-length-norm")
+    on, no_is, length = (Arm(1, objective, "none", precision) for objective in objectives)
+    on_r3, no_is_r3, length_r3 = (Arm(1, objective, "R3", precision) for objective in objectives)
+    second = replace(SECOND_START, precision=precision)
 
     def off(n: int, replay: str, clip: bool = True) -> Arm:
-        return Arm(n, "minirl" if clip else "minirl-no-clip", replay, COARSE)
+        return Arm(n, "minirl" if clip else "minirl-no-clip", replay, precision)
 
     def k3(run: Results) -> float:
         return whole(run, "mismatch/kl_k3")
@@ -168,28 +170,28 @@ def claims(results: Results) -> list[Claim]:
     def replay_wins(n: int, a: str, b: str) -> Part:
         return judge.better(off(n, a), off(n, b))
 
-    c1 = [judge.fate(ON, False), *(judge.better(ON, other) for other in (NO_IS, LENGTH, ON_R3, NO_IS_R3, LENGTH_R3))]
-    entropy = judge.compare("its entropy ends lower than MiniRL's", NO_IS, ON, "<", lambda run: end(run, "policy/entropy"))
+    c1 = [judge.fate(on, False), *(judge.better(on, other) for other in (no_is, length, on_r3, no_is_r3, length_r3))]
+    entropy = judge.compare("its entropy ends lower than MiniRL's", no_is, on, "<", lambda run: end(run, "policy/entropy"))
     c4 = [
-        judge.compare("R3 lowers k3", ON_R3, ON, "<", k3),
-        judge.compare("R3 ends no higher than no replay", ON_R3, ON, "<=", last, SAME),
+        judge.compare("R3 lowers k3", on_r3, on, "<", k3),
+        judge.compare("R3 ends no higher than no replay", on_r3, on, "<=", last, SAME),
     ]
     c5 = [judge.fate(off(8, "R3"), False)]
     for n in (2, 4, 8):
         strong, weak = ("R2", "R3") if n == 2 else ("R3", "R2")
         c5 += [replay_wins(n, strong, "none"), judge.better(off(n, strong), off(n, strong, clip=False)), replay_wins(n, strong, weak)]
         c5 += [judge.fate(off(n, "R2"), True)] if n > 2 else []
-    c6 = judge.compare("a second, shorter cold start ends as the first", SECOND_START, ON, "=", last, SAME)
-    alike = [judge.compare(f"peak of {label(off(n, r))} as of {label(ON)}", off(n, r), ON, "=", best, SAME) for n, r in PEAKS]
+    c6 = judge.compare("another cold start ends as the first", second, on, "=", last, SAME)
+    alike = [judge.compare(f"peak of {label(off(n, r))} as of {label(on)}", off(n, r), on, "=", best, SAME) for n, r in PEAKS]
     return [
         Claim("C1", "On-policy, MiniRL with the IS weight, no length norm, no replay is best and most stable", c1),
-        Claim("C2", "Without the IS weight: collapse, entropy falls", [judge.fate(NO_IS, True), entropy]),
-        Claim("C3", "Length norm: stable but worse", [judge.fate(LENGTH, False), judge.better(ON, LENGTH)]),
+        Claim("C2", "Without the IS weight: collapse, entropy falls", [judge.fate(no_is, True), entropy]),
+        Claim("C3", "Length norm: stable but worse", [judge.fate(length, False), judge.better(on, length)]),
         Claim("C4", "On-policy R3 lowers the KL but gains nothing", c4),
         Claim("C5", "Off-policy: clipping and replay both needed; N = 2: R2 over R3; N = 4, 8: R3 over R2, and R2 does not last", c5),
         Claim("C6", "Different cold starts end alike", [c6]),
         Claim("C7", "On- and off-policy, once stable, peak alike", alike),
-        Claim("C8", "The KL rises with every collapse", [judge.every_collapse()]),
+        Claim("C8", "The KL rises with every collapse", [judge.every_collapse(precision)]),
     ]
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from tools.grid.arms import PRECISIONS, TASK, Arm, full
-from tools.grid.claims import Judge, Part, Results, claims, label, whole
+from tools.grid.arms import COARSE, PRECISIONS, TASK, Arm, full
+from tools.grid.claims import Judge, Results, claims, label, whole
 from tools.grid.pictures import PICTURES, Picture, draw, swept
 from tools.grid.results import COLLAPSED_BELOW, collect
+
+JUDGED = (COARSE, "fp8_e4m3")  # the rollout precisions under which claims are judged
 
 
 def write_report(out: Path, docs: Path, steps: int) -> int:
@@ -42,9 +44,9 @@ def _compact(results: Results) -> str:
 
 
 def render(results: Results, pictures: list[Picture]) -> str:
-    found = claims(results)
-    rows = [f"| {c.name} | {c.text} | **{c.verdict}** |" for c in found]
-    parts = [f"| {c.name} | {p.text} | {p.measured or '-'} | {_word(p)} |" for c in found for p in c.parts]
+    found = {precision: claims(results, precision) for precision in JUDGED}
+    rows = [f"| {same[0].name} | {same[0].text} | " + " | ".join(f"**{c.verdict}**" for c in same) + " |" for same in zip(*found.values())]
+    parts = [f"| {c.name} | {p.text} | {p.measured or '-'} | {p.verdict} |" for each in found.values() for c in each for p in c.parts]
     images = [f"![{title}](paper/{name}.svg)" for name, title, *_ in pictures]
     rl = [run for run in results["runs"] if run["arm"]["kind"] == "rl"]
     return "\n".join(
@@ -58,7 +60,7 @@ def render(results: Results, pictures: list[Picture]) -> str:
                 warmup=results["warmup"],
                 **_sizes(rl),
             ),
-            "| claim | | here |\n|---|---|---|",
+            "| claim | rollouts in | " + " | ".join(JUDGED) + " |\n|---|---|" + "---|" * len(JUDGED),
             *rows,
             "\n## Part by part\n",
             "Reward is the mean of a run's last eighth. Medians over seeds of the first and of the second arm; then the mean of the paired",
@@ -82,10 +84,6 @@ def render(results: Results, pictures: list[Picture]) -> str:
             "",
         ]
     )
-
-
-def _word(part: Part) -> str:
-    return part.verdict
 
 
 def _sizes(runs: list[Results]) -> dict[str, Any]:
