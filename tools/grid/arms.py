@@ -19,7 +19,7 @@ COARSE = "int4"  # the low precision of the stated subset: where an effect that 
 
 PRECISIONS: dict[str, list[str]] = {
     "fp32": [],
-    "bf16": ["rollout.dtype=bfloat16"],
+    "bf16": ["rollout.dtype=bfloat16", "sync.canary_tolerance=0.5"],
     "fp8_e4m3": ["sync.quantize=fp8_e4m3", "sync.quantize_also=[router]"],
     "fp8_e5m2": ["sync.quantize=fp8_e5m2", "sync.quantize_also=[router]"],
     "int4": ["sync.quantize=int4", "sync.quantize_also=[router]"],

@@ -185,7 +185,7 @@ def claims(results: Results, precision: str = COARSE) -> list[Claim]:
     alike = [judge.compare(f"peak of {label(off(n, r))} as of {label(on)}", off(n, r), on, "=", best, SAME) for n, r in PEAKS]
     return [
         Claim("C1", "On-policy, MiniRL with the IS weight, no length norm, no replay is best and most stable", c1),
-        Claim("C2", "Without the IS weight: collapse, entropy falls", [judge.fate(no_is, True), entropy]),
+        Claim("C2", "Without the IS weight: collapse, entropy falls", [judge.fate(no_is, True), judge.fate(on, False), entropy]),
         Claim("C3", "Length norm: stable but worse", [judge.fate(length, False), judge.better(on, length)]),
         Claim("C4", "On-policy R3 lowers the KL but gains nothing", c4),
         Claim("C5", "Off-policy: clipping and replay both needed; N = 2: R2 over R3; N = 4, 8: R3 over R2, and R2 does not last", c5),

@@ -13,7 +13,7 @@ from tools.grid.claims import Judge, Results, claims, label, whole
 from tools.grid.pictures import PICTURES, Picture, draw, swept
 from tools.grid.results import COLLAPSED_BELOW, collect
 
-JUDGED = (COARSE, "fp8_e4m3")  # the rollout precisions under which claims are judged
+JUDGED = (COARSE, "fp8_e4m3")  # the rollout precisions under which claims are judged, where there are runs
 
 
 def write_report(out: Path, docs: Path, steps: int) -> int:
@@ -45,6 +45,7 @@ def _compact(results: Results) -> str:
 
 def render(results: Results, pictures: list[Picture]) -> str:
     found = {precision: claims(results, precision) for precision in JUDGED}
+    found = {precision: each for precision, each in found.items() if any(claim.verdict != "not run" for claim in each)}
     rows = [f"| {same[0].name} | {same[0].text} | " + " | ".join(f"**{c.verdict}**" for c in same) + " |" for same in zip(*found.values())]
     parts = [f"| {c.name} | {p.text} | {p.measured or '-'} | {p.verdict} |" for each in found.values() for c in each for p in c.parts]
     images = [f"![{title}](paper/{name}.svg)" for name, title, *_ in pictures]
@@ -60,7 +61,7 @@ def render(results: Results, pictures: list[Picture]) -> str:
                 warmup=results["warmup"],
                 **_sizes(rl),
             ),
-            "| claim | rollouts in | " + " | ".join(JUDGED) + " |\n|---|---|" + "---|" * len(JUDGED),
+            "| claim | rollouts in | " + " | ".join(found) + " |\n|---|---|" + "---|" * len(found),
             *rows,
             "\n## Part by part\n",
             "Reward is the mean of a run's last eighth. Medians over seeds of the first and of the second arm; then the mean of the paired",
@@ -188,10 +189,12 @@ HEAD = """# The paper's claims, in small
 
 Written by `python tools/paper_grid.py --report` from [paper/results.json](paper/results.json), {date}, {machine}; do not edit.
 The claims are those of "Stabilizing RL with LLMs" (arXiv 2512.01374). {runs} runs, up to {seeds} seeds an arm,
-{steps} optimizer steps each at a learning rate of {lr:g} after {warmup} steps of warm-up: {task}.
+{steps} optimizer steps each at a learning rate of {lr:g} after {warmup} steps of warm-up:
+{task}.
 Megatron trains in float32, vLLM rolls out with int4 weights (the router included) where nothing else is said.
 A mini-batch is 8 prompts x 8 responses for every N. An arm with fewer than 3 seeds decides nothing.
 Arms are paired: the same cold start, and at equal N the same prompts in the same order and the same sampling seeds.
 A run has collapsed if its last eighth's mean reward is under {below} of its best eighth's; fixed before any run.
+Chance is a reward of 0.1. The rate is the largest that float32 bears (below), so every arm stands close to where it falls.
 A model this small on a task this narrow can show a mechanism; it can neither confirm nor refute what happens at 30B.
 """
