@@ -31,6 +31,7 @@ HF_CONFIG: dict[str, Any] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under `-n 2 --dist loadgroup` a file's tests stay on one worker, and so do those of a folder whose files share a server."""
     for item in items:
