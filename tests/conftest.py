@@ -10,8 +10,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-
-TESTS = Path(__file__).parent
+from xdist.scheduler import LoadScopeScheduling
 
 HF_CONFIG: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -31,12 +30,18 @@ HF_CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n 2 --dist loadgroup` a file's tests stay on one worker, and so do those of a folder whose files share a server."""
-    for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder in ("e2e", "engine") else item.path.stem))
+class ByServer(LoadScopeScheduling):
+    """A file's tests stay on one worker of pytest-xdist, and so do those of a folder whose files share a server or a cold start."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        folder = Path(file).parent.name
+        return folder if folder in ("e2e", "engine") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
+    return ByServer(config, log)
 
 
 @pytest.fixture

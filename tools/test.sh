@@ -15,4 +15,4 @@ export OMP_NUM_THREADS=1
 .venv/bin/hadolint Dockerfile
 .venv/bin/mypy
 .venv/bin/python tools/config_docs.py --check
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"  # two cores
+exec .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"  # two cores; the longest first
