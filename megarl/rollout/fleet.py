@@ -117,7 +117,11 @@ class Fleet:
                 self._leader.commit(version)
 
     def turn(self, step: Literal["sleep", "wake"]) -> None:
-        """Collective: every server sleeps, or is awake, when this returns. After the first sync."""
+        """Collective: every server sleeps, or is awake, when this returns. After the first sync.
+
+        Whoever asks has done its part before: on every rank the memory that a server takes is free, and no ingest rank asks it for more.
+        """
+        dist.barrier()
         if self._leader is not None:
             with self.watched():
                 self._leader.turn(step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from megarl.weights.transport import SENDER
 
 POLL_S = 0.0002  # between two looks for a key
 LOOKS = 100  # of which one looks whether a rank has left
-OPEN = 64  # storages kept open; a sender has a ring of two buffers for each destination
+OPEN = 2  # storages of one sender that its reader keeps open: its ring of buffers. One that is open stays allocated at the sender.
 
 
 class SharedGroup:
@@ -33,7 +33,7 @@ class SharedGroup:
         self._store = dist.PrefixStore(f"weights/{name}", store)
         self._rank, self._world, self._timeout_s, self._device = rank, world_size, timeout_s, device
         self._sent, self._taken = [0] * world_size, [0] * world_size  # messages to and from each rank
-        self._open: OrderedDict[str, Tensor] = OrderedDict()
+        self._open: defaultdict[str, OrderedDict[str, Tensor]] = defaultdict(OrderedDict)  # by sender, the one used last at the end
         self._closed = False
         self._store.set(f"here/{rank}", "1")
         for other in range(world_size):
@@ -74,12 +74,13 @@ class SharedGroup:
         """Copies the message `key` into `buffer`."""
         self.wait(key)
         handle = json.loads(self._store.get(key))
-        whole = json.dumps(handle["parts"])
-        if whole not in self._open:
-            self._open[whole] = open_whole(handle, self._device)
-            if len(self._open) > OPEN:
-                self._open.popitem(last=False)
-        buffer.copy_(cut(self._open[whole], handle))
+        kept, whole = self._open[key.partition("/")[0]], json.dumps(handle["parts"])
+        if whole not in kept:
+            if len(kept) == OPEN:
+                kept.popitem(last=False)
+            kept[whole] = open_whole(handle, self._device)
+        kept.move_to_end(whole)
+        buffer.copy_(cut(kept[whole], handle))
         self._synchronize()
         self._store.set(f"{key}/taken", "1")
 

@@ -20,7 +20,9 @@ from megarl.engine.offload import TrainingMemory
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
 from megarl.launch import plan
+from megarl.rollout import fleet as fleet_module
 from megarl.rollout import server
+from megarl.rollout.fleet import Fleet
 
 KINDS = [(dtype, distributed) for dtype in ("float32", "bfloat16") for distributed in (False, True)]
 
@@ -113,6 +115,16 @@ def test_the_two_never_hold_their_memory_together():
     with pytest.raises(ZeroDivisionError), turns.training(recorder):
         1 / 0  # noqa: B018
     assert recorder.calls[5:] == ["sleep", "restore"], "after a failure nobody is woken"
+
+
+def test_a_server_is_woken_when_every_rank_has_released_its_memory(monkeypatch):
+    """Rank 0 asks the servers; the memory that they take belongs to other ranks too."""
+    recorder = Recorder()
+    monkeypatch.setattr(fleet_module.dist, "barrier", lambda: recorder.calls.append("barrier"))
+    fleet = object.__new__(Fleet)
+    fleet._leader, fleet._store, fleet.workers = recorder, None, []
+    fleet.turn("wake")
+    assert recorder.calls == ["barrier", "wake", "barrier"]
 
 
 def test_without_the_key_nothing_happens():

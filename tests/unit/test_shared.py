@@ -50,7 +50,7 @@ def test_buckets_of_a_sender_reach_every_rank_in_order(store):
                     work.wait()
                 assert got.eq(10 * rank + bucket).all(), (rank, bucket)
         sent.result(20)
-        assert len(groups[0].result()._open) == 2, "two storages, opened once each"
+        assert len(groups[0].result()._open["0"]) == 2, "two storages, opened once each"
 
 
 def test_a_broadcast_reaches_all(store):
@@ -59,6 +59,20 @@ def test_a_broadcast_reaches_all(store):
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda work: work.wait(), works))
     assert all(buffer.eq(9).all() for buffer in buffers)
+
+
+def test_of_buffers_that_are_not_used_again_no_more_than_two_stay_open(store):
+    """As those of a broadcast: a storage that the reader holds open stays allocated at the sender."""
+    sender, receiver = meet(store, 2)
+    opened = []
+    for number in range(5):
+        (work,) = sender.exchange([(numbered(number), 1)], [], number)
+        got = numbered(99)
+        receiver.exchange([], [(got, 0)], number)[0].wait()
+        work.wait()
+        assert got.eq(number).all()
+        opened.append(list(receiver._open["0"]))
+    assert [len(each) for each in opened] == [1, 2, 2, 2, 2] and len(set(sum(opened, []))) == 5
 
 
 @pytest.mark.parametrize("waiting", ["sender", "receiver"])
