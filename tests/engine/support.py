@@ -155,12 +155,12 @@ def supervised(model: Path, run_dir: Path, engines: int = 1, tp: int = 1, wait: 
             rollout.workers = coordinator.wait_for_workers(store, engines, START_S)
         yield rollout
         coordinator.request_shutdown(store, rollout.workers)
-        assert not any(supervisor.wait(20) for supervisor in rollout.supervisors if supervisor.poll() is None)
+        assert not any(supervisor.wait(60) for supervisor in rollout.supervisors if supervisor.poll() is None)
     finally:
         for supervisor in rollout.supervisors:
             supervisor.terminate()
         for supervisor in rollout.supervisors:
-            supervisor.wait(20)
+            supervisor.wait(60)
 
 
 @functools.lru_cache(4)

@@ -54,28 +54,28 @@ def test_failed_syncs_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tm
             rollout.pusher.push(weights, 2)
         assert "\n" not in str(caught.value)
         with pytest.raises(RolloutDied, match=r"rollout worker 1 "):
-            coordinator.check_workers(rollout.store, rollout.workers, wait_s=20)
+            coordinator.check_workers(rollout.store, rollout.workers, wait_s=60)
         survivor = RolloutClient([rollout.workers[0].url], 60)
         assert survivor.weight_versions() == [1]
         assert_judged(survivor.generate(prompts(3, 8), 2, 1.0, 8, []), checkpoints[1])
         (dead,) = (s for s in rollout.supervisors if rollout.workers[0].pid not in descendants(s.pid))
-        assert dead.wait(20) == 1
+        assert dead.wait(60) == 1
         rollout.supervisors.remove(dead)
         rollout.workers = rollout.workers[:1]
 
-        pusher = rollout.connect(checkpoints[0], 3)
+        pusher = rollout.connect(checkpoints[0], 15)
         (supervisor,) = rollout.supervisors
         below = descendants(supervisor.pid)
         engine = next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(engine, signal.SIGSTOP)
         with pytest.raises(
-            RolloutError, match=f"no answer within 3 s.*{rollout.workers[0].url}|{rollout.workers[0].url}.*no answer within 3 s"
+            RolloutError, match=f"no answer within 15 s.*{rollout.workers[0].url}|{rollout.workers[0].url}.*no answer within 15 s"
         ):
             pusher.push(weights, 3)
         os.kill(engine, signal.SIGCONT)
 
         supervisor.kill()
-        assert ends([supervisor.pid, *below], within_s=10)
+        assert ends([supervisor.pid, *below], within_s=60)
         coordinator.check_workers(rollout.store, rollout.workers)
         monkeypatch.setattr(coordinator, "STALE_S", 2.5)
         with pytest.raises(RolloutDied, match=r"rollout worker 0 .* has been silent for"):
@@ -94,4 +94,4 @@ def test_a_server_that_cannot_start_says_why(checkpoints: tuple[Path, Path], tmp
     with supervised(broken, tmp_path / "run", wait=False) as rollout:
         with pytest.raises(RolloutDied, match=r"ended with status 1: ValueError: .*model\.norm\.weight.*; last lines of"):
             coordinator.wait_for_workers(rollout.store, 1, START_S)
-        assert rollout.supervisors[0].wait(20) == 1
+        assert rollout.supervisors[0].wait(60) == 1

@@ -92,7 +92,7 @@ def test_a_worker_killed_while_it_loads_is_reported(server: Rollout, models: tup
     with pytest.raises(RolloutError, match=rf"^rollout server {server.workers[0].url}\S+: \S"):
         pusher.push(models[1], 3)
     with pytest.raises(RolloutDied, match=r"rollout worker 0 \(pid \d+ on \S+\): the vLLM server ended .*last lines of \S+0.log:\n"):
-        coordinator.check_workers(server.store, server.workers, wait_s=20)
-    assert server.supervisors[0].wait(20) == 1
-    assert ends(below, within_s=5)
+        coordinator.check_workers(server.store, server.workers, wait_s=60)
+    assert server.supervisors[0].wait(60) == 1
+    assert ends(below, within_s=60)
     server.workers = []

@@ -16,7 +16,7 @@ def reload_error(a: Path, b: Path, plugins: str) -> float:
     """Largest error of a log-probability after an in-place reload, with the named plugins of vllm.general_plugins loaded."""
     environment = {**os.environ, "VLLM_PLUGINS": plugins, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.engine.inplace_reload", str(a), str(b)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     found = re.search(r"^worst=(\S+)$", done.stdout, re.MULTILINE)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     return float(found.group(1))
@@ -35,7 +35,7 @@ def test_every_head_is_rotated() -> None:
     """Where vLLM alone is right, the patch may go."""
     environment = {**os.environ, "VLLM_PLUGINS": "megarl", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.engine.rotated_heads"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     found = re.search(r"^alone=(\S+) ours=(\S+)$", done.stdout, re.MULTILINE)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     assert float(found[1]) > 1e-2 and float(found[2]) == 0

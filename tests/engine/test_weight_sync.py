@@ -125,7 +125,7 @@ def test_a_killed_sender(rollout: Rollout, checkpoints: tuple[Path, Path], phase
     rollout.load(checkpoints[0])
     port = str(rollout.store.port)
     command = [sys.executable, "-m", "tests.engine.killed_sender", phase, port, rollout.workers[0].url, str(checkpoints[1])]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     assert done.returncode == -9, done.stderr
     if phase == "receive":
         assert_serves(rollout, checkpoints[0], rollout.version)
