@@ -2,7 +2,8 @@
 
 megarl's answer to two things in megatron-core 0.16 (p2p_communication.py, _communicate_shapes). With packs of different lengths a message
 with the shape and a device synchronisation precede each tensor. And with PP = 2 under the interleaved schedule, where the next and the
-previous stage are one rank, the shapes are paired wrongly. Held by tests/parallel/ranks.py, interleaved_packs, and the equality table.
+previous stage are one rank, the shapes are paired wrongly. Held by tests/unit/test_pipeline.py (PP 2 to 8, VPP 1 to 4), by
+tests/parallel/ranks.py, interleaved_packs, and by the equality table.
 """
 
 from __future__ import annotations
