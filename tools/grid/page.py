@@ -195,6 +195,6 @@ Megatron trains in float32, vLLM rolls out with int4 weights (the router include
 A mini-batch is 8 prompts x 8 responses for every N. An arm with fewer than 3 seeds decides nothing.
 Arms are paired: the same cold start, and at equal N the same prompts in the same order and the same sampling seeds.
 A run has collapsed if its last eighth's mean reward is under {below} of its best eighth's; fixed before any run.
-Chance is a reward of 0.1. The rate is the largest that float32 bears (below), so every arm stands close to where it falls.
+Chance is a reward of 0.1. The rate is the largest of those tried that float32 bears (below): every arm may stand close to where it falls.
 A model this small on a task this narrow can show a mechanism; it can neither confirm nor refute what happens at 30B.
 """
