@@ -130,5 +130,7 @@ class Output:
         stop_trace()
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # under torchrun: `megarl train`, with its refusals and its one-line errors
+    from megarl import cli
+
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -116,3 +116,12 @@ def test_compare_starts_ranks_and_workers_on_the_prompts_it_is_given(run_yaml: P
     assert "layout: tp 2" in out and "update:" not in out
     assert main(["compare", str(run_yaml), "data.prompts=nowhere.jsonl", "--dry-run"]) == 2
     assert "data.prompts 'nowhere.jsonl' does not exist" in capfd.readouterr().err
+
+
+def test_a_rank_under_torchrun_is_refused_before_it_joins_anything(run_yaml: Path) -> None:
+    """`torchrun -m megarl.train`, the command of many nodes, refuses what `megarl train` refuses."""
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "3"}
+    command = [sys.executable, "-m", "megarl.train", str(run_yaml), "launch.store=127.0.0.1:29600"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]  # megatron-core warns when it is imported
+    assert done.returncode == 2 and last.startswith("megarl: error: ") and "there are 3" in last and "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ class Logger:
 """
 
 
-def two_sittings(folder: Path, name: str) -> None:
+def two_sittings(folder: Path, name: str, apart_s: float = 0.0) -> None:
     """Steps 1 and 2, then a run resumed after step 1 that does 2 and 3."""
     for resumed, steps in ((0, (1, 2)), (1, (2, 3))):
         logger = MetricsLogger(folder, [name], resumed, SETTINGS)
         for step in steps:
             logger.log(step, {"reward/mean": step / 4, "routing/layer_agreement": [1.0, 0.5], "policy/entropy": float("nan")})
         logger.close()
+        time.sleep(apart_s)
 
 
 def test_mlflow_keeps_one_run_in_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +55,7 @@ def test_mlflow_keeps_one_run_in_a_local_file(tmp_path: Path, monkeypatch: pytes
 def test_wandb_writes_offline_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    two_sittings(tmp_path, "wandb")
+    two_sittings(tmp_path, "wandb", apart_s=1.0)  # W&B names a sitting's folder by the second; of two in one, the second may stay empty
     identity = (tmp_path / "wandb_run").read_text()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert files and all(identity in file.name for file in files)
