@@ -69,7 +69,7 @@ def test_arms_of_a_seed_are_paired_and_their_mini_batches_equal(tmp_path: Path) 
         config = run.config(tmp_path)
         assert config.batch.prompts // config.batch.minibatches == arms.PROMPTS and config.run.seed == run.seed
         assert config.replay_mode == run.arm.replay and config.sync.quantize == (
-            "none" if run.arm.precision in ("fp32", "bf16") else run.arm.precision
+            "none" if run.arm.precision in ("fp32", *arms.OWN_SERVER) else run.arm.precision
         )
         seen.setdefault(run.arm.n, set()).add(config.data.prompts)
         if run.arm.kind == "rl":

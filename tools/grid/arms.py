@@ -23,7 +23,9 @@ PRECISIONS: dict[str, list[str]] = {
     "fp8_e4m3": ["sync.quantize=fp8_e4m3", "sync.quantize_also=[router]"],
     "fp8_e5m2": ["sync.quantize=fp8_e5m2", "sync.quantize_also=[router]"],
     "int4": ["sync.quantize=int4", "sync.quantize_also=[router]"],
+    "fp8_kv": ["rollout.kv_cache_dtype=fp8", "sync.canary_tolerance=5"],  # the canary of 64 random tokens differed by 1.4
 }
+OWN_SERVER = ("bf16", "fp8_kv")  # precisions that vLLM is started with; quantised weights are sent, and the server does not know
 ON_POLICY = ("minirl", "minirl-no-is", "minirl-length-norm")
 OFF_POLICY = ("minirl", "minirl-no-clip")
 RECORD = "grid.json"  # in the folder of a run that has ended: its arm, what it cost, and why it failed if it did
@@ -70,8 +72,8 @@ class Run:
 
     @property
     def server(self) -> str:
-        """Runs of the same kind of vLLM server can share one: quantised weights are sent, the server does not know."""
-        return "bf16" if self.arm.precision == "bf16" else "fp32"
+        """Runs of the same kind of vLLM server can share one."""
+        return self.arm.precision if self.arm.precision in OWN_SERVER else "fp32"
 
     def overrides(self, out: Path) -> list[str]:
         arm, task = self.arm, out / "task"
@@ -112,9 +114,9 @@ def subset(seeds: int, steps: int) -> list[Run]:
     Seed by seed, so that a cut leaves pairs.
     """
     arms = [Arm(1, "minirl", "none", "fp32"), *on_policy(COARSE), Arm(8, "minirl", "none", "fp32"), *off_policy(8, COARSE), SECOND_START]
-    runs = [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision != "bf16"]
+    runs = [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision not in OWN_SERVER]
     runs += [Run(arm, seed, steps) for seed in range(seeds) for arm in arms]
-    return runs + [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision == "bf16"]
+    return runs + [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision in OWN_SERVER]
 
 
 def full(seeds: int, steps: int) -> list[Run]:

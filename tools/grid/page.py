@@ -124,7 +124,7 @@ def _precisions(results: Results) -> list[str]:
     keys = (("mismatch/kl_k3", ".1e"), ("mismatch/extreme_frac_2", ".4f"), ("routing/agree_rollout_old", ".4f"))
     lines = [
         "The first rollout from the cold start, the same responses with and without replay: what R3 takes out of the mismatch.",
-        "Quantised: weight-only, one scale a row, the router included. An fp8 KV cache needs AVX-512, which this machine lacks: not run.\n",
+        "fp8_e4m3, fp8_e5m2, int4: weights only, one scale a row, the router included. fp8_kv: float32 weights, keys and values in e4m3.\n",
         "| rollout | k3 | with R3 | extreme | with R3 | agreement | with R3 |",
         "|---|---|---|---|---|---|---|",
     ]
