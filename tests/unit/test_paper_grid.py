@@ -17,7 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megarl.config import Config  # noqa: E402
 from megarl.errors import UserError  # noqa: E402
-from megarl.refusals import check  # noqa: E402
+from megarl.refusals import check, gpu  # noqa: E402
 from megarl.rollout.coordinator import WorkerInfo  # noqa: E402
 from tools.grid import arms, claims, lane, results  # noqa: E402
 from tools.grid.page import write_report  # noqa: E402
@@ -119,11 +119,13 @@ def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(tmp_path: Pat
     assert records[1]["server_cpu_s"] is not None and all(record["lr"] == arms.base().train.lr for record in records)
 
 
-def test_no_run_of_the_full_grid_is_refused(tmp_path: Path) -> None:
+def test_no_run_of_the_full_grid_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tools.tiny_model import make_tiny_model
 
+    monkeypatch.setattr(gpu, "_cpu_flags", lambda: {"avx512f"})  # an fp8 cache asks for it
+
     for cold in arms.COLD_STARTS:
-        make_tiny_model(tmp_path / "task" / cold, layers=1, hidden=32, head_dim=16)
+        make_tiny_model(tmp_path / "task" / cold, layers=1, hidden=32)
     (tmp_path / "task" / "train.jsonl").write_text('{"prompt": "1234567=", "answer": "8"}\n')
     for run in arms.full(1, 64):
         check(run.config(tmp_path), "run")

@@ -13,6 +13,7 @@ from tools.grid.claims import Judge, Results, claims, label, whole
 from tools.grid.pictures import PICTURES, Picture, draw, swept
 from tools.grid.results import COLLAPSED_BELOW, collect
 
+NEAR_CHANCE = 0.2
 JUDGED = (COARSE, "fp8_e4m3")  # the rollout precisions under which claims are judged, where there are runs
 
 
@@ -111,6 +112,19 @@ def _arms(results: Results) -> list[str]:
         *lines,
         "",
         "first, best, last: mean reward of that eighth. k3, extreme (share of tokens with max(rho, 1/rho) > 2), agreement: run means.",
+        *_how_runs_fell(results),
+    ]
+
+
+def _how_runs_fell(results: Results) -> list[str]:
+    grid = [run for run in results["runs"] if run["arm"]["kind"] == "rl"]
+    fallen = [run["best"] for run in grid if run["collapsed"]]
+    missed = sum(run["last"] < NEAR_CHANCE and not run["collapsed"] for run in grid)
+    if not fallen:
+        return []
+    return [
+        f"The {len(fallen)} collapsed runs had a best eighth of {min(fallen):.3f} to {max(fallen):.3f}; "
+        f"{missed} runs that the criterion does not count ended under {NEAR_CHANCE:g}."
     ]
 
 
