@@ -36,6 +36,8 @@ def colocate(case: Case) -> str | None:
             f"launch.colocate true puts one rollout worker beside each trainer rank: rollout engines {rollout.engines} x tp {rollout.tp} "
             f"is not launch.trainers {case.world}; set rollout.engines={max(1, case.world // rollout.tp)} or launch.trainers={workers}"
         )
+    if case.config.sync.staged:
+        return "launch.colocate true with sync.staged true keeps a second copy of the weights on the GPU; leave sync.staged unset"
     if "expandable_segments:true" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "").lower():
         return "launch.colocate true: memory of PYTORCH_CUDA_ALLOC_CONF expandable_segments:True cannot be shared; unset it"
     return None

@@ -142,6 +142,7 @@ def test_without_the_key_nothing_happens():
         ("run", ["rollout.engines=2", "rollout.tp=2"], True, []),
         ("rollout", [], False, []),  # what megarl run starts: the whole was judged before
         ("run", ["rollout.engines=4"], True, []),
+        ("run", ["rollout.engines=4", "sync.staged=true"], True, ["a second copy of the weights", "leave sync.staged unset"]),
     ],
 )
 def test_where_it_cannot_work(run_yaml: Path, monkeypatch, command, overrides, gpu, says):
