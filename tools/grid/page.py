@@ -48,7 +48,13 @@ def render(results: Results, pictures: list[Picture]) -> str:
     found = {precision: claims(results, precision) for precision in JUDGED}
     found = {precision: each for precision, each in found.items() if any(claim.verdict != "not run" for claim in each)}
     rows = [f"| {same[0].name} | {same[0].text} | " + " | ".join(f"**{c.verdict}**" for c in same) + " |" for same in zip(*found.values())]
-    parts = [f"| {c.name} | {p.text} | {p.measured or '-'} | {p.verdict} |" for each in found.values() for c in each for p in c.parts]
+    parts = [
+        f"| {c.name} | {p.text} | {p.measured or '-'} | {p.verdict} |"
+        for precision, each in found.items()
+        for c in each
+        for p in c.parts
+        if p.verdict != "not run" or precision == COARSE
+    ]
     images = [f"![{title}](paper/{name}.svg)" for name, title, *_ in pictures]
     rl = [run for run in results["runs"] if run["arm"]["kind"] == "rl"]
     return "\n".join(
