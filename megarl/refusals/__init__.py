@@ -27,6 +27,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (files.family, ALL + PLAN),
     (files.architecture, ALL + PLAN),
     (files.block_fp8, ROLLOUT),
+    (files.deepseek_router, ROLLOUT),
     (files.prompts, (*LOOP, "compare")),
     (files.eval_prompts, LOOP),
     (files.demonstrations, ("sft",)),

@@ -58,6 +58,17 @@ def block_fp8(case: Case) -> str | None:
     )
 
 
+def deepseek_router(case: Case) -> str | None:
+    """The trainer knows no other router for this family; vLLM (deepseek_v2.py) takes another where config.json does not say which."""
+    needed = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    missing = [f'"{key}": "{value}"' for key, value in needed.items() if key not in case.hf]
+    if case.hf.get("model_type") != "deepseek_v3" or not missing:
+        return None
+    return (
+        f"model.path {case.config.model.path!r}: vLLM would route otherwise than the trainer; add {', '.join(missing)} to its config.json"
+    )
+
+
 def tokenizer(case: Case) -> str | None:
     folder = hf_files(case.config.model.path)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):

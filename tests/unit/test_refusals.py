@@ -14,6 +14,7 @@ import pytest
 from megarl import refusals
 from megarl.config import load_config
 from megarl.errors import UserError
+from tools.tiny_model import tiny_config
 
 # refusal, command, overrides, changes of config.json, what the line must say (thing, value, fix)
 CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
@@ -103,7 +104,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
     ("store", "run", ["launch.store=192.0.2.1:29600"], {}, ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"]),
 ]
-APART = {"colocate", "loader", "model_weights", "tokenizer"}  # tests of their own below
+APART = {"colocate", "deepseek_router", "loader", "model_weights", "tokenizer"}  # tests of their own below
 
 
 @pytest.mark.parametrize(("name", "command", "overrides", "hf", "says"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
@@ -162,6 +163,18 @@ def test_config_json_that_is_broken(run_yaml: Path) -> None:
     (run_yaml.parent / "model" / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not JSON"):
         refusals.check(load_config(run_yaml))
+
+
+def test_a_deepseek_router_that_vllm_would_guess(run_yaml: Path) -> None:
+    path = run_yaml.parent / "model" / "config.json"
+    said = tiny_config("deepseek_v3").to_dict()
+    config = load_config(run_yaml, ["parallel.ep=1"])
+    path.write_text(json.dumps(said))
+    refusals.check(config)
+    path.write_text(json.dumps({key: value for key, value in said.items() if key != "scoring_func"}))
+    with pytest.raises(UserError, match='vLLM would route otherwise than the trainer; add "scoring_func": "sigmoid" to its config.json$'):
+        refusals.check(config)
+    refusals.check(config, "sft")
 
 
 def test_a_loader_that_is_not_installed(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
