@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shlex
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from megarl.config import Config
 from megarl.errors import UserError
+from megarl.launch.ports import free_port
 from megarl.launch.supervisor import Process
 
 WITH_ROLLOUTS = ("run", "generate", "compare")
@@ -132,10 +132,3 @@ def _gpus(needed: int) -> list[str]:
 
 def _visible(gpus: list[str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-
-
-def free_port(host: str) -> int:
-    """A TCP port that is free on `host` now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -114,8 +114,9 @@ def check_workers(store: dist.Store, workers: list[WorkerInfo], wait_s: float = 
     """
     deadline = time.monotonic() + wait_s
     while True:
-        for worker in workers:
+        for worker in workers:  # before silence, which may be a failure's echo
             _raise_if_failed(store, worker.index)
+        for worker in workers:
             beat, now = store.add(f"rollout/{worker.index}/beat", 0), time.monotonic()
             if beat != worker.beat:
                 worker.beat, worker.seen_at = beat, now

@@ -21,6 +21,7 @@ from megarl.checkpoints import hf_files
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.lifeline import die_with_parent
+from megarl.launch.ports import free_port
 from megarl.rollout import coordinator
 from megarl.rollout.coordinator import WorkerInfo
 from megarl.rollout.plugin import BACKEND, OWN_SERVER
@@ -50,7 +51,7 @@ def run_rollout(config: Config, store_host: str, store_port: int) -> int:
     try:
         log = _open_log(config)
         here = _address(store_host)
-        port = _free_port(here)
+        port = free_port(here)
         child = start_server(config, here, port, store_host, log)
         return _supervise(config, child, log, f"http://{here}:{port}", store_host, store_port)
     except _Stopped as stopped:
@@ -226,12 +227,6 @@ def _open_log(config: Config) -> IO[bytes]:
     folder = Path(config.run.dir) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     return open(folder / f"rollout_pid{os.getpid()}.log", "wb")
-
-
-def _free_port(here: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((here, 0))
-        return probe.getsockname()[1]
 
 
 def _address(store_host: str) -> str:

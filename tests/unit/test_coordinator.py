@@ -37,6 +37,7 @@ def test_workers_meet_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RolloutDied, match=r"rollout worker 2 \(http://127.0.0.1:8002, pid 102 on here\) has been silent"):
         check_workers(store, found, wait_s=1)
     coordinator.report_failure(other, 0, "rollout worker 0: ended\nlast line")
+    other.get("rollout/0/failed")  # TCPStore.set() does not wait for the server: now it has arrived
     with pytest.raises(RolloutDied, match="rollout worker 0: ended\nlast line"):
         check_workers(store, found)
     with pytest.raises(RolloutDied, match="rollout worker 0: ended"):
