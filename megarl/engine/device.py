@@ -1,7 +1,7 @@
 """The device: CUDA with NCCL, or CPU with gloo. The only module that knows the difference.
 
-`setup_device()` must run before any other import of megatron.core. On CUDA it only picks the device. On a CPU it answers,
-for megatron-core 0.16, every call that assumes CUDA; each answer names the file it is for (paths under megatron/core).
+`setup_device()` must run before any other import of megatron.core, and checks its release. On CUDA it only picks the device. On a CPU it
+answers, for megatron-core 0.16, every call that assumes CUDA; each answer names the file it is for (paths under megatron/core).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-MEGATRON_CORE = "0.16"  # the release whose CUDA assumptions the CPU answers cover
+MEGATRON_CORE = "0.16"  # the release whose internals megarl/engine/ answers for or replaces
 CPU = torch.device("cpu")
 
 
@@ -36,18 +36,22 @@ class Device:
 
 
 def setup_device() -> Device:
-    """Picks the device of this process and makes megatron-core run on it. Idempotent."""
+    """Picks the device of this process and makes megatron-core run on it. Idempotent.
+
+    Raises RuntimeError on another release of megatron-core than the one whose internals megarl/engine/ replaces, here and in adam_fixes.py,
+    permutation.py and pipeline.py.
+    """
+    found = importlib.metadata.version("megatron-core")
+    if not found.startswith(MEGATRON_CORE + "."):
+        raise RuntimeError(
+            f"megatron-core {found}: megarl replaces parts of {MEGATRON_CORE}.x; pip install 'megatron-core=={MEGATRON_CORE}.1'"
+        )
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return Device(device, "nccl")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron's jit_fuser is torch.compile; without a C++ toolchain it would fail
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    found = importlib.metadata.version("megatron-core")
-    if not found.startswith(MEGATRON_CORE + "."):
-        raise RuntimeError(
-            f"megatron-core {found}: the CPU profile covers {MEGATRON_CORE}.x; pip install 'megatron-core=={MEGATRON_CORE}.1'"
-        )
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|NVIDIA Resiliency|hopper|Flash).*")
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     _answer_cuda_calls()

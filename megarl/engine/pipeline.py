@@ -8,7 +8,6 @@ tests/parallel/ranks.py, interleaved_packs, and by the equality table.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,6 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megarl.engine.device import MEGATRON_CORE
 from megarl.weights.layout import Coord, Layout
 
 
@@ -25,13 +23,7 @@ class StageMessages(P2PCommunicator):
     """For one run of a pipeline schedule. What comes from a neighbour comes in the order in which it computes: the schedule's table."""
 
     def __init__(self, config: Any, layout: Layout, coord: Coord, padded: list[int]) -> None:
-        """`padded`: the padded length of each pack of this replica, in tokens, before CP and SP cut it.
-
-        Raises RuntimeError on another release of megatron-core: it may have changed what is replaced here.
-        """
-        found = importlib.metadata.version("megatron-core")
-        if not found.startswith(MEGATRON_CORE + "."):
-            raise RuntimeError(f"megatron-core {found}: the messages between stages are known for {MEGATRON_CORE}.x; see {__file__}")
+        """`padded`: the padded length of each pack of this replica, in tokens, before CP and SP cut it."""
         super().__init__(parallel_state.get_pipeline_model_parallel_group(), config)
         cut = layout.cp * (layout.tp if config.sequence_parallel else 1)
         self.shapes = [[length // cut, 1, config.hidden_size] for length in padded]

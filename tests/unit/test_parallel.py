@@ -1,8 +1,11 @@
-"""Process groups: what megarl asks of megatron-core."""
+"""What megarl asks of megatron-core: its release, its process groups."""
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
+import torch
 from megatron.core import parallel_state
 
 from megarl.config import load_config
@@ -24,3 +27,14 @@ def test_trap_19_every_size_is_passed_and_expert_tensor_parallelism_is_1_under_t
     with pytest.raises(InterruptedError):
         parallel.init_parallel(load_config(None, ["parallel.tp=2"]).parallel, setup_device(), seed=0)
     assert asked["expert_tensor_parallel_size"] == asked["expert_model_parallel_size"] == 1 and asked["tensor_model_parallel_size"] == 2
+
+
+def test_another_release_of_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of it is replaced, on a CPU and on a GPU."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.0")
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(
+            RuntimeError, match="megatron-core 0.19.0: megarl replaces parts of 0.16.x; pip install 'megatron-core==0.16.1'"
+        ):
+            setup_device()
