@@ -1,13 +1,19 @@
-"""Packaging. base, cpu, dali and dev are pinned to what the tests ran with; tools/setup.sh installs `.[cpu,dali,dev]` into .venv.
+"""Packaging. base, cpu, dali and dev are pinned to what the tests ran
+with; tools/setup.sh installs `.[cpu,dali,dev]` into .venv.
 
-The gpu extra is what megatron-core 0.16.1 and vLLM 0.32.0 declare; no test has run it. Apex is not in it: it is built from source on
-the machine itself, and megatron-core runs without it.
+The gpu extra is what megatron-core 0.16.1 and vLLM 0.32.0 declare; no test has run it. Apex is not in it: it is built
+from source on the machine itself, and megatron-core runs without it.
 """
 
 from setuptools import find_namespace_packages, setup
 
 MEGATRON = "megatron-core==0.16.1"
-LOGGERS = ["alembic==1.20.1", "mlflow-skinny==3.17.2", "sqlalchemy==2.1.9", "wandb==0.31.0"]  # the first and third: MLflow's local file
+LOGGERS = [
+    "alembic==1.20.1",
+    "mlflow-skinny==3.17.2",
+    "sqlalchemy==2.1.9",
+    "wandb==0.31.0",
+]  # the first and third: MLflow's local file
 
 setup(
     name="megarl",
@@ -52,6 +58,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["megarl=megarl.cli:main"],
-        "vllm.general_plugins": ["megarl=megarl.rollout.plugin:register"],
+        "vllm.general_plugins": ["megarl=megarl.server.plugin:register"],
     },
 )

@@ -1,4 +1,6 @@
-"""A Hugging Face folder as a Megatron checkpoint: python checkpoints_conversion/hf_to_megatron.py --hf DIR --out DIR [--tp N ...]"""
+"""A Hugging Face folder as a Megatron checkpoint: python
+checkpoints_conversion/hf_to_megatron.py --hf DIR --out DIR [--tp N ...]
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A Megatron checkpoint as a Hugging Face folder: python checkpoints_conversion/megatron_to_hf.py --megatron DIR --out DIR"""
+"""A Megatron checkpoint as a Hugging Face folder: python
+checkpoints_conversion/megatron_to_hf.py --megatron DIR --out DIR
+"""
 
 import sys
 from pathlib import Path

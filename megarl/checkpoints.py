@@ -1,4 +1,6 @@
-"""Which checkpoints of a run are whole: a matter of names, so that the launcher knows before anything heavy is imported."""
+"""Which checkpoints of a run are whole: a matter of names, so that the
+launcher knows before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,26 @@ from pathlib import Path
 
 from megarl.config import Config
 
-HF_FILES = "hf"  # folder inside a checkpoint: config.json, tokenizer and the like, so that the checkpoint needs nothing else
+# folder inside a checkpoint: config.json, tokenizer and the like, so that the checkpoint needs nothing else
+HF_FILES = "hf"
 STATE = "megarl.json"  # a checkpoint without it is not whole
 NAME = re.compile(r"step_(\d+)$")
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [path for path in folder.glob("step_*") if NAME.match(path.name) and (path / STATE).is_file()] if folder.is_dir() else []
+    found = (
+        [path for path in folder.glob("step_*") if NAME.match(path.name) and (path / STATE).is_file()]
+        if folder.is_dir()
+        else []
+    )
     return sorted(found, key=step_of)
 
 
 def hf_files(path: str | Path) -> Path:
-    """Where config.json and the tokenizer of a model.path lie: a Hugging Face folder is that itself, a Megatron checkpoint holds one."""
+    """Where config.json and the tokenizer of a model.path lie: a
+    Hugging Face folder is that itself, a Megatron checkpoint holds one.
+    """
     inside = Path(path) / HF_FILES
     return inside if (inside / "config.json").is_file() else Path(path)
 

@@ -24,7 +24,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field("", description="What the run starts from: a Hugging Face folder, or a run's checkpoints/step_N (of any layout).")
+    path: str = Field(
+        "",
+        description="What the run starts from: a Hugging Face folder, or a run's checkpoints/step_N (of any layout).",
+    )
 
 
 class ParallelConfig(Section):
@@ -32,12 +35,18 @@ class ParallelConfig(Section):
 
     tp: int = Field(1, ge=1, description="Tensor-parallel size.")
     pp: int = Field(1, ge=1, description="Pipeline-parallel size (stages).")
-    vpp: int = Field(1, ge=1, description="Model chunks a pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule.")
+    vpp: int = Field(
+        1, ge=1, description="Model chunks a pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule."
+    )
     ep: int = Field(1, ge=1, description="Expert-parallel size.")
     etp: int = Field(1, ge=1, description="Tensor-parallel size inside an expert.")
     cp: int = Field(1, ge=1, description="Context-parallel size.")
-    first_stage_layers: int | None = Field(None, ge=1, description="Layers of the first pipeline stage, if not an even share (vpp 1 only).")
-    last_stage_layers: int | None = Field(None, ge=1, description="Layers of the last pipeline stage, if not an even share (vpp 1 only).")
+    first_stage_layers: int | None = Field(
+        None, ge=1, description="Layers of the first pipeline stage, if not an even share (vpp 1 only)."
+    )
+    last_stage_layers: int | None = Field(
+        None, ge=1, description="Layers of the last pipeline stage, if not an even share (vpp 1 only)."
+    )
 
 
 class EngineConfig(Section):
@@ -45,11 +54,19 @@ class EngineConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recompute.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Token budget of one packed micro-batch.")
     distributed_optimizer: bool = Field(False, description="Shard optimizer state over data-parallel ranks.")
-    experts: Literal["grouped", "sequential"] = Field("grouped", description="All experts in one grouped product, or one after the other.")
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(
-        "auto", description="Layers: Transformer Engine's, or megatron-core's own; auto takes the former on a GPU where it is installed."
+    experts: Literal["grouped", "sequential"] = Field(
+        "grouped", description="All experts in one grouped product, or one after the other."
     )
-    deterministic: bool = Field(False, description="Deterministic kernels in training, wherever torch has them; slower on a GPU.")
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(
+        "auto",
+        description=(
+            "Layers: Transformer Engine's, or megatron-core's own; auto takes the former on a GPU where it is "
+            "installed."
+        ),
+    )
+    deterministic: bool = Field(
+        False, description="Deterministic kernels in training, wherever torch has them; slower on a GPU."
+    )
 
 
 class ReplayConfig(Section):
@@ -57,7 +74,9 @@ class ReplayConfig(Section):
         None, description="Routing replay; unset follows batch.minibatches: 1 none, 2 R2, 3 or more R3."
     )
     metrics: bool = Field(True, description="Record routes for the agreement metrics even where nothing is replayed.")
-    on_missing: Literal["error", "live"] = Field("error", description="A sample without routes under R3: stop, or route it live.")
+    on_missing: Literal["error", "live"] = Field(
+        "error", description="A sample without routes under R3: stop, or route it live."
+    )
 
 
 class BatchConfig(Section):
@@ -66,10 +85,17 @@ class BatchConfig(Section):
     minibatches: int = Field(1, ge=1, description="Optimizer steps a rollout (N); 1 is on-policy.")
     equal_groups: Literal["keep", "drop", "refill"] = Field(
         "keep",
-        description="Groups whose rewards are all equal teach nothing: train on them, leave them out, or sample other prompts instead.",
+        description=(
+            "Groups whose rewards are all equal teach nothing: train on them, leave them out, or sample other "
+            "prompts instead."
+        ),
     )
-    max_refills: int = Field(2, ge=1, description="equal_groups refill: at most this many further rollouts a step; then as drop.")
-    mask_truncated: bool = Field(False, description="Leave responses that hit rollout.max_new_tokens out of the loss (DAPO's filter).")
+    max_refills: int = Field(
+        2, ge=1, description="equal_groups refill: at most this many further rollouts a step; then as drop."
+    )
+    mask_truncated: bool = Field(
+        False, description="Leave responses that hit rollout.max_new_tokens out of the loss (DAPO's filter)."
+    )
 
 
 class RolloutConfig(Section):
@@ -79,41 +105,70 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; all three policies use it.")
     max_prompt_tokens: int = Field(1024, ge=1, description="A longer prompt is a bad line (data.on_bad_line).")
     max_new_tokens: int = Field(256, ge=1, description="Longest response in tokens.")
-    max_lag: int = Field(0, ge=0, description="Largest allowed lag of a token's weights in optimizer steps; 0 is synchronous.")
+    max_lag: int = Field(
+        0, ge=0, description="Largest allowed lag of a token's weights in optimizer steps; 0 is synchronous."
+    )
     max_num_seqs: int = Field(256, ge=1, description="Responses one server decodes at the same time.")
     enforce_eager: bool = Field(True, description="Run vLLM without torch.compile and graphs.")
-    kv_cache_gib: float = Field(0.25, gt=0, description="Memory for vLLM's KV cache on a CPU and under launch.colocate, in GiB a GPU.")
+    kv_cache_gib: float = Field(
+        0.25, gt=0, description="Memory for vLLM's KV cache on a CPU and under launch.colocate, in GiB a GPU."
+    )
     quantization: Literal["none", "fp8"] = Field(
         "none", description="fp8: vLLM quantises the weights as it loads them, and again at every sync; needs a GPU."
     )
-    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="Precision of vLLM's KV cache; auto is rollout.dtype.")
-    batch_invariant: bool = Field(
-        False, description="vLLM's batch-invariant kernels: a token's numbers do not depend on its batch; slower, needs a GPU."
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="Precision of vLLM's KV cache; auto is rollout.dtype."
     )
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="vLLM's share of GPU memory, but see rollout.kv_cache_gib.")
-    start_timeout_s: float = Field(300, gt=0, description="How long the trainer waits for the servers to come up, in seconds.")
+    batch_invariant: bool = Field(
+        False,
+        description=(
+            "vLLM's batch-invariant kernels: a token's numbers do not depend on its batch; slower, needs a GPU."
+        ),
+    )
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, le=1, description="vLLM's share of GPU memory, but see rollout.kv_cache_gib."
+    )
+    start_timeout_s: float = Field(
+        300, gt=0, description="How long the trainer waits for the servers to come up, in seconds."
+    )
     request_timeout_s: float = Field(600, gt=0, description="How long one batch of rollouts may take, in seconds.")
 
 
 class SyncConfig(Section):
     transport: Literal["reshard", "broadcast"] = Field(
-        "reshard", description="How weights reach the rollout workers: slices straight from rank to rank, or full tensors from rank 0."
+        "reshard",
+        description=(
+            "How weights reach the rollout workers: slices straight from rank to rank, or full tensors from rank 0."
+        ),
     )
     quantize: Literal["none", "fp8_e4m3", "fp8_e5m2", "int8", "int4"] = Field(
-        "none", description="Fake quantisation of the weights on the way: weight-only, one scale a row, to study low-precision rollouts."
+        "none",
+        description=(
+            "Fake quantisation of the weights on the way: weight-only, one scale a row, to study low-precision "
+            "rollouts."
+        ),
     )
     quantize_also: list[Literal["router", "embeddings"]] = Field(
-        [], description="Quantise these too; embeddings are the input embedding and lm_head. Norms and biases never are."
+        [],
+        description="Quantise these too; embeddings are the input embedding and lm_head. Norms and biases never are.",
     )
     staged: bool | None = Field(
-        None, description="Receive and check everything before anything is loaded, at the cost of a copy; unset is true on a CPU alone."
+        None,
+        description=(
+            "Receive and check everything before anything is loaded, at the cost of a copy; unset is true on a CPU "
+            "alone."
+        ),
     )
     digests: Literal["first", "every", "off"] = Field(
         "first", description="Which syncs compare digests of the workers' weights with an engine loaded from disk."
     )
     timeout_s: float = Field(120, gt=0, description="Time limit of each step of a weight sync in seconds.")
     canary_tolerance: float | None = Field(
-        None, gt=0, description="Largest |log-probability difference| of the canary; unset is 1e-4 in float32, 0.5 in lower precision."
+        None,
+        gt=0,
+        description=(
+            "Largest |log-probability difference| of the canary; unset is 1e-4 in float32, 0.5 in lower precision."
+        ),
     )
 
     @field_validator("digests", mode="before")
@@ -125,14 +180,29 @@ class SyncConfig(Section):
 
 class DataConfig(Section):
     prompts: str = Field("", description="Training prompts, JSONL: {messages | prompt, answer}.")
-    reward: str = Field("exact_match", description="digit_sum, exact_match, math_verify, or a dotted path module.function.")
-    reward_workers: int = Field(2, ge=1, description="Processes a data-parallel replica that run math_verify or a reward of one's own.")
-    reward_timeout_s: float = Field(30, gt=0, description="Time limit of one such reward, in seconds; see train.on_bad_batch.")
-    overlong_buffer: int = Field(0, ge=0, description="Tokens before rollout.max_new_tokens over which a length penalty grows; 0 is off.")
-    overlong_penalty: float = Field(1.0, ge=0, description="The penalty at rollout.max_new_tokens, taken off the reward (DAPO).")
-    on_bad_line: Literal["error", "skip"] = Field("error", description="A malformed JSONL line: stop and name it, or skip and count it.")
+    reward: str = Field(
+        "exact_match", description="digit_sum, exact_match, math_verify, or a dotted path module.function."
+    )
+    reward_workers: int = Field(
+        2, ge=1, description="Processes a data-parallel replica that run math_verify or a reward of one's own."
+    )
+    reward_timeout_s: float = Field(
+        30, gt=0, description="Time limit of one such reward, in seconds; see train.on_bad_batch."
+    )
+    overlong_buffer: int = Field(
+        0, ge=0, description="Tokens before rollout.max_new_tokens over which a length penalty grows; 0 is off."
+    )
+    overlong_penalty: float = Field(
+        1.0, ge=0, description="The penalty at rollout.max_new_tokens, taken off the reward (DAPO)."
+    )
+    on_bad_line: Literal["error", "skip"] = Field(
+        "error", description="A malformed JSONL line: stop and name it, or skip and count it."
+    )
     loader: Literal["torch", "dali"] = Field(
-        "torch", description="What reads the cold start's demonstrations ahead: a thread with torch, or DALI (extra dali). Same batches."
+        "torch",
+        description=(
+            "What reads the cold start's demonstrations ahead: a thread with torch, or DALI (extra dali). Same batches."
+        ),
     )
     shuffle: bool = Field(True, description="Shuffle the prompts anew each epoch, seeded by run.seed.")
 
@@ -158,7 +228,10 @@ class TrainConfig(Section):
     clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is off.")
     on_bad_batch: Literal["stop", "skip"] = Field(
         "stop",
-        description="A NaN or infinite reward, log-probability or gradient, or a reward that fails: stop and name it, or skip the step.",
+        description=(
+            "A NaN or infinite reward, log-probability or gradient, or a reward that fails: stop and name it, or "
+            "skip the step."
+        ),
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -172,7 +245,9 @@ class CriticConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="Rollout steps at the start in which only the critic is trained.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of GAE.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of GAE.")
-    value_clip: float = Field(0.2, gt=0, description="How far a value may move from its old one before its loss stops pulling.")
+    value_clip: float = Field(
+        0.2, gt=0, description="How far a value may move from its old one before its loss stops pulling."
+    )
 
 
 class SftConfig(Section):
@@ -186,28 +261,42 @@ class SftConfig(Section):
 class RunConfig(Section):
     dir: str = Field("runs/default", description="Everything the run writes lies here.")
     seed: int = 0
-    save_every: int = Field(0, ge=0, description="Checkpoint every this many steps, and at the end; 0 is only at the end.")
+    save_every: int = Field(
+        0, ge=0, description="Checkpoint every this many steps, and at the end; 0 is only at the end."
+    )
     keep: int = Field(2, ge=1, description="Whole checkpoints kept; older ones are deleted.")
     rollout_samples: int = Field(4, ge=0, description="Responses written to rollouts/ each step, for reading.")
     loggers: list[str] = Field(
-        ["tensorboard"], description="Where scalars go besides metrics.jsonl: tensorboard, wandb, mlflow, or a dotted path module.Class."
+        ["tensorboard"],
+        description=(
+            "Where scalars go besides metrics.jsonl: tensorboard, wandb, mlflow, or a dotted path module.Class."
+        ),
     )
 
 
 class LaunchConfig(Section):
-    trainers: int = Field(1, ge=1, description="Local ranks that run, sft, score, compare start; ignored under an outer torchrun.")
+    trainers: int = Field(
+        1, ge=1, description="Local ranks that run, sft, score, compare start; ignored under an outer torchrun."
+    )
     store: str = Field(
-        "127.0.0.1:0", description="host:port where trainers and rollout workers meet; port 0 lets megarl run pick a free one."
+        "127.0.0.1:0",
+        description="host:port where trainers and rollout workers meet; port 0 lets megarl run pick a free one.",
     )
     rollout_python: str | None = Field(
-        None, description="Python of the rollout workers, where vLLM lives in an environment of its own; unset is this one."
+        None,
+        description="Python of the rollout workers, where vLLM lives in an environment of its own; unset is this one.",
     )
     colocate: bool = Field(
         False,
-        description="megarl run on a node of GPUs: trainer and rollouts on the same ones, in turns; rollout.engines x rollout.tp is then "
-        "launch.trainers. Not yet run on a GPU.",
+        description=(
+            "megarl run on a node of GPUs: trainer and rollouts on the same ones, in turns; rollout.engines x "
+            "rollout.tp is then "
+            "launch.trainers. Not yet run on a GPU."
+        ),
     )
-    interface: str | None = Field(None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice.")
+    interface: str | None = Field(
+        None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice."
+    )
 
 
 class ScoreConfig(Section):
@@ -221,7 +310,10 @@ class Config(Section):
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     objective: ObjectiveConfig = Field(
         default_factory=lambda: resolve_objective("minirl"),
-        description="A preset's name, or {preset: name, key: value, ...} with the keys of megarl.objective.presets.ObjectiveConfig.",
+        description=(
+            "A preset's name, or {preset: name, key: value, ...} with the keys of "
+            "megarl.objective.presets.ObjectiveConfig."
+        ),
     )
     batch: BatchConfig = Field(default_factory=BatchConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -251,19 +343,26 @@ class Config(Section):
 def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
     """Reads YAML, applies `key.path=value` overrides (values are YAML), validates.
 
-    Raises UserError, one line, for a missing file, a bad override, an unknown key (with the nearest valid one) or a bad value.
+    Raises UserError, one line, for a missing file, a bad override, an
+    unknown key (with the nearest valid one) or a bad value.
     """
     tree: dict[str, Any] = {}
     if path is not None:
         if not Path(path).is_file():
-            raise UserError(f"config file {str(path)!r} does not exist; give the path of a YAML file, e.g. examples/quickstart.yaml")
+            raise UserError(
+                f"config file {str(path)!r} does not exist; give the path of a YAML file, e.g. examples/quickstart.yaml"
+            )
         try:
             tree = yaml.safe_load(Path(path).read_text()) or {}
         except yaml.YAMLError as error:
             raise UserError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
-            raise UserError(f"config file {str(path)!r} holds a {type(tree).__name__}; it must hold sections such as 'train:'")
-    tree = {key: {} if value is None else value for key, value in tree.items()}  # a section with all its keys commented out
+            raise UserError(
+                f"config file {str(path)!r} holds a {type(tree).__name__}; it must hold sections such as 'train:'"
+            )
+    tree = {
+        key: {} if value is None else value for key, value in tree.items()
+    }  # a section with all its keys commented out
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
@@ -281,7 +380,9 @@ def _yaml_value(item: str, text: str) -> Any:
     try:
         return yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
-        raise UserError(f"override {item!r}: the value is not YAML; quote it, e.g. 'data.prompts=\"a: b.jsonl\"'") from None
+        raise UserError(
+            f"override {item!r}: the value is not YAML; quote it, e.g. 'data.prompts=\"a: b.jsonl\"'"
+        ) from None
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any, item: str) -> None:

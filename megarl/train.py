@@ -1,4 +1,6 @@
-"""The loop: roll out, recompute, update, sync. `torchrun ... -m megarl.train CONFIG [key=value ...]`; every rank runs the same."""
+"""The loop: roll out, recompute, update, sync. `torchrun ... -m
+megarl.train CONFIG [key=value ...]`; every rank runs the same.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,20 @@ from typing import Any
 import torch.distributed as dist
 
 from megarl.checkpoints import whole_checkpoints
-from megarl.collect import Collector, Values
-from megarl.colocate import Turns
 from megarl.config import Config, dump_config, load_config
 from megarl.data import Prompt, PromptStream, load_prompts, load_tokenizer
 from megarl.engine.build import build_engine
 from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.parallel import destroy_parallel
-from megarl.learn import Learner
-from megarl.refit import Refit
-from megarl.report.metrics import MetricsLogger
-from megarl.report.progress import Progress
-from megarl.report.samples import Sample, write_samples
-from megarl.report.trace import phase, start_trace, stop_trace
-from megarl.report.worst import Row, write_worst
+from megarl.loop.collect import Collector, Values
+from megarl.loop.colocate import Turns
+from megarl.loop.learn import Learner
+from megarl.loop.refit import Refit
+from megarl.observe.metrics import MetricsLogger
+from megarl.observe.progress import Progress
+from megarl.observe.samples import Sample, write_samples
+from megarl.observe.trace import phase, start_trace, stop_trace
+from megarl.observe.worst import Row, write_worst
 from megarl.rollout.fleet import Fleet
 
 
@@ -36,7 +38,9 @@ def main(argv: list[str]) -> int:
 
 def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     """One run, from its beginning or its last whole checkpoint. `connect`: how the rollout workers are found."""
-    engine = build_engine(config, optimizer_steps=config.train.steps * config.batch.minibatches, temperature=config.rollout.temperature)
+    engine = build_engine(
+        config, optimizer_steps=config.train.steps * config.batch.minibatches, temperature=config.rollout.temperature
+    )
     parallel = engine.model.parallel
     tokenizer = load_tokenizer(config.model.path)
     prompts, validation = load_data(config, tokenizer)
@@ -88,19 +92,27 @@ def rates(metrics: Values, seconds: float) -> Values:
     """time/step_s and tokens a second: of the whole step, and of its updates alone."""
     tokens, update = metrics["response/tokens"], metrics["time/update_s"]
     assert isinstance(tokens, float) and isinstance(update, float)
-    return {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds, "throughput/train_tokens_per_s": tokens / update}
+    return {
+        "time/step_s": seconds,
+        "throughput/tokens_per_s": tokens / seconds,
+        "throughput/train_tokens_per_s": tokens / update,
+    }
 
 
 def load_data(config: Config, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
     """Training and validation prompts; the latter empty where evaluation is off."""
 
     def load(path: str) -> list[Prompt]:
-        prompts, bad = load_prompts(path, tokenizer, max_tokens=config.rollout.max_prompt_tokens, on_bad_line=config.data.on_bad_line)
+        prompts, bad = load_prompts(
+            path, tokenizer, max_tokens=config.rollout.max_prompt_tokens, on_bad_line=config.data.on_bad_line
+        )
         if bad and dist.get_rank() == 0:
             print(f"{path}: skipped {bad} bad lines, kept {len(prompts)}")
         return prompts
 
-    return load(config.data.prompts), load(config.eval.prompts)[: config.eval.max_prompts] if config.eval.prompts else []
+    return load(config.data.prompts), load(config.eval.prompts)[
+        : config.eval.max_prompts
+    ] if config.eval.prompts else []
 
 
 class Output:

@@ -1,4 +1,6 @@
-"""What all tests share: one thread a process, and a configuration whose checkpoint has no weights, for checks that read none."""
+"""What all tests share: one thread a process, and a configuration whose
+checkpoint has no weights, for checks that read none.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ HF_CONFIG: dict[str, Any] = {
 
 
 class ByServer(LoadScopeScheduling):
-    """A file's tests stay on one worker of pytest-xdist, and so do those of a folder whose files share a server or a cold start."""
+    """A file's tests stay on one worker of pytest-xdist, and so do
+    those of a folder whose files share a server or a cold start.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]

@@ -1,4 +1,6 @@
-"""Writes docs/config.md from the typed tree: `python tools/config_docs.py`, or with --check fails where the file is not current."""
+"""Writes docs/config.md from the typed tree: `python tools/config_docs.py`,
+or with --check fails where the file is not current.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ def main(argv: list[str]) -> int:
     text = render()
     if argv == ["--check"]:
         current = TARGET.is_file() and TARGET.read_text() == text
-        print("docs/config.md is current" if current else "docs/config.md is not current; run: python tools/config_docs.py")
+        print(
+            "docs/config.md is current"
+            if current
+            else "docs/config.md is not current; run: python tools/config_docs.py"
+        )
         return 0 if current else 1
     TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text(text)
@@ -43,7 +49,9 @@ def render() -> str:
         parts.append(f"\n## {name}\n")
         doc = field.description or own_docstring(section)
         if section is ObjectiveConfig:
-            doc += f" Presets: {', '.join(f'`{preset}`' for preset in presets)}. The defaults below are those of `minirl`."
+            doc += (
+                f" Presets: {', '.join(f'`{preset}`' for preset in presets)}. The defaults below are those of `minirl`."
+            )
         if doc:
             parts.append(f"\n{doc}\n")
         parts.append("\n| key | type | default | meaning |\n|---|---|---|---|\n")
@@ -57,7 +65,9 @@ def own_docstring(section: type[BaseModel]) -> str:
 
 def row(key: str, field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
-    shown = {"": "empty", "None": "unset"}.get(str(default), f"`{str(default).lower() if isinstance(default, bool) else default}`")
+    shown = {"": "empty", "None": "unset"}.get(
+        str(default), f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    )
     meaning = (field.description or "").replace("|", "\\|")
     return f"| `{key}` | {type_name(field.annotation)} | {shown} | {meaning} |\n"
 
@@ -71,7 +81,9 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(arguments[0])}"
     if arguments:
         return ", ".join(type_name(argument) for argument in arguments if argument is not type(None))
-    return {"int": "integer", "float": "number", "str": "text", "bool": "true, false"}.get(annotation.__name__, annotation.__name__)
+    return {"int": "integer", "float": "number", "str": "text", "bool": "true, false"}.get(
+        annotation.__name__, annotation.__name__
+    )
 
 
 if __name__ == "__main__":

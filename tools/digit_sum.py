@@ -1,10 +1,12 @@
 """The quickstart's task: the sum of a prompt's digits modulo 10, with running sums as a scratchpad.
 
-    python tools/digit_sum.py --out DIR      train.jsonl, valid.jsonl {"prompt", "answer"}; demos.jsonl {"prompt", "response"}
+    python tools/digit_sum.py --out DIR      train.jsonl, valid.jsonl
+    {"prompt", "answer"}; demos.jsonl {"prompt", "response"}
 
-The prompt "38412=" has the answer "8" and the full scratchpad "31568": the sum of the first 1, 2, ... 5 digits, each modulo 10.
-The defaults are calibrated: 500 steps of 64 demonstrations leave the tiny model with a reward of about 0.3 at temperature 1 (a slip in
-five in every step), and with the right sum as its most probable path, so that 60 to 100 steps of RL suffice.
+The prompt "38412=" has the answer "8" and the full scratchpad "31568": the sum of the first 1,
+2, ... 5 digits, each modulo 10. The defaults are calibrated: 500 steps of 64 demonstrations
+leave the tiny model with a reward of about 0.3 at temperature 1 (a slip in five in every step),
+and with the right sum as its most probable path, so that 60 to 100 steps of RL suffice.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from pathlib import Path
 
 
 def running_sums(digits: str, rng: random.Random | None = None, noise: float = 0.0) -> str:
-    """Running sums of `digits` modulo 10; with probability `noise` a step adds a wrong number, which later steps carry on."""
+    """Running sums of `digits` modulo 10; with probability `noise` a
+    step adds a wrong number, which later steps carry on.
+    """
     total, sums = 0, ""
     for digit in digits:
         slip = rng.randint(1, 9) if rng is not None and rng.random() < noise else 0
@@ -27,7 +31,9 @@ def running_sums(digits: str, rng: random.Random | None = None, noise: float = 0
 
 
 def demonstration(digits: str, rng: random.Random, noise: float, shorten: float) -> str:
-    """A noisy scratchpad; with probability `shorten` only a tail of it, so that lengths vary and the model has a bad habit to lose."""
+    """A noisy scratchpad; with probability `shorten` only a tail of it,
+    so that lengths vary and the model has a bad habit to lose.
+    """
     response = running_sums(digits, rng, noise)
     return response[rng.randint(1, len(digits) - 1) :] if rng.random() < shorten else response
 
@@ -43,7 +49,9 @@ def write_task(
     valid: int = 256,
     demos: int = 20_000,
 ) -> Path:
-    """Writes the three files into `out`, the same bytes for the same arguments; train and valid prompts are distinct and disjoint."""
+    """Writes the three files into `out`, the same bytes for the same
+    arguments; train and valid prompts are distinct and disjoint.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)

@@ -2,9 +2,10 @@
 
     python tools/equality.py [--quick] [--json FILE] [--write docs/equality.md]
 
-For every layout and every replay mode, log-probabilities, loss and gradient of one mini-batch are compared with those of a single
-rank that runs one micro-batch. R3 replays adversarial routes that differ at every token. The figure is max |a - b| / max |b|, the
-worst over all tensors; the limit is 1e-5 in float32. Ranks are real processes over gloo, one launch for each world size.
+For every layout and every replay mode, log-probabilities, loss and gradient of one mini-batch are
+compared with those of a single rank that runs one micro-batch. R3 replays adversarial routes that
+differ at every token. The figure is max |a - b| / max |b|, the worst over all tensors; the limit
+is 1e-5 in float32. Ranks are real processes over gloo, one launch for each world size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 LIMIT = 1e-5
 MODES = ("none", "R2", "R3")
 TEMPERATURE = 0.9
-# (prompt, response) tokens of the mini-batch: uneven, a response of one token, one that is longer than a small micro-batch
+# (prompt, response) tokens of the mini-batch: uneven, a response of one token, one that is longer than a small
+# micro-batch
 RESPONSES = [(4, 9), (4, 1), (4, 20), (7, 3), (7, 12), (7, 30), (2, 5), (2, 16), (2, 2), (9, 8), (9, 1), (9, 40)]
 
 
@@ -45,7 +47,10 @@ SMALL = {"micro_batch_tokens": 48}  # several micro-batches of different lengths
 MODELS = {  # arguments of make_tiny_model; the default family is Qwen3-MoE
     "moe": {},
     "dense_first": {"dense_layers": [0]},
-    "deepseek": {"family": "deepseek_v3", "top_k": 4},  # latent attention, expert bias, 2 of 4 groups, shared expert, dense first layer
+    "deepseek": {
+        "family": "deepseek_v3",
+        "top_k": 4,
+    },  # latent attention, expert bias, 2 of 4 groups, shared expert, dense first layer
     "qwen2": {"family": "qwen2_moe", "kv_heads": 4},  # QKV bias, a shared expert behind a gate
     "llama": {"family": "llama"},  # no experts
     "deep": {"layers": 8},
@@ -86,7 +91,13 @@ ROWS = [
     Row("PP2 EP2 DP2", 4, {"pp": 2, "ep": 2}, SMALL),
     Row("PP4", 4, {"pp": 4}, SMALL),
     Row("PP4 VPP2, 8 layers", 4, {"pp": 4, "vpp": 2}, SMALL, model="deep"),
-    Row("DeepSeek, TP2 CP2 EP2 full recompute", 4, {"tp": 2, "cp": 2, "ep": 2}, {"recompute": "full", **SMALL}, model="deepseek"),
+    Row(
+        "DeepSeek, TP2 CP2 EP2 full recompute",
+        4,
+        {"tp": 2, "cp": 2, "ep": 2},
+        {"recompute": "full", **SMALL},
+        model="deepseek",
+    ),
     Row(
         "DeepSeek, TP2 PP2 EP2, first stage all dense",
         4,
@@ -95,7 +106,14 @@ ROWS = [
         model="deepseek",
         quick=True,
     ),
-    Row("DeepSeek, PP2 VPP2 ETP1 DP2 full recompute", 4, {"pp": 2, "vpp": 2}, {"recompute": "full", **SMALL}, model="deepseek", quick=True),
+    Row(
+        "DeepSeek, PP2 VPP2 ETP1 DP2 full recompute",
+        4,
+        {"pp": 2, "vpp": 2},
+        {"recompute": "full", **SMALL},
+        model="deepseek",
+        quick=True,
+    ),
     Row("DeepSeek, PP2 full recompute", 2, {"pp": 2}, {"recompute": "full", **SMALL}, model="deepseek"),
     Row("Qwen2-MoE, TP2 PP2 ETP2", 4, {"tp": 2, "pp": 2, "etp": 2}, SMALL, model="qwen2", quick=True),
     Row("Llama, TP2 PP2", 4, {"tp": 2, "pp": 2}, SMALL, model="llama", quick=True),
@@ -117,7 +135,9 @@ def main() -> int:
         args.write.write_text(PAGE.format(table=table, rows=len(results)))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
-    failed = [name for name, modes in results.items() if not all(v <= LIMIT for mode in modes.values() for v in mode.values())]
+    failed = [
+        name for name, modes in results.items() if not all(v <= LIMIT for mode in modes.values() for v in mode.values())
+    ]
     if failed:
         print(f"above {LIMIT:g}: {', '.join(failed)}")
     return 1 if failed else 0
@@ -157,7 +177,9 @@ def compare(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
         for row in rows:
             want = torch.load(folder / f"reference {row.model}.pt")
             got = torch.load(folder / f"{row.name}.pt")
-            results[row.name] = {mode: {key: _difference(got[mode][key], want[mode][key]) for key in want[mode]} for mode in MODES}
+            results[row.name] = {
+                mode: {key: _difference(got[mode][key], want[mode][key]) for key in want[mode]} for mode in MODES
+            }
     return results
 
 
@@ -179,10 +201,22 @@ def _make_dense(folder: Path, config: dict[str, Any], dense_layers: list[int]) -
 
 
 def _launch(folder: Path, world: int, rows: list[Row]) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONWARNINGS": "ignore",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
-        [*command, __file__, "--worker", str(folder), *[str(ROWS.index(row)) if row in ROWS else row.model for row in rows]],
+        [
+            *command,
+            __file__,
+            "--worker",
+            str(folder),
+            *[str(ROWS.index(row)) if row in ROWS else row.model for row in rows],
+        ],
         env=env,
         capture_output=True,
         text=True,
@@ -201,7 +235,10 @@ def _difference(got: Any, want: Any) -> float:
 
 
 def render(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    lines = ["| layout | " + " | ".join(f"{mode}: log-prob, loss, gradient" for mode in MODES) + " |", "|---|" + "---|" * len(MODES)]
+    lines = [
+        "| layout | " + " | ".join(f"{mode}: log-prob, loss, gradient" for mode in MODES) + " |",
+        "|---|" + "---|" * len(MODES),
+    ]
     for name, modes in results.items():
         cells = [", ".join(f"{modes[mode][key]:.1e}" for key in ("logprobs", "loss", "grad")) for mode in MODES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -220,8 +257,14 @@ def worker(folder: Path, names: list[str]) -> None:
     from megarl.engine.parallel import destroy_parallel
 
     for name in names:
-        row = ROWS[int(name)] if name.isdigit() else Row(f"reference {name}", 1, engine={"micro_batch_tokens": 4096}, model=name)
-        keys = [f"parallel.{k}={v}" for k, v in row.parallel.items()] + [f"engine.{k}={v}" for k, v in row.engine.items()]
+        row = (
+            ROWS[int(name)]
+            if name.isdigit()
+            else Row(f"reference {name}", 1, engine={"micro_batch_tokens": 4096}, model=name)
+        )
+        keys = [f"parallel.{k}={v}" for k, v in row.parallel.items()] + [
+            f"engine.{k}={v}" for k, v in row.engine.items()
+        ]
         config = load_config(None, [f"model.path={folder / row.model}", *keys])
         engine = build_engine(config, optimizer_steps=1, temperature=TEMPERATURE)
         result = {mode: measure(engine, config, mode) for mode in MODES}
@@ -232,11 +275,13 @@ def worker(folder: Path, names: list[str]) -> None:
 
 
 def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
-    """Log-probabilities (of all responses, in order), loss and gradients (as Hugging Face tensors) of one mini-batch, on rank 0."""
+    """Log-probabilities (of all responses, in order), loss and
+    gradients (as Hugging Face tensors) of one mini-batch, on rank 0.
+    """
     import torch
     import torch.distributed as dist
 
-    from megarl.learn import Learner
+    from megarl.loop.learn import Learner
 
     config = config.model_copy(deep=True)
     config.replay.mode, config.batch.minibatches = mode, 2  # two: with its own pi_old pass
@@ -270,7 +315,9 @@ def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
 
 
 def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
-    """This rank's packs of the fixed responses: the trainer's own assignment, arrays and, for R3, adversarial routes."""
+    """This rank's packs of the fixed responses: the trainer's own assignment, arrays and,
+    for R3, adversarial routes.
+    """
     import torch
 
     from megarl.engine.batch import assign, make_packs, scatter_rows
@@ -283,10 +330,13 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
     lengths = [p + r for p, r in RESPONSES]
     tokens = [torch.randint(3, 14, (n,), generator=generator) for n in lengths]
     mu = [-torch.rand(r, generator=generator) * 3 for _, r in RESPONSES]
-    # Of both signs, but positive in the mean: else the loss is a small difference of large terms and its relative error is of the terms'.
+    # Of both signs, but positive in the mean: else the loss is a small difference of large terms and its relative error
+    # is of the terms'.
     advantage = torch.randn(len(RESPONSES), generator=generator) + 1
     routes = [
-        torch.rand(n - 1, len(weight_map.moe_layers), weight_map.num_experts, generator=generator).argsort(-1)[..., : weight_map.top_k]
+        torch.rand(n - 1, len(weight_map.moe_layers), weight_map.num_experts, generator=generator).argsort(-1)[
+            ..., : weight_map.top_k
+        ]
         for n in lengths
     ]
     multiple = at.layout.pp if at.layout.vpp > 1 else 1
@@ -320,7 +370,9 @@ def gradients(engine: Any, distributed_optimizer: bool) -> list[tuple[Any, Any]]
 
 
 def _gather_shards(engine: Any) -> None:
-    """With the distributed optimizer each rank has reduced only its shard of every gradient bucket: brings the shards together."""
+    """With the distributed optimizer each rank has reduced only its
+    shard of every gradient bucket: brings the shards together.
+    """
     import torch.distributed as dist
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 

@@ -1,11 +1,11 @@
 """The paper's experiment in small: MiniRL and its ablations, routing replay and rollout precision, on several seeds.
 
-    python tools/paper_grid.py --subset --out runs/paper_grid          N = 1 and N = 8 under int4, fp32 controls, 3 seeds
-    python tools/paper_grid.py --full --seeds 3 --only n2- n4-         a part of the full grid
-    python tools/paper_grid.py --full --out runs/paper_grid            all of it: about a core-night
-    python tools/paper_grid.py --sweep                                 learning rates of the fp32 control
-    python tools/paper_grid.py --report --out runs/paper_grid          docs/paper.md, docs/paper/*.svg, docs/paper/results.json
-    python tools/paper_grid.py --report                                the same pages from docs/paper/results.json alone
+    python tools/paper_grid.py --subset --out runs/paper_grid          N = 1 and N = 8 under int4, fp32 controls, 3
+    seeds python tools/paper_grid.py --full --seeds 3 --only n2- n4-         a part of the full grid python
+    tools/paper_grid.py --full --out runs/paper_grid            all of it: about a core-night python tools/paper_grid.py
+    --sweep                                 learning rates of the fp32 control python tools/paper_grid.py --report --out
+    runs/paper_grid          docs/paper.md, docs/paper/*.svg, docs/paper/results.json python tools/paper_grid.py
+    --report                                the same pages from docs/paper/results.json alone
 
 Runs are ordinary run directories under OUT/runs. What has ended is skipped; a killed command goes on where it was. See
 examples/paper_grid/README.md.
@@ -41,16 +41,31 @@ def main() -> int:
     what.add_argument("--subset", action="store_true")
     what.add_argument("--full", action="store_true")
     what.add_argument(
-        "--sweep", type=float, nargs="*", metavar="LR", help=f"learning rates of the fp32 control; {arms.RATES} if none is named"
+        "--sweep",
+        type=float,
+        nargs="*",
+        metavar="LR",
+        help=f"learning rates of the fp32 control; {arms.RATES} if none is named",
     )
     what.add_argument("--report", action="store_true")
     what.add_argument("--lane", nargs=3, metavar=("QUEUE", "FOLDER", "DEADLINE"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/paper_grid"))
     parser.add_argument("--seeds", type=int, help="3 for the subset, 5 for the full grid")
-    parser.add_argument("--steps", type=int, default=arms.STEPS, help="optimizer steps of a run; the report is of the runs that have them")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="runs whose name holds one of these, e.g. n2- n4-")
-    parser.add_argument("--jobs", type=int, default=2, help="lanes side by side; each is a trainer and a vLLM server that take turns")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after this long; the same command goes on later")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=arms.STEPS,
+        help="optimizer steps of a run; the report is of the runs that have them",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="runs whose name holds one of these, e.g. n2- n4-"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="lanes side by side; each is a trainer and a vLLM server that take turns"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no run after this long; the same command goes on later"
+    )
     args = parser.parse_args()
     args.out = args.out.absolute()
     if args.report:
@@ -90,13 +105,27 @@ def make_task(folder: Path) -> None:
         (folder / "model.partial").rename(folder / "model")
     for name, own in arms.COLD_STARTS.items():
         if not (folder / name / "config.json").is_file():
-            keys = [f"model.path={folder / 'model'}", f"sft.data={folder / 'demos.jsonl'}", f"sft.out={folder / name}", *own]
-            command = [sys.executable, "-m", "megarl.cli", "sft", str(COLD_START), *keys, f"run.dir={folder / f'sft_{name}'}"]
+            keys = [
+                f"model.path={folder / 'model'}",
+                f"sft.data={folder / 'demos.jsonl'}",
+                f"sft.out={folder / name}",
+                *own,
+            ]
+            command = [
+                sys.executable,
+                "-m",
+                "megarl.cli",
+                "sft",
+                str(COLD_START),
+                *keys,
+                f"run.dir={folder / f'sft_{name}'}",
+            ]
             subprocess.run(command, check=True, env=environment())
 
 
 def run_all(runs: list[arms.Run], out: Path, jobs: int, deadline: float) -> int:
-    """Lanes side by side until every run has ended or, after `deadline` (seconds since 1970), none is begun. 0 if all have ended.
+    """Lanes side by side until every run has ended or, after `deadline`
+    (seconds since 1970), none is begun. 0 if all have ended.
 
     The kinds of server come one after the other.
     """
@@ -122,10 +151,12 @@ def run_all(runs: list[arms.Run], out: Path, jobs: int, deadline: float) -> int:
 
 
 def lane(queue: Path, folder: Path, out: Path, deadline: float) -> int:
-    """Supervises one lane: starts trainer and server as `megarl run` does, with the lane's loop in the place of the trainer's main."""
+    """Supervises one lane: starts trainer and server as `megarl run`
+    does, with the lane's loop in the place of the trainer's main.
+    """
     from megarl.config import load_config
     from megarl.launch.local import launch
-    from megarl.launch.plan import MODULES, make_plan
+    from megarl.launch.processes import MODULES, make_plan
 
     first = arms.Run(**{**(item := json.loads(queue.read_text())[0]), "arm": arms.Arm(**item["arm"])})
     for _ in range(RESTARTS):

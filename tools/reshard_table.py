@@ -1,10 +1,12 @@
-"""After a weight sync, does vLLM compute what the trainer computes? For training layouts against vLLM servers of TP1 and TP2.
+"""After a weight sync, does vLLM compute what the trainer computes? For
+training layouts against vLLM servers of TP1 and TP2.
 
     python tools/reshard_table.py [--layouts 1,tp2,...] [--tp 1,2] [--json FILE] [--write FILE] [sync.quantize=int8 ...]
 
-One server of each kind stays up; ranks of one layout after the other connect to it, sync, change every weight and sync again. A figure is
-max |log pi - log mu| over the canary's 64 tokens, float32; the limit is 1e-5. After every sync the digests of the workers' weights are
-compared with an engine that vLLM loads from an export of the gathered (and quantised) tensors: a row only exists where they are equal.
+One server of each kind stays up; ranks of one layout after the other connect to it, sync, change every weight and sync
+again. A figure is max |log pi - log mu| over the canary's 64 tokens, float32; the limit is 1e-5. After every sync the
+digests of the workers' weights are compared with an engine that vLLM loads from an export of the gathered (and
+quantised) tensors: a row only exists where they are equal.
 """
 
 from __future__ import annotations
@@ -57,17 +59,24 @@ def ranks(work: dict[str, Any]) -> None:
     from megarl.config import load_config
     from megarl.engine.build import build_engine
     from megarl.engine.parallel import destroy_parallel
-    from megarl.refit import Refit
+    from megarl.loop.refit import Refit
     from tools.vllm_servers import join
 
     for name in work["layouts"]:
         keys = [f"parallel.{key}={value}" for key, value in LAYOUTS[name][1].items()]
         for info in work["workers"]:
-            config = load_config(None, [f"model.path={work['model']}", f"run.dir={work['folder']}", *keys, *work["overrides"]])
+            config = load_config(
+                None, [f"model.path={work['model']}", f"run.dir={work['folder']}", *keys, *work["overrides"]]
+            )
             engine = build_engine(config)
             fleet = join(config, engine, info, work["port"])
             refit = Refit(config, engine, fleet)
-            row = {"layout": name, "transport": config.sync.transport, "quantize": config.sync.quantize, "tp": info["tp"]}
+            row = {
+                "layout": name,
+                "transport": config.sync.transport,
+                "quantize": config.sync.quantize,
+                "tp": info["tp"],
+            }
             for sync in ("first", "second"):
                 values = refit.sync(1)
                 row |= {sync: values["sync/canary_max_diff"], f"{sync}_s": values["time/sync_s"]}
@@ -88,18 +97,31 @@ def ranks(work: dict[str, Any]) -> None:
 def table(
     model: Path, folder: Path, layouts: list[str], port: int, workers: list[dict[str, Any]], overrides: list[str]
 ) -> list[dict[str, Any]]:
-    """Launches the ranks, one launch for each world size; returns the rows. Raises CalledProcessError where a sync fails."""
+    """Launches the ranks, one launch for each world size; returns the
+    rows. Raises CalledProcessError where a sync fails.
+    """
     out = folder / f"rows_{len(list(folder.glob('rows_*')))}.jsonl"
     out.touch()
     for world in sorted({LAYOUTS[name][0] for name in layouts}):
         mine = [name for name in layouts if LAYOUTS[name][0] == world]
-        work = dict(layouts=mine, workers=workers, port=port, model=str(model), folder=str(folder), overrides=overrides, out=str(out))
+        work = dict(
+            layouts=mine,
+            workers=workers,
+            port=port,
+            model=str(model),
+            folder=str(folder),
+            overrides=overrides,
+            out=str(out),
+        )
         run_ranks(__file__, world, work)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
-    lines = ["| trainer | ranks | vLLM | first sync | second sync | sent / held | busiest sender / mean |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| trainer | ranks | vLLM | first sync | second sync | sent / held | busiest sender / mean |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         sent = row["bytes_sent"]
         even = f"{max(sent) * len(sent) / sum(sent):.3f}" if sum(sent) else "-"

@@ -2,9 +2,10 @@
 
     python tools/rollout_families.py [--family NAME ...] [--json FILE]
 
-For each family vLLM loads a tiny random checkpoint, generates, is given the tensors of a second checkpoint of the same shape through the
-life cycle of a weight sync, and generates again. Log-probabilities and routes are judged by transformers: the largest |difference| of a
-log-probability of a response token, before and after, and the share of rows whose set of experts is the same in every MoE layer.
+For each family vLLM loads a tiny random checkpoint, generates, is given the tensors of a second checkpoint of the same
+shape through the life cycle of a weight sync, and generates again. Log-probabilities and routes are judged by
+transformers: the largest |difference| of a log-probability of a response token, before and after, and the share of rows
+whose set of experts is the same in every MoE layer.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_MLA_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
-from megarl.rollout.extension import WorkerExtension  # noqa: E402
+from megarl.server.worker_extension import WorkerExtension  # noqa: E402
 from tools.tiny_model import FAMILIES, make_tiny_model  # noqa: E402
 
 PROMPT, RESPONSE = 20, 12
@@ -32,7 +38,7 @@ MARK = "result: "
 
 class Extension(WorkerExtension):
     def sync_from(self, folder: str) -> None:
-        """What the receiver of a weight sync does (megarl/rollout/receiver.py), from a file."""
+        """What the receiver of a weight sync does (megarl/server/weight_receiver.py), from a file."""
         from safetensors.torch import load_file
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -84,7 +90,7 @@ def serve(family: str, folder: Path) -> dict[str, Any]:
         skip_tokenizer_init=True,
         seed=0,
         enable_return_routed_experts=experts,
-        worker_cls="megarl.rollout.cpu_worker.RolloutWorker",
+        worker_cls="megarl.server.cpu_worker.RolloutWorker",
         worker_extension_cls="tools.rollout_families.Extension",
     )
     layers = llm.collective_rpc("moe_layers")[0]
@@ -106,12 +112,16 @@ def serve(family: str, folder: Path) -> dict[str, Any]:
                 row["captured_layers"] = captured.shape[1]
                 captured = captured if captured.shape[1] == len(layers) else captured[:, layers]
                 same.append((np.sort(captured.astype(int), -1) == routes[: len(captured)]).all((1, 2)))
-        row |= {f"{when}_max_diff": worst} | ({f"{when}_routes_equal": float(np.concatenate(same).mean())} if experts else {})
+        row |= {f"{when}_max_diff": worst} | (
+            {f"{when}_routes_equal": float(np.concatenate(same).mean())} if experts else {}
+        )
     return row
 
 
 def judge(checkpoint: Path, tokens: list[int]) -> tuple[Any, Any]:
-    """transformers' log-probabilities [T - 1] of tokens 1.. and, sorted, the experts [T - 1, MoE layers, K] of tokens ..T - 2."""
+    """transformers' log-probabilities [T - 1] of tokens 1.. and,
+    sorted, the experts [T - 1, MoE layers, K] of tokens ..T - 2.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -12,6 +12,7 @@ if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get 
 fi
 export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet .
 .venv/bin/hadolint Dockerfile
 .venv/bin/mypy
 .venv/bin/python tools/config_docs.py --check

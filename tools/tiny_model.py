@@ -33,7 +33,9 @@ def tiny_config(
     initializer_range: float = 0.08,
     changes: dict[str, Any] | None = None,
 ) -> PreTrainedConfig:
-    """transformers' configuration of the tiny model of `family`, one of FAMILIES. changes: further keys of config.json."""
+    """transformers' configuration of the tiny model of `family`, one of FAMILIES.
+    changes: further keys of config.json.
+    """
     from transformers import AutoConfig
 
     latent = family in ("deepseek_v3", "moonlight")
@@ -60,8 +62,8 @@ def tiny_config(
 def make_tiny_model(out: str | Path, family: str = "qwen3_moe", *, seed: int = 0, **sizes: Any) -> Path:
     """Writes config.json, safetensors and a fast tokenizer into `out`; the same arguments give the same bytes.
 
-    sizes: as in `tiny_config`. Norm weights lie off 1, biases off 0, and router weights are scaled up, so that a swapped or unloaded tensor
-    shows and routing is not near-tied. The caller's torch RNG is left as it was.
+    sizes: as in `tiny_config`. Norm weights lie off 1, biases off 0, and router weights are scaled up, so that a
+    swapped or unloaded tensor shows and routing is not near-tied. The caller's torch RNG is left as it was.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -85,7 +87,9 @@ def make_tiny_model(out: str | Path, family: str = "qwen3_moe", *, seed: int = 0
             buffer.normal_(0, 0.1)
     model.to(dtype)
     for name, buffer in biases.items():
-        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = buffer  # float32, as the families publish it
+        model.get_submodule(
+            name.rpartition(".")[0]
+        ).e_score_correction_bias = buffer  # float32, as the families publish it
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
@@ -114,9 +118,18 @@ def _of_family(family: str, experts: int, top_k: int, width: int, head_dim: int)
         topk_group=groups,
         num_nextn_predict_layers=0,
     )
-    latent = dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=head_dim, qk_rope_head_dim=head_dim, v_head_dim=head_dim)
+    latent = dict(
+        q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=head_dim, qk_rope_head_dim=head_dim, v_head_dim=head_dim
+    )
     latent |= dict(scoring_func="sigmoid", topk_method="noaux_tc")  # transformers has no other; vLLM must be told
-    yarn = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=0.7)
+    yarn = dict(
+        rope_type="yarn",
+        rope_theta=10000.0,
+        factor=4.0,
+        original_max_position_embeddings=256,
+        mscale=1.0,
+        mscale_all_dim=0.7,
+    )
     one_group = dict(n_group=1, topk_group=1)
     return {
         "qwen3_moe": qwen,
@@ -131,7 +144,9 @@ def _of_family(family: str, experts: int, top_k: int, width: int, head_dim: int)
 
 
 def make_tokenizer(vocab_size: int = 32) -> PreTrainedTokenizerFast:
-    """A transformers fast tokenizer: one token a character of CHARACTERS, padded with <x0>, <x1>, ... to `vocab_size`; no BOS."""
+    """A transformers fast tokenizer: one token a character of
+    CHARACTERS, padded with <x0>, <x1>, ... to `vocab_size`; no BOS.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -143,7 +158,11 @@ def make_tokenizer(vocab_size: int = 32) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -1,4 +1,6 @@
-"""vLLM servers that stay up while one set of trainer ranks after another syncs into them: what the tools that measure syncs share."""
+"""vLLM servers that stay up while one set of trainer ranks after
+another syncs into them: what the tools that measure syncs share.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +25,40 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
-def servers(model: Path, folder: Path, tps: list[int], overrides: list[str]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """One vLLM server of each tensor-parallel size: (port of the run's store, of which this process is the master; servers' WorkerInfo)."""
-    from megarl.rollout import coordinator
+def servers(
+    model: Path, folder: Path, tps: list[int], overrides: list[str]
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """One vLLM server of each tensor-parallel size: (port of the run's
+    store, of which this process is the master; servers' WorkerInfo).
+    """
+    from megarl.rollout import registry
 
-    store = coordinator.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
+    store = registry.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
     config = folder / "servers.yaml"
     config.write_text("")
     children = []
     for tp in tps:
-        keys = [f"model.path={model}", f"run.dir={folder / f'server_tp{tp}'}", f"rollout.tp={tp}", f"launch.store=127.0.0.1:{store.port}"]
-        keys += ["rollout.max_prompt_tokens=96", "rollout.max_new_tokens=16", f"rollout.start_timeout_s={START_S}", *overrides]
+        keys = [
+            f"model.path={model}",
+            f"run.dir={folder / f'server_tp{tp}'}",
+            f"rollout.tp={tp}",
+            f"launch.store=127.0.0.1:{store.port}",
+        ]
+        keys += [
+            "rollout.max_prompt_tokens=96",
+            "rollout.max_new_tokens=16",
+            f"rollout.start_timeout_s={START_S}",
+            *overrides,
+        ]
         command = [sys.executable, "-m", "megarl.cli", "rollout", str(config), *keys]
         children.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}))
     try:
-        workers = coordinator.wait_for_workers(store, len(tps), START_S)
-        yield store.port, [{k: v for k, v in asdict(worker).items() if k not in ("beat", "seen_at")} for worker in workers]
-        coordinator.request_shutdown(store, workers)
+        workers = registry.wait_for_workers(store, len(tps), START_S)
+        yield (
+            store.port,
+            [{k: v for k, v in asdict(worker).items() if k not in ("beat", "seen_at")} for worker in workers],
+        )
+        registry.request_shutdown(store, workers)
     finally:
         for child in children:
             child.terminate()
@@ -56,8 +75,8 @@ def run_ranks(script: str, world: int, work: dict[str, Any]) -> None:
 
 def join(config: Config, engine: Engine, worker: dict[str, Any], port: int) -> JoinedFleet:
     """Inside a rank: its hold on one of the servers. worker, port: of servers()."""
-    from megarl.rollout.coordinator import WorkerInfo
     from megarl.rollout.fleet import JoinedFleet
+    from megarl.rollout.registry import WorkerInfo
 
     config.launch.store = f"127.0.0.1:{port}"
     return JoinedFleet(config, engine.model.parallel.device.device, [WorkerInfo(**worker)])

@@ -1,4 +1,6 @@
-"""The command lines of checkpoints_conversion/. Exit status 2 and one line for a mistake of the user's, 130 after Ctrl-C."""
+"""The command lines of checkpoints_conversion/. Exit status 2 and one
+line for a mistake of the user's, 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from megarl.convert.to_megatron import hf_to_megatron
 from megarl.errors import UserError
 from megarl.refusals import layouts
 from megarl.refusals.case import Case
-from megarl.weights.layout import Layout
-from megarl.weights.weight_map import load_hf_config
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import load_hf_config
 
 SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
@@ -27,11 +29,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def hf_to_megatron_main(argv: list[str] | None = None) -> int:
-    parser = _Parser(prog="hf_to_megatron.py", description="A Hugging Face folder as a Megatron checkpoint that any layout reads.")
+    parser = _Parser(
+        prog="hf_to_megatron.py", description="A Hugging Face folder as a Megatron checkpoint that any layout reads."
+    )
     parser.add_argument("--hf", required=True, type=Path, metavar="DIR", help="config.json, safetensors and tokenizer")
     _common(parser)
     for name in SIZES:
-        parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help="cut the files for this layout (default 1)")
+        parser.add_argument(
+            f"--{name}", type=int, default=1, metavar="N", help="cut the files for this layout (default 1)"
+        )
 
     def convert(args: argparse.Namespace) -> None:
         layout = layout_for(load_hf_config(args.hf), **{name: getattr(args, name) for name in SIZES})
@@ -41,15 +47,27 @@ def hf_to_megatron_main(argv: list[str] | None = None) -> int:
 
 
 def megatron_to_hf_main(argv: list[str] | None = None) -> int:
-    parser = _Parser(prog="megatron_to_hf.py", description="A Megatron checkpoint, of a run or converted, as a Hugging Face folder.")
-    parser.add_argument("--megatron", required=True, type=Path, metavar="DIR", help="a run's checkpoints/step_N, or a converted one")
+    parser = _Parser(
+        prog="megatron_to_hf.py", description="A Megatron checkpoint, of a run or converted, as a Hugging Face folder."
+    )
+    parser.add_argument(
+        "--megatron", required=True, type=Path, metavar="DIR", help="a run's checkpoints/step_N, or a converted one"
+    )
     _common(parser)
     return _run(parser, argv, lambda args: megatron_to_hf(args.megatron, args.out, _bytes(args.shard_gib), args.verify))
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="written whole or not at all; a second call goes on")
-    parser.add_argument("--shard-gib", type=float, default=4.0, metavar="GIB", help="largest file, also the step of resuming (default 4)")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="written whole or not at all; a second call goes on"
+    )
+    parser.add_argument(
+        "--shard-gib",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="largest file, also the step of resuming (default 4)",
+    )
     parser.add_argument("--verify", action="store_true", help="read both sides again and compare them bit for bit")
 
 

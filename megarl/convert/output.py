@@ -1,7 +1,8 @@
 """The folder a conversion writes: whole or not there, and gone on with after an interruption.
 
-Everything is written into `.OUT.partial` beside OUT, file by file; a file has its name only when it is whole. The folder is renamed at the
-end. What the conversion was asked for is kept in it, so that a second call goes on only with the same work.
+Everything is written into `.OUT.partial` beside OUT, file by file; a file has its
+name only when it is whole. The folder is renamed at the end. What the conversion
+was asked for is kept in it, so that a second call goes on only with the same work.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ PLAN = ".plan.json"
 def output_folder(out: Path, plan: dict[str, Any], nbytes: int) -> Iterator[Path]:
     """Gives the partial folder; renames it to `out` at the end of the block. nbytes: what will be written in all.
 
-    UserError where `out` exists, another conversion writes it, or the disk is full: what was written stays for the next call.
+    UserError where `out` exists, another conversion writes it, or the
+    disk is full: what was written stays for the next call.
     """
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {str(out)!r} already exists; remove it or give another folder")
@@ -38,7 +40,9 @@ def output_folder(out: Path, plan: dict[str, Any], nbytes: int) -> Iterator[Path
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--out {str(out)!r}: another conversion is writing it; wait for it or give another folder") from None
+            raise UserError(
+                f"--out {str(out)!r}: another conversion is writing it; wait for it or give another folder"
+            ) from None
         _start(partial, plan)
         _check_space(partial, out, nbytes)
         try:
@@ -49,7 +53,9 @@ def output_folder(out: Path, plan: dict[str, Any], nbytes: int) -> Iterator[Path
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise UserError(f"--out {str(out)!r}: the disk is full; free some space and call again, it goes on where it stopped") from None
+            raise UserError(
+                f"--out {str(out)!r}: the disk is full; free some space and call again, it goes on where it stopped"
+            ) from None
         finally:
             Path(lock.name).unlink(missing_ok=True)
 
@@ -71,7 +77,10 @@ def _check_space(partial: Path, out: Path, nbytes: int) -> None:
     written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     free = shutil.disk_usage(partial).free
     if free < nbytes - written:
-        raise UserError(f"--out {str(out)!r} needs {gib(nbytes - written)}, the disk has {gib(free)} free; free some space or give another")
+        raise UserError(
+            f"--out {str(out)!r} needs {gib(nbytes - written)}, the disk has {gib(free)} free; free some space or "
+            "give another"
+        )
 
 
 def gib(nbytes: int) -> str:

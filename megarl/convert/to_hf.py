@@ -10,12 +10,12 @@ import torch
 
 from megarl.checkpoints import hf_files
 from megarl.convert.output import fingerprint, output_folder
+from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
-from megarl.report.transfer import Transfer
-from megarl.weights.hf_folder import Shard, carry_files, plan_shards, write_index
-from megarl.weights.load import HfReader
-from megarl.weights.megatron_folder import MegatronReader
-from megarl.weights.safetensors_file import SafetensorsWriter, Spec
+from megarl.weights.files.hf_folder import Shard, carry_files, plan_shards, write_index
+from megarl.weights.files.hf_reader import HfReader
+from megarl.weights.files.megatron_folder import MegatronReader
+from megarl.weights.files.safetensors_file import SafetensorsWriter, Spec
 
 
 def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = False) -> None:
@@ -24,7 +24,11 @@ def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = F
         trained = reader.specs()
         specs = trained | {name: reader.spec(name) for name in reader.carried(reader.weight_map)}
         shards = plan_shards(specs, shard_bytes)
-        plan = {"source": str(megatron.absolute()), "files": fingerprint(megatron, (".metadata",)), "shards": [s.file for s in shards]}
+        plan = {
+            "source": str(megatron.absolute()),
+            "files": fingerprint(megatron, (".metadata",)),
+            "shards": [s.file for s in shards],
+        }
         with output_folder(out, plan, sum(shard.nbytes for shard in shards)) as partial:
             progress = Transfer("writing", sum(shard.nbytes for shard in shards))
             for shard in shards:

@@ -12,16 +12,16 @@ import torch
 from megarl.checkpoints import HF_FILES, STATE
 from megarl.convert.output import fingerprint, output_folder
 from megarl.convert.to_hf import same_bits
+from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
-from megarl.report.transfer import Transfer
-from megarl.weights.hf_folder import carry_files, carry_tensors
-from megarl.weights.layout import Layout
-from megarl.weights.load import HfReader
-from megarl.weights.megatron_folder import Cut, Global, MegatronReader, cuts_of_rank, whole_params
-from megarl.weights.relations import Piece
-from megarl.weights.safetensors_file import Spec
-from megarl.weights.torch_dist import Chunk, TorchDistWriter, write_metadata
-from megarl.weights.weight_map import WeightMap, load_hf_config
+from megarl.weights.files.hf_folder import carry_files, carry_tensors
+from megarl.weights.files.hf_reader import HfReader
+from megarl.weights.files.megatron_folder import Cut, Global, MegatronReader, cuts_of_rank, whole_params
+from megarl.weights.files.safetensors_file import Spec
+from megarl.weights.files.torch_dist import Chunk, TorchDistWriter, write_metadata
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.relations import Piece
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 JOURNAL = ".journal"  # one file for each finished data file: where its chunks lie
 
@@ -129,7 +129,10 @@ def _global_specs(weight_map: WeightMap, specs: dict[str, Spec]) -> dict[str, Sp
         for piece in param.pieces:
             spec = found.setdefault(where.key, Spec(specs[piece.hf].dtype, where.shape))
             if spec.dtype != specs[piece.hf].dtype:
-                raise UserError(f"tensor {piece.hf!r} is {specs[piece.hf].dtype}, others of {where.key!r} are {spec.dtype}; use one dtype")
+                raise UserError(
+                    f"tensor {piece.hf!r} is {specs[piece.hf].dtype}, others of {where.key!r} are {spec.dtype}; use "
+                    "one dtype"
+                )
     return found
 
 

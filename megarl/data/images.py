@@ -1,7 +1,7 @@
 """Prompts of an image and a text: decoded, resized and normalised by DALI, the tokens beside them. JPEG and PNG.
 
-Rows {"image": path, "messages" | "prompt": ..., "answer": ...}; a path is relative to the file it stands in. The model families of this
-release read text alone: this is the data path, for a model that takes pixels.
+Rows {"image": path, "messages" | "prompt": ..., "answer": ...}; a path is relative to the file it stands in. The model
+families of this release read text alone: this is the data path, for a model that takes pixels.
 """
 
 from __future__ import annotations
@@ -43,9 +43,17 @@ def load_image_prompts(path: Path, tokenizer: Any, *, max_tokens: int, on_bad_li
 
 
 def image_batches(
-    paths: Sequence[Path], *, batch: int, size: int, device: torch.device, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+    paths: Sequence[Path],
+    *,
+    batch: int,
+    size: int,
+    device: torch.device,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> Iterator[Tensor]:
-    """float32 [batch, 3, size, size] on `device`, in their order; the last one may be smaller. On a GPU the decoder runs there."""
+    """float32 [batch, 3, size, size] on `device`, in their order; the
+    last one may be smaller. On a GPU the decoder runs there.
+    """
     dali = import_dali()
     gpu = device.type == "cuda"
     groups = iter([paths[i : i + batch] for i in range(0, len(paths), batch)])
@@ -53,12 +61,16 @@ def image_batches(
     def source() -> list[np.ndarray]:
         return [np.fromfile(path, dtype=np.uint8) for path in next(groups)]
 
-    pipe = dali.Pipeline(batch_size=batch, num_threads=1, device_id=device.index if gpu else None, prefetch_queue_depth=AHEAD, seed=0)
+    pipe = dali.Pipeline(
+        batch_size=batch, num_threads=1, device_id=device.index if gpu else None, prefetch_queue_depth=AHEAD, seed=0
+    )
     with pipe:
         raw = dali.fn.external_source(source=source, dtype=dali.types.UINT8, ndim=1, batch=True)
         pixels = dali.fn.decoders.image(raw, device="mixed" if gpu else "cpu", output_type=dali.types.RGB)
         pixels = dali.fn.resize(pixels, size=[size, size], interp_type=dali.types.INTERP_CUBIC, antialias=True)
-        scaled = dict(mean=[255 * m for m in mean], std=[255 * s for s in std], output_layout="CHW", dtype=dali.types.FLOAT)
+        scaled = dict(
+            mean=[255 * m for m in mean], std=[255 * s for s in std], output_layout="CHW", dtype=dali.types.FLOAT
+        )
         pipe.set_outputs(dali.fn.crop_mirror_normalize(pixels, **scaled))
     pipe.build()
     while True:
@@ -67,5 +79,7 @@ def image_batches(
         except StopIteration:
             return
         except RuntimeError as error:
-            raise UserError(f"a picture cannot be decoded ({' '.join(str(error).split())[:200]}); give JPEG or PNG files") from None
+            raise UserError(
+                f"a picture cannot be decoded ({' '.join(str(error).split())[:200]}); give JPEG or PNG files"
+            ) from None
         yield torch.from_dlpack(out.as_tensor()).clone()

@@ -1,6 +1,8 @@
-"""The cold start's batches, read ahead: shards -> this rank's packs, their rows already on the device. By a thread of ours, or by DALI.
+"""The cold start's batches, read ahead: shards -> this rank's packs,
+their rows already on the device. By a thread of ours, or by DALI.
 
-Both loaders ask one function which demonstrations a step has and which of them are this rank's, so for a seed they give the same batches.
+Both loaders ask one function which demonstrations a step has and which of them are this rank's, so for a seed they give
+the same batches.
 A plan says it for a step, from lengths alone: no rank reads the tokens of another.
 """
 
@@ -27,7 +29,9 @@ LoaderKind = Literal["torch", "dali"]
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Packs of this rank for one step, as demonstrations; response tokens and tokens of the whole step, over all ranks."""
+    """Packs of this rank for one step, as demonstrations; response tokens and tokens of
+    the whole step, over all ranks.
+    """
 
     packs: list[list[int]]
     targets: int
@@ -48,7 +52,9 @@ def _read(plan: StepPlan, shards: Shards) -> list[np.ndarray]:
 
 
 def _cut(plan: StepPlan, shards: Shards, flat: list[Tensor]) -> list[list[Tensor]]:
-    return [list(tokens.split([shards.length(i) for i in pack])) if pack else [] for pack, tokens in zip(plan.packs, flat)]
+    return [
+        list(tokens.split([shards.length(i) for i in pack])) if pack else [] for pack, tokens in zip(plan.packs, flat)
+    ]
 
 
 def _threaded(plans: Iterator[StepPlan], shards: Shards, device: torch.device) -> Iterator[Batch]:
@@ -85,17 +91,27 @@ def _threaded(plans: Iterator[StepPlan], shards: Shards, device: torch.device) -
 
 
 def _dali(plans: Iterator[StepPlan], shards: Shards, device: torch.device) -> Iterator[Batch]:
-    """A DALI batch is a step, a sample the tokens of one pack. Reading, the cast and the copy to the device run in DALI's own threads."""
+    """A DALI batch is a step, a sample the tokens of one pack. Reading,
+    the cast and the copy to the device run in DALI's own threads.
+    """
     dali = import_dali()
     made: queue.Queue[StepPlan] = queue.Queue()
 
     def source() -> list[np.ndarray]:
         plan = next(plans)  # StopIteration ends the pipeline
         made.put(plan)
-        return [np.append(tokens, np.int32(0)) for tokens in _read(plan, shards)]  # DALI has no empty samples: one row more, dropped below
+        return [
+            np.append(tokens, np.int32(0)) for tokens in _read(plan, shards)
+        ]  # DALI has no empty samples: one row more, dropped below
 
     gpu = device.type == "cuda"
-    pipe = dali.Pipeline(batch_size=len(shards), num_threads=1, device_id=device.index if gpu else None, prefetch_queue_depth=AHEAD, seed=0)
+    pipe = dali.Pipeline(
+        batch_size=len(shards),
+        num_threads=1,
+        device_id=device.index if gpu else None,
+        prefetch_queue_depth=AHEAD,
+        seed=0,
+    )
     with pipe:
         tokens = dali.fn.external_source(source=source, dtype=dali.types.INT32, ndim=1, batch=True)
         tokens = dali.fn.cast(tokens.gpu() if gpu else tokens, dtype=dali.types.INT64)
@@ -107,7 +123,9 @@ def _dali(plans: Iterator[StepPlan], shards: Shards, device: torch.device) -> It
         except StopIteration:
             return
         plan = made.get()
-        flat = [torch.from_dlpack(out[i]).clone()[:-1] for i in range(len(plan.packs))]  # the pipeline writes over its own memory
+        flat = [
+            torch.from_dlpack(out[i]).clone()[:-1] for i in range(len(plan.packs))
+        ]  # the pipeline writes over its own memory
         yield plan, _cut(plan, shards, flat)
 
 
@@ -117,14 +135,22 @@ def import_dali() -> Any:
         import nvidia.dali.fn
         import nvidia.dali.types  # noqa: F401
     except ImportError:
-        raise UserError("data.loader dali: nvidia-dali is not installed; install the dali extra or set data.loader=torch") from None
+        raise UserError(
+            "data.loader dali: nvidia-dali is not installed; install the dali extra or set data.loader=torch"
+        ) from None
     return dali
 
 
 def planner(
-    order: Callable[[int], list[int]], batch: int, steps: int, shards: Shards, mine: Callable[[list[int]], list[list[int]]]
+    order: Callable[[int], list[int]],
+    batch: int,
+    steps: int,
+    shards: Shards,
+    mine: Callable[[list[int]], list[list[int]]],
 ) -> Iterator[StepPlan]:
-    """order(n): the next n demonstrations. mine(rows of a step's demonstrations): this rank's packs, as places among them."""
+    """order(n): the next n demonstrations. mine(rows of a step's
+    demonstrations): this rank's packs, as places among them.
+    """
     for _ in range(steps):
         chosen = order(batch)
         packs = [[chosen[place] for place in pack] for pack in mine([shards.length(i) - 1 for i in chosen])]

@@ -39,9 +39,11 @@ class BadLine(Exception):
 def load_prompts(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, on_bad_line: OnBadLine
 ) -> tuple[list[Prompt], int]:
-    """(prompts, number of bad lines) from rows {"messages": [...]} or {"prompt": text}, with "answer": text or a number.
+    """(prompts, number of bad lines) from rows {"messages": [...]} or
+    {"prompt": text}, with "answer": text or a number.
 
-    With a chat template both forms go through it, "prompt" as one user message, and the turn of the assistant is opened; without one,
+    With a chat template both forms go through it, "prompt" as one user message, and the turn of the assistant is
+    opened; without one,
     "prompt" is encoded as it is. Blank lines are no rows. A prompt of more than `max_tokens` tokens is a bad line.
     Raises UserError, one line, for a missing or empty file, and for the first bad line if `on_bad_line` is "error".
     """
@@ -66,7 +68,9 @@ def load_demonstrations(
     `max_tokens` bounds the whole; otherwise as load_prompts. Skipped lines are counted in one log line.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos token, so a response could not end; set eos_token in tokenizer_config.json")
+        raise UserError(
+            "the tokenizer has no eos token, so a response could not end; set eos_token in tokenizer_config.json"
+        )
     demonstrations: list[tuple[list[int], int]] = []
     bad = 0
     for line, raw in _lines(path, DEMONSTRATION_ROW):
@@ -85,7 +89,9 @@ def load_demonstrations(
 
 
 def check_lines(path: str | Path, kind: Literal["prompts", "demonstrations"]) -> None:
-    """Raises UserError for the first line that is no row, judged without a tokenizer: what can be told before any process starts."""
+    """Raises UserError for the first line that is no row, judged
+    without a tokenizer: what can be told before any process starts.
+    """
     shape = PROMPT_ROW if kind == "prompts" else DEMONSTRATION_ROW
     for line, raw in _lines(path, shape):
         try:
@@ -127,7 +133,9 @@ def _encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # templates are programs: they raise what they like about a row
-            raise BadLine(f"the tokenizer's chat template refuses it ({' '.join(str(error).split())}); mend 'messages'") from None
+            raise BadLine(
+                f"the tokenizer's chat template refuses it ({' '.join(str(error).split())}); mend 'messages'"
+            ) from None
         tokens = tokenizer.encode(text, add_special_tokens=False)
     elif row.get("messages") is not None:
         raise BadLine("has 'messages', but the tokenizer has no chat template; give 'prompt'")
@@ -159,7 +167,11 @@ def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise BadLine(f"key 'messages' is {messages!r}; give a list of {{'role', 'content'}}")
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in ROLES
+            or not isinstance(message.get("content"), str)
+        ):
             raise BadLine(f"message {message!r} is not {{'role': one of {', '.join(ROLES)}, 'content': text}}")
 
 

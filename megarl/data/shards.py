@@ -1,7 +1,7 @@
 """Demonstrations as token shards on disk: tokenised once, by one rank, then mapped into memory by all.
 
-tokens_00000.npy ...   int32, demonstrations one after the other
-index.npy              int64 [demonstrations, 4]: shard, first token, tokens, tokens of the prompt
+tokens_00000.npy ...   int32, demonstrations one after the other index.npy              int64 [demonstrations, 4]:
+shard, first token, tokens, tokens of the prompt
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ SHARD_TOKENS = 2**26  # 256 MiB a file
 
 
 def write_shards(data: Sequence[tuple[list[int], int]], folder: Path, shard_tokens: int = SHARD_TOKENS) -> None:
-    """data: (tokens of prompt and response, length of the prompt). The index is written last: a folder that has one is whole."""
+    """data: (tokens of prompt and response, length of the prompt). The
+    index is written last: a folder that has one is whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.npy").unlink(missing_ok=True)
     index, held, shard, at = [], [], 0, 0
@@ -35,7 +37,9 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.index = np.load(folder / "index.npy")
-        self._tokens = [np.load(folder / f"tokens_{i:05d}.npy", mmap_mode="r") for i in range(int(self.index[-1, 0]) + 1)]
+        self._tokens = [
+            np.load(folder / f"tokens_{i:05d}.npy", mmap_mode="r") for i in range(int(self.index[-1, 0]) + 1)
+        ]
 
     def __len__(self) -> int:
         return len(self.index)

@@ -37,11 +37,16 @@ class PromptStream:
         return {"n": self.n, "seed": self.seed, "shuffle": self.shuffle, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError if the state is of another file, seed or order: resuming would repeat or skip prompts without a word."""
+        """Raises UserError if the state is of another file, seed or
+        order: resuming would repeat or skip prompts without a word.
+        """
         for key, here in (("n", self.n), ("seed", self.seed), ("shuffle", self.shuffle)):
             if state[key] != here:
                 name = {"n": "the number of prompts", "seed": "run.seed", "shuffle": "data.shuffle"}[key]
-                raise UserError(f"{name} is {here}, but the checkpoint was written with {state[key]}; restore it or start in a new run.dir")
+                raise UserError(
+                    f"{name} is {here}, but the checkpoint was written with {state[key]}; restore it or start in a "
+                    "new run.dir"
+                )
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._order_of(self.epoch)
 

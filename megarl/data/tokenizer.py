@@ -19,4 +19,6 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(hf_files(path), local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"model.path {path!r} has no usable tokenizer ({reason}); put its tokenizer files there") from None
+        raise UserError(
+            f"model.path {path!r} has no usable tokenizer ({reason}); put its tokenizer files there"
+        ) from None

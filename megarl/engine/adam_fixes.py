@@ -1,6 +1,8 @@
-"""megatron-core 0.16 with torch's Adam (no Apex, no Transformer Engine): four faults in saving and loading the optimizer, mended.
+"""megatron-core 0.16 with torch's Adam (no Apex, no Transformer
+Engine): four faults in saving and loading the optimizer, mended.
 
-torch's Adam keeps a `step` tensor for each parameter, which megatron-core's loaders do not expect. Held by tests/parallel/ranks.py,
+torch's Adam keeps a `step` tensor for each parameter, which megatron-core's loaders do not expect. Held by
+tests/parallel/ranks.py,
 resume_is_exact, and tests/unit/test_first_checkpoint.py.
 """
 
@@ -20,16 +22,20 @@ def parts_of(optimizer: Any) -> Iterator[Any]:
 
 
 def before_saving(optimizer: Any) -> None:
-    """Gives an optimizer without a step so far the state of step 0: without it a distributed one cannot be saved, and others not loaded."""
+    """Gives an optimizer without a step so far the state of step 0:
+    without it a distributed one cannot be saved, and others not loaded.
+    """
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         for part in parts_of(optimizer):
             _give_state(part)
 
 
 def before_loading(optimizer: Any) -> None:
-    """The same for a distributed optimizer, which cannot describe itself to the loader (distrib_optimizer.py, state_dict).
+    """The same for a distributed optimizer, which cannot describe
+    itself to the loader (distrib_optimizer.py, state_dict).
 
-    Its loader copies into every entry of a parameter's state, but a checkpoint has none for `step` (_set_main_param_and_optimizer_states).
+    Its loader copies into every entry of a parameter's state, but a checkpoint has none for `step`
+    (_set_main_param_and_optimizer_states).
     """
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
@@ -40,7 +46,9 @@ def before_loading(optimizer: Any) -> None:
 
 
 def restore_step_0(loaded: Any) -> None:
-    """In a loaded state of the optimizer: megatron-core leaves the common step out where it is 0 (optimizer.py:845,1033)."""
+    """In a loaded state of the optimizer: megatron-core leaves the
+    common step out where it is 0 (optimizer.py:845,1033).
+    """
     if not isinstance(loaded, dict) or distrib_optimizer.HAVE_APEX_OR_TE:
         return
     state = loaded.get("state")
@@ -60,7 +68,9 @@ def _give_state(part: Any) -> None:
         for tensor in group["params"]:
             if not inner.state[tensor]:
                 zeros = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
-                inner.state[tensor].update(step=torch.zeros((), device=tensor.device if group.get("fused") else "cpu"), **zeros)
+                inner.state[tensor].update(
+                    step=torch.zeros((), device=tensor.device if group.get("fused") else "cpu"), **zeros
+                )
 
 
 def _without_step(part: Any) -> Any:
@@ -79,10 +89,14 @@ def _without_step(part: Any) -> Any:
 
 
 def after_loading(optimizer: Any) -> None:
-    """Loading leaves one `step` tensor shared by all parameters, which a step then advances once for each of them: gives each its own."""
+    """Loading leaves one `step` tensor shared by all parameters, which
+    a step then advances once for each of them: gives each its own.
+    """
     for part in parts_of(optimizer):
         inner = getattr(part, "optimizer", None)
-        fused = inner is not None and any(group.get("fused") for group in inner.param_groups)  # wants `step` beside the parameter
+        fused = inner is not None and any(
+            group.get("fused") for group in inner.param_groups
+        )  # wants `step` beside the parameter
         for param, state in inner.state.items() if inner is not None else []:
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].to(param.device, copy=True) if fused else state["step"].clone()

@@ -1,10 +1,12 @@
-"""Core attention over packed sequences for layer specs without Transformer Engine: torch's scaled_dot_product_attention.
+"""Core attention over packed sequences for layer specs without Transformer Engine: torch's
+scaled_dot_product_attention.
 
-The rows of a pack are cut into segments, each of one sequence; segments of about equal length are right-padded into a rectangle, attended
-causally, and what the padding computes is dropped. So there is no mask of [tokens, tokens] and nothing attends across a border. Without
-context parallelism a segment is a sequence and the flash kernels of torch apply; on a GPU in half precision torch's varlen_attn then
-takes the pack as it is, without rectangles (not yet run). With it a rank has the queries of its own rows, gathers keys and values of the
-whole pack, and attends with a mask of its segments.
+The rows of a pack are cut into segments, each of one sequence; segments of about equal length are
+right-padded into a rectangle, attended causally, and what the padding computes is dropped. So there is
+no mask of [tokens, tokens] and nothing attends across a border. Without context parallelism a segment
+is a sequence and the flash kernels of torch apply; on a GPU in half precision torch's varlen_attn then
+takes the pack as it is, without rectangles (not yet run). With it a rank has the queries of its own
+rows, gathers keys and values of the whole pack, and attends with a mask of its segments.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-# A segment shorter than SHORTEST of its rectangle's longest starts a rectangle of its own, unless all that this saves is fewer pairs of
+# A segment shorter than SHORTEST of its rectangle's longest starts a rectangle of its own, unless all that this saves
+# is fewer pairs of
 # query and key than CALL_CELLS: about the cost of one more call.
 SHORTEST = 0.9
 CALL_CELLS = 2**14
@@ -50,12 +53,16 @@ class PackedSequences(PackedSeqParams):
     gathered: Tensor | None = None  # row of the pack -> place in the concatenation of all context-parallel ranks' rows
 
     def to(self, device: torch.device) -> PackedSequences:
-        moved: dict[str, Any] = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, rectangles=[rectangle.to(device) for rectangle in self.rectangles], **moved)
 
 
 def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: int) -> PackedSequences:
-    """lengths: of the pack's sequences, padding included; cp_spans: the spans of rows of each context-parallel rank, in their order."""
+    """lengths: of the pack's sequences, padding included; cp_spans: the
+    spans of rows of each context-parallel rank, in their order.
+    """
     edges = [0]
     for length in lengths:
         edges.append(edges[-1] + length)
@@ -138,18 +145,28 @@ class RowRotary(torch.nn.Module):
 
 
 class PackedCausalAttention(torch.nn.Module):
-    """Fits the core_attention place of megatron-core's SelfAttention. q, k, v are [T, 1, heads, dim]; returns [T, 1, heads * dim of v].
+    """Fits the core_attention place of megatron-core's SelfAttention.
+    q, k, v are [T, 1, heads, dim]; returns [T, 1, heads * dim of v].
 
-    Values may be narrower than queries and keys (MLA): they are then padded, since torch's flash kernels want one width and its other
-    kernel keeps the whole score matrix.
+    Values may be narrower than queries and keys (MLA): they are then padded, since torch's flash kernels want one width
+    and its other kernel keeps the whole score matrix.
     """
 
-    def __init__(self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, packed_seq_params: PackedSequences, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedSequences,
+        **kwargs: Any,
     ) -> Tensor:
         packed, width = packed_seq_params, value.shape[-1]
         value = F.pad(value, (0, query.shape[-1] - width))
@@ -157,15 +174,21 @@ class PackedCausalAttention(torch.nn.Module):
             group = parallel_state.get_context_parallel_group()
             both = torch.cat([key, value], dim=-1)
             # forward all-gather, backward reduce-scatter: each rank's queries attend to all keys, so gradients add up
-            both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=group).index_select(
-                0, packed.gathered
-            )
+            both = gather_from_sequence_parallel_region(
+                both, tensor_parallel_output_grad=True, group=group
+            ).index_select(0, packed.gathered)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
 
-        varlen = varlen_attention() if query.is_cuda and query.dtype != torch.float32 and packed.gathered is None else None
+        varlen = (
+            varlen_attention() if query.is_cuda and query.dtype != torch.float32 and packed.gathered is None else None
+        )
         if varlen is not None:
             longest, edges = packed.max_seqlen_q, packed.cu_seqlens_q
-            return varlen(query[:, 0], key[:, 0], value[:, 0], edges, longest, self.scale)[..., :width].flatten(1).unsqueeze(1)
+            return (
+                varlen(query[:, 0], key[:, 0], value[:, 0], edges, longest, self.scale)[..., :width]
+                .flatten(1)
+                .unsqueeze(1)
+            )
 
         def rectangle(x: Tensor, index: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [segments, heads, longest, dim]
             return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]).transpose(1, 2)
@@ -187,10 +210,12 @@ class PackedCausalAttention(torch.nn.Module):
 
 @cache
 def varlen_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor] | None:
-    """torch's causal attention over a pack: (q [T, heads, dim], k, v, cu_seqlens, longest, scale) -> [T, heads, dim]; None if it has none.
+    """torch's causal attention over a pack: (q [T, heads, dim], k, v,
+    cu_seqlens, longest, scale) -> [T, heads, dim]; None if it has none.
 
-    Its flash kernels take fewer key heads than query heads; from torch 2.12 on it wants to be told so (`enable_gqa`). Where it may be told
-    not to split the keys (`num_splits`), deterministic mode does: the result of a sequence then does not depend on its pack.
+    Its flash kernels take fewer key heads than query heads; from torch 2.12 on it wants to
+    be told so (`enable_gqa`). Where it may be told not to split the keys (`num_splits`),
+    deterministic mode does: the result of a sequence then does not depend on its pack.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -1,7 +1,8 @@
 """Responses into packs: who trains which response, where its rows lie, and which of them a rank's routers see.
 
-A response of T tokens gives T - 1 rows: row i has token i as input and token i + 1 as label. The last token is never an input, so
-routes and rows correspond one to one. Everything per token (labels, masks, log-probabilities, routes) lives in these rows.
+A response of T tokens gives T - 1 rows: row i has token i as input and token i + 1 as
+label. The last token is never an input, so routes and rows correspond one to one.
+Everything per token (labels, masks, log-probabilities, routes) lives in these rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megarl.engine.attention import PackedSequences, packed_sequences
-from megarl.weights.layout import Coord, Layout
+from megarl.weights.map.layout import Coord, Layout
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Meta:
 
 @dataclass
 class Pack:
-    """One micro-batch: the rows of some responses one after the other, padded at the end to a whole number of `alignment`.
+    """One micro-batch: the rows of some responses one after the other,
+    padded at the end to a whole number of `alignment`.
 
     All [T] tensors are in rows. Arrays that depend on the rollout are filled by megarl/engine/exchange.py.
     """
@@ -72,8 +74,8 @@ class Pack:
 
 
 def cp_spans(padded: int, cp: int) -> list[list[range]]:
-    """The rows of a pack that each context-parallel rank computes: of 2 CP equal spans rank r has r and 2 CP - 1 - r, so that causal
-    attention costs all ranks the same. One rank has everything."""
+    """The rows of a pack that each context-parallel rank computes: of 2 CP equal spans rank r has r and 2 CP - 1 - r,
+    so that causal attention costs all ranks the same. One rank has everything."""
     if cp == 1:
         return [[range(padded)]]
     each = padded // (2 * cp)
@@ -86,7 +88,8 @@ def cp_rows(padded: int, cp: int, rank: int) -> Tensor:
 
 
 def router_rows(padded: int, layout: Layout, coord: Coord) -> Tensor:
-    """int64 [padded / CP / TP]: the rows that this rank's routers see, its sequence-parallel slice of its context-parallel rows.
+    """int64 [padded / CP / TP]: the rows that this rank's routers see,
+    its sequence-parallel slice of its context-parallel rows.
 
     Tokens, labels and routes are all cut by this one function or by cp_rows, which it slices.
     """
@@ -104,9 +107,9 @@ def pack_lengths(rows: list[int], layout: Layout) -> list[int]:
 def assign(rows: list[int], replicas: int, budget: int, multiple: int = 1) -> list[list[list[int]]]:
     """Responses (given by their rows) -> for each data-parallel replica its packs, each a list of indices into `rows`.
 
-    Largest first onto the least loaded replica, then first fit into packs of at most `budget` rows. All replicas get the same
-    number of packs, a multiple of `multiple`; surplus packs are empty (with experts spread over replicas, a rank that ran fewer
-    micro-batches than another would hang the all-to-all).
+    Largest first onto the least loaded replica, then first fit into packs of at most `budget` rows. All replicas get
+    the same number of packs, a multiple of `multiple`; surplus packs are empty (with experts spread over replicas, a
+    rank that ran fewer micro-batches than another would hang the all-to-all).
     """
     order = sorted(range(len(rows)), key=lambda i: (-rows[i], i))
     load = [0] * replicas
@@ -135,8 +138,12 @@ def _first_fit(members: list[int], rows: list[int], budget: int) -> list[list[in
     return [sorted(pack) for pack in packs]
 
 
-def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int], length: int, layout: Layout, coord: Coord) -> Pack:
-    """Lays out one pack of `length` rows (see pack_lengths). tokens: for each response its int64 tokens, prompt included."""
+def make_pack(
+    responses: list[int], tokens: list[Tensor], prompt_lens: list[int], length: int, layout: Layout, coord: Coord
+) -> Pack:
+    """Lays out one pack of `length` rows (see pack_lengths). tokens:
+    for each response its int64 tokens, prompt included.
+    """
     lengths = [len(t) - 1 for t in tokens]
     rows = sum(lengths)
     padding = length - rows
@@ -164,7 +171,9 @@ def make_pack(responses: list[int], tokens: list[Tensor], prompt_lens: list[int]
     )
 
 
-def make_packs(assigned: list[list[int]], tokens: list[Tensor], prompt_lens: list[int], layout: Layout, coord: Coord) -> list[Pack]:
+def make_packs(
+    assigned: list[list[int]], tokens: list[Tensor], prompt_lens: list[int], layout: Layout, coord: Coord
+) -> list[Pack]:
     """The packs of one replica. assigned: for each pack its responses, as indices into tokens and prompt_lens."""
     lengths = pack_lengths([sum(len(tokens[i]) - 1 for i in members) for members in assigned], layout)
     return [

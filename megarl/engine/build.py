@@ -12,11 +12,12 @@ from megarl.engine.model import Model, build_model, load_weights, wrap_for_train
 from megarl.engine.optim import build_optimizer  # noqa: E402
 from megarl.engine.parallel import Parallel, init_parallel  # noqa: E402
 from megarl.engine.step import Engine  # noqa: E402
-from megarl.weights.weight_map import WeightMap, load_hf_config  # noqa: E402
+from megarl.weights.map.weight_map import WeightMap, load_hf_config  # noqa: E402
 
 
 def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float = 1.0) -> Engine:
-    """Process groups, model filled from model.path, and, with optimizer_steps > 0, gradient buffers, optimizer and schedule.
+    """Process groups, model filled from model.path, and, with
+    optimizer_steps > 0, gradient buffers, optimizer and schedule.
 
     A model without experts has no routes: `config` is changed so that replay and its metrics are off.
     """
@@ -40,7 +41,12 @@ def route_shape(model: Model) -> RouteShape:
     """What the exchange must know to send each rank its own layers' routes, in the rank's order (chunk by chunk)."""
     layout, order = model.parallel.layout, {layer: i for i, layer in enumerate(model.weight_map.moe_layers)}
     stages = tuple(
-        tuple(order[x] for chunk in range(layout.vpp) for x in layout.stage_layers(model.weight_map.num_layers, pp, chunk) if x in order)
+        tuple(
+            order[x]
+            for chunk in range(layout.vpp)
+            for x in layout.stage_layers(model.weight_map.num_layers, pp, chunk)
+            if x in order
+        )
         for pp in range(layout.pp)
     )
     return RouteShape(stages, model.weight_map.num_experts, model.weight_map.top_k)

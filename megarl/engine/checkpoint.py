@@ -1,7 +1,7 @@
 """Checkpoints of a run: megatron-core's torch_dist format, made whole by a rename.
 
-A checkpoint is written under a name that starts with a dot and renamed when everything is on disk, so a folder checkpoints/step_N is
-always whole, whatever killed the run.
+A checkpoint is written under a name that starts with a dot and renamed when everything is on disk, so a folder
+checkpoints/step_N is always whole, whatever killed the run.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from megarl.checkpoints import HF_FILES, STATE, hf_files, whole_checkpoints
 from megarl.engine.adam_fixes import after_loading, before_loading, before_saving, restore_step_0
 from megarl.engine.step import Engine
 from megarl.errors import UserError
-from megarl.weights.hf_folder import carry_files, carry_tensors
-from megarl.weights.megatron_folder import open_weights
+from megarl.weights.files.hf_folder import carry_files, carry_tensors
+from megarl.weights.files.megatron_folder import open_weights
 
 CRITIC = "critic"
 
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, critic: Engine | None = None) -> Path:
+def save_checkpoint(
+    engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, critic: Engine | None = None
+) -> Path:
     """Writes folder/step_N with model, optimizer, schedule, generator, `state` (plain JSON), config.json and tokenizer.
 
-    Keeps the newest `keep`. A checkpoint so needs nothing else: it can be converted, and model.path can name it. A critic lies in a
-    folder of its own below it.
+    Keeps the newest `keep`. A checkpoint so needs nothing else: it can be converted, and model.path can name it. A
+    critic lies in a folder of its own below it.
     """
     main = dist.get_rank() == 0
     partial, whole = folder / f".step_{step}.partial", folder / f"step_{step}"
@@ -47,7 +49,12 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
         state = {**state, "critic_scheduler": critic.scheduler.state_dict()}
     dist.barrier()
     if main:
-        state = {**state, "step": step, "scheduler": engine.scheduler.state_dict(), "rng": torch.get_rng_state().tolist()}
+        state = {
+            **state,
+            "step": step,
+            "scheduler": engine.scheduler.state_dict(),
+            "rng": torch.get_rng_state().tolist(),
+        }
         (partial / STATE).write_text(json.dumps(state))
         (partial / HF_FILES).mkdir()
         _carry(engine, whole_checkpoints(folder)[-1:], partial / HF_FILES)
@@ -61,7 +68,9 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
 
 
 def _carry(engine: Engine, last: list[Path], target: Path) -> None:
-    """config.json, tokenizer and untrained tensors of the model's source; these are links into the last checkpoint, if there is one."""
+    """config.json, tokenizer and untrained tensors of the model's
+    source; these are links into the last checkpoint, if there is one.
+    """
     model = engine.model
     carry_files(hf_files(model.source), target)
     with open_weights(model.source, model.weight_map) as reader:
@@ -75,7 +84,8 @@ def load_checkpoint(engine: Engine, path: Path, critic: Engine | None = None) ->
     if critic is not None:
         if "critic_scheduler" not in state:
             raise UserError(
-                f"checkpoint {str(path)!r} has no critic; resume with the objective it was written with, or give another run.dir"
+                f"checkpoint {str(path)!r} has no critic; resume with the objective it was written with, or give "
+                "another run.dir"
             )
         _load(critic, path / CRITIC, state["critic_scheduler"])
     _load(engine, path, state["scheduler"])
@@ -113,10 +123,13 @@ def _sharded(engine: Engine, loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
-        "non_homogeneous_layers": True,  # a key for every layer, in dense models too: what megarl.weights.megatron_folder reads
+        # a key for every layer, in dense models too: what megarl.weights.files.megatron_folder reads
+        "non_homogeneous_layers": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    sharded: dict[str, Any] = {_key(engine, i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.model.bare)}
+    sharded: dict[str, Any] = {
+        _key(engine, i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.model.bare)
+    }
     sharded["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=metadata)
     return sharded
 

@@ -1,4 +1,6 @@
-"""PPO's critic: a Megatron model of its own, the policy's trunk with one number a row for a head, in the policy's layout; replay is off."""
+"""PPO's critic: a Megatron model of its own, the policy's trunk with
+one number a row for a head, in the policy's layout; replay is off.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from megarl.engine.model import build_model, load_weights, wrap_for_training
 from megarl.engine.optim import build_optimizer
 from megarl.engine.parallel import Parallel
 from megarl.engine.step import Engine
-from megarl.weights.relations import Replicated
-from megarl.weights.weight_map import WeightMap, load_hf_config
+from megarl.weights.map.relations import Replicated
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 VALUE_HEAD = "value_head.weight"
 
@@ -26,8 +28,9 @@ VALUE_HEAD = "value_head.weight"
 class ValueHead(torch.nn.Module):
     """V = w . h of every row, in place of GPTModel's output layer. w is replicated over tensor-parallel ranks.
 
-    With sequence parallelism each rank has its own rows; every rank then computes the same loss of all of them, so that the gradient of
-    its rows is its part of the incoming one, and that of w is summed over TP (its mark says so to Megatron).
+    With sequence parallelism each rank has its own rows; every rank then computes the
+    same loss of all of them, so that the gradient of its rows is its part of the
+    incoming one, and that of w is summed over TP (its mark says so to Megatron).
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -36,7 +39,9 @@ class ValueHead(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, hidden_SBH: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_SBH: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
         values = F.linear(hidden_SBH, self.weight)
         if self.sequence_parallel:
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
@@ -58,7 +63,9 @@ def value_map(hf: dict[str, Any]) -> WeightMap:
     """The family's map with the value head where the output layer was."""
     found = WeightMap(hf)
     head = {"hf": (VALUE_HEAD,), "shapes": ((1, hf["hidden_size"]),), "relation": Replicated()}
-    found.entries = tuple(replace(entry, **head) if entry.name == "output_layer.weight" else entry for entry in found.entries)
+    found.entries = tuple(
+        replace(entry, **head) if entry.name == "output_layer.weight" else entry for entry in found.entries
+    )
     return found
 
 

@@ -1,7 +1,8 @@
 """The device: CUDA with NCCL, or CPU with gloo. The only module that knows the difference.
 
-`setup_device()` must run before any other import of megatron.core, and checks its release. On CUDA it only picks the device. On a CPU it
-answers, for megatron-core 0.16, every call that assumes CUDA; each answer names the file it is for (paths under megatron/core).
+`setup_device()` must run before any other import of megatron.core, and checks its release.
+On CUDA it only picks the device. On a CPU it answers, for megatron-core 0.16, every call
+that assumes CUDA; each answer names the file it is for (paths under megatron/core).
 """
 
 from __future__ import annotations
@@ -38,19 +39,23 @@ class Device:
 def setup_device() -> Device:
     """Picks the device of this process and makes megatron-core run on it. Idempotent.
 
-    Raises RuntimeError on another release of megatron-core than the one whose internals megarl/engine/ replaces, here and in adam_fixes.py,
+    Raises RuntimeError on another release of megatron-core than the one whose internals megarl/engine/ replaces, here
+    and in adam_fixes.py,
     permutation.py and pipeline.py.
     """
     found = importlib.metadata.version("megatron-core")
     if not found.startswith(MEGATRON_CORE + "."):
         raise RuntimeError(
-            f"megatron-core {found}: megarl replaces parts of {MEGATRON_CORE}.x; pip install 'megatron-core=={MEGATRON_CORE}.1'"
+            f"megatron-core {found}: megarl replaces parts of {MEGATRON_CORE}.x; pip install "
+            f"'megatron-core=={MEGATRON_CORE}.1'"
         )
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return Device(device, "nccl")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron's jit_fuser is torch.compile; without a C++ toolchain it would fail
+    os.environ.setdefault(
+        "TORCHDYNAMO_DISABLE", "1"
+    )  # megatron's jit_fuser is torch.compile; without a C++ toolchain it would fail
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|NVIDIA Resiliency|hopper|Flash).*")
     warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -60,7 +65,9 @@ def setup_device() -> Device:
 
 
 def make_deterministic() -> None:
-    """Deterministic kernels in this process, wherever torch has them, from here on (engine.deterministic). Before any matrix product."""
+    """Deterministic kernels in this process, wherever torch has them,
+    from here on (engine.deterministic). Before any matrix product.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention
     torch.use_deterministic_algorithms(True)
@@ -95,7 +102,9 @@ class _Event:
 
 
 def _answer_cuda_calls() -> None:
-    """torch.cuda.* that megatron-core calls for its device or its streams (token_dispatcher, p2p_communication, mappings, router ...)."""
+    """torch.cuda.* that megatron-core calls for its device or its
+    streams (token_dispatcher, p2p_communication, mappings, router ...).
+    """
     stream = _Stream()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
@@ -107,7 +116,9 @@ def _answer_cuda_calls() -> None:
 
 
 class _TorchForCpu(ModuleType):
-    """Stands in for the name `torch` inside one megatron module: device="cuda" in a factory means the CPU, and no memory is pinned."""
+    """Stands in for the name `torch` inside one megatron module:
+    device="cuda" in a factory means the CPU, and no memory is pinned.
+    """
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -139,9 +150,12 @@ def _answer_megatron() -> None:
     for name in ("pipeline_parallel.schedules", *optimizer, "utils", "transformer.moe.moe_utils", embeddings):
         importlib.import_module(core + name).__dict__["torch"] = _TorchForCpu()
 
-    # tensor_parallel/random.py:447,457: the CUDA generator's state. No dropout anywhere in RL, so there is no state to keep.
+    # tensor_parallel/random.py:447,457: the CUDA generator's state. No dropout anywhere in RL, so there is no state to
+    # keep.
     random = importlib.import_module(core + "tensor_parallel.random")
-    random.__dict__["_get_cuda_rng_state"] = lambda device="cuda", clone=False, graph_safe=False: torch.zeros(0, dtype=torch.uint8)
+    random.__dict__["_get_cuda_rng_state"] = lambda device="cuda", clone=False, graph_safe=False: torch.zeros(
+        0, dtype=torch.uint8
+    )
     random.__dict__["_set_cuda_rng_state"] = lambda new_state, device=-1, graph_safe=False: None
 
     # transformer/moe/moe_utils.py:1192: NameError in every MoE forward without Transformer Engine.
@@ -149,20 +163,24 @@ def _answer_megatron() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.__dict__["te_general_gemm"] = None
 
-    # transformer/moe/moe_utils.py:1093 converts splits only if they lie on CUDA; all_to_all (mappings.py:443) refuses tensors.
+    # transformer/moe/moe_utils.py:1093 converts splits only if they lie on CUDA; all_to_all (mappings.py:443) refuses
+    # tensors.
     dispatcher = importlib.import_module(core + "transformer.moe.token_dispatcher")
     dispatcher.__dict__["maybe_move_tensor_to_cpu"] = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
 
-    # transformer/multi_latent_attention.py:56: its HAVE_TE is true without Transformer Engine, where TELinear is a mock and no type.
+    # transformer/multi_latent_attention.py:56: its HAVE_TE is true without Transformer Engine, where TELinear is a mock
+    # and no type.
     latent = importlib.import_module(core + "transformer.multi_latent_attention")
     latent.__dict__["HAVE_TE"] = importlib.import_module(core + "extensions.transformer_engine").__dict__["HAVE_TE"]
     _answer_tensor_type()
 
 
 def _answer_tensor_type() -> None:
-    """optimizer/{optimizer.py:671,clip_grads.py:167,distrib_optimizer.py:361} compare Tensor.type() with 'torch.cuda.*'."""
+    """optimizer/{optimizer.py:671,clip_grads.py:167,distrib_optimizer.py:361}
+    compare Tensor.type() with 'torch.cuda.*'.
+    """
     if getattr(torch.Tensor.type, "answers_for_megatron", False):
         return
     original = torch.Tensor.type

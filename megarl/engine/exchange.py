@@ -1,8 +1,10 @@
-"""From the ranks that fetched the responses to the ranks that train them: every tensor moves once, straight to its owner.
+"""From the ranks that fetched the responses to the ranks that train
+them: every tensor moves once, straight to its owner.
 
-Each rank of a data-parallel replica needs the tokens and rollout log-probabilities of its replica's responses, and of the routes
-only the rows of its own sequence-parallel slice and the layers of its own stage. Every rank knows the whole assignment, so both
-sides compute the same byte layout and nothing but payload travels: one message from each owner to each rank.
+Each rank of a data-parallel replica needs the tokens and rollout log-probabilities of its
+replica's responses, and of the routes only the rows of its own sequence-parallel slice and
+the layers of its own stage. Every rank knows the whole assignment, so both sides compute the
+same byte layout and nothing but payload travels: one message from each owner to each rank.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
 from megarl.replay.routes import route_dtype, spread_routes
 from megarl.rollout.response import Response
-from megarl.weights.layout import Coord, Layout
+from megarl.weights.map.layout import Coord, Layout
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class RouteShape:
 
 @dataclass(frozen=True)
 class _Share:
-    """Rows [first, last) of one response, whose routes one rank needs, and where they lie in that rank's slice of the pack."""
+    """Rows [first, last) of one response, whose routes one rank needs,
+    and where they lie in that rank's slice of the pack.
+    """
 
     response: int
     pack: int
@@ -58,7 +62,8 @@ def exchange(
 ) -> tuple[list[Pack], int]:
     """This rank's packs, filled, and the bytes of routes it received.
 
-    assignment: packs[replica][pack] -> indices into metas. advantages, denominators: [len(metas)]. responses: those this rank fetched,
+    assignment: packs[replica][pack] -> indices into metas. advantages, denominators: [len(metas)]. responses: those
+    this rank fetched,
     by the same index. routes: None if none travel.
     """
     layout, me = parallel.layout, parallel.coord
@@ -78,7 +83,11 @@ def exchange(
     for pack in packs:
         for start, i in zip(pack.starts, pack.responses):
             rows = slice(start, start + metas[i].rows)
-            pack.advantages[rows], pack.denominators[rows], pack.group_ids[rows] = advantages[i], denominators[i], metas[i].prompt
+            pack.advantages[rows], pack.denominators[rows], pack.group_ids[rows] = (
+                advantages[i],
+                denominators[i],
+                metas[i].prompt,
+            )
     return packs, received
 
 
@@ -110,7 +119,9 @@ def _encode(
     coord: Coord,
     routes: RouteShape | None,
 ) -> bytes:
-    """The message to the rank at `coord`: tokens and log-probabilities of its responses, then its shares of their routes."""
+    """The message to the rank at `coord`: tokens and log-probabilities
+    of its responses, then its shares of their routes.
+    """
     parts = []
     for i in (i for pack in packs for i in pack if i in responses):
         parts += [responses[i].tokens.astype(np.int32).tobytes(), responses[i].logprobs.astype(np.float32).tobytes()]
@@ -119,7 +130,9 @@ def _encode(
         for share in _shares(packs, metas, layout, coord):
             held = responses[share.response].routes if share.response in responses else None
             if held is not None:
-                parts.append(np.ascontiguousarray(held[share.first : share.last][:, layers], dtype=routes.dtype).tobytes())
+                parts.append(
+                    np.ascontiguousarray(held[share.first : share.last][:, layers], dtype=routes.dtype).tobytes()
+                )
     return b"".join(parts)
 
 
@@ -132,7 +145,11 @@ def _route_bytes(share: _Share, meta: Meta, coord: Coord, routes: RouteShape | N
 def _swap(outgoing: dict[int, bytes], sizes: dict[int, int], parallel: Parallel) -> dict[int, bytes]:
     """One message from each owner to each rank; what a rank has for itself does not travel."""
     me, device = parallel.coord.rank, parallel.device.device
-    received = {owner: torch.empty(size, dtype=torch.uint8, device=device) for owner, size in sizes.items() if owner != me and size}
+    received = {
+        owner: torch.empty(size, dtype=torch.uint8, device=device)
+        for owner, size in sizes.items()
+        if owner != me and size
+    }
     work = [dist.irecv(buffer, src=owner) for owner, buffer in received.items()]
     keep = []
     for rank, payload in outgoing.items():
@@ -183,7 +200,9 @@ def _fill(
     return filled, total
 
 
-def _place_routes(filled: list[Pack], pieces: list[tuple[_Share, Tensor]], parallel: Parallel, routes: RouteShape, layers: int) -> None:
+def _place_routes(
+    filled: list[Pack], pieces: list[tuple[_Share, Tensor]], parallel: Parallel, routes: RouteShape, layers: int
+) -> None:
     for pack in filled:
         _spread(pack, parallel, routes, layers)
     for share, piece in pieces:
@@ -201,7 +220,9 @@ def _spread(pack: Pack, parallel: Parallel, routes: RouteShape, layers: int) -> 
 
 
 def attach_routes(pack: Pack, full: Tensor, parallel: Parallel, routes: RouteShape) -> None:
-    """Gives a pack this rank's part of routes that every rank has: full is [rows without padding, all MoE layers, K]."""
+    """Gives a pack this rank's part of routes that every rank has: full is [rows without
+    padding, all MoE layers, K].
+    """
     layers = list(routes.layers_of_stage[parallel.coord.pp])
     _spread(pack, parallel, routes, len(layers))
     assert pack.routes is not None and pack.present is not None
@@ -233,7 +254,8 @@ def gather_metas(mine: list[Meta], parallel: Parallel, fault: str | None = None)
 
 
 def minibatches(metas: Sequence[Meta], groups: Sequence[int], count: int) -> Iterator[list[int]]:
-    """Indices of each mini-batch: `groups` (values of Meta.prompt) in order, cut into `count` parts of whole groups, as even as can be.
+    """Indices of each mini-batch: `groups` (values of Meta.prompt) in
+    order, cut into `count` parts of whole groups, as even as can be.
 
     With fewer groups than `count`, one mini-batch a group.
     """

@@ -1,8 +1,9 @@
-"""The experts of an MoE layer as grouped products: two for all experts forward, four backward, instead of a loop over the experts.
+"""The experts of an MoE layer as grouped products: two for all experts
+forward, four backward, instead of a loop over the experts.
 
-Parameters, their names and the sharded checkpoint are those of megatron-core's SequentialMLP. Under expert tensor parallelism the result
-is this rank's partial sum, as there: the token dispatcher reduces it.
-Shape letters: N rows (a token once for each expert it goes to, sorted by expert), E local experts, H hidden, F expert width on this rank.
+Parameters, their names and the sharded checkpoint are those of megatron-core's SequentialMLP. Under expert tensor
+parallelism the result is this rank's partial sum, as there: the token dispatcher reduces it. Shape letters: N rows (a
+token once for each expert it goes to, sorted by expert), E local experts, H hidden, F expert width on this rank.
 """
 
 from __future__ import annotations
@@ -16,20 +17,29 @@ from megatron.core.fusions.fused_bias_swiglu import weighted_swiglu, weighted_sw
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
-CACHE_BYTES = 2 << 20  # of fc1's result: on a CPU more rows than that are taken a few experts at a time (a sixth faster at 12,000 rows)
+CACHE_BYTES = (
+    2 << 20
+)  # of fc1's result: on a CPU more rows than that are taken a few experts at a time (a sixth faster at 12,000 rows)
 
 
 class GroupedExperts(SequentialMLP):
-    """SequentialMLP's parameters, one storage for each of fc1 and fc2, and one autograd node. Gated SiLU without biases."""
+    """SequentialMLP's parameters, one storage for each of fc1 and fc2,
+    and one autograd node. Gated SiLU without biases.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.config
-        plain = not (config.add_bias_linear or config.fp8 or config.fp4 or config.moe_latent_size or config.glu_linear_offset)
-        gated = config.gated_linear_unit and config.activation_func is F.silu and config.activation_func_clamp_value is None
+        plain = not (
+            config.add_bias_linear or config.fp8 or config.fp4 or config.moe_latent_size or config.glu_linear_offset
+        )
+        gated = (
+            config.gated_linear_unit and config.activation_func is F.silu and config.activation_func_clamp_value is None
+        )
         if not (plain and gated):
             raise ValueError(
-                "grouped experts are gated SiLU without bias, clamp, offset, latent size or fp8; use engine.experts=sequential"
+                "grouped experts are gated SiLU without bias, clamp, offset, latent size or fp8; use "
+                "engine.experts=sequential"
             )
         for weights in (self._weights("linear_fc1"), self._weights("linear_fc2")):
             storage = torch.stack([weight.data for weight in weights])
@@ -43,7 +53,9 @@ class GroupedExperts(SequentialMLP):
         fc1, fc2 = self._weights("linear_fc1"), self._weights("linear_fc2")
         fused = self.config.bias_activation_fusion
         if not hidden_NH.is_cpu:
-            return _GatedExperts.apply(hidden_NH, probs_N, _ends(tokens_per_expert).to(hidden_NH.device), fused, *fc1, *fc2), None
+            return _GatedExperts.apply(
+                hidden_NH, probs_N, _ends(tokens_per_expert).to(hidden_NH.device), fused, *fc1, *fc2
+            ), None
         blocks = _blocks(tokens_per_expert.tolist(), CACHE_BYTES // fc1[0][:, 0].nbytes)
         rows = [int(tokens_per_expert[block].sum()) for block in blocks]
         outs = [
@@ -57,9 +69,11 @@ class GroupedExperts(SequentialMLP):
 
 
 class _GatedExperts(torch.autograd.Function):
-    """fc2_e(silu(gate) * up * prob) with [gate | up] = fc1_e(x), for the rows of every expert e. The activation is recomputed backward.
+    """fc2_e(silu(gate) * up * prob) with [gate | up] = fc1_e(x), for
+    the rows of every expert e. The activation is recomputed backward.
 
-    fused: the activation by megatron-core's functions for torch.compile, one kernel each; else by torch's, in as little memory.
+    fused: the activation by megatron-core's functions for torch.compile,
+    one kernel each; else by torch's, in as little memory.
     """
 
     @staticmethod
@@ -83,7 +97,9 @@ class _GatedExperts(torch.autograd.Function):
         dscaled_NF = _product(dy_NH, _stack(fc2), ends_E)
 
         def fc2_gradient(scaled_NF: Tensor) -> list[Tensor | None]:
-            return _deliver(fc2, _product(dy_NH.t(), scaled_NF, ends_E)) if ctx.needs_input_grad[-1] else [None] * len(fc2)
+            return (
+                _deliver(fc2, _product(dy_NH.t(), scaled_NF, ends_E)) if ctx.needs_input_grad[-1] else [None] * len(fc2)
+            )
 
         if ctx.fused:
             dfc2 = fc2_gradient(weighted_swiglu(h_N2F, probs_N[:, None]))
@@ -100,7 +116,9 @@ class _GatedExperts(torch.autograd.Function):
 def _activation_backward(
     dscaled_NF: Tensor, h_N2F: Tensor, probs_N: Tensor, fc2_gradient: Callable[[Tensor], list[Tensor | None]]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """(dh, dprobs, what fc2_gradient makes of the activation). dscaled is used up; the activation lies where dh is written afterwards."""
+    """(dh, dprobs, what fc2_gradient makes of the activation). dscaled
+    is used up; the activation lies where dh is written afterwards.
+    """
     gate, up = h_N2F.chunk(2, -1)
     dh_N2F = torch.empty_like(h_N2F)
     dgate, dup = act_NF, silu_NF = dh_N2F.chunk(2, -1)  # one memory: first the activation, then the gradient
@@ -134,12 +152,16 @@ def _split(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor
 
 
 def _scale_(act_NF: Tensor, probs_N: Tensor) -> Tensor:
-    """Times the probability of the row, in the dtype of the activation and in its memory; taken in the wider of the two dtypes."""
+    """Times the probability of the row, in the dtype of the activation
+    and in its memory; taken in the wider of the two dtypes.
+    """
     return act_NF.mul_(probs_N[:, None]) if act_NF.dtype == probs_N.dtype else act_NF.copy_(act_NF * probs_N[:, None])
 
 
 def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
-    """a [N, i] with b [E, i, o] -> [N, o]; a [i, N] with b [N, o] -> [E, i, o]. ends_E int32: where each expert's rows end."""
+    """a [N, i] with b [E, i, o] -> [N, o]; a [i, N] with b [N, o] ->
+    [E, i, o]. ends_E int32: where each expert's rows end.
+    """
     if a.numel():
         return F.grouped_mm(a, b, offs=ends_E)
     # no rows at all on this rank: torch 2.13 cannot take it ("Invalid strides/sizes")
@@ -161,7 +183,9 @@ def _stack(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _deliver(weights: Sequence[Tensor], grads: Tensor) -> list[Tensor | None]:
-    """Gradients [E, ...] go straight into Megatron's buffers, in one call, where there are any; else back to autograd."""
+    """Gradients [E, ...] go straight into Megatron's buffers, in one call, where there
+    are any; else back to autograd.
+    """
     if not hasattr(weights[0], "main_grad"):
         return list(grads.unbind())
     torch._foreach_add_([weight.main_grad for weight in weights], list(grads.unbind()))

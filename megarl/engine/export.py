@@ -10,17 +10,19 @@ import torch.distributed as dist
 
 from megarl.checkpoints import hf_files
 from megarl.engine.model import Model
-from megarl.weights.gather import gather_full, plan_gather
-from megarl.weights.hf_folder import SHARD_BYTES, ShardedWriter, carry_files, plan_shards
-from megarl.weights.megatron_folder import open_weights
-from megarl.weights.safetensors_file import Spec
+from megarl.weights.files.hf_folder import SHARD_BYTES, ShardedWriter, carry_files, plan_shards
+from megarl.weights.files.megatron_folder import open_weights
+from megarl.weights.files.safetensors_file import Spec
+from megarl.weights.reshard.gather import gather_full, plan_gather
 
 
-def export_hf(model: Model, source: str, out: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+def export_hf(
+    model: Model, source: str, out: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes `out`, whole or not at all. Memory at rank 0: a bucket of weights.
 
-    source: the folder that the model was filled from: its config, its tokenizer and its multi-token prediction layers, which are not
-    trained, are carried along.
+    source: the folder that the model was filled from: its config, its tokenizer and its multi-token prediction layers,
+    which are not trained, are carried along.
     """
     plan = plan_gather(model.weight_map, model.parallel.layout)
     dtype = dtype or model.config.params_dtype
@@ -30,11 +32,15 @@ def export_hf(model: Model, source: str, out: Path, dtype: torch.dtype | None = 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         wide, shapes = model.weight_map.hf_float32, model.weight_map.hf_shapes
-        specs = {name: Spec(torch.float32, shape) for name, shape in shapes.items() if name in wide}  # in the order of gather_full
+        specs = {
+            name: Spec(torch.float32, shape) for name, shape in shapes.items() if name in wide
+        }  # in the order of gather_full
         specs |= {name: Spec(dtype, shape) for name, shape in shapes.items() if name not in wide}
         with open_weights(source, model.weight_map) as reader:
             carried = reader.carried(model.weight_map)
-            writer = ShardedWriter(partial, plan_shards(specs | {name: reader.spec(name) for name in carried}, shard_bytes))
+            writer = ShardedWriter(
+                partial, plan_shards(specs | {name: reader.spec(name) for name in carried}, shard_bytes)
+            )
             for name, tensor in tensors:
                 writer.write(name, tensor)
             for name in carried:

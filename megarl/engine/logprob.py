@@ -1,4 +1,5 @@
-"""Log-probabilities and entropy over a vocabulary that is split over tensor-parallel ranks, without gathering the logits.
+"""Log-probabilities and entropy over a vocabulary that is split over
+tensor-parallel ranks, without gathering the logits.
 
 Both passes go over the tokens in chunks, so that no float32 copy of [tokens, vocabulary] ever exists beside the logits.
 """
@@ -16,14 +17,18 @@ CHUNK_ELEMENTS = 2**24  # logits a chunk: 64 MiB in float32, whatever the vocabu
 
 class _VocabParallelLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor]:
         size, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
         local = labels - rank * logits.shape[1]  # label as a column of this rank's shard
         inside = (local >= 0) & (local < logits.shape[1])
         local = local.clamp(0, logits.shape[1] - 1)
         tokens = logits.shape[0]
         peak = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-        stats = torch.empty(3, tokens, dtype=torch.float32, device=logits.device)  # sum exp, sum exp * logit, target logit
+        stats = torch.empty(
+            3, tokens, dtype=torch.float32, device=logits.device
+        )  # sum exp, sum exp * logit, target logit
         for part in _chunks(logits):
             peak[part] = logits[part].amax(1).float() / temperature
         if size > 1:
@@ -51,7 +56,13 @@ class _VocabParallelLogprob(torch.autograd.Function):
             log_p = logits[part].to(torch.float32, copy=True).div_(ctx.temperature).sub_(log_z[part, None])
             p = log_p.exp()
             # d logprob / d logit = 1[label] - p;  d entropy / d logit = -p (log p + entropy)
-            g = log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(grad_logprobs[part, None]).mul_(p).neg_()
+            g = (
+                log_p.add_(entropy[part, None])
+                .mul_(grad_entropy[part, None])
+                .add_(grad_logprobs[part, None])
+                .mul_(p)
+                .neg_()
+            )
             g.scatter_add_(1, local[part, None], (grad_logprobs[part] * inside[part])[:, None])
             grad[part] = g.div_(ctx.temperature)
         return grad, None, None, None
@@ -67,8 +78,9 @@ def vocab_parallel_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature)[label] and the entropy of that distribution, in nats.
 
-    logits: [T, V / TP], this rank's columns; labels: int64 [T], numbers of the whole vocabulary. Both results are float32 [T], equal on
-    all ranks of `group`, and differentiable in the logits. The caller masks padded vocabulary columns (see mask_padding).
+    logits: [T, V / TP], this rank's columns; labels: int64 [T], numbers of the whole
+    vocabulary. Both results are float32 [T], equal on all ranks of `group`, and differentiable
+    in the logits. The caller masks padded vocabulary columns (see mask_padding).
     """
     return _VocabParallelLogprob.apply(logits, labels, temperature, group)
 

@@ -1,11 +1,14 @@
 """Multi-head latent attention (DeepSeek-V2/V3) over packed sequences, for layer specs without Transformer Engine.
 
-megatron-core 0.16's own local MLASelfAttention cannot serve here, for three reasons, each held by a test (tests/unit/test_families.py,
+megatron-core 0.16's own local MLASelfAttention cannot serve here, for three reasons, each held by a test
+(tests/unit/test_families.py,
 tests/parallel/test_equality.py):
 1. It splits the down projections over TP and takes the gradient of the gathered rotary key from this rank's heads alone
-   (multi_latent_attention.py: gather_from_tensor_model_parallel_region has no reduction in its backward): wrong for TP > 1.
-   Here the down projections are whole on every rank, as Transformer Engine's spec has them, and see this rank's sequence-parallel rows.
-2. It rotates packed rows by their place in the pack. Here by their position in their sequence, which travels with the pack: a module's
+   (multi_latent_attention.py: gather_from_tensor_model_parallel_region has no reduction
+   in its backward): wrong for TP > 1. Here the down projections are whole on every rank,
+   as Transformer Engine's spec has them, and see this rank's sequence-parallel rows.
+2. It rotates packed rows by their place in the pack. Here by their position in their sequence, which travels with the
+pack: a module's
    attribute would hold the positions of a later micro-batch when a layer is recomputed.
 3. It gives the norms of the latents the epsilon of the layers; the models' own code leaves them at 1e-6.
 """
@@ -30,7 +33,9 @@ LATENT_EPSILON = 1e-6  # transformers/models/deepseek_v3/modeling_deepseek_v3.py
 
 
 class _WholeLinear(torch.nn.Linear):
-    """Without bias, the same on every tensor-parallel rank; its gradient is summed over them, since each sees rows of its own."""
+    """Without bias, the same on every tensor-parallel rank; its
+    gradient is summed over them, since each sees rows of its own.
+    """
 
     def __init__(self, config: MLATransformerConfig, outputs: int) -> None:
         super().__init__(config.hidden_size, outputs, bias=False, dtype=config.params_dtype)
@@ -38,7 +43,9 @@ class _WholeLinear(torch.nn.Linear):
 
 
 class PackedLatentAttention(MultiLatentAttention):
-    """Parameters, their names and their order of heads are those of megatron-core's MLASelfAttention with Transformer Engine."""
+    """Parameters, their names and their order of heads are those of
+    megatron-core's MLASelfAttention with Transformer Engine.
+    """
 
     def __init__(
         self,
@@ -80,9 +87,15 @@ class PackedLatentAttention(MultiLatentAttention):
         self.linear_kv_up_proj = up("linear_kv_up_proj", config.kv_lora_rank, config.qk_head_dim + config.v_head_dim)
 
     def get_query_key_value_tensors(
-        self, hidden_states: Tensor, key_value_states: Any, position_ids: Any, packed_seq_params: PackedSequences, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        key_value_states: Any,
+        position_ids: Any,
+        packed_seq_params: PackedSequences,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """hidden_states [T / TP, 1, H] -> query and key [T, 1, heads / TP, qk width], value [T, 1, heads / TP, v width].
+        """hidden_states [T / TP, 1, H] -> query and key [T, 1, heads /
+        TP, qk width], value [T, 1, heads / TP, v width].
 
         T are this context-parallel rank's rows. The compressed tensors, which only inference caches, are None.
         """
@@ -91,11 +104,15 @@ class PackedLatentAttention(MultiLatentAttention):
             query, _ = self.linear_q_proj(hidden_states)
         else:
             query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)))
-        latent, rotary_key = self.linear_kv_down_proj(hidden_states).split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
+        latent, rotary_key = self.linear_kv_down_proj(hidden_states).split(
+            [config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1
+        )
         key_value, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
         if config.sequence_parallel:
             # backward: the sum over the ranks, each of which has the gradient of its own heads
-            rotary_key = gather_from_sequence_parallel_region(rotary_key, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
+            rotary_key = gather_from_sequence_parallel_region(
+                rotary_key, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
         heads = self.num_attention_heads_per_partition
         query = query.unflatten(-1, (heads, self.q_head_dim))
         plain_query, rotary_query = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
@@ -109,4 +126,7 @@ class PackedLatentAttention(MultiLatentAttention):
         angles = self.rotary_pos_emb.get_emb(packed.max_seqlen_q)
         angles, scale = angles if isinstance(angles, tuple) else (angles, 1.0)  # yarn scales cosine and sine
         angles = angles[packed.positions]
-        return [apply_rotary_pos_emb(x, angles, config=self.config, mscale=scale, cp_group=self.pg_collection.cp) for x in both]
+        return [
+            apply_rotary_pos_emb(x, angles, config=self.config, mscale=scale, cp_group=self.pg_collection.cp)
+            for x in both
+        ]

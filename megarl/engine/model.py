@@ -1,4 +1,6 @@
-"""The model: megatron-core's GPTModel, one chunk a virtual stage, built from a weight map and filled from a Hugging Face folder."""
+"""The model: megatron-core's GPTModel, one chunk a virtual stage, built
+from a weight map and filled from a Hugging Face folder.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from megarl.engine.attention import RowRotary
 from megarl.engine.parallel import Parallel
 from megarl.engine.profile import Profile, choose_profile
 from megarl.engine.specs import layer_specs, profile_settings
-from megarl.weights.megatron_folder import open_weights
-from megarl.weights.names import transformer_engine_names
-from megarl.weights.weight_map import Param, WeightMap
+from megarl.weights.files.megatron_folder import open_weights
+from megarl.weights.map.te_names import transformer_engine_names
+from megarl.weights.map.weight_map import Param, WeightMap
 
 
 @dataclass
@@ -62,14 +64,24 @@ class Model:
 def _named_tensors(chunk: GPTModel) -> dict[str, torch.Tensor]:
     """Parameters, and the buffers that a checkpoint holds (a router's expert bias)."""
     kept = chunk.state_dict().keys()
-    return {**dict(chunk.named_parameters()), **{name: buffer for name, buffer in chunk.named_buffers() if name in kept}}
+    return {
+        **dict(chunk.named_parameters()),
+        **{name: buffer for name, buffer in chunk.named_buffers() if name in kept},
+    }
 
 
 def build_model(
-    config: Config, weight_map: WeightMap, parallel: Parallel, head: Callable[[TransformerConfig], torch.nn.Module] | None = None
+    config: Config,
+    weight_map: WeightMap,
+    parallel: Parallel,
+    head: Callable[[TransformerConfig], torch.nn.Module] | None = None,
 ) -> Model:
-    """GPTModel chunks of this rank, not yet filled and not yet wrapped for training. `head` makes another output layer than the usual."""
-    profile = choose_profile(config.engine, parallel.device, latent=weight_map.model.get("multi_latent_attention", False))
+    """GPTModel chunks of this rank, not yet filled and not yet wrapped
+    for training. `head` makes another output layer than the usual.
+    """
+    profile = choose_profile(
+        config.engine, parallel.device, latent=weight_map.model.get("multi_latent_attention", False)
+    )
     transformer = _transformer_config(config, weight_map, parallel, profile)
     chunks = []
     for chunk in range(parallel.layout.vpp):
@@ -78,7 +90,9 @@ def build_model(
         chunks.append(
             GPTModel(
                 config=transformer,
-                transformer_layer_spec=layer_specs(profile, transformer, [layer in weight_map.moe_layers for layer in layers]),
+                transformer_layer_spec=layer_specs(
+                    profile, transformer, [layer in weight_map.moe_layers for layer in layers]
+                ),
                 vocab_size=weight_map.padded_vocab(parallel.layout.tp),
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
@@ -100,7 +114,9 @@ def build_model(
         model.chunks = [Float16Module(transformer, chunk) for chunk in chunks]
         for param, tensor in model.params():
             if param.buffer:
-                tensor.data = tensor.data.float()  # Float16Module rounds buffers too: an expert bias would be loaded rounded
+                tensor.data = (
+                    tensor.data.float()
+                )  # Float16Module rounds buffers too: an expert bias would be loaded rounded
     else:
         model.chunks = list(chunks)
     return model
@@ -109,9 +125,10 @@ def build_model(
 def _mark_parameters(model: Model) -> None:
     """Attributes by which megatron-core decides over which ranks a gradient is reduced and its norm counted.
 
-    tensor_model_parallel is set by megatron-core's own initialisation, which we skip: without it the gradient norm would miss shards.
-    allreduce=False sends expert gradients to the expert-DP group; megatron-core does so only where EP > 1, but with TP > ETP it is
-    needed at EP = 1 too (the tensor-parallel ranks then hold replicas of the experts that saw different tokens).
+    tensor_model_parallel is set by megatron-core's own initialisation, which we skip: without it
+    the gradient norm would miss shards. allreduce=False sends expert gradients to the expert-DP
+    group; megatron-core does so only where EP > 1, but with TP > ETP it is needed at EP = 1 too
+    (the tensor-parallel ranks then hold replicas of the experts that saw different tokens).
     """
     layout = model.parallel.layout
     for param, tensor in model.params():
@@ -121,7 +138,8 @@ def _mark_parameters(model: Model) -> None:
 
 
 def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
-    """Fills the model from a Hugging Face folder or a Megatron checkpoint of any layout: each rank reads only the rectangles it holds.
+    """Fills the model from a Hugging Face folder or a Megatron checkpoint
+    of any layout: each rank reads only the rectangles it holds.
 
     Padding rows become zero, and so does the tensor named `fresh`, which the source does not hold.
     """
@@ -139,16 +157,23 @@ def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
 
 
 def wrap_for_training(model: Model, config: Config) -> None:
-    """Adds Megatron's gradient buffers. Gradients are summed over ranks: the loss arrives divided by the global denominator."""
+    """Adds Megatron's gradient buffers. Gradients are summed over
+    ranks: the loss arrives divided by the global denominator.
+    """
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.engine.distributed_optimizer,
     )
-    model.chunks = [DistributedDataParallel(model.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(model.chunks)]
+    model.chunks = [
+        DistributedDataParallel(model.config, ddp, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(model.chunks)
+    ]
 
 
-def _transformer_config(config: Config, weight_map: WeightMap, parallel: Parallel, profile: Profile) -> TransformerConfig:
+def _transformer_config(
+    config: Config, weight_map: WeightMap, parallel: Parallel, profile: Profile
+) -> TransformerConfig:
     dtype = parallel.device.dtype(config.engine.dtype)
     at = parallel.layout
     recompute: dict[str, Any] = {}
@@ -203,8 +228,12 @@ def _transformer_config(config: Config, weight_map: WeightMap, parallel: Paralle
 
 def _check_against_map(model: Model) -> None:
     """The map and the model must agree on every name and shape: a family's table cannot be silently incomplete."""
-    mapped: dict[tuple[int, str], Sequence[int]] = {(param.chunk, name): param.shape for param, name in model.named_entries()}
-    built = {(i, name): tuple(p.shape) for i, chunk in enumerate(model.bare) for name, p in _named_tensors(chunk).items()}
+    mapped: dict[tuple[int, str], Sequence[int]] = {
+        (param.chunk, name): param.shape for param, name in model.named_entries()
+    }
+    built = {
+        (i, name): tuple(p.shape) for i, chunk in enumerate(model.bare) for name, p in _named_tensors(chunk).items()
+    }
     if mapped != built:
         wrong = sorted(set(mapped.items()) ^ set(built.items()), key=str)[:3]
         raise RuntimeError(f"weight map and model differ on rank {model.parallel.coord.rank}, first: {wrong}")

@@ -1,7 +1,10 @@
-"""The memory that only training needs: optimizer state goes to host memory and comes back bitwise, gradient buffers go and come as zeros.
+"""The memory that only training needs: optimizer state goes to host
+memory and comes back bitwise, gradient buffers go and come as zeros.
 
-Storages are emptied and filled again in place, so every view of them (a parameter's main_grad, a shard of the optimizer) stays what it is.
-megatron-core's own offload_to_cpu gives tensors other memory instead, which would part a float32 parameter from the model it belongs to.
+Storages are emptied and filled again in place, so every view of them (a parameter's main_grad, a shard of the
+optimizer) stays what it is.
+megatron-core's own offload_to_cpu gives tensors other memory instead, which would part a float32 parameter from the
+model it belongs to.
 Weights stay: a weight sync and the canary need them while the rollouts have the GPU. The CUDA half is not yet run.
 """
 
@@ -52,15 +55,23 @@ class TrainingMemory:
         self._synchronize()
 
     def _optimizer_storages(self) -> list[UntypedStorage]:
-        """Of master weights and Adam's moments, unless they are the model's own (a float32 parameter is its own master weight)."""
+        """Of master weights and Adam's moments, unless they are the
+        model's own (a float32 parameter is its own master weight).
+        """
         models = {_key(tensor.untyped_storage()) for engine in self._engines for _, tensor in engine.model.params()}
-        found = [tensor for engine in self._engines for tensor in _optimizer_tensors(engine) if tensor.is_cuda == self._cuda]
+        found = [
+            tensor for engine in self._engines for tensor in _optimizer_tensors(engine) if tensor.is_cuda == self._cuda
+        ]
         storages = {_key(tensor.untyped_storage()): tensor.untyped_storage() for tensor in found}
         return [storage for key, storage in storages.items() if key not in models]
 
     def _gradient_storages(self) -> list[UntypedStorage]:
         chunks = [chunk for engine in self._engines for chunk in engine.model.chunks]
-        return [buffer.grad_data.untyped_storage() for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        return [
+            buffer.grad_data.untyped_storage()
+            for chunk in chunks
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers
+        ]
 
     def _synchronize(self) -> None:
         if self._cuda:

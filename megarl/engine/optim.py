@@ -54,7 +54,9 @@ def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple
 
 
 def _fuse_adam(optimizer: Any) -> None:
-    """torch's one-kernel Adam: its default on a GPU (foreach) copies all parameters. Before the first step; not yet run."""
+    """torch's one-kernel Adam: its default on a GPU (foreach) copies
+    all parameters. Before the first step; not yet run.
+    """
     for part in parts_of(optimizer):
         for group in part.optimizer.param_groups:
             group.update(fused=True, foreach=False)

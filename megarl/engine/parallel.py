@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megarl.config import ParallelConfig
 from megarl.engine.device import Device
-from megarl.weights.layout import Coord, Layout
+from megarl.weights.map.layout import Coord, Layout
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 
@@ -87,7 +87,8 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel
         create_gloo_process_groups=False,
     )
     torch.manual_seed(seed)
-    # On a CPU the tracker of inference forks no CUDA generator; there is no dropout whose generator it would have to keep.
+    # On a CPU the tracker of inference forks no CUDA generator; there is no dropout whose generator it would have to
+    # keep.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=device.device.type == "cpu")
     layout = Layout(**config.model_dump(), world=dist.get_world_size())
     return Parallel(layout, layout.coord(dist.get_rank()), device)

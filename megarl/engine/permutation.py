@@ -1,9 +1,11 @@
 """Rows to the experts and back by index: gathers both ways, forward and backward.
 
-megatron-core (moe_utils.py, permute and unpermute) adds the rows of a token up with scatter_add, and index_select's backward with
-index_add: on a GPU atomics, in an order that changes, rounded to bf16 after each of the K additions. Here the inverse index is kept, and
-the sum over a token's K rows is one kernel that gathers and adds in float32, in the order of the experts.
-Shape letters: T tokens, E experts, K experts a token, N = T K rows sorted by expert and then by token, H hidden.
+megatron-core (moe_utils.py, permute and unpermute) adds the rows of a
+token up with scatter_add, and index_select's backward with
+index_add: on a GPU atomics, in an order that changes, rounded to bf16 after each of the K
+additions. Here the inverse index is kept, and the sum over a token's K rows is one kernel
+that gathers and adds in float32, in the order of the experts. Shape letters: T tokens, E
+experts, K experts a token, N = T K rows sorted by expert and then by token, H hidden.
 """
 
 from __future__ import annotations
@@ -26,24 +28,31 @@ class Rows:
 
 
 def install() -> None:
-    """In megatron-core's all-to-all dispatcher, for this process. Its fused (Transformer Engine) and capacity variants stay as they are."""
+    """In megatron-core's all-to-all dispatcher, for this process. Its
+    fused (Transformer Engine) and capacity variants stay as they are.
+    """
     token_dispatcher.__dict__.update(permute=permute, unpermute=unpermute, sort_chunks_by_idxs=sort_chunks_by_idxs)
 
 
 def permute(
     tokens: Tensor, routing_map: Tensor, probs: Tensor | None = None, num_out_tokens: int | None = None, **variant: bool
 ) -> tuple[Tensor, Tensor | None, Any]:
-    """tokens [T, H], routing_map bool [T, E] with K true a row, probs [T, E] -> rows [N, H], their probabilities [N], Rows."""
+    """tokens [T, H], routing_map bool [T, E] with K true a row, probs
+    [T, E] -> rows [N, H], their probabilities [N], Rows.
+    """
     if any(variant.values()) or not num_out_tokens:
         return moe_utils.permute(tokens, routing_map, probs, num_out_tokens, **variant)
-    # Of a known size: megatron-core's masked_select waits for the device to learn it. Fewer rows than that would be an index of -1.
+    # Of a known size: megatron-core's masked_select waits for the device to learn it. Fewer rows than that would be an
+    # index of -1.
     expert_N, token_N = torch.nonzero_static(routing_map.t(), size=num_out_tokens).unbind(1)
     rows = Rows(token_N, token_N.argsort(stable=True).view(len(tokens), -1))
     probs_N = None if probs is None else probs.flatten().index_select(0, token_N * probs.shape[1] + expert_N)
     return _Spread.apply(tokens, rows), probs_N, rows
 
 
-def unpermute(permuted: Tensor, rows: Any, restore_shape: torch.Size, probs: Tensor | None = None, **variant: Any) -> Tensor:
+def unpermute(
+    permuted: Tensor, rows: Any, restore_shape: torch.Size, probs: Tensor | None = None, **variant: Any
+) -> Tensor:
     """Rows [N, H] summed into their tokens [T, H]."""
     if not isinstance(rows, Rows) or probs is not None:
         return moe_utils.unpermute(permuted, rows, restore_shape, probs, **variant)
@@ -53,7 +62,9 @@ def unpermute(permuted: Tensor, rows: Any, restore_shape: torch.Size, probs: Ten
 def sort_chunks_by_idxs(
     rows: Tensor, split_sizes: Tensor, sorted_idxs: Tensor, probs: Tensor | None = None, fused: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The same rows where the chunks are in order already, as on one rank, where megatron-core copies all of them in E pieces."""
+    """The same rows where the chunks are in order already, as on one
+    rank, where megatron-core copies all of them in E pieces.
+    """
     if not fused and bool((sorted_idxs.diff() == 1).all()):  # sorted_idxs lies on the CPU unless fused
         return rows, probs
     return moe_utils.sort_chunks_by_idxs(rows, split_sizes, sorted_idxs, probs, fused)

@@ -1,9 +1,11 @@
-"""Messages between pipeline stages whose shapes nobody has to send: every rank of a replica knows the lengths of all its packs.
+"""Messages between pipeline stages whose shapes nobody has to send:
+every rank of a replica knows the lengths of all its packs.
 
-megarl's answer to two things in megatron-core 0.16 (p2p_communication.py, _communicate_shapes). With packs of different lengths a message
-with the shape and a device synchronisation precede each tensor. And with PP = 2 under the interleaved schedule, where the next and the
-previous stage are one rank, the shapes are paired wrongly. Held by tests/unit/test_pipeline.py (PP 2 to 8, VPP 1 to 4), by
-tests/parallel/ranks.py, interleaved_packs, and by the equality table.
+megarl's answer to two things in megatron-core 0.16 (p2p_communication.py, _communicate_shapes).
+With packs of different lengths a message with the shape and a device synchronisation precede
+each tensor. And with PP = 2 under the interleaved schedule, where the next and the previous
+stage are one rank, the shapes are paired wrongly. Held by tests/unit/test_pipeline.py (PP 2 to
+8, VPP 1 to 4), by tests/parallel/ranks.py, interleaved_packs, and by the equality table.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megarl.weights.layout import Coord, Layout
+from megarl.weights.map.layout import Coord, Layout
 
 
 class StageMessages(P2PCommunicator):
-    """For one run of a pipeline schedule. What comes from a neighbour comes in the order in which it computes: the schedule's table."""
+    """For one run of a pipeline schedule. What comes from a neighbour
+    comes in the order in which it computes: the schedule's table.
+    """
 
     def __init__(self, config: Any, layout: Layout, coord: Coord, padded: list[int]) -> None:
         """`padded`: the padded length of each pack of this replica, in tokens, before CP and SP cut it."""
@@ -33,7 +37,9 @@ class StageMessages(P2PCommunicator):
         self.from_next = self._arrivals(backward, never=0 if coord.pp == layout.pp - 1 else None)
 
     def _arrivals(self, computed: list[tuple[int, int]], never: int | None) -> Iterator[list[int]]:
-        """Shapes in the order of a neighbour's (pack, chunk); chunk `never` is the model's end, whose result goes to no stage."""
+        """Shapes in the order of a neighbour's (pack, chunk); chunk
+        `never` is the model's end, whose result goes to no stage.
+        """
         return (self.shapes[number] for number, chunk in computed if chunk != never)
 
     def _communicate_shapes(

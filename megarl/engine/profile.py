@@ -1,7 +1,8 @@
 """Which implementation of layers, attention, experts and Adam this process uses, decided in one place.
 
-Transformer Engine where it is installed and there is a GPU, else megatron-core's local layers with our attention and experts. No GPU row
-of docs/gpu.md has been run: the Transformer Engine branch is written after megatron-core's code and tested for its names only.
+Transformer Engine where it is installed and there is a GPU, else megatron-core's local layers
+with our attention and experts. No GPU row of docs/gpu.md has been run: the Transformer Engine
+branch is written after megatron-core's code and tested for its names only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Adam = Literal["Transformer Engine", "Apex", "torch"]
 class Profile:
     transformer_engine: bool  # layer spec, norms, linear layers
     grouped_experts: bool
-    fused_activation: bool  # gated SiLU in one kernel forward and one backward: megatron-core's functions under torch.compile
+    fused_activation: (
+        bool  # gated SiLU in one kernel forward and one backward: megatron-core's functions under torch.compile
+    )
     fused_gradients: bool  # weight gradients added to main_grad inside the product, by Apex's extension
     adam: Adam
 
@@ -56,7 +59,8 @@ def choose_profile(engine: EngineConfig, device: Device, *, latent: bool = False
     wanted = engine.transformer_impl
     on_gpu = device.device.type == "cuda"
     return Profile(
-        transformer_engine=wanted == "transformer_engine" or (wanted == "auto" and on_gpu and not latent and has_transformer_engine()),
+        transformer_engine=wanted == "transformer_engine"
+        or (wanted == "auto" and on_gpu and not latent and has_transformer_engine()),
         grouped_experts=engine.experts == "grouped",
         fused_activation=on_gpu and importlib.util.find_spec("triton") is not None,
         fused_gradients=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
@@ -69,7 +73,9 @@ def has_transformer_engine() -> bool:
 
 
 def chosen_adam() -> Adam:
-    """megatron-core tries Transformer Engine's FusedAdam, Apex's and torch's AdamW, in this order (optimizer/distrib_optimizer.py)."""
+    """megatron-core tries Transformer Engine's FusedAdam, Apex's and torch's AdamW, in this order
+    (optimizer/distrib_optimizer.py).
+    """
     from megatron.core.optimizer import distrib_optimizer as core
 
     return "Transformer Engine" if core.USING_TE_OPTIMIZER else "Apex" if core.USING_APEX_OPTIMIZER else "torch"

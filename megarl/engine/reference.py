@@ -1,4 +1,6 @@
-"""The reference model of the KL term: the weights a run started from, kept beside the live ones and swapped in for a pass."""
+"""The reference model of the KL term: the weights a run started from,
+kept beside the live ones and swapped in for a pass.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ from megarl.engine.model import Model
 
 
 class Reference:
-    """A copy, in host memory, of this rank's shards as they are now; made before a checkpoint is loaded, it is that of model.path.
+    """A copy, in host memory, of this rank's shards as they are now;
+    made before a checkpoint is loaded, it is that of model.path.
 
-    It costs the host one model and no device memory: a swap exchanges the two tensor by tensor, and swapping back is bitwise.
+    It costs the host one model and no device memory: a swap exchanges
+    the two tensor by tensor, and swapping back is bitwise.
     """
 
     def __init__(self, model: Model) -> None:

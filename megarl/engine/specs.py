@@ -1,4 +1,6 @@
-"""The layers of a model chunk, for the profile of this process: megatron-core's specs with our attention, norms and experts put in."""
+"""The layers of a model chunk, for the profile of this process:
+megatron-core's specs with our attention, norms and experts put in.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,7 +24,9 @@ from megarl.engine.profile import Profile
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm in a Megatron spec. Its weight is marked sequence-parallel, so that its gradient is summed over TP."""
+    """torch's RMSNorm in a Megatron spec. Its weight is marked
+    sequence-parallel, so that its gradient is summed over TP.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -32,8 +39,12 @@ def layer_specs(profile: Profile, config: TransformerConfig, moe: Iterable[bool]
     if profile.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TransformerBlockSubmodules(layer_specs=[_te_layer(profile, config, has) for has in moe], layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=[_local_layer(profile, config, has) for has in moe], layer_norm=RMSNorm)
+        return TransformerBlockSubmodules(
+            layer_specs=[_te_layer(profile, config, has) for has in moe], layer_norm=TENorm
+        )
+    return TransformerBlockSubmodules(
+        layer_specs=[_local_layer(profile, config, has) for has in moe], layer_norm=RMSNorm
+    )
 
 
 def profile_settings(profile: Profile) -> dict[str, Any]:

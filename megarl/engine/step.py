@@ -1,4 +1,6 @@
-"""Passes of packs through Megatron's pipeline schedules: log-probabilities without gradients, and one optimizer step."""
+"""Passes of packs through Megatron's pipeline schedules: log-probabilities without
+gradients, and one optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ from megarl.replay.context import Replay, replay_schedule
 
 Metrics = dict[str, Tensor]
 LossOfPack = Callable[..., tuple[Tensor, Metrics]]  # (pack, logprobs [T], entropy [T]) -> loss, metrics
-Taken = tuple[Tensor, Tensor | None]  # own routes and gap of one chunk and pack, as megarl.replay.context.Recorded.stacked gives them
-Routes = Literal["off", "record", "replay"]  # no hooks; the router's own, recorded; pack.routes, replayed and the own recorded
+Taken = tuple[
+    Tensor, Tensor | None
+]  # own routes and gap of one chunk and pack, as megarl.replay.context.Recorded.stacked gives them
+Routes = Literal[
+    "off", "record", "replay"
+]  # no hooks; the router's own, recorded; pack.routes, replayed and the own recorded
 
 
 class Engine:
@@ -37,20 +43,31 @@ class Engine:
         order = [len([m for m in chunk.decoder.layers if hasattr(m.mlp, "router")]) for chunk in model.bare]
         edges = [sum(order[:i]) for i in range(len(order) + 1)]
         self._layers = [slice(a, b) for a, b in zip(edges, edges[1:])]  # of each chunk among this rank's MoE layers
-        self._routers = [[layer.mlp.router for layer in chunk.decoder.layers if hasattr(layer.mlp, "router")] for chunk in model.bare]
-        # The loss arrives divided by its global denominator, so gradients are only summed: no division by a token count.
-        model.config.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+        self._routers = [
+            [layer.mlp.router for layer in chunk.decoder.layers if hasattr(layer.mlp, "router")] for chunk in model.bare
+        ]
+        # The loss arrives divided by its global denominator, so gradients are only summed: no division by a token
+        # count.
+        model.config.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: finalize_model_grads(
+            chunks, None, **kwargs
+        )
 
     def set_optimizer(self, optimizer: Any, scheduler: Any) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
 
-    def logprobs(self, packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[tuple[Tensor, Tensor]]:
-        """log pi and entropy in rows, float32 [T] a pack, on the last stage (an empty list elsewhere). Records own routes and gap."""
+    def logprobs(
+        self, packs: list[Pack], routes: Routes, temperature: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """log pi and entropy in rows, float32 [T] a pack, on the last
+        stage (an empty list elsewhere). Records own routes and gap.
+        """
         return self.outputs(packs, routes, temperature)
 
     @torch.no_grad()
     def outputs(self, packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[Any]:
-        """What the head gives for each pack (see `_head`), without gradients, on the last stage (an empty list elsewhere)."""
+        """What the head gives for each pack (see `_head`), without
+        gradients, on the last stage (an empty list elsewhere).
+        """
         for chunk in self.model.chunks:
             chunk.eval()
         result = self._schedule(packs, routes, self._score, forward_only=True, temperature=temperature)
@@ -73,12 +90,18 @@ class Engine:
         return {"optim/grad_norm": float(grad_norm or 0.0), "optim/lr": lr}
 
     def finite_gradients(self) -> bool:
-        """Whether this rank's gradients hold no NaN and no infinity; an optimizer step with one would ruin the weights for good."""
-        buffers = [buffer.grad_data for chunk in self.model.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        """Whether this rank's gradients hold no NaN and no infinity; an
+        optimizer step with one would ruin the weights for good.
+        """
+        buffers = [
+            buffer.grad_data for chunk in self.model.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers
+        ]
         return bool(torch.stack([buffer.sum() for buffer in buffers]).isfinite().all())
 
     def gradients(self, packs: list[Pack], routes: Routes, loss: LossOfPack) -> list[Metrics]:
-        """Fills main_grad with the gradient of the sum over all packs of all replicas. `loss` is divided by the global denominator."""
+        """Fills main_grad with the gradient of the sum over all packs
+        of all replicas. `loss` is divided by the global denominator.
+        """
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -96,20 +119,37 @@ class Engine:
         at = self.model.parallel
         logits = mask_padding(logits.squeeze(0), self.model.weight_map.hf["vocab_size"], at.coord.tp)
         labels = pack.labels[cp_rows(pack.padded, at.layout.cp, at.coord.cp)].to(logits.device)
-        return self._whole(pack, *vocab_parallel_logprobs(logits, labels, temperature, at.tp_group if at.layout.tp > 1 else None))
+        return self._whole(
+            pack, *vocab_parallel_logprobs(logits, labels, temperature, at.tp_group if at.layout.tp > 1 else None)
+        )
 
     def _whole(self, pack: Pack, *mine: Tensor) -> tuple[Tensor, ...]:
-        """This rank's rows -> all rows of the pack [T], in order. Under CP each rank computes its own; the loss is of whole responses."""
+        """This rank's rows -> all rows of the pack [T], in order. Under
+        CP each rank computes its own; the loss is of whole responses.
+        """
         at = self.model.parallel
         if at.layout.cp == 1:
             return mine
-        order = torch.cat([cp_rows(pack.padded, at.layout.cp, rank) for rank in range(at.layout.cp)]).argsort().to(mine[0].device)
-        # Every rank computes the same loss and keeps the gradient of its own rows, so that summing over the ranks counts each row once.
-        gathered = gather_from_sequence_parallel_region(torch.stack(mine, dim=1), tensor_parallel_output_grad=False, group=at.cp_group)
+        order = (
+            torch.cat([cp_rows(pack.padded, at.layout.cp, rank) for rank in range(at.layout.cp)])
+            .argsort()
+            .to(mine[0].device)
+        )
+        # Every rank computes the same loss and keeps the gradient of its own rows, so that summing over the ranks
+        # counts each row once.
+        gathered = gather_from_sequence_parallel_region(
+            torch.stack(mine, dim=1), tensor_parallel_output_grad=False, group=at.cp_group
+        )
         return gathered[order].unbind(1)
 
     def _schedule(
-        self, packs: list[Pack], routes: Routes, consume: Callable[..., Any], *, forward_only: bool, temperature: float | None = None
+        self,
+        packs: list[Pack],
+        routes: Routes,
+        consume: Callable[..., Any],
+        *,
+        forward_only: bool,
+        temperature: float | None = None,
     ) -> list[Any]:
         recorded: dict[tuple[int, int], Taken] = {}
         at = self.model.parallel
@@ -119,7 +159,9 @@ class Engine:
             between = {"p2p_communicator": messages, "pg_collection": schedule_groups()}
         with replay_schedule(self._routers) if routes != "off" else nullcontext() as replay:
             result = get_forward_backward_func()(
-                forward_step_func=partial(self._forward, replay, routes, consume, temperature or self.temperature, recorded),
+                forward_step_func=partial(
+                    self._forward, replay, routes, consume, temperature or self.temperature, recorded
+                ),
                 data_iterator=[iter(enumerate(packs)) for _ in self.model.chunks],
                 model=self.model.chunks,
                 num_microbatches=len(packs),
@@ -154,7 +196,8 @@ class Engine:
         at = self.model.parallel
         mine = cp_rows(pack.padded, at.layout.cp, at.coord.cp)
         tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
-        # bf16 logits stay bf16: megatron-core would copy all of them to float32, 20 GB for 32k tokens, and their gradient too.
+        # bf16 logits stay bf16: megatron-core would copy all of them to float32, 20 GB for 32k tokens, and their
+        # gradient too.
         half = {"fp32_output": False} if self.model.config.bf16 else {}
         with context as record:
             out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences.to(device), **half)

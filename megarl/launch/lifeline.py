@@ -1,4 +1,6 @@
-"""Parents, children and orphans on Linux: a child that ends with its parent, a parent that inherits every orphan below it."""
+"""Parents, children and orphans on Linux: a child that ends with its
+parent, a parent that inherits every orphan below it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def die_with_parent(parent_pid: int, death_signal: int = signal.SIGKILL) -> None:
     """Asks the kernel to send `death_signal` to this process when its parent ends, however it ends.
 
-    `parent_pid` is the parent's pid as the parent knows it: where it has already ended, the signal is sent at once. The setting survives
-    exec but not fork, so every level of a tree calls this for itself.
+    `parent_pid` is the parent's pid as the parent knows it: where it has already ended, the signal is sent at once. The
+    setting survives exec but not fork, so every level of a tree calls this for itself.
     """
     if _libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

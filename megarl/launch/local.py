@@ -1,4 +1,6 @@
-"""Runs a plan on this host: one megarl a run directory, all processes supervised, the first cause of a failure in one line."""
+"""Runs a plan on this host: one megarl a run directory, all processes
+supervised, the first cause of a failure in one line.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,24 @@ from typing import Any
 
 from megarl.config import Config
 from megarl.errors import UserError
-from megarl.launch.plan import Plan
+from megarl.launch.processes import Plan
 from megarl.launch.rank import FAILURES, log_path
 from megarl.launch.supervisor import describe_exit, ended_text, supervise
 
 
 def launch(plan: Plan, config: Config) -> int:
-    """Starts every process of `plan`, waits, ends them all; returns the exit status. UserError where run.dir is in use."""
+    """Starts every process of `plan`, waits, ends them all; returns the exit status.
+    UserError where run.dir is in use.
+    """
     with _owned(Path(config.run.dir), f".{plan.log_dir.name}.lock"):
         _fresh(plan.log_dir)
         return supervise(plan.trainer, plan.rollouts, explain=lambda: explain_trainer(plan.log_dir))
 
 
 def _fresh(log_dir: Path) -> None:
-    """An empty folder for this start's logs; those of the start before are kept beside it, for a run that resumes after a crash."""
+    """An empty folder for this start's logs; those of the start before
+    are kept beside it, for a run that resumes after a crash.
+    """
     if log_dir.exists():
         before = log_dir.with_name(log_dir.name + ".previous")
         shutil.rmtree(before, ignore_errors=True)
@@ -36,7 +42,9 @@ def _fresh(log_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _owned(run_dir: Path, name: str) -> Iterator[None]:
-    """Holds the lock `name` in run.dir for this process; the kernel lets go of the lock when the process ends, however it ends."""
+    """Holds the lock `name` in run.dir for this process; the kernel
+    lets go of the lock when the process ends, however it ends.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / name).open("a+") as lock:
         try:
@@ -44,7 +52,9 @@ def _owned(run_dir: Path, name: str) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip()
-            raise UserError(f"run.dir {str(run_dir)!r} is in use by process {owner}; stop that one or give another run.dir") from None
+            raise UserError(
+                f"run.dir {str(run_dir)!r} is in use by process {owner}; stop that one or give another run.dir"
+            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -52,7 +62,9 @@ def _owned(run_dir: Path, name: str) -> Iterator[None]:
 
 
 def explain_trainer(log_dir: Path) -> str | None:
-    """The first cause among the ranks' failures: a killed rank before one that raised, then the earliest. None if no rank told one."""
+    """The first cause among the ranks' failures: a killed rank before
+    one that raised, then the earliest. None if no rank told one.
+    """
     try:
         failures: list[dict[str, Any]] = [json.loads(line) for line in (log_dir / FAILURES).read_text().splitlines()]
     except FileNotFoundError:

@@ -12,8 +12,8 @@ TRIES = 100
 
 
 def free_port(host: str) -> int:
-    """A port that is free on `host` now, drawn below those that the kernel gives to outgoing connections: none of these can take it
-    meanwhile, and two that draw at once hardly meet."""
+    """A port that is free on `host` now, drawn below those that the kernel gives to outgoing connections: none of these
+    can take it meanwhile, and two that draw at once hardly meet."""
     first = int(EPHEMERAL.read_text().split()[0]) if EPHEMERAL.is_file() else 32_768
     draw = random.SystemRandom()  # not `random`, which a seed makes the same in every process
     for _ in range(TRIES if first > 1_024 + SPAN else 0):

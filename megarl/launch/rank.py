@@ -1,7 +1,9 @@
-"""What torchrun starts for every rank: `python -m megarl.launch.rank LOG_DIR MODULE ARGUMENTS...` calls MODULE.main(ARGUMENTS).
+"""What torchrun starts for every rank: `python -m megarl.launch.rank
+LOG_DIR MODULE ARGUMENTS...` calls MODULE.main(ARGUMENTS).
 
-Rank 0 keeps the terminal for its standard output. All other output goes to LOG_DIR/trainer_RANK.log. A rank that fails appends one JSON
-line to LOG_DIR/failures.jsonl, from which the supervisor tells the first cause from its echoes on the other ranks.
+Rank 0 keeps the terminal for its standard output. All other output goes to
+LOG_DIR/trainer_RANK.log. A rank that fails appends one JSON line to LOG_DIR/failures.jsonl,
+from which the supervisor tells the first cause from its echoes on the other ranks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Starts processes, watches them, and ends all of them together: when the main one ends, when any fails, on a signal.
 
-Every child leads a process group of its own, so a terminal's Ctrl-C reaches only this process, which then decides. A child dies with
-this process even if it is killed (lifeline.die_with_parent), and this process adopts and ends what its children leave behind.
+Every child leads a process group of its own, so a terminal's Ctrl-C reaches only this
+process, which then decides. A child dies with this process even if it is killed
+(lifeline.die_with_parent), and this process adopts and ends what its children leave behind.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ class _Stopped(BaseException):
         self.signum = signum
 
 
-def supervise(main: Process, helpers: list[Process], *, grace_s: float = 5.0, explain: Callable[[], str | None] = lambda: None) -> int:
+def supervise(
+    main: Process, helpers: list[Process], *, grace_s: float = 5.0, explain: Callable[[], str | None] = lambda: None
+) -> int:
     """Runs `main` and its `helpers` until `main` ends; returns the exit status of the whole.
 
-    0 if main ended with 0. If main fails or a helper ends with a status other than 0, one line names it, its log's last lines follow, and
-    the status is its own (1 for a signal). `explain()` may give a better text for a failure of main. SIGINT gives 130, SIGTERM 143.
-    In every case all processes are ended before this returns: SIGTERM, after `grace_s` seconds SIGKILL. A helper may end with 0 early.
+    0 if main ended with 0. If main fails or a helper ends with a status other than 0, one line names it, its log's last
+    lines follow, and the status is its own (1 for a signal). `explain()` may give a better text for a failure of main.
+    SIGINT gives 130, SIGTERM 143. In every case all processes are ended before this returns: SIGTERM, after `grace_s`
+    seconds SIGKILL. A helper may end with 0 early.
     """
     adopt_orphans()
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -89,7 +93,12 @@ def _start(process: Process) -> subprocess.Popen[bytes]:
         )
 
 
-def _watch(main: Process, helpers: list[Process], running: dict[str, subprocess.Popen[bytes]], explain: Callable[[], str | None]) -> int:
+def _watch(
+    main: Process,
+    helpers: list[Process],
+    running: dict[str, subprocess.Popen[bytes]],
+    explain: Callable[[], str | None],
+) -> int:
     while True:
         for helper in helpers:
             code = running[helper.name].poll()
@@ -105,7 +114,9 @@ def _watch(main: Process, helpers: list[Process], running: dict[str, subprocess.
 
 
 def failure_text(process: Process, code: int) -> str:
-    """What the process itself said as `megarl: error: ...`; else one line that says how it ended, then its log's last lines."""
+    """What the process itself said as `megarl: error: ...`; else one
+    line that says how it ended, then its log's last lines.
+    """
     tail = log_tail(process.log)
     if (own := tail.rfind("megarl: error: ")) >= 0:
         return tail[own:]

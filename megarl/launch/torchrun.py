@@ -1,4 +1,5 @@
-"""torchrun, quietly: same arguments, same ranks, but a failed rank gives an exit status and a line in failures.jsonl, not a screenful.
+"""torchrun, quietly: same arguments, same ranks, but a failed rank
+gives an exit status and a line in failures.jsonl, not a screenful.
 
 `python -m megarl.launch.torchrun LOG_DIR TORCHRUN-ARGUMENTS...`
 """

@@ -2,7 +2,8 @@
 
 loss, metrics = policy_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, seq_ids, presets["minirl"])
 
-The names are imported when they are first used: a configuration needs the presets only, and torch takes two seconds to import.
+The names are imported when they are first used: a configuration needs
+the presets only, and torch takes two seconds to import.
 """
 
 from __future__ import annotations

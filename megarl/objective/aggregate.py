@@ -47,11 +47,12 @@ def count(ids: Tensor) -> Tensor:
 def divisors(
     rows: Tensor, seq: Callable[[], Segments], seq_ids: Tensor, group_ids: Tensor | None, config: ObjectiveConfig
 ) -> tuple[Tensor | float, Tensor]:
-    """(inner [R] or a number, units []): the loss of one call is  sum_t term_t / inner_t / units  over its R unmasked tokens.
+    """(inner [R] or a number, units []): the loss of one call is  sum_t
+    term_t / inner_t / units  over its R unmasked tokens.
 
-    rows [R]: which of the T tokens those are; seq: their responses. `inner` is what stands inside a response (1, |y|, the maximum
-    length, the tokens of the group), `units` counts responses, tokens or groups of this call. Responses without a single unmasked
-    token count; padding does not.
+    rows [R]: which of the T tokens those are; seq: their responses. `inner` is what stands inside a response (1, |y|,
+    the maximum length, the tokens of the group), `units` counts responses, tokens or groups of this call. Responses
+    without a single unmasked token count; padding does not.
     """
     if config.denominator == "tokens":
         return 1.0, torch.tensor(len(rows), device=rows.device)
@@ -68,8 +69,9 @@ def divisors(
 
 
 def denominators(lengths: Tensor, group_ids: Tensor, config: ObjectiveConfig) -> Tensor:
-    """The whole divisor of every response of a mini-batch [n], float64, from what all ranks know: response lengths [n] (unmasked
-    tokens) and groups [n]. Spread over tokens, it is the `denominator` with which policy_loss may be split in any way, groups included.
+    """The whole divisor of every response of a mini-batch [n], float64, from what all ranks
+    know: response lengths [n] (unmasked tokens) and groups [n]. Spread over tokens, it is
+    the `denominator` with which policy_loss may be split in any way, groups included.
     """
     exact = lengths.double()
     one, count = torch.ones_like(exact), len(exact)

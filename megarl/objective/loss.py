@@ -28,18 +28,24 @@ def policy_loss(
     entropy: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
-    """(loss [], metrics) of packed tokens; every tensor is [T]. The loss is to be minimised; MiniRL is arXiv 2512.01374 eq 7.
+    """(loss [], metrics) of packed tokens; every tensor is [T]. The
+    loss is to be minimised; MiniRL is arXiv 2512.01374 eq 7.
 
-    logprobs, old_logprobs, rollout_logprobs: log pi_theta (the only input with a gradient, besides entropy), log pi_old, log mu of the
+    logprobs, old_logprobs, rollout_logprobs: log pi_theta (the only
+    input with a gradient, besides entropy), log pi_old, log mu of the
         token at the same index as target.
     mask: 1 on response tokens. Elsewhere any input may hold anything, NaN included.
-    seq_ids, group_ids: int64, the response and the prompt of a token; any numbers, whole responses only, negative marks padding.
-    denominator: None divides by the counts of this call. A scalar is the count over the mini-batch of what config.denominator counts
-        (responses, tokens or groups; 1.0 gives the unnormalised sum); under group_tokens groups must then be whole in a call. A [T]
-        tensor is the whole divisor of each token, `denominators(...)` spread over tokens, and allows any split.
+    seq_ids, group_ids: int64, the response and the prompt of a token; any numbers, whole responses only, negative marks
+    padding.
+    denominator: None divides by the counts of this call. A scalar is the count over the mini-batch of what
+    config.denominator counts
+        (responses, tokens or groups; 1.0 gives the unnormalised sum); under group_tokens
+        groups must then be whole in a call. A [T] tensor is the whole divisor of each
+        token, `denominators(...)` spread over tokens, and allows any split.
 
     The loss's value is a surrogate (weights are constants), so compare gradients between objectives, not values.
-    Metrics: loss/*, staleness/*, policy/entropy of spec/objective.md in the form of metrics.Sums, independent of `denominator`.
+    Metrics: loss/*, staleness/*, policy/entropy of spec/objective.md in
+    the form of metrics.Sums, independent of `denominator`.
     """
     rows = unmasked(mask)  # [R]: whatever stands elsewhere is never read
     logprobs, old, mu, adv = (x.index_select(0, rows) for x in (logprobs, old_logprobs, rollout_logprobs, advantages))
@@ -91,9 +97,17 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float = 0.2, denominator: float | Tensor | None = None
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """PPO's clipped value loss over tokens [T]: 0.5 max((v - R)^2, (clip(v, old +- clip) - R)^2) / unmasked tokens, or / denominator."""
+    """PPO's clipped value loss over tokens [T]: 0.5 max((v - R)^2,
+    (clip(v, old +- clip) - R)^2) / unmasked tokens, or / denominator.
+    """
     keep = mask.bool()
     values, old, target = _clean(values, keep), _clean(old_values, keep).detach(), _clean(returns, keep).detach()
     clipped = old + (values - old).clamp(-clip, clip)
@@ -102,7 +116,9 @@ def value_loss(
 
 
 def _reference_kl(logprobs: Tensor, ref_logprobs: Tensor | None, rows: Tensor, config: ObjectiveConfig) -> Tensor:
-    """k3 estimate of KL(pi_theta || reference) at each unmasked token [R], with its gradient, as in GRPO, arXiv 2402.03300 eq 4."""
+    """k3 estimate of KL(pi_theta || reference) at each unmasked token [R], with its gradient, as in GRPO, arXiv
+    2402.03300 eq 4.
+    """
     if ref_logprobs is None:
         raise ValueError(f"kl_coef {config.kl_coef} needs ref_logprobs")
     log_x = ref_logprobs[rows].detach() - logprobs

@@ -1,6 +1,7 @@
 """Metrics in a form that can be reduced over micro-batches and ranks before anything is divided.
 
-`Sums` maps "name:sum", "name:count" and "name:max" to float64 scalars: sums and counts add up, maxima are maxed, `finish` divides.
+`Sums` maps "name:sum", "name:count" and "name:max" to float64 scalars:
+sums and counts add up, maxima are maxed, `finish` divides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ Sums = dict[str, Tensor]
 
 def mean(name: str, total: Tensor, count: Tensor | int) -> Sums:
     total = total.detach().double()
-    return {f"{name}:sum": total, f"{name}:count": count.double() if isinstance(count, Tensor) else total.new_tensor(count)}
+    return {
+        f"{name}:sum": total,
+        f"{name}:count": count.double() if isinstance(count, Tensor) else total.new_tensor(count),
+    }
 
 
 def unmasked(mask: Tensor) -> Tensor:
@@ -47,9 +51,11 @@ def finish(reduced: Sums) -> dict[str, float]:
 
 
 def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, is_cap: float) -> Sums:
-    """The training-inference discrepancy rho = pi_old/mu over response tokens: mismatch/* of spec/objective.md. All [T].
+    """The training-inference discrepancy rho = pi_old/mu over response
+    tokens: mismatch/* of spec/objective.md. All [T].
 
-    k1 = log mu - log pi_old and k3 = rho - 1 - log rho, both means over mu's samples of KL(mu || pi_old). Call it once a global batch.
+    k1 = log mu - log pi_old and k3 = rho - 1 - log rho, both means over
+    mu's samples of KL(mu || pi_old). Call it once a global batch.
     """
     rows = unmasked(mask)
     old, mu = (x.detach().index_select(0, rows).double() for x in (old_logprobs, rollout_logprobs))
@@ -68,7 +74,10 @@ def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
 def staleness_metrics(logprobs: Tensor, old_logprobs: Tensor) -> Sums:
     """The staleness r = pi_theta/pi_old over R response tokens: KL(pi_old || pi_theta) by k3, and the largest r."""
     log_r = logprobs.detach().double().sub_(old_logprobs.detach().double())
-    return {**mean("staleness/kl_k3", _k3(log_r).sum(), len(log_r)), "staleness/ratio_max:max": _max(log_r).exp() * bool(len(log_r))}
+    return {
+        **mean("staleness/kl_k3", _k3(log_r).sum(), len(log_r)),
+        "staleness/ratio_max:max": _max(log_r).exp() * bool(len(log_r)),
+    }
 
 
 def _k3(log_x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""The objectives as one table: a preset is a set of choices, and every choice can be overridden by a key of `ObjectiveConfig`.
+"""The objectives as one table: a preset is a set of choices, and every
+choice can be overridden by a key of `ObjectiveConfig`.
 
-Every objective here has a gradient of the form  sum_t  sg[w_t M_t c_t] A_t grad log pi_theta(y_t) / denominator  (spec/objective.md):
+Every objective here has a gradient of the form  sum_t  sg[w_t M_t c_t] A_t grad log pi_theta(y_t) / denominator
+(spec/objective.md):
 `weight` names w, `clip` names M, `correction` names c, `advantage` names A. Sources are cited where the function lies.
 """
 
@@ -22,43 +24,63 @@ class ObjectiveConfig(BaseModel):
     preset: str = Field("minirl", description="Name of the preset the other keys start from.")
     advantage: Literal["reward", "mean", "mean_std", "leave_one_out", "global_std", "gae"] = Field(
         "mean",
-        description="Reward itself, minus the group's mean, that over the group's standard deviation, minus the mean of the others (RLOO), "
-        "minus the group's mean over the batch's standard deviation (REINFORCE++ baseline), or GAE from a critic.",
+        description=(
+            "Reward itself, minus the group's mean, that over the group's standard deviation, minus the mean of the "
+            "others (RLOO), "
+            "minus the group's mean over the batch's standard deviation (REINFORCE++ baseline), or GAE from a critic."
+        ),
     )
     weight: Literal["one", "is", "ratio", "clipped_ratio", "sequence_ratio", "soft_gate"] = Field(
         "is",
-        description="Weight of a token's gradient: 1, min(pi_theta/mu, is_cap), r = pi_theta/pi_old, clip(r), the sequence ratio (GSPO), "
-        "the soft gate (SAPO).",
+        description=(
+            "Weight of a token's gradient: 1, min(pi_theta/mu, is_cap), r = pi_theta/pi_old, clip(r), the sequence "
+            "ratio (GSPO), "
+            "the soft gate (SAPO)."
+        ),
     )
     clip: Literal["none", "ratio", "sequence_ratio", "tv"] = Field(
         "ratio",
-        description="Which tokens are dropped: none, by r and the sign of A, by the sequence ratio, or by |pi_theta - mu| > tv_delta.",
+        description=(
+            "Which tokens are dropped: none, by r and the sign of A, by the sequence ratio, or by |pi_theta - mu| > "
+            "tv_delta."
+        ),
     )
     denominator: Literal["responses", "response_tokens", "max_length", "tokens", "group_tokens"] = Field(
         "responses",
-        description="Responses; responses with 1/|y| inside; responses x max_length; tokens of the mini-batch; groups, 1/tokens inside.",
+        description=(
+            "Responses; responses with 1/|y| inside; responses x max_length; tokens of the mini-batch; groups, "
+            "1/tokens inside."
+        ),
     )
     eps_low: float = Field(0.2, ge=0, description="Lower clip: r < 1 - eps_low.")
     eps_high: float = Field(0.27, ge=0, description="Upper clip: r > 1 + eps_high.")
-    is_cap: float = Field(5.0, gt=0, description="Truncation of the importance weight pi_theta/mu, and of the mismatch metrics.")
+    is_cap: float = Field(
+        5.0, gt=0, description="Truncation of the importance weight pi_theta/mu, and of the mismatch metrics."
+    )
     max_length: int = Field(256, ge=1, description="Constant length of denominator max_length, in tokens.")
     tv_delta: float = Field(0.2, gt=0, description="Largest |pi_theta - mu| of clip tv, in probability.")
     tau_pos: float = Field(1.0, gt=0, description="Temperature of the soft gate where A > 0.")
     tau_neg: float = Field(1.05, gt=0, description="Temperature of the soft gate where A <= 0.")
-    correction: Literal["none", "token_truncation", "token_mask", "sequence_truncation", "sequence_mask", "geometric_rejection"] = Field(
-        "none", description="Correction of pi_old/mu, for weights that do not hold mu themselves."
-    )
+    correction: Literal[
+        "none", "token_truncation", "token_mask", "sequence_truncation", "sequence_mask", "geometric_rejection"
+    ] = Field("none", description="Correction of pi_old/mu, for weights that do not hold mu themselves.")
     correction_low: float = Field(0.5, ge=0, description="Lower bound of the masks and of the rejection.")
-    correction_high: float = Field(2.0, gt=0, description="Upper bound of the masks and of the rejection; the cap of the truncations.")
+    correction_high: float = Field(
+        2.0, gt=0, description="Upper bound of the masks and of the rejection; the cap of the truncations."
+    )
     kl_coef: float = Field(0.0, ge=0, description="Weight of KL(pi_theta || reference), estimator k3, per token.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, per token.")
 
     @model_validator(mode="after")
     def _mu_enters_once(self) -> ObjectiveConfig:
         if self.weight == "is" and self.correction != "none":
-            raise ValueError(f"weight 'is' already divides by mu; set correction none (is {self.correction!r}) or weight ratio")
+            raise ValueError(
+                f"weight 'is' already divides by mu; set correction none (is {self.correction!r}) or weight ratio"
+            )
         if self.correction_low > self.correction_high:
-            raise ValueError(f"correction_low {self.correction_low} is above correction_high {self.correction_high}; swap them")
+            raise ValueError(
+                f"correction_low {self.correction_low} is above correction_high {self.correction_high}; swap them"
+            )
         return self
 
 
@@ -102,14 +124,17 @@ def resolve_objective(value: str | dict[str, Any] | ObjectiveConfig) -> Objectiv
         value = {"preset": value}
     if not isinstance(value, dict):
         raise UserError(
-            f"objective {value!r} is a {type(value).__name__}; give a preset's name, e.g. minirl, or {{preset: minirl, is_cap: 5.0}}"
+            f"objective {value!r} is a {type(value).__name__}; give a preset's name, e.g. minirl, or "
+            f"{{preset: minirl, is_cap: 5.0}}"
         )
     name = value.get("preset", "minirl")
     if not isinstance(name, str) or name not in presets:
         raise UserError(f"objective.preset {name!r} is unknown{_nearest(str(name), list(presets))}")
     for key in value:
         if key not in ObjectiveConfig.model_fields:
-            raise UserError(f"unknown config key 'objective.{key}'{_nearest(str(key), list(ObjectiveConfig.model_fields))}")
+            raise UserError(
+                f"unknown config key 'objective.{key}'{_nearest(str(key), list(ObjectiveConfig.model_fields))}"
+            )
     try:
         return ObjectiveConfig.model_validate({**presets[name].model_dump(), **value})
     except ValidationError as error:

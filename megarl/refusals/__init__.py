@@ -1,7 +1,9 @@
-"""What cannot be right, found before any process starts. One table of small functions; each refusal says the thing, its value and the fix.
+"""What cannot be right, found before any process starts. One table of
+small functions; each refusal says the thing, its value and the fix.
 
-A refusal looks at a `Case` and returns its sentence, or None. The order of the table matters: a later row may rely on what an earlier one
-refused. Sizes come from config.json through the family's table (megarl/weights/families/), under Megatron's names.
+A refusal looks at a `Case` and returns its sentence, or None. The order of the table
+matters: a later row may rely on what an earlier one refused. Sizes come from config.json
+through the family's table (megarl/weights/map/families/), under Megatron's names.
 """
 
 from __future__ import annotations
@@ -59,10 +61,13 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
 )
 
 
-def check(config: Config, command: str = "run", *, world_size: int | None = None, model_config: dict[str, Any] | None = None) -> None:
+def check(
+    config: Config, command: str = "run", *, world_size: int | None = None, model_config: dict[str, Any] | None = None
+) -> None:
     """Raises UserError with the first refusal that holds for `command` (a command of the CLI, see cli.py).
 
-    world_size: trainer ranks; None takes launch.trainers. model_config: config.json, already read; None reads it from model.path.
+    world_size: trainer ranks; None takes launch.trainers. model_config:
+    config.json, already read; None reads it from model.path.
     """
     case = Case(command, config, config.launch.trainers if world_size is None else world_size, model_config)
     for refusal, commands in REFUSALS:

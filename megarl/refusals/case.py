@@ -13,7 +13,9 @@ from megarl.config import Config
 
 @dataclass(frozen=True)
 class Case:
-    """A command with its configuration. `world` is the number of trainer ranks; `hf` the parsed config.json of model.path."""
+    """A command with its configuration. `world` is the number of
+    trainer ranks; `hf` the parsed config.json of model.path.
+    """
 
     command: str
     config: Config
@@ -29,7 +31,7 @@ class Case:
     @cached_property
     def model(self) -> dict[str, Any]:
         """Megatron's names: num_layers, num_attention_heads, num_query_groups, num_moe_experts, ..."""
-        from megarl.weights.weight_map import WeightMap
+        from megarl.weights.map.weight_map import WeightMap
 
         return WeightMap(self.hf).model
 

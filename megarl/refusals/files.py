@@ -18,7 +18,10 @@ def model_path(case: Case) -> str | None:
     if not path:
         return "model.path is empty; give a Hugging Face checkpoint folder, e.g. model.path=runs/tiny"
     if not (hf_files(path) / "config.json").is_file():
-        return f"model.path {path!r} has no config.json; give a Hugging Face checkpoint folder, or a run's checkpoints/step_N"
+        return (
+            f"model.path {path!r} has no config.json; give a Hugging Face checkpoint folder, or a run's "
+            "checkpoints/step_N"
+        )
     try:
         _ = case.hf
     except ValueError as error:
@@ -32,8 +35,14 @@ def model_weights(case: Case) -> str | None:
         return _megatron_weights(case, folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        missing = sorted({name for name in json.loads(index.read_text())["weight_map"].values() if not (folder / name).is_file()})
-        return f"model.path {str(folder)!r} lacks {missing[0]}, which its index names; copy the checkpoint again" if missing else None
+        missing = sorted(
+            {name for name in json.loads(index.read_text())["weight_map"].values() if not (folder / name).is_file()}
+        )
+        return (
+            f"model.path {str(folder)!r} lacks {missing[0]}, which its index names; copy the checkpoint again"
+            if missing
+            else None
+        )
     if not any(folder.glob("*.safetensors")):
         return f"model.path {str(folder)!r} has no *.safetensors; save the checkpoint with safe_serialization"
     return None
@@ -44,7 +53,10 @@ def _megatron_weights(case: Case, folder: Path) -> str | None:
         return f"model.path {str(folder)!r} is not a whole checkpoint, it has no .metadata; give another"
     if case.command in ("generate", "compare"):
         hint = f"python checkpoints_conversion/megatron_to_hf.py --megatron {folder} --out DIR"
-        return f"model.path {str(folder)!r} is a Megatron checkpoint, which {case.command} cannot give to vLLM; convert it first: {hint}"
+        return (
+            f"model.path {str(folder)!r} is a Megatron checkpoint, which {case.command} cannot give to vLLM; convert "
+            f"it first: {hint}"
+        )
     return None
 
 
@@ -53,19 +65,23 @@ def block_fp8(case: Case) -> str | None:
         return None
     path = case.config.model.path
     return (
-        f"model.path {path!r} is quantised (quantization_config): vLLM would keep it so, but is sent bfloat16; convert it first: "
+        f"model.path {path!r} is quantised (quantization_config): vLLM would keep it so, but is sent bfloat16; "
+        "convert it first: "
         f"python checkpoints_conversion/hf_to_megatron.py --hf {path} --out DIR, then model.path=DIR"
     )
 
 
 def deepseek_router(case: Case) -> str | None:
-    """The trainer knows no other router for this family; vLLM (deepseek_v2.py) takes another where config.json does not say which."""
+    """The trainer knows no other router for this family; vLLM
+    (deepseek_v2.py) takes another where config.json does not say which.
+    """
     needed = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     missing = [f'"{key}": "{value}"' for key, value in needed.items() if key not in case.hf]
     if case.hf.get("model_type") != "deepseek_v3" or not missing:
         return None
     return (
-        f"model.path {case.config.model.path!r}: vLLM would route otherwise than the trainer; add {', '.join(missing)} to its config.json"
+        f"model.path {case.config.model.path!r}: vLLM would route otherwise than the trainer; add "
+        f"{', '.join(missing)} to its config.json"
     )
 
 
@@ -77,7 +93,7 @@ def tokenizer(case: Case) -> str | None:
 
 
 def family(case: Case) -> str | None:
-    from megarl.weights.weight_map import FAMILIES
+    from megarl.weights.map.weight_map import FAMILIES
 
     kind = case.hf.get("model_type", "?")
     if kind not in FAMILIES:
@@ -132,7 +148,7 @@ def reward(case: Case) -> str | None:
 
 
 def loggers(case: Case) -> str | None:
-    from megarl.report.loggers import find_logger
+    from megarl.observe.loggers import find_logger
 
     for name in case.config.run.loggers:
         find_logger(name)  # raises UserError, naming the logger
@@ -158,7 +174,10 @@ def store(case: Case) -> str | None:
         return f"launch.store {store!r} is not host:port; e.g. launch.store=127.0.0.1:29600"
     if port == "0":
         if case.command in ("train", "rollout"):
-            return f"launch.store {store!r}: port 0 is for megarl run, which starts both sides; give both the same port, e.g. {host}:29600"
+            return (
+                f"launch.store {store!r}: port 0 is for megarl run, which starts both sides; give both the same port, "
+                f"e.g. {host}:29600"
+            )
         return None
     if case.command == "rollout" or int(os.environ.get("RANK", "0")) != 0:
         return None  # joins a store that another process owns
@@ -169,5 +188,8 @@ def store(case: Case) -> str | None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return f"launch.store {store!r}: the port is in use; give another, or port 0 to let megarl run pick one"
-        return f"launch.store {store!r}: cannot listen there ({os.strerror(error.errno or 0)}); give an address of this host"
+        return (
+            f"launch.store {store!r}: cannot listen there ({os.strerror(error.errno or 0)}); give an address of this "
+            "host"
+        )
     return None

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from megarl.launch.plan import has_gpu
+from megarl.launch.processes import has_gpu
 from megarl.refusals.case import Case
 
 
@@ -14,11 +14,20 @@ def transformer_engine(case: Case) -> str | None:
     if case.config.engine.transformer_impl != "transformer_engine":
         return None
     if importlib.util.find_spec("transformer_engine") is None:
-        return "engine.transformer_impl transformer_engine: it is not installed; install the gpu extra or set engine.transformer_impl=auto"
+        return (
+            "engine.transformer_impl transformer_engine: it is not installed; install the gpu extra or set "
+            "engine.transformer_impl=auto"
+        )
     if not has_gpu():
-        return "engine.transformer_impl transformer_engine needs a GPU, this host has none; set engine.transformer_impl=auto"
+        return (
+            "engine.transformer_impl transformer_engine needs a GPU, this host has none; set "
+            "engine.transformer_impl=auto"
+        )
     if case.model.get("multi_latent_attention"):
-        return "engine.transformer_impl transformer_engine has no latent attention over packed rows; set engine.transformer_impl=auto"
+        return (
+            "engine.transformer_impl transformer_engine has no latent attention over packed rows; set "
+            "engine.transformer_impl=auto"
+        )
     return None
 
 
@@ -27,30 +36,47 @@ def colocate(case: Case) -> str | None:
     if not launch.colocate:
         return None
     if case.command != "run":
-        return f"launch.colocate true is for megarl run, which places both sides on one node, not megarl {case.command}; set it to false"
+        return (
+            f"launch.colocate true is for megarl run, which places both sides on one node, not megarl {case.command}; "
+            "set it to false"
+        )
     if not has_gpu():
         return "launch.colocate true needs a GPU, this host has none; set launch.colocate=false"
     workers = rollout.engines * rollout.tp
     if workers != case.world:
         return (
-            f"launch.colocate true puts one rollout worker beside each trainer rank: rollout engines {rollout.engines} x tp {rollout.tp} "
-            f"is not launch.trainers {case.world}; set rollout.engines={max(1, case.world // rollout.tp)} or launch.trainers={workers}"
+            "launch.colocate true puts one rollout worker beside each trainer rank: rollout engines "
+            f"{rollout.engines} x tp {rollout.tp} "
+            f"is not launch.trainers {case.world}; set rollout.engines={max(1, case.world // rollout.tp)} or "
+            f"launch.trainers={workers}"
         )
     if case.config.sync.staged:
-        return "launch.colocate true with sync.staged true keeps a second copy of the weights on the GPU; leave sync.staged unset"
+        return (
+            "launch.colocate true with sync.staged true keeps a second copy of the weights on the GPU; leave "
+            "sync.staged unset"
+        )
     if "expandable_segments:true" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "").lower():
-        return "launch.colocate true: memory of PYTORCH_CUDA_ALLOC_CONF expandable_segments:True cannot be shared; unset it"
+        return (
+            "launch.colocate true: memory of PYTORCH_CUDA_ALLOC_CONF expandable_segments:True cannot be shared; "
+            "unset it"
+        )
     return None
 
 
 def rollout_kernels(case: Case) -> str | None:
     rollout = case.config.rollout
     if rollout.quantization != "none" and not has_gpu():
-        return f"rollout.quantization {rollout.quantization} needs a GPU, this host has none; set rollout.quantization=none"
+        return (
+            f"rollout.quantization {rollout.quantization} needs a GPU, this host has none; set "
+            "rollout.quantization=none"
+        )
     if rollout.batch_invariant and not has_gpu():
         return "rollout.batch_invariant true needs a GPU, this host has none; set rollout.batch_invariant=false"
     if rollout.batch_invariant and rollout.kv_cache_dtype == "fp8":
-        return "rollout.batch_invariant true with rollout.kv_cache_dtype fp8 is not offered by vLLM; set rollout.kv_cache_dtype=auto"
+        return (
+            "rollout.batch_invariant true with rollout.kv_cache_dtype fp8 is not offered by vLLM; set "
+            "rollout.kv_cache_dtype=auto"
+        )
     return None
 
 
@@ -58,9 +84,16 @@ def fp8_cache_on_a_cpu(case: Case) -> str | None:
     """What vLLM 0.32 asks for (v1/attention/backends/cpu_attn.py)."""
     if case.config.rollout.kv_cache_dtype != "fp8" or has_gpu():
         return None
-    size = case.model["kv_channels"] if "kv_channels" in case.model else case.model["hidden_size"] // case.model["num_attention_heads"]
+    size = (
+        case.model["kv_channels"]
+        if "kv_channels" in case.model
+        else case.model["hidden_size"] // case.model["num_attention_heads"]
+    )
     if size % 32:
-        return f"rollout.kv_cache_dtype fp8 on a CPU needs heads of a multiple of 32, these are {size}; set rollout.kv_cache_dtype=auto"
+        return (
+            f"rollout.kv_cache_dtype fp8 on a CPU needs heads of a multiple of 32, these are {size}; set "
+            "rollout.kv_cache_dtype=auto"
+        )
     if "avx512f" not in _cpu_flags():
         return "rollout.kv_cache_dtype fp8 on a CPU needs AVX-512, this one has none; set rollout.kv_cache_dtype=auto"
     return None
@@ -73,7 +106,10 @@ def _cpu_flags() -> set[str]:
 def rollout_python(case: Case) -> str | None:
     path = case.config.launch.rollout_python
     if path is not None and not os.access(path, os.X_OK):
-        return f"launch.rollout_python {path!r} is no program; give the Python of the environment that holds vLLM, or leave it unset"
+        return (
+            f"launch.rollout_python {path!r} is no program; give the Python of the environment that holds vLLM, or "
+            "leave it unset"
+        )
     return None
 
 

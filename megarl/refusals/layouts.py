@@ -20,7 +20,8 @@ def world(case: Case) -> str | None:
     size = at.tp * at.pp * at.cp
     if case.world % size:
         return (
-            f"parallel tp {at.tp} x pp {at.pp} x cp {at.cp} needs a multiple of {size} trainer ranks, there are {case.world}; "
+            f"parallel tp {at.tp} x pp {at.pp} x cp {at.cp} needs a multiple of {size} trainer ranks, there are "
+            f"{case.world}; "
             f"set launch.trainers={-(-case.world // size) * size} or change the layout"
         )
     return None
@@ -31,7 +32,8 @@ def expert_world(case: Case) -> str | None:
     size = at.etp * at.ep * at.pp
     if case.world % size:
         return (
-            f"parallel etp {at.etp} x ep {at.ep} x pp {at.pp} needs a multiple of {size} trainer ranks, there are {case.world}; "
+            f"parallel etp {at.etp} x ep {at.ep} x pp {at.pp} needs a multiple of {size} trainer ranks, there are "
+            f"{case.world}; "
             f"set launch.trainers={-(-case.world // size) * size} or lower parallel.ep"
         )
     return None
@@ -61,7 +63,10 @@ def layers(case: Case) -> str | None:
     if uneven:
         return _uneven_layers(at, layers)
     if layers % (at.pp * at.vpp):
-        return f"parallel pp {at.pp} x vpp {at.vpp} does not divide the model's {layers} layers; use a product that divides {layers}"
+        return (
+            f"parallel pp {at.pp} x vpp {at.vpp} does not divide the model's {layers} layers; use a product that "
+            f"divides {layers}"
+        )
     return None
 
 
@@ -69,7 +74,7 @@ def _uneven_layers(at: ParallelConfig, layers: int) -> str | None:
     given = f"parallel first_stage_layers {at.first_stage_layers}, last_stage_layers {at.last_stage_layers}"
     if at.vpp > 1 or at.pp == 1:
         return f"{given} need pp > 1 and vpp 1, not pp {at.pp}, vpp {at.vpp}; leave them unset or change parallel"
-    from megarl.weights.layout import Layout
+    from megarl.weights.map.layout import Layout
 
     sizes = Layout(**at.model_dump(), world=at.tp * at.pp * at.cp).stage_sizes(layers)
     if min(sizes) < 1 or sum(sizes) != layers:

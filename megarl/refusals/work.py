@@ -17,11 +17,15 @@ def objective(case: Case) -> str | None:
 def minibatches(case: Case) -> str | None:
     batch = case.config.batch
     if batch.prompts % batch.minibatches:
-        return f"batch.prompts {batch.prompts} is not a multiple of batch.minibatches {batch.minibatches}; a mini-batch is whole groups"
+        return (
+            f"batch.prompts {batch.prompts} is not a multiple of batch.minibatches {batch.minibatches}; a mini-batch "
+            "is whole groups"
+        )
     responses = batch.prompts // batch.minibatches * batch.group
     if responses < case.dp:
         return (
-            f"batch: a mini-batch of {responses} responses (prompts / minibatches x group) cannot feed {case.dp} data-parallel ranks; "
+            f"batch: a mini-batch of {responses} responses (prompts / minibatches x group) cannot feed {case.dp} "
+            "data-parallel ranks; "
             "raise batch.prompts or batch.group"
         )
     return None
@@ -30,7 +34,10 @@ def minibatches(case: Case) -> str | None:
 def group(case: Case) -> str | None:
     advantage = case.config.objective.advantage
     if case.config.batch.group == 1 and advantage not in ("reward", "gae"):
-        return f"batch.group 1 with objective.advantage {advantage!r} gives every response the advantage 0; set batch.group=2 or more"
+        return (
+            f"batch.group 1 with objective.advantage {advantage!r} gives every response the advantage 0; set "
+            "batch.group=2 or more"
+        )
     return None
 
 
@@ -50,11 +57,21 @@ def replay(case: Case) -> str | None:
 
 
 def unreplayable(model: dict[str, Any]) -> str | None:
-    """Routers whose choice cannot be replayed (spec/routing.md, trap 3). `model`: Megatron's TransformerConfig keywords."""
+    """Routers whose choice cannot be replayed (spec/routing.md, trap
+    3). `model`: Megatron's TransformerConfig keywords.
+    """
     faults = (
         (model.get("moe_router_fusion"), "a fused router returns before the replay hook", "moe_router_fusion=False"),
-        (model.get("moe_router_load_balancing_type") == "sinkhorn", "sinkhorn does not route by top-k", "load balancing 'none'"),
-        (model.get("moe_expert_capacity_factor") is not None, "capacity dropping changes a replayed choice", "no capacity factor"),
+        (
+            model.get("moe_router_load_balancing_type") == "sinkhorn",
+            "sinkhorn does not route by top-k",
+            "load balancing 'none'",
+        ),
+        (
+            model.get("moe_expert_capacity_factor") is not None,
+            "capacity dropping changes a replayed choice",
+            "no capacity factor",
+        ),
         (
             "moe_router" in str(model.get("cuda_graph_scope") or ""),
             "a graph-captured router replays nothing",
@@ -83,7 +100,8 @@ def lengths(case: Case) -> str | None:
     limit = case.hf.get("max_position_embeddings")
     if limit and longest > limit:
         return (
-            f"rollout max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = {longest} is above "
+            f"rollout max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = "
+            f"{longest} is above "
             f"the model's max_position_embeddings {limit}; lower one of them"
         )
     return None
@@ -93,5 +111,8 @@ def micro_batch(case: Case) -> str | None:
     rollout, budget = case.config.rollout, case.config.engine.micro_batch_tokens
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > budget:
-        return f"engine.micro_batch_tokens {budget} cannot hold the longest prompt and response, {longest} tokens; raise it to {longest}"
+        return (
+            f"engine.micro_batch_tokens {budget} cannot hold the longest prompt and response, {longest} tokens; raise "
+            f"it to {longest}"
+        )
     return None

@@ -1,8 +1,8 @@
 """Recording and replaying routes inside megatron-core's routers.
 
-megatron-core asks `router.router_replay.get_replay_topk(...)` for the experts of each token, if that attribute is set. We set an
-object of ours there for the length of one schedule run and take it away afterwards, so no state outlives the run, nothing is
-process-wide, and without replay and metrics there is nothing on the path.
+megatron-core asks `router.router_replay.get_replay_topk(...)` for the experts of each token, if that attribute is set.
+We set an object of ours there for the length of one schedule run and take it away afterwards, so no state outlives the
+run, nothing is process-wide, and without replay and metrics there is nothing on the path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Recorded:
     """What the routers of one chunk did for one micro-batch, rows in the order of this rank's slice.
 
     own: a layer's top-k of the live scores of this pass, [rows, K]; under replay, given the replayed earlier layers.
-    lowest: the least score among those, and among the replayed (or compared) experts, [rows]; empty where there are none.
+    lowest: the least score among those, and among the replayed (or
+    compared) experts, [rows]; empty where there are none.
     """
 
     own: list[Tensor] = field(default_factory=list)
@@ -59,9 +60,12 @@ class _Hook:
         group_topk: int | None = None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """scores float [rows, E], the full live scores: the gate is gathered from them, so its gradient reaches the router."""
+        """scores float [rows, E], the full live scores: the gate is
+        gathered from them, so its gradient reaches the router.
+        """
         if self.record is None:
-            # Backward passes run in the order of the forwards, within one chunk, under 1F1B and under the interleaved schedule.
+            # Backward passes run in the order of the forwards, within one chunk, under 1F1B and under the interleaved
+            # schedule.
             chosen = self.used.popleft()
             return scores.gather(1, chosen), chosen
         assert default_compute_topk is not None
@@ -86,7 +90,8 @@ class Replay:
 
     chunks: for each model chunk of this rank, its routers in layer order. Use:
         with replay_schedule(chunks) as replay:
-            ... for each micro-batch, in the forward step: with replay.forward(chunk, routes, present, replay=True) as recorded: model(...)
+            ... for each micro-batch, in the forward step: with replay.forward(chunk, routes, present, replay=True) as
+            recorded: model(...)
     """
 
     def __init__(self, chunks: Sequence[Sequence[Router]]) -> None:
@@ -104,14 +109,19 @@ class Replay:
                 router.router_replay = None
 
     @contextmanager
-    def forward(self, chunk: int, routes: Tensor | None, present: Tensor | None = None, *, replay: bool) -> Iterator[Recorded]:
+    def forward(
+        self, chunk: int, routes: Tensor | None, present: Tensor | None = None, *, replay: bool
+    ) -> Iterator[Recorded]:
         """One micro-batch through one chunk.
 
-        routes: integer [rows, layers of the chunk, K] to replay (or, with replay=False, only to compare with); None for neither.
+        routes: integer [rows, layers of the chunk, K] to replay (or, with replay=False, only to compare with); None for
+        neither.
         present: bool [rows]; a row that is not present is routed live. None: all are present.
         """
         recorded = Recorded()
-        targets = None if routes is None else routes.transpose(0, 1).to(torch.long, memory_format=torch.contiguous_format)
+        targets = (
+            None if routes is None else routes.transpose(0, 1).to(torch.long, memory_format=torch.contiguous_format)
+        )
         for i, hook in enumerate(self._hooks[chunk]):
             hook.target = None if targets is None else targets[i]
             hook.present, hook.replay, hook.record = present, replay, recorded

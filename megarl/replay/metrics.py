@@ -1,4 +1,6 @@
-"""Routing agreement as sums over rows, one value a MoE layer: added up over packs and ranks before anything is divided."""
+"""Routing agreement as sums over rows, one value a MoE layer: added up over packs and
+ranks before anything is divided.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from megarl.replay.routes import agreement
 
 
 class RoutingSums:
-    """Sums of one rank. Rows are those that predict a response token; `columns` are this rank's layers among all MoE layers."""
+    """Sums of one rank. Rows are those that predict a response token;
+    `columns` are this rank's layers among all MoE layers.
+    """
 
     def __init__(self, layers: int, columns: list[int]) -> None:
         self.columns = columns

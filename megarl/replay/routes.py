@@ -1,4 +1,6 @@
-"""Routes as arrays: routes[row, moe_layer, k] holds the experts that row's input token went to (spec/routing.md, "Contract")."""
+"""Routes as arrays: routes[row, moe_layer, k] holds the experts that
+row's input token went to (spec/routing.md, "Contract").
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,20 @@ def route_dtype(num_experts: int) -> np.dtype:
 
 
 def only_moe_layers(routes: np.ndarray, moe_layers: list[int], num_layers: int) -> np.ndarray:
-    """[T, L, K] of all transformer layers or of the MoE layers only -> MoE layers only. ValueError for any other count."""
+    """[T, L, K] of all transformer layers or of the MoE layers only -> MoE layers only.
+    ValueError for any other count.
+    """
     if routes.ndim != 3 or routes.shape[1] not in (len(moe_layers), num_layers):
-        raise ValueError(f"shape {routes.shape}, not (tokens - 1, {len(moe_layers)} MoE layers of {num_layers} layers, top-k)")
+        raise ValueError(
+            f"shape {routes.shape}, not (tokens - 1, {len(moe_layers)} MoE layers of {num_layers} layers, top-k)"
+        )
     return routes if routes.shape[1] == len(moe_layers) else routes[:, moe_layers]
 
 
 def check_routes(routes: np.ndarray, rows: int, layers: int, num_experts: int, top_k: int) -> None:
-    """ValueError, what is wrong and what was expected. Wrong routes would hang the all-to-all or train other experts."""
+    """ValueError, what is wrong and what was expected. Wrong routes would hang the
+    all-to-all or train other experts.
+    """
     if routes.shape != (rows, layers, top_k):
         raise ValueError(f"shape {routes.shape}, not (tokens - 1, MoE layers, top-k) = {(rows, layers, top_k)}")
     if routes.dtype.kind not in "ui":
@@ -37,11 +45,17 @@ def check_routes(routes: np.ndarray, rows: int, layers: int, num_experts: int, t
     if same.any():
         row = int(same.argmax())
         layer = int((ordered[row, :, 1:] == ordered[row, :, :-1]).any(axis=1).argmax())
-        raise ValueError(f"row {row} names an expert twice, {routes[row, layer].tolist()} in MoE layer {layer}, {expected}")
+        raise ValueError(
+            f"row {row} names an expert twice, {routes[row, layer].tolist()} in MoE layer {layer}, {expected}"
+        )
 
 
-def accept_routes(routes: np.ndarray, rows: int, moe_layers: list[int], num_layers: int, num_experts: int, top_k: int) -> np.ndarray:
-    """One response's routes, as a rollout engine or a file gave them -> [rows, MoE layers, K]. ValueError says what is wrong."""
+def accept_routes(
+    routes: np.ndarray, rows: int, moe_layers: list[int], num_layers: int, num_experts: int, top_k: int
+) -> np.ndarray:
+    """One response's routes, as a rollout engine or a file gave them ->
+    [rows, MoE layers, K]. ValueError says what is wrong.
+    """
     routes = only_moe_layers(routes, moe_layers, num_layers)
     check_routes(routes, rows, len(moe_layers), num_experts, top_k)
     return routes
@@ -54,5 +68,7 @@ def spread_routes(rows: int, layers: int, num_experts: int, top_k: int, start: i
 
 
 def agreement(a: Tensor, b: Tensor) -> Tensor:
-    """|set(a) & set(b)| / k for [rows, L, K] against [rows, L, K]; float32 [rows, L]. Order within a row carries no meaning."""
+    """|set(a) & set(b)| / k for [rows, L, K] against [rows, L, K];
+    float32 [rows, L]. Order within a row carries no meaning.
+    """
     return (a[..., :, None] == b[..., None, :]).any(-1).float().mean(-1)

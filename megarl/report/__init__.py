@@ -1,1 +1,1 @@
-"""What a run shows: metrics.jsonl and TensorBoard, the live line, samples to read, one HTML page of curves."""
+"""Pages made of what runs wrote: curves as one HTML page, the mismatch report, the environment check."""

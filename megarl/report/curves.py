@@ -16,7 +16,9 @@ COLOURS_DARK = ("#6ea8ff", "#ff9d4d", "#4fcb94", "#e583cd", "#a9a59c", "#e0c83f"
 
 @dataclass(frozen=True)
 class Series:
-    """A named line; None where a step has no value. All series of a chart share its steps. colour, dash: None follows the order."""
+    """A named line; None where a step has no value. All series of a
+    chart share its steps. colour, dash: None follows the order.
+    """
 
     name: str
     values: list[float | None]
@@ -26,8 +28,12 @@ class Series:
 
 def css(selector: str) -> str:
     """The colours of the charts, for a light and for a dark background, as rules on `selector`."""
-    light = "--ink:#1d1c1a;--soft:#6d6a63;--rule:#e3e1db;--paper:#fff;" + "".join(f"--c{i}:{c};" for i, c in enumerate(COLOURS_LIGHT))
-    dark = "--ink:#eceae6;--soft:#a9a59c;--rule:#3a3935;--paper:#1c1b19;" + "".join(f"--c{i}:{c};" for i, c in enumerate(COLOURS_DARK))
+    light = "--ink:#1d1c1a;--soft:#6d6a63;--rule:#e3e1db;--paper:#fff;" + "".join(
+        f"--c{i}:{c};" for i, c in enumerate(COLOURS_LIGHT)
+    )
+    dark = "--ink:#eceae6;--soft:#a9a59c;--rule:#3a3935;--paper:#1c1b19;" + "".join(
+        f"--c{i}:{c};" for i, c in enumerate(COLOURS_DARK)
+    )
     lines = "".join(f".s{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}" for i in range(len(COLOURS_LIGHT)))
     return (
         f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}{lines}"
@@ -79,7 +85,9 @@ class Axes:
         """Values with their labels, three to six of them."""
         if not self.log:
             step = nice((self.high - self.low) / 4)
-            numbers = [n * step for n in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
+            numbers = [
+                n * step for n in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
+            ]
             return [(value, label(value, step)) for value in numbers]
         digits = (1,) if self.high - self.low > 2 else (1, 2, 5)
         every = max(1, math.ceil((self.high - self.low) / 5))
@@ -115,8 +123,11 @@ def label(value: float, step: float | None = None) -> str:
     return f"{value:.{max(0, -least)}f}"
 
 
-def line_chart(steps: list[int], series: list[Series], *, log: bool = False, low: float | None = None, high: float | None = None) -> str:
-    """The inside of an SVG: one line a series, its noise faint behind its moving average where there are many steps. Empty without values.
+def line_chart(
+    steps: list[int], series: list[Series], *, log: bool = False, low: float | None = None, high: float | None = None
+) -> str:
+    """The inside of an SVG: one line a series, its noise faint behind
+    its moving average where there are many steps. Empty without values.
 
     low, high: bounds that the axis shows at least. On a logarithmic scale values that are not positive are left out.
     """
@@ -160,13 +171,18 @@ def area_chart(steps: list[int], series: list[Series]) -> str:
 
 
 def heat_map(steps: list[int], rows: list[list[float]]) -> str:
-    """The inside of an SVG: rows[step][layer], steps to the right, layers upwards; the darker a cell, the further below 1.
+    """The inside of an SVG: rows[step][layer], steps to the right, layers upwards; the darker a cell, the further below
+    1.
 
-    Neighbouring steps (layers) are averaged into at most HEAT_COLUMNS (HEAT_ROWS) cells. The scale goes from 1 to the lowest cell.
+    Neighbouring steps (layers) are averaged into at most HEAT_COLUMNS
+    (HEAT_ROWS) cells. The scale goes from 1 to the lowest cell.
     """
     columns = _blocks(len(rows), HEAT_COLUMNS)
     layers = _blocks(len(rows[0]), HEAT_ROWS)
-    cells = [[sum(sum(row[b]) for row in rows[a]) / ((a.stop - a.start) * (b.stop - b.start)) for b in layers] for a in columns]
+    cells = [
+        [sum(sum(row[b]) for row in rows[a]) / ((a.stop - a.start) * (b.stop - b.start)) for b in layers]
+        for a in columns
+    ]
     lowest = min(min(column) for column in cells)
     axes = Axes(steps, 0.0, float(len(rows[0])), log=False)
     wide, tall = (WIDTH - LEFT - RIGHT) / len(columns), (HEIGHT - TOP - BOTTOM) / len(layers)
@@ -180,7 +196,9 @@ def heat_map(steps: list[int], rows: list[list[float]]) -> str:
     for level, paths in enumerate(levels):
         if paths and level:
             parts.append(f'<path class="heat" fill-opacity="{level / HEAT_LEVELS:.2f}" d="{"".join(paths)}"/>')
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{TOP + 10}" text-anchor="end">darkest: {label(lowest, 1e-4)}</text>')
+    parts.append(
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{TOP + 10}" text-anchor="end">darkest: {label(lowest, 1e-4)}</text>'
+    )
     return "".join(parts)
 
 
@@ -192,11 +210,17 @@ def _blocks(count: int, most: int) -> list[slice]:
 def _path(axes: Axes, steps: list[int], values: list[float | None], classes: str) -> str:
     """A line through the values that are there; where they are few, with a dot on each."""
     points = [(axes.x(step), axes.y(value)) for step, value in zip(steps, values) if value is not None]
-    dots = "".join(f'<circle class="{classes}" cx="{x:.1f}" cy="{y:.1f}" r="1.5"/>' for x, y in points) if len(points) <= 12 else ""
+    dots = (
+        "".join(f'<circle class="{classes}" cx="{x:.1f}" cy="{y:.1f}" r="1.5"/>' for x, y in points)
+        if len(points) <= 12
+        else ""
+    )
     return f'<polyline class="{classes}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>{dots}'
 
 
-def text_curve(steps: list[int], values: list[float | None], *, width: int = 64, height: int = 12, mark: str = "•") -> str:
+def text_curve(
+    steps: list[int], values: list[float | None], *, width: int = 64, height: int = 12, mark: str = "•"
+) -> str:
     """A learning curve for a terminal: mean value a column, step numbers below. Empty without values."""
     points = [(s, v) for s, v in zip(steps, values) if v is not None]
     if not points:

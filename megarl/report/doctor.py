@@ -18,7 +18,11 @@ def doctor() -> int:
     problems += _engines()
     for problem in problems:
         print(f"problem: {problem}")
-    print("ready" if not problems else f"not ready: {len(problems)} problem(s); bash tools/setup.sh makes a working environment")
+    print(
+        "ready"
+        if not problems
+        else f"not ready: {len(problems)} problem(s); bash tools/setup.sh makes a working environment"
+    )
     return 1 if problems else 0
 
 
@@ -32,7 +36,9 @@ def _versions() -> list[str]:
     problems = []
     seen = set()
     for requirement in importlib.metadata.requires("megarl") or []:
-        match = re.match(r"([\w.-]+)(?:\[.*?\])?==([\w.]+)(?:;\s*extra == [\"'](\w+)[\"'])?", requirement.replace(" ;", ";"))
+        match = re.match(
+            r"([\w.-]+)(?:\[.*?\])?==([\w.]+)(?:;\s*extra == [\"'](\w+)[\"'])?", requirement.replace(" ;", ";")
+        )
         if match is None:
             continue
         name, pinned, extra = match.groups()
@@ -88,7 +94,9 @@ def _engines() -> list[str]:
         _line("rollout engine", f"vLLM {vllm.__version__}")
     except Exception as error:
         problems.append(f"vLLM does not import: {error}")
-    points = [point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == "megarl"]
+    points = [
+        point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == "megarl"
+    ]
     try:
         for point in points:
             point.load()

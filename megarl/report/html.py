@@ -9,11 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
-from megarl.report.curves import HEIGHT, LEFT, RIGHT, WIDTH, Series, area_chart, colour_of, css, heat_map, line_chart, text_curve, thin
-from megarl.report.metrics import METRICS_FILE, read_metrics
+from megarl.observe.metrics import METRICS_FILE, read_metrics
+from megarl.observe.progress import count, duration
+from megarl.observe.worst import read_worst
+from megarl.report.curves import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Series,
+    area_chart,
+    colour_of,
+    css,
+    heat_map,
+    line_chart,
+    text_curve,
+    thin,
+)
 from megarl.report.panels import GROUPS, Panel
-from megarl.report.progress import count, duration
-from megarl.report.worst import read_worst
 
 Rows = list[dict[str, Any]]
 WORST = 24  # tokens on a page
@@ -53,9 +66,11 @@ svg.addEventListener('pointerleave',()=>{line.style.visibility='hidden';out.forE
 
 
 def report(run_dirs: list[str], svg: str | None = None, out: str | None = None) -> int:
-    """One page of curves: of one run, with its worst tokens, at run_dir/report.html; of several overlaid, at ./report.html; or at `out`.
+    """One page of curves: of one run, with its worst tokens, at run_dir/report.html; of several overlaid, at
+    ./report.html; or at `out`.
 
-    Also writes the learning curve of the first run to `svg` if given, and prints it. UserError where a folder holds no metrics.
+    Also writes the learning curve of the first run to `svg` if given,
+    and prints it. UserError where a folder holds no metrics.
     """
     runs = {name: _rows(name) for name in run_dirs}
     first, rows = next(iter(runs.items()))
@@ -79,7 +94,9 @@ def _rows(run_dir: str) -> Rows:
     try:
         rows = read_metrics(run_dir)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"run folder {run_dir!r} has no {METRICS_FILE}; give the run.dir of a run that has done a step") from None
+        raise UserError(
+            f"run folder {run_dir!r} has no {METRICS_FILE}; give the run.dir of a run that has done a step"
+        ) from None
     if not rows:
         raise UserError(f"run folder {run_dir!r}: {METRICS_FILE} has no whole line yet; wait for the first step")
     return rows
@@ -93,7 +110,9 @@ def last_eighth(rows: Rows, key: str) -> float | None:
 
 def learning_curve_svg(rows: Rows) -> str:
     """The reward as a picture that stands alone, light or dark as the reader's page is."""
-    inside = line_chart([row["step"] for row in rows], [Series("reward", [row.get("reward/mean") for row in rows])], low=0.0, high=1.0)
+    inside = line_chart(
+        [row["step"] for row in rows], [Series("reward", [row.get("reward/mean") for row in rows])], low=0.0, high=1.0
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 18}" width="{2 * WIDTH}" role="img">'
         f"<title>Mean reward by step</title><style>{css('svg')}</style>"
@@ -122,7 +141,9 @@ def render(run_dir: str, rows: Rows) -> str:
 
 
 def render_overlay(runs: dict[str, Rows]) -> str:
-    """Several runs in the same charts: a colour a run, a dash pattern a metric. Heat maps and stacked times are of one run only."""
+    """Several runs in the same charts: a colour a run, a dash pattern a
+    metric. Heat maps and stacked times are of one run only.
+    """
     names = _short(list(runs))
     steps = sorted({row["step"] for rows in runs.values() for row in rows})
     by_step = {name: {row["step"]: row for row in rows} for name, rows in zip(names, runs.values())}
@@ -131,7 +152,12 @@ def render_overlay(runs: dict[str, Rows]) -> str:
         panels = ""
         for panel in group.panels:
             series = [
-                Series(f"{name}, {text}" if len(panel.keys) > 1 else name, [_number(rows.get(s, {}).get(key)) for s in steps], i, dash)
+                Series(
+                    f"{name}, {text}" if len(panel.keys) > 1 else name,
+                    [_number(rows.get(s, {}).get(key)) for s in steps],
+                    i,
+                    dash,
+                )
                 for i, (name, rows) in enumerate(by_step.items())
                 for dash, (key, text) in enumerate(panel.keys.items())
             ]
@@ -139,9 +165,13 @@ def render_overlay(runs: dict[str, Rows]) -> str:
             panels += _chart(panel, steps, series) if series else ""
         if panels:
             groups.append(f'<h2>{group.title}</h2><p>{group.text}</p><div class="grid">{panels}</div>')
-    rewards = [(escape(name), _show(last_eighth(rows, "reward/mean"), "{:.3f}")) for name, rows in zip(names, runs.values())]
+    rewards = [
+        (escape(name), _show(last_eighth(rows, "reward/mean"), "{:.3f}")) for name, rows in zip(names, runs.values())
+    ]
     text = "Reward, mean of the last eighth of each run's steps."
-    return html_page(" and ".join(names), f"<h1>{len(runs)} runs</h1><p>{text}</p>{tile_row(rewards)}{''.join(groups)}{_script()}")
+    return html_page(
+        " and ".join(names), f"<h1>{len(runs)} runs</h1><p>{text}</p>{tile_row(rewards)}{''.join(groups)}{_script()}"
+    )
 
 
 def _short(folders: list[str]) -> list[str]:
@@ -184,7 +214,11 @@ def _panel(panel: Panel, rows: Rows) -> str:
     if panel.kind == "heat":
         (key,) = panel.keys
         known = [row for row in rows if row.get(key) and None not in row[key]]
-        return figure(panel.title, "", "", heat_map([row["step"] for row in known], [row[key] for row in known])) if known else ""
+        return (
+            figure(panel.title, "", "", heat_map([row["step"] for row in known], [row[key] for row in known]))
+            if known
+            else ""
+        )
     return _chart(panel, steps, _series(panel, rows))
 
 
@@ -195,7 +229,10 @@ def _chart(panel: Panel, steps: list[int], series: list[Series]) -> str:
         return ""
     keys = "".join(f"<span>{_sample(one, i)}{escape(one.name)}<b></b></span>" for i, one in enumerate(series))
     thin_steps, thin_series = thin(steps, series)
-    data = {"steps": thin_steps, "values": [[v if v is None else float(f"{v:.5g}") for v in s.values] for s in thin_series]}
+    data = {
+        "steps": thin_steps,
+        "values": [[v if v is None else float(f"{v:.5g}") for v in s.values] for s in thin_series],
+    }
     return figure(panel.title, keys, json.dumps(data, separators=(",", ":")), chart)
 
 
@@ -205,7 +242,7 @@ def _sample(series: Series, place: int) -> str:
 
 
 def _worst(rows: list[dict[str, Any]]) -> str:
-    """The section of the worst tokens of a run (megarl.report.worst); empty where there are none."""
+    """The section of the worst tokens of a run (megarl.observe.worst); empty where there are none."""
     if not rows:
         return ""
     cells = [[f"{row['rollout']:.4f}", f"{row['trainer']:.4f}", str(row["step"])] for row in rows]
@@ -214,7 +251,9 @@ def _worst(rows: list[dict[str, Any]]) -> str:
 
 
 def token_table(rows: list[dict[str, Any]], names: list[str], cells: list[list[str]]) -> str:
-    """Tokens in their text, each row with `before`, `token` and `after`, and beside it the cells of the named columns."""
+    """Tokens in their text, each row with `before`, `token` and `after`, and beside it
+    the cells of the named columns.
+    """
     lines = []
     for row, values in zip(rows, cells, strict=True):
         before, token, after = (escape(row[part]).replace("\n", "↵") for part in ("before", "token", "after"))
@@ -250,7 +289,11 @@ def _tiles(rows: Rows) -> str:
 
 def tile_row(tiles: list[tuple[str, str]]) -> str:
     """(name, value) as tiles; one without a value is left out."""
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{v}</b><span>{name}</span></div>' for name, v in tiles if v) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{v}</b><span>{name}</span></div>' for name, v in tiles if v)
+        + "</div>"
+    )
 
 
 def _show(value: float | None, form: str) -> str:
@@ -264,6 +307,8 @@ def _summary(rows: Rows) -> str:
         values = [value for row in rows if (value := _number(row.get(key))) is not None]
         if values:
             cells = (values[0], last_eighth(rows, key), min(values), max(values))
-            lines.append(f"<tr><td>{escape(key)}</td>" + "".join(f"<td>{_show(cell, '{:.5g}')}</td>" for cell in cells) + "</tr>")
+            lines.append(
+                f"<tr><td>{escape(key)}</td>" + "".join(f"<td>{_show(cell, '{:.5g}')}</td>" for cell in cells) + "</tr>"
+            )
     head = "".join(f"<th>{name}</th>" for name in ("metric", "first", "end", "lowest", "highest"))
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'

@@ -1,4 +1,6 @@
-"""The mismatch between the two engines on the same weights and tokens: its figures, as a table for a terminal, and as one page."""
+"""The mismatch between the two engines on the same weights and tokens:
+its figures, as a table for a terminal, and as one page.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ Figures = dict[str, float | list[float] | None]
 class Pass:
     """One teacher-forced pass of the training engine over one response. n = response tokens, L = MoE layers, K = top-k.
 
-    own: top-k of the live scores, under replay given the replayed earlier layers. gap: how far the rollout's experts lie below them in
-    score. Both are of the rows that predict the response, None where no routes were captured.
+    own: top-k of the live scores, under replay given the replayed earlier layers. gap: how far the rollout's experts
+    lie below them in score. Both are of the rows that predict the response, None where no routes were captured.
     """
 
     logprobs: np.ndarray  # [n]
@@ -59,9 +61,11 @@ class Compared:
 
 
 def figures(responses: list[Compared], which: str, is_cap: float) -> Figures | None:
-    """Metrics of one pass ("live" or "replayed") over all response tokens; None if it did not run. Keys as in spec/objective.md.
+    """Metrics of one pass ("live" or "replayed") over all response
+    tokens; None if it did not run. Keys as in spec/objective.md.
 
-    mismatch/ratio_mean: mean of pi/mu. routing/gap_*: median and ninth decile of the score gap over the (token, layer) that differ.
+    mismatch/ratio_mean: mean of pi/mu. routing/gap_*: median and ninth
+    decile of the score gap over the (token, layer) that differ.
     """
     passes = [one for response in responses if (one := getattr(response, which)) is not None]
     if not passes:
@@ -84,7 +88,9 @@ def figures(responses: list[Compared], which: str, is_cap: float) -> Figures | N
     return found
 
 
-def worst_tokens(responses: list[Compared], decode: Callable[[list[int]], str], count: int = WORST) -> list[dict[str, Any]]:
+def worst_tokens(
+    responses: list[Compared], decode: Callable[[list[int]], str], count: int = WORST
+) -> list[dict[str, Any]]:
     """The response tokens with the largest |log pi - log mu| with live routing, largest first, in their text."""
     order = [(abs(float(d)), i, t) for i, r in enumerate(responses) for t, d in enumerate(r.live.logprobs - r.rollout)]
     found = []
@@ -167,20 +173,27 @@ def render(report: dict[str, Any], responses: list[Compared]) -> str:
     if live.get("routing/agree_rollout_old") is not None:
         tiles += [("routing agreement, live", f"{live['routing/agree_rollout_old']:.4%}")]
     keys = "".join(f'<span><i style="background:var(--c{i})"></i>{which}</span>' for i, which in enumerate(ran))
-    ratios = {w: np.concatenate([getattr(r, w).logprobs.astype(np.float64) - r.rollout for r in responses]) for w in ran}
+    ratios = {
+        w: np.concatenate([getattr(r, w).logprobs.astype(np.float64) - r.rollout for r in responses]) for w in ran
+    }
     charts = figure("Tokens by log pi - log mu", keys, "", histogram(list(ratios.values())))
     if layers := live.get("routing/layer_agreement"):
         series = [Series(which, list(report[which]["routing/layer_agreement"])) for which in ran]
-        charts += figure("Routing agreement by MoE layer", keys, "", line_chart(list(range(len(layers))), series, high=1.0))
+        charts += figure(
+            "Routing agreement by MoE layer", keys, "", line_chart(list(range(len(layers))), series, high=1.0)
+        )
     head = "".join(f"<th>{name}</th>" for name in ("", "live routing", "routes replayed")[: 1 + len(ran)])
-    body = "".join(f"<tr><td>{name}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>" for name, values in table(report))
+    body = "".join(
+        f"<tr><td>{name}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>" for name, values in table(report)
+    )
     return html_page(
         f"{report['model']}: mismatch",
         f"<h1>Training engine against rollout engine: {escape(report['model'])}</h1><p>{escape(subject(report))}. "
         "The same weights, two engines: pi of the trainer against mu of the rollout. Zero is perfect.</p>"
         f'{tile_row(tiles)}<div class="grid">{charts}</div><h2>Figures</h2>'
         f'<div class="scroll narrow"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        "<h2>Worst tokens</h2><p>By |log pi - log mu| with live routing; layers are MoE layers whose experts are not the rollout's.</p>"
+        "<h2>Worst tokens</h2><p>By |log pi - log mu| with live routing; layers are MoE layers whose experts are not "
+        "the rollout's.</p>"
         f"{_worst(report['worst'], len(ran) > 1)}",
         STYLE,
     )
@@ -197,7 +210,9 @@ def _worst(rows: list[dict[str, Any]], replayed: bool) -> str:
 
 
 def histogram(series: list[np.ndarray]) -> str:
-    """The inside of an SVG: tokens a bin on a logarithmic scale, one outline a series, all over the same bins, symmetric about 0."""
+    """The inside of an SVG: tokens a bin on a logarithmic scale, one
+    outline a series, all over the same bins, symmetric about 0.
+    """
     edge = max(float(np.abs(values).max()) for values in series) or 1e-9
     counts = [np.histogram(values, BINS, (-edge, edge))[0] for values in series]
     axes = Axes([0, BINS], 0.5, max(int(c.max()) for c in counts), log=True)
@@ -205,14 +220,22 @@ def histogram(series: list[np.ndarray]) -> str:
     parts = []
     for value, text in axes.ticks():
         if value >= 1:
-            parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axes.y(value):.1f}" y2="{axes.y(value):.1f}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 5}" y="{axes.y(value) + 4:.1f}" text-anchor="end">{text}</text>')
+            parts.append(
+                f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axes.y(value):.1f}" y2="{axes.y(value):.1f}"/>'
+            )
+            parts.append(
+                f'<text class="tick" x="{LEFT - 5}" y="{axes.y(value) + 4:.1f}" text-anchor="end">{text}</text>'
+            )
     step = nice(edge / 2)
     for n in range(-math.floor(edge / step), math.floor(edge / step) + 1):
         x = axes.x((n * step / edge + 1) / 2 * BINS)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{label(n * step, step)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{label(n * step, step)}</text>'
+        )
     for i, count in enumerate(counts):
         heights = [axes.y(float(c)) if c else floor for c in count]
         corners = [f"{axes.x(x):.1f},{y:.1f}" for n, y in enumerate(heights) for x in (n, n + 1)]
-        parts.append(f'<polyline class="line s{i}" points="{LEFT},{floor} {" ".join(corners)} {WIDTH - RIGHT},{floor}"/>')
+        parts.append(
+            f'<polyline class="line s{i}" points="{LEFT},{floor} {" ".join(corners)} {WIDTH - RIGHT},{floor}"/>'
+        )
     return "".join(parts)

@@ -1,4 +1,6 @@
-"""Which charts a report shows: the metrics of spec/objective.md by family. Mismatch and staleness are never in one chart."""
+"""Which charts a report shows: the metrics of spec/objective.md by
+family. Mismatch and staleness are never in one chart.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,15 @@ GROUPS = [
             Panel("Largest |log pi_old - log mu|", {"mismatch/abs_logprob_diff_max": "maximum"}, log=True),
             Panel("Canary after a weight sync, largest |difference|", {"sync/canary_max_diff": "maximum"}, log=True),
             Panel("Tokens off by more than a factor of 2", {"mismatch/extreme_frac_2": "share"}, low=0.0),
-            Panel("Importance weight", {"mismatch/is_weight_mean": "min(pi_old/mu, cap)", "loss/weight_mean": "as applied"}),
-            Panel("Truncated weights", {"mismatch/is_truncated_frac": "of pi_old/mu", "loss/weight_truncated_frac": "as applied"}, low=0.0),
+            Panel(
+                "Importance weight",
+                {"mismatch/is_weight_mean": "min(pi_old/mu, cap)", "loss/weight_mean": "as applied"},
+            ),
+            Panel(
+                "Truncated weights",
+                {"mismatch/is_truncated_frac": "of pi_old/mu", "loss/weight_truncated_frac": "as applied"},
+                low=0.0,
+            ),
         ],
     ),
     Group(
@@ -68,12 +77,18 @@ GROUPS = [
         "Routing",
         "How far the engines, and the policy over its own updates, choose the same experts.",
         [
-            Panel("Agreement", {"routing/agree_rollout_old": "rollout, pi_old", "routing/agree_old_current": "pi_old, pi_theta"}, high=1.0),
+            Panel(
+                "Agreement",
+                {"routing/agree_rollout_old": "rollout, pi_old", "routing/agree_old_current": "pi_old, pi_theta"},
+                high=1.0,
+            ),
             Panel("Tokens with a layer that differs", {"routing/any_layer_differs_frac": "share"}, low=0.0),
             Panel("Largest score gap of a difference", {"routing/worst_gap": "maximum"}, low=0.0),
             Panel("Agreement by MoE layer and step", {"routing/layer_agreement": "layer"}, kind="heat"),
             Panel(
-                "Bytes of routes", {"routing/bytes_received_per_rank": "received, a rank", "routing/bytes_ingested": "ingested"}, low=0.0
+                "Bytes of routes",
+                {"routing/bytes_received_per_rank": "received, a rank", "routing/bytes_ingested": "ingested"},
+                low=0.0,
             ),
             Panel("Rows without routes", {"routing/missing_rows": "rows"}, low=0.0),
         ],
@@ -93,7 +108,11 @@ GROUPS = [
                 },
                 kind="area",
             ),
-            Panel("Tokens a second", {"throughput/tokens_per_s": "whole step", "throughput/train_tokens_per_s": "training"}, low=0.0),
+            Panel(
+                "Tokens a second",
+                {"throughput/tokens_per_s": "whole step", "throughput/train_tokens_per_s": "training"},
+                low=0.0,
+            ),
         ],
     ),
 ]

@@ -19,10 +19,11 @@ __all__ = ["BUILT_IN", "FAST", "Reward", "get_reward"]
 
 
 def get_reward(name: str) -> Reward:
-    """A built-in reward, or the function at the dotted path `package.module.function` (modules of the working directory are found).
+    """A built-in reward, or the function at the dotted path
+    `package.module.function` (modules of the working directory are found).
 
-    Raises UserError, one line, for a name that is neither. The returned function gives a finite float, or raises UserError naming the
-    sample for which the reward gave anything else.
+    Raises UserError, one line, for a name that is neither. The returned function gives a finite float, or raises
+    UserError naming the sample for which the reward gave anything else.
     """
     function = BUILT_IN[name] if name in BUILT_IN else import_dotted("data.reward", name, "function", BUILT_IN)
     if name == "math_verify":
@@ -46,4 +47,6 @@ def _need_math_verify() -> None:
     try:
         importlib.import_module("math_verify")
     except ImportError:
-        raise UserError("data.reward 'math_verify' needs the package math-verify; pip install 'math-verify[antlr4_13_2]'") from None
+        raise UserError(
+            "data.reward 'math_verify' needs the package math-verify; pip install 'math-verify[antlr4_13_2]'"
+        ) from None

@@ -18,10 +18,11 @@ def exact_match(response_text: str, answer: str, prompt_text: str) -> float:
 
 
 def math_verify(response_text: str, answer: str, prompt_text: str) -> float:
-    """1 if the response's final expression (the last \\boxed, else the last expression) equals the answer, by math-verify.
+    """1 if the response's final expression (the last \\boxed, else the
+    last expression) equals the answer, by math-verify.
 
-    The answer may be plain ("1/2"), LaTeX without dollars or with them. An expression that takes longer than 5 s counts as wrong; the
-    limit is a SIGALRM, which only the main thread can set, so in other threads there is none.
+    The answer may be plain ("1/2"), LaTeX without dollars or with them. An expression that takes longer than 5 s counts
+    as wrong; the limit is a SIGALRM, which only the main thread can set, so in other threads there is none.
     """
     from math_verify import parse, verify
 

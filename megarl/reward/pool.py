@@ -1,4 +1,6 @@
-"""Rewards that cannot hurt the run: foreign code runs in processes of its own, under a time limit, and a fault belongs to one sample."""
+"""Rewards that cannot hurt the run: foreign code runs in processes of
+its own, under a time limit, and a fault belongs to one sample.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ START_TIMEOUT_S = 120.0  # of a worker: its imports
 
 
 class Scorer:
-    """Rewards of a batch as (value, fault): fault is "" or why there is no value, which then is NaN. Fast rewards stay in this process."""
+    """Rewards of a batch as (value, fault): fault is "" or why there is
+    no value, which then is NaN. Fast rewards stay in this process.
+    """
 
     def __init__(self, data: DataConfig) -> None:
         self._reward = get_reward(data.reward) if data.reward in FAST else None
@@ -85,7 +89,9 @@ class RewardPool:
                     found[worker.sample] = self._outcome(line, worker)
                     worker.sample = None
                 elif not line:
-                    raise UserError(f"data.reward {self.name!r}: its worker process could not start; the trainer's log says why")
+                    raise UserError(
+                        f"data.reward {self.name!r}: its worker process could not start; the trainer's log says why"
+                    )
                 worker.ready = True
                 if not line:
                     worker.end()

@@ -1,6 +1,7 @@
 """A process that computes rewards for megarl.reward.pool: `python -m megarl.reward.worker NAME PARENT_PID`.
 
-Reads one JSON list (response, answer, prompt) a line, answers one {"value"} or {"fault"} a line, the first line of all being {}.
+Reads one JSON list (response, answer, prompt) a line, answers one
+{"value"} or {"fault"} a line, the first line of all being {}.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def main(name: str, parent: int) -> None:
         except UserError as error:
             answer = {"fault": str(error)}
         except Exception as error:  # a user's reward may raise anything
-            answer = {"fault": f"data.reward {name!r} raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            answer = {
+                "fault": f"data.reward {name!r} raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            }
         print(json.dumps(answer), file=answers, flush=True)
 
 

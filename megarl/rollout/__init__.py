@@ -1,5 +1,7 @@
-"""The rollout side: vLLM servers, how they are started and found, and how trainers talk to them. Only this folder imports vllm."""
+"""The trainer's side of rollouts: client, registry of workers, fleet, sync leader, wire format. Never imports vllm."""
 
 import os
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: c10d prints C++ stack traces when a store goes away
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # before torch is imported: c10d prints C++ stack traces when a store goes away

@@ -1,4 +1,6 @@
-"""How trainer ranks talk to the vLLM servers: token ids in, token ids, log-probabilities and routes out. Imports no engine."""
+"""How trainer ranks talk to the vLLM servers: token ids in, token ids,
+log-probabilities and routes out. Imports no engine.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Server:
         self._connection: http.client.HTTPConnection | None = None
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> bytes:
-        """The answer's bytes. Raises RolloutError for any status but 200, a broken connection, or after the time limit."""
+        """The answer's bytes. Raises RolloutError for any status but 200, a broken
+        connection, or after the time limit.
+        """
         timeout_s = timeout_s or self._timeout_s
         data = json.dumps(body, separators=(",", ":")).encode()
         for fresh in (self._connection is None, True):
@@ -47,7 +51,9 @@ class Server:
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 if fresh or not isinstance(error, (http.client.RemoteDisconnected, BrokenPipeError)):
-                    raise RolloutError(f"rollout server {self.url}{path}: connection lost ({type(error).__name__})") from None
+                    raise RolloutError(
+                        f"rollout server {self.url}{path}: connection lost ({type(error).__name__})"
+                    ) from None
         if answer.status != 200:
             raise RolloutError(f"rollout server {self.url}{path}: {_message(answer.status, content)}")
         return content
@@ -82,10 +88,11 @@ class RolloutClient:
         stop_token_ids: list[int],
         seed: int | None = None,
     ) -> list[list[Response]]:
-        """`n` responses for each prompt, in the order of `prompts`. A stop token that was sampled is part of its response.
+        """`n` responses for each prompt, in the order of `prompts`. A
+        stop token that was sampled is part of its response.
 
-        Every sampling parameter is sent: mu is the whole softmax at `temperature`. `seed` makes the draw repeatable (response i of prompt p
-        draws from seed + p n + i), at some cost in speed.
+        Every sampling parameter is sent: mu is the whole softmax at `temperature`. `seed` makes the draw repeatable
+        (response i of prompt p draws from seed + p n + i), at some cost in speed.
         """
         chunks = np.array_split(np.arange(len(prompts)), len(self.servers))
         sampling = _sampling(n, temperature, max_new_tokens, stop_token_ids)
@@ -95,12 +102,16 @@ class RolloutClient:
                 return []
             batch = [prompts[i] for i in chunk]
             seeds = None if seed is None else [seed + int(i) * n for i in chunk]
-            return _responses(server.post("/megarl/generate", {"prompts": batch, "sampling": sampling, "seeds": seeds}), batch, n)
+            return _responses(
+                server.post("/megarl/generate", {"prompts": batch, "sampling": sampling, "seeds": seeds}), batch, n
+            )
 
         return [group for part in self._on_all(lambda i: one(self.servers[i], chunks[i])) for group in part]
 
     def score(self, tokens: list[int], server: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-        """Teacher-forced at temperature 1: log-probabilities float32 [T-1] (entry i scores token i+1), that pass's routes [T-1, L, K]."""
+        """Teacher-forced at temperature 1: log-probabilities float32
+        [T-1] (entry i scores token i+1), that pass's routes [T-1, L, K].
+        """
         _, arrays = decode(self.servers[server].post("/megarl/score", {"tokens": tokens}))
         return arrays["logprobs"], arrays.get("routes")
 
@@ -146,7 +157,9 @@ def _responses(body: bytes, prompts: list[list[int]], n: int) -> list[list[Respo
         for _ in range(n):
             length = header["lengths"][number]
             rows = len(prompt) + length - 1
-            spans = [{"version": version, "start": start, "end": end} for version, start, end in header["versions"][number]]
+            spans = [
+                {"version": version, "start": start, "end": end} for version, start, end in header["versions"][number]
+            ]
             group.append(
                 Response(
                     tokens=np.concatenate([head, arrays["tokens"][at : at + length]]),

@@ -1,4 +1,6 @@
-"""The rollout workers as the trainer sees them: found through the run's store, asked by ingest ranks, refitted by rank 0."""
+"""The rollout workers as the trainer sees them: found through the run's store, asked by ingest ranks, refitted by rank
+0.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,26 @@ import torch.distributed as dist
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.rollout.client import RolloutClient, RolloutError
-from megarl.rollout.coordinator import WorkerInfo, check_workers, open_store, request_shutdown, wait_for_workers
-from megarl.rollout.sync import Canary, Sending, SyncLeader
-from megarl.weights.pack import Manifest
-from megarl.weights.send import Outgoing, WeightSender
+from megarl.rollout.registry import WorkerInfo, check_workers, open_store, request_shutdown, wait_for_workers
+from megarl.rollout.sync_leader import Canary, Sending, SyncLeader
+from megarl.weights.reshard.pack import Manifest
+from megarl.weights.transport.send import Outgoing, WeightSender
 
 
 class Fleet:
-    """Rank 0 owns the store and leads the syncs; every ingest rank has a client and reads the store; senders are in the weight group."""
+    """Rank 0 owns the store and leads the syncs; every ingest rank has
+    a client and reads the store; senders are in the weight group.
+    """
 
     def __init__(self, config: Config, device: torch.device, *, is_ingest: bool) -> None:
-        """Collective: waits, on rank 0, until rollout.engines workers have registered; raises UserError, named, if they do not."""
+        """Collective: waits, on rank 0, until rollout.engines workers
+        have registered; raises UserError, named, if they do not.
+        """
         host, _, port = config.launch.store.rpartition(":")
         if port in ("", "0"):
-            raise UserError(f"launch.store {config.launch.store!r} has no port; `megarl run` chooses one, else give host:port")
+            raise UserError(
+                f"launch.store {config.launch.store!r} has no port; `megarl run` chooses one, else give host:port"
+            )
         self._store: Any = None
         self._leader: SyncLeader | None = None
         self._sender: WeightSender | None = None
@@ -82,7 +90,8 @@ class Fleet:
             self._sender = join()
 
     def push(self, buckets: Iterable[Outgoing], canary: list[int]) -> list[Canary]:
-        """Sends this rank's buckets. Rank 0: returns every server's score of the canary, once all have loaded; they do not serve yet.
+        """Sends this rank's buckets. Rank 0: returns every server's score
+        of the canary, once all have loaded; they do not serve yet.
 
         Elsewhere a send that fails is left to rank 0, which knows more and ends the run; an empty list is returned.
         """
@@ -96,7 +105,10 @@ class Fleet:
         try:
             self._sender.send(buckets)
         except RuntimeError as error:
-            print(f"megarl: trainer rank {dist.get_rank()}: sending weights failed: {' '.join(str(error).split())}", file=sys.stderr)
+            print(
+                f"megarl: trainer rank {dist.get_rank()}: sending weights failed: {' '.join(str(error).split())}",
+                file=sys.stderr,
+            )
             self._sender.close()
         return []
 
@@ -119,7 +131,8 @@ class Fleet:
     def turn(self, step: Literal["sleep", "wake"]) -> None:
         """Collective: every server sleeps, or is awake, when this returns. After the first sync.
 
-        Whoever asks has done its part before: on every rank the memory that a server takes is free, and no ingest rank asks it for more.
+        Whoever asks has done its part before: on every rank the memory
+        that a server takes is free, and no ingest rank asks it for more.
         """
         dist.barrier()
         if self._leader is not None:
@@ -140,7 +153,9 @@ class Fleet:
 
 
 class JoinedFleet(Fleet):
-    """Workers that belong to somebody else, who is the store's master: for tools that sync from one set of ranks after another."""
+    """Workers that belong to somebody else, who is the store's master:
+    for tools that sync from one set of ranks after another.
+    """
 
     def __init__(self, config: Config, device: torch.device, workers: list[WorkerInfo]) -> None:
         host, _, port = config.launch.store.rpartition(":")

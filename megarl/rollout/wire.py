@@ -1,4 +1,6 @@
-"""The binary body of our HTTP answers: arrays travel as raw bytes, never as JSON lists (spec/routing.md, "Transport")."""
+"""The binary body of our HTTP answers: arrays travel as raw bytes, never as JSON lists
+(spec/routing.md, "Transport").
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,14 @@ import numpy as np
 
 
 def encode(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
-    """Little-endian: uint32 length of the JSON header, the header, then each array's bytes in the order of header["arrays"]."""
+    """Little-endian: uint32 length of the JSON header, the header, then
+    each array's bytes in the order of header["arrays"].
+    """
     layout = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     text = json.dumps({**header, "arrays": layout}, separators=(",", ":")).encode()
-    return b"".join([struct.pack("<I", len(text)), text, *(np.ascontiguousarray(array).tobytes() for array in arrays.values())])
+    return b"".join(
+        [struct.pack("<I", len(text)), text, *(np.ascontiguousarray(array).tobytes() for array in arrays.values())]
+    )
 
 
 def decode(body: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -45,7 +45,9 @@ class Tab:
         """scheme: light | dark, what the reader's system prefers."""
         for domain in ("Page", "Network", "Runtime", "Log"):
             await self.call(f"{domain}.enable")
-        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        await self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         await self.call("Page.navigate", url=page.resolve().as_uri())
         while (await self._next()).get("method") != "Page.loadEventFired":
@@ -65,7 +67,9 @@ class Tab:
         method, params = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
-        elif method == "Runtime.exceptionThrown" or (method == "Log.entryAdded" and params["entry"]["level"] == "error"):
+        elif method == "Runtime.exceptionThrown" or (
+            method == "Log.entryAdded" and params["entry"]["level"] == "error"
+        ):
             self.problems.append(str(params))
         return message
 

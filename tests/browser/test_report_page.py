@@ -1,4 +1,6 @@
-"""The report in a real headless Chromium: light and dark, on a desk and on a phone; nothing is fetched, nothing sticks out."""
+"""The report in a real headless Chromium: light and dark, on a desk and
+on a phone; nothing is fetched, nothing sticks out.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,15 @@ from typing import Any
 import chromium
 import pytest
 
+from megarl.observe.metrics import MetricsLogger
+from megarl.observe.worst import write_worst
 from megarl.report.html import report
-from megarl.report.metrics import MetricsLogger
 from megarl.report.panels import GROUPS
-from megarl.report.worst import write_worst
 
 EXECUTABLE = chromium.find()
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium on PATH; on Debian or Ubuntu: apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    EXECUTABLE is None, reason="no Chromium on PATH; on Debian or Ubuntu: apt-get install chromium"
+)
 
 STEPS, LAYERS = 60, 12
 
@@ -48,10 +52,19 @@ def make_run(folder: Path, scale: float) -> Path:
         row: dict[str, Any] = {"time/step_s": 4.0}
         for group in GROUPS:
             for panel in group.panels:
-                row |= {key: scale * (0.1 + 0.4 * (1 - math.exp(-step / 20))) for key in panel.keys if key != "time/other_s"}
+                row |= {
+                    key: scale * (0.1 + 0.4 * (1 - math.exp(-step / 20))) for key in panel.keys if key != "time/other_s"
+                }
         row["routing/layer_agreement"] = [1 - 0.002 * layer * step / STEPS for layer in range(LAYERS)]
         logger.log(step, row)
-        token = {"difference": 0.1, "rollout": -1.0, "trainer": -1.1, "before": "3;<b>4</b>;" * 20, "token": "7", "after": ";\nend"}
+        token = {
+            "difference": 0.1,
+            "rollout": -1.0,
+            "trainer": -1.1,
+            "before": "3;<b>4</b>;" * 20,
+            "token": "7",
+            "after": ";\nend",
+        }
         write_worst(folder, step, [token] * 4, str)
     logger.close()
     (folder / "config.yaml").write_text("run: {dir: " + "long/" * 60 + "}\n")
@@ -99,7 +112,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str],
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_page_as_a_reader_sees_it(seen: dict[tuple[str, int, str], dict[str, Any]], case: tuple[str, int, str]) -> None:
+def test_the_page_as_a_reader_sees_it(
+    seen: dict[tuple[str, int, str], dict[str, Any]], case: tuple[str, int, str]
+) -> None:
     kind, width, scheme = case
     found = seen[case]
     assert width - 20 <= found["wide"] <= width  # less a scroll bar

@@ -1,6 +1,8 @@
-"""megarl's own commands as a user starts them: real Megatron ranks, a real vLLM server, and a watch over what they leave behind.
+"""megarl's own commands as a user starts them: real Megatron ranks, a
+real vLLM server, and a watch over what they leave behind.
 
-Every process of a command carries a mark of its own in its environment, by which it is found wherever it hangs in the process tree.
+Every process of a command carries a mark of its own in its environment,
+by which it is found wherever it hangs in the process tree.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megarl.report.metrics import read_metrics
+from megarl.observe.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -41,7 +43,9 @@ class Command:
         folder.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, **dict([self.mark.split("=")])}
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.popen = subprocess.Popen([sys.executable, "-m", "megarl.cli", *argv], cwd=ROOT, env=env, stdout=out, stderr=err)
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "megarl.cli", *argv], cwd=ROOT, env=env, stdout=out, stderr=err
+            )
 
     @property
     def out(self) -> str:
@@ -132,7 +136,9 @@ def nothing_left(bench: Bench) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cold(bench: Bench) -> Path:
-    """The tiny model after a few steps of `megarl sft` under TP2 x PP2 x EP2: responses of several lengths, some of them right."""
+    """The tiny model after a few steps of `megarl sft` under TP2 x PP2
+    x EP2: responses of several lengths, some of them right.
+    """
     config = {
         **TP2_PP2_EP2,
         "model": {"path": str(bench.folder / "model")},

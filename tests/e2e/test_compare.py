@@ -1,4 +1,6 @@
-"""`megarl compare` on real engines in two precisions: its figures, computed anew from its responses by `megarl score`."""
+"""`megarl compare` on real engines in two precisions: its figures, computed anew from its
+responses by `megarl score`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_the_figures_are_those_of_generate_and_score(bench: Bench) -> None:
         "compare.jsonl",
     ]
     report, rows = json.loads((folder / "compare.json").read_text()), read(folder / "compare.jsonl")
-    assert len(rows) == report["responses"] == 64 and "k3" in command.out and str(folder / "compare.html") in command.out
+    assert (
+        len(rows) == report["responses"] == 64 and "k3" in command.out and str(folder / "compare.html") in command.out
+    )
 
     # the same responses through `megarl score` on one rank: with their routes, and without
     both = bench.folder / "compared.jsonl"
@@ -45,7 +49,9 @@ def test_the_figures_are_those_of_generate_and_score(bench: Bench) -> None:
     scored = read(out)
     mu = np.concatenate([row["logprobs"] for row in rows])
     for which, answers in (("replayed", scored[:64]), ("live", scored[64:])):
-        log_rho = np.concatenate([np.array(a["logprobs"])[row["prompt_len"] - 1 :] for row, a in zip(rows, answers)]) - mu
+        log_rho = (
+            np.concatenate([np.array(a["logprobs"])[row["prompt_len"] - 1 :] for row, a in zip(rows, answers)]) - mu
+        )
         k3 = np.expm1(log_rho) - log_rho
         want = {
             "mismatch/kl_k1": -log_rho.mean(),
@@ -61,7 +67,9 @@ def test_the_figures_are_those_of_generate_and_score(bench: Bench) -> None:
     np.testing.assert_allclose(report["live"]["routing/any_layer_differs_frac"], (agree < 1).any(1).mean(), atol=1e-6)
 
     live, replayed = report["live"], report["replayed"]
-    assert live["routing/agree_rollout_old"] < 1 and live["routing/worst_gap"] > 0, "bfloat16 rollouts route some tokens otherwise"
+    assert live["routing/agree_rollout_old"] < 1 and live["routing/worst_gap"] > 0, (
+        "bfloat16 rollouts route some tokens otherwise"
+    )
     assert 0 < replayed["mismatch/kl_k3"] <= live["mismatch/kl_k3"]
     worst = report["worst"][0]
     np.testing.assert_allclose(worst["difference"], live["mismatch/abs_logprob_diff_max"], rtol=1e-6)

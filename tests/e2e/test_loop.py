@@ -1,4 +1,6 @@
-"""The loop as a whole, in two layouts: both engines agree after every sync, a killed run goes on, a dead worker ends everything."""
+"""The loop as a whole, in two layouts: both engines agree after every
+sync, a killed run goes on, a dead worker ends everything.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megarl.report.trace import read_trace
-from megarl.report.worst import read_worst
+from megarl.observe.trace import read_trace
+from megarl.observe.worst import read_worst
 from tests.e2e.conftest import DP2, TP2_PP2_EP2, Bench, Command
 
 STEPS, LAYERS, TOP_K, PROMPT, RESPONSES = 10, 4, 2, 6, 128
@@ -57,7 +59,9 @@ def whole(bench: Bench, cold: Path) -> list[dict[str, Any]]:
 
 
 def assert_engines_agree(row: dict[str, Any], tokens_count: bool = True) -> None:
-    """The trainer's log-probabilities against those of the server it has just filled. tokens_count: no route differs."""
+    """The trainer's log-probabilities against those of the server it has just filled.
+    tokens_count: no route differs.
+    """
     step = f"step {row['step']}"
     assert row["routing/agree_rollout_old"] >= 0.9999, f"{step}: {row['routing/layer_agreement']}"
     assert row["routing/worst_gap"] < 1e-5, f"{step}: a route differs where the scores are not nearly tied"
@@ -88,17 +92,26 @@ def test_engines_agree_after_every_sync_with_r3(whole: list[dict[str, Any]], ben
     for row in whole:
         assert_engines_agree(row)
         assert row["version/weights"] == 4 * row["step"]
-        assert row["staleness/ratio_max"] > 1.0 and row["optim/grad_norm"] > 0  # the weights move between mini-batches and syncs
+        assert (
+            row["staleness/ratio_max"] > 1.0 and row["optim/grad_norm"] > 0
+        )  # the weights move between mini-batches and syncs
         assert row["routing/bytes_ingested"] == route_rows(row) * LAYERS * TOP_K
         # A rank gets half the rows (SP) of half the layers (PP), and no more than the padding of 4 packs beyond that.
         fair = row["routing/bytes_ingested"] / 4
         assert fair <= row["routing/bytes_received_per_rank"] <= fair + 4 * 4 * LAYERS / 2 * TOP_K
         worst = read_worst(bench.folder / "whole", row["step"], 1)  # of this step and later ones
-        assert worst and worst[0]["difference"] >= row["mismatch/abs_logprob_diff_max"] * (1 - 1e-6) and "=" in worst[0]["before"]
+        assert (
+            worst
+            and worst[0]["difference"] >= row["mismatch/abs_logprob_diff_max"] * (1 - 1e-6)
+            and "=" in worst[0]["before"]
+        )
     assert sorted(path.name for path in (bench.folder / "whole" / "checkpoints").iterdir()) == ["step_10", "step_8"]
     phases = Counter(event["name"] for event in read_trace(bench.folder / "whole"))
     assert (
-        phases["rollout"] >= STEPS and phases["sync"] == STEPS + 1 and phases["update"] == 4 * STEPS and phases["checkpoint"] == STEPS // 2
+        phases["rollout"] >= STEPS
+        and phases["sync"] == STEPS + 1
+        and phases["update"] == 4 * STEPS
+        and phases["checkpoint"] == STEPS // 2
     ), phases
 
 
@@ -137,7 +150,9 @@ def test_kill_9_of_everything_then_the_same_command(whole: list[dict[str, Any]],
 
 
 def half_written(source: Path, out: Path) -> None:
-    """What a kill in the middle of a save could have left: everything but the mark of a whole checkpoint, one shard cut short."""
+    """What a kill in the middle of a save could have left: everything
+    but the mark of a whole checkpoint, one shard cut short.
+    """
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(source, out)
     (out / "megarl.json").unlink()
@@ -146,9 +161,15 @@ def half_written(source: Path, out: Path) -> None:
 
 
 def assert_same_step(row: dict[str, Any], same: dict[str, Any]) -> None:
-    """A step of the resumed run is, bit for bit, that of the run that was never stopped: weights, optimizer, schedule, prompts, seeds."""
+    """A step of the resumed run is, bit for bit, that of the run that
+    was never stopped: weights, optimizer, schedule, prompts, seeds.
+    """
     assert row.keys() == same.keys()
-    assert {key: (row[key], same[key]) for key in row if not key.startswith(("time/", "throughput/")) and row[key] != same[key]} == {}
+    assert {
+        key: (row[key], same[key])
+        for key in row
+        if not key.startswith(("time/", "throughput/")) and row[key] != same[key]
+    } == {}
 
 
 def ctrl_c_ends_everything(command: Command) -> None:
@@ -173,7 +194,10 @@ def test_no_replay_a_bad_line_skipped_and_a_worker_killed(bench: Bench, cold: Pa
     assert command.wait() in (1, 2)  # the worker's status or the rank's, whichever ends first
     assert command.processes() == {}
     first, *log = command.err.splitlines()
-    assert first.startswith("megarl: error: rollout worker 0 (pid ") and "the vLLM server ended with status -9; last lines of " in first
+    assert (
+        first.startswith("megarl: error: rollout worker 0 (pid ")
+        and "the vLLM server ended with status -9; last lines of " in first
+    )
     assert any("vllm" in line.lower() or "INFO" in line for line in log)
     assert command.err.count("megarl: error: ") == 1
     assert f"{prompts}: skipped 1 bad lines, kept 512\n" in command.out
@@ -181,12 +205,18 @@ def test_no_replay_a_bad_line_skipped_and_a_worker_killed(bench: Bench, cold: Pa
     rows = bench.rows("none")
     assert_every_key(rows, evaluated=[4, 8])
     clean = [row["routing/any_layer_differs_frac"] == 0 for row in rows]
-    assert sum(clean) >= 6, f"agreement {[row['routing/agree_rollout_old'] for row in rows]}: too few steps in which no route differs"
+    assert sum(clean) >= 6, (
+        f"agreement {[row['routing/agree_rollout_old'] for row in rows]}: too few steps in which no route differs"
+    )
     for row, no_route_differs in zip(rows, clean):
         assert_engines_agree(row, tokens_count=no_route_differs)
         assert row["version/weights"] == row["step"] and row["staleness/ratio_max"] == pytest.approx(1.0, abs=1e-6)
         assert row["routing/bytes_ingested"] == route_rows(row) * LAYERS * TOP_K
-        assert row["routing/bytes_ingested"] / 2 <= row["routing/bytes_received_per_rank"] < row["routing/bytes_ingested"] * 0.6
+        assert (
+            row["routing/bytes_ingested"] / 2
+            <= row["routing/bytes_received_per_rank"]
+            < row["routing/bytes_ingested"] * 0.6
+        )
 
 
 def test_a_malformed_line_stops_the_run(bench: Bench, cold: Path) -> None:

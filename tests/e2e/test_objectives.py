@@ -1,6 +1,8 @@
-"""PPO with its critic, and a reward that fails, through the real trainer and the real vLLM: stopped, named, resumed, skipped, counted.
+"""PPO with its critic, and a reward that fails, through the real
+trainer and the real vLLM: stopped, named, resumed, skipped, counted.
 
-Batches that teach nothing, refills, penalties and masks are in tests/unit/test_collect.py: the real collector and trainer, a made-up vLLM.
+Batches that teach nothing, refills, penalties and masks are in
+tests/unit/test_collect.py: the real collector and trainer, a made-up vLLM.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from megarl.convert.commands import hf_to_megatron_main
 from tests.e2e.conftest import DP2, Bench
 from tests.e2e.test_loop import configuration
 
-# One worker a replica, 64 samples a step: the third step raises, in the first run and again in the one that resumes there.
+# One worker a replica, 64 samples a step: the third step raises, in the first run and again in the one that resumes
+# there.
 REWARD = """
 from pathlib import Path
 calls, before = 0, Path(__file__).with_name("stopped_before")
@@ -28,8 +31,12 @@ def failing(response, answer, prompt):
 """
 
 
-def test_ppo_stops_at_a_failing_reward_and_resumes_its_critic(bench: Bench, cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run starts from a Megatron checkpoint: vLLM begins on dummy weights, and the first sync's digests are those of an export."""
+def test_ppo_stops_at_a_failing_reward_and_resumes_its_critic(
+    bench: Bench, cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run starts from a Megatron checkpoint: vLLM begins on dummy
+    weights, and the first sync's digests are those of an export.
+    """
     converted = bench.folder / "cold_megatron"
     assert hf_to_megatron_main(["--hf", str(cold), "--out", str(converted)]) == 0
     (bench.folder / "failing_rewards.py").write_text(REWARD)
@@ -59,7 +66,12 @@ def test_ppo_stops_at_a_failing_reward_and_resumes_its_critic(bench: Bench, cold
     assert "resuming after step 2\n" in again.out
     assert "step 3: no update, 2 samples are bad, the first: response " in again.out
     rows = bench.rows("ppo")
-    assert [row["version/weights"] for row in rows] == [0, 2, 2, 4]  # the first step is the critic's alone, the third nobody's
+    assert [row["version/weights"] for row in rows] == [
+        0,
+        2,
+        2,
+        4,
+    ]  # the first step is the critic's alone, the third nobody's
     assert [row["batch/bad_samples"] for row in rows] == [0, 0, 2, 0]
     assert rows[0].get("loss/value") is None and rows[0]["mismatch/kl_k3"] <= 1e-9
     for row in rows:

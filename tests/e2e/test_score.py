@@ -32,17 +32,23 @@ def config(cold: Path) -> dict[str, Any]:
 def generated(bench: Bench, config: dict[str, Any]) -> Path:
     """What `megarl generate` wrote, then the same rows without routes, then some tokens that no model would say."""
     out = bench.folder / "generated.jsonl"
-    bench.finish("generate", "score", config, "--input", str(bench.folder / "data" / "valid.jsonl"), "--output", str(out))
+    bench.finish(
+        "generate", "score", config, "--input", str(bench.folder / "data" / "valid.jsonl"), "--output", str(out)
+    )
     rows = read(out)
     assert len(rows) == 64 and {row["finish_reason"] for row in rows} <= {"stop", "length"}
     rng = np.random.default_rng(0)
     noise = [{"tokens": rng.integers(0, 32, length).tolist(), "prompt_len": 1} for length in (2, 3, 31, 64, 200)]
     both = bench.folder / "both.jsonl"
-    both.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *({**row, "routes": None} for row in rows), *noise]))
+    both.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, *({**row, "routes": None} for row in rows), *noise])
+    )
     return both
 
 
-def test_score_agrees_with_transformers_and_with_generate(bench: Bench, config: dict[str, Any], cold: Path, generated: Path) -> None:
+def test_score_agrees_with_transformers_and_with_generate(
+    bench: Bench, config: dict[str, Any], cold: Path, generated: Path
+) -> None:
     out = bench.folder / "scored.jsonl"
     config = {**config, "replay": {"mode": "R3"}, "engine": {"micro_batch_tokens": 256}}
     bench.finish("score", "score", config, "--input", str(generated), "--output", str(out))
@@ -57,7 +63,8 @@ def test_score_agrees_with_transformers_and_with_generate(bench: Bench, config: 
         if "logprobs" in row:
             replayed = max(replayed, float(np.abs(ours[row["prompt_len"] - 1 :] - np.array(row["logprobs"])).max()))
         assert (
-            len(answer["entropy"]) == len(row["tokens"]) - 1 and 0 <= min(answer["entropy"]) <= max(answer["entropy"]) <= np.log(32) + 1e-6
+            len(answer["entropy"]) == len(row["tokens"]) - 1
+            and 0 <= min(answer["entropy"]) <= max(answer["entropy"]) <= np.log(32) + 1e-6
         )
     print(f"megarl score against transformers: max |d| {worst:.2e}; against vLLM, its routes replayed: {replayed:.2e}")
     assert worst <= 1e-5 and replayed <= 1e-4
@@ -66,9 +73,14 @@ def test_score_agrees_with_transformers_and_with_generate(bench: Bench, config: 
 def test_routes_without_a_replay_mode_are_refused(bench: Bench, config: dict[str, Any], generated: Path) -> None:
     config = {key: value for key, value in config.items() if key not in ("parallel", "launch")}
     out = bench.folder / "refused.jsonl"
-    command = bench.start("score", "refused", {**config, "replay": {"mode": "none"}}, "--input", str(generated), "--output", str(out))
+    command = bench.start(
+        "score", "refused", {**config, "replay": {"mode": "none"}}, "--input", str(generated), "--output", str(out)
+    )
     assert command.wait() == 2
-    assert command.err == f"megarl: error: {generated} line 1 has routes, but replay.mode is none; set replay.mode=R3 or drop them\n"
+    assert (
+        command.err
+        == f"megarl: error: {generated} line 1 has routes, but replay.mode is none; set replay.mode=R3 or drop them\n"
+    )
     assert command.processes() == {} and not out.exists()
 
 

@@ -1,4 +1,6 @@
-"""What goes wrong inside a vLLM worker, at a test's word: the worker extension of the servers that tests start (POST /collective_rpc)."""
+"""What goes wrong inside a vLLM worker, at a test's word: the worker
+extension of the servers that tests start (POST /collective_rpc).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megarl.rollout.extension import WorkerExtension
+from megarl.server.worker_extension import WorkerExtension
 
 
 class FaultyExtension(WorkerExtension):
@@ -28,16 +30,19 @@ class FaultyExtension(WorkerExtension):
         return super().sync_init(meeting, remember_disk)
 
     def fault(self, kind: str, name: str = "") -> None:
-        """flip: one bit of tensor `name` on arrival. die_receiving, die_loading: kill -9 of this process; fail_loading: half is loaded.
+        """flip: one bit of tensor `name` on arrival. die_receiving,
+        die_loading: kill -9 of this process; fail_loading: half is loaded.
 
         no_prepack: vLLM's in-place update as it is without our patch.
         """
-        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+            UnquantizedFusedMoEMethod as Method,
+        )
 
-        from megarl.rollout import receiver, vllm_patches
-        from megarl.weights.pack import assemble
+        from megarl.server import vllm_patches, weight_receiver
+        from megarl.weights.reshard.pack import assemble
 
-        receiver.assemble = _tampered(assemble, kind, name) if kind in ("flip", "die_receiving") else assemble
+        weight_receiver.assemble = _tampered(assemble, kind, name) if kind in ("flip", "die_receiving") else assemble
         engine = self.weight_transfer_engine
         engine.__dict__.pop("_load", None)
         if kind in ("die_loading", "fail_loading"):

@@ -1,4 +1,6 @@
-"""Run by test_vllm_faults.py: vLLM in this process reloads checkpoint B over A, then prints its largest error against transformers' B."""
+"""Run by test_vllm_faults.py: vLLM in this process reloads checkpoint B
+over A, then prints its largest error against transformers' B.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 import numpy as np
 
@@ -16,7 +23,15 @@ def main(a: str, b: str) -> None:
 
     from tests.engine.support import judged, prompts
 
-    llm = LLM(a, dtype="float32", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=2**26, skip_tokenizer_init=True, seed=0)
+    llm = LLM(
+        a,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        kv_cache_memory_bytes=2**26,
+        skip_tokenizer_init=True,
+        seed=0,
+    )
     llm.collective_rpc("reload_weights", kwargs={"weights_path": b})
     llm.reset_prefix_cache()
     sampling = SamplingParams(temperature=1.0, max_tokens=8, logprobs=0, detokenize=False, ignore_eos=True)

@@ -1,4 +1,6 @@
-"""Run by test_weight_sync.py: a trainer that is killed in the middle of a weight sync: PHASE STORE_PORT URL CHECKPOINT."""
+"""Run by test_weight_sync.py: a trainer that is killed in the middle of a weight sync:
+PHASE STORE_PORT URL CHECKPOINT.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megarl.rollout.coordinator import WorkerInfo, open_store
+from megarl.rollout.registry import WorkerInfo, open_store
 from tests.engine.support import Pusher
 
 

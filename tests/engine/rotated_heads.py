@@ -1,4 +1,6 @@
-"""Run by test_vllm_faults.py: the error of vLLM's CPU rotary embedding on a query with an axis of heads, without and with our plugin."""
+"""Run by test_vllm_faults.py: the error of vLLM's CPU rotary embedding
+on a query with an axis of heads, without and with our plugin.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ def main() -> None:
     from vllm.plugins import load_general_plugins
 
     with set_current_vllm_config(VllmConfig()):
-        rope = get_rope(32, 64, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, is_neox_style=False, dtype=torch.float32)
+        rope = get_rope(
+            32,
+            64,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            is_neox_style=False,
+            dtype=torch.float32,
+        )
     positions, query, key = torch.arange(7), torch.randn(7, 4, 48), torch.randn(7, 1, 64)
 
     def error() -> float:

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from megarl.rollout import coordinator
+from megarl.rollout import registry
 from megarl.rollout.client import RolloutClient
-from megarl.rollout.coordinator import WorkerInfo
-from megarl.rollout.sync import Canary, Sending, SyncLeader
-from megarl.weights.layout import Layout
-from megarl.weights.load import HfReader
-from megarl.weights.outgoing import Slices, whole_buckets
-from megarl.weights.pack import whole_tensors
-from megarl.weights.rollout_layout import RolloutLayout
-from megarl.weights.send import WeightSender
-from megarl.weights.weight_map import Param, WeightMap, load_hf_config
+from megarl.rollout.registry import WorkerInfo
+from megarl.rollout.sync_leader import Canary, Sending, SyncLeader
+from megarl.weights.files.hf_reader import HfReader
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import Param, WeightMap, load_hf_config
+from megarl.weights.reshard.outgoing import Slices, whole_buckets
+from megarl.weights.reshard.pack import whole_tensors
+from megarl.weights.reshard.rollout_layout import RolloutLayout
+from megarl.weights.transport.send import WeightSender
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,8 +35,9 @@ KV_CACHE_BLOCKS = 64  # of 32 tokens: so few that a test can make the scheduler 
 KV_BYTES = 4 * 2 * 2 * 32 * 4  # of a token in the models of these tests: layers, K and V, heads, their width, float32
 START_S = 900  # limit for a server's start on two very busy cores
 SUPERVISOR = (
-    "import sys; from megarl.config import load_config; from megarl.rollout import server; command = server.server_command; "
-    "faulty = {'megarl.rollout.extension.WorkerExtension': 'tests.engine.faults.FaultyExtension'}; "
+    "import sys; from megarl.config import load_config; from megarl.rollout import server; command = "
+    "server.server_command; "
+    "faulty = {'megarl.server.worker_extension.WorkerExtension': 'tests.engine.faults.FaultyExtension'}; "
     "server.server_command = lambda *args: [faulty.get(word, word) for word in command(*args)]; "
     "sys.exit(server.run_rollout(load_config(None, sys.argv[2:]), '127.0.0.1', int(sys.argv[1])))"
 )
@@ -46,7 +47,13 @@ class Pusher:
     """One trainer rank that has whole tensors and broadcasts them: connect, then any number of pushes."""
 
     def __init__(
-        self, store: torch.distributed.Store, port: int, workers: list[WorkerInfo], timeout_s: float, staged: bool, shared: bool = False
+        self,
+        store: torch.distributed.Store,
+        port: int,
+        workers: list[WorkerInfo],
+        timeout_s: float,
+        staged: bool,
+        shared: bool = False,
     ) -> None:
         self.store, self.workers = store, workers
         self.sending = Sending("broadcast", 1, staged, timeout_s, shared)
@@ -54,12 +61,16 @@ class Pusher:
 
     def connect(self, weights: dict[str, torch.Tensor]) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        self.manifest = whole_tensors(shapes, dict.fromkeys(shapes, "float32"), 2**19)  # several buckets for a model of 2 MB
+        self.manifest = whole_tensors(
+            shapes, dict.fromkeys(shapes, "float32"), 2**19
+        )  # several buckets for a model of 2 MB
         name = uuid.uuid4().hex
         world = 1 + sum(worker.tp for worker in self.workers)
 
         def join() -> WeightSender:
-            return WeightSender(self.store, name, 0, world, self.sending.timeout_s, torch.device("cpu"), self.sending.shared)
+            return WeightSender(
+                self.store, name, 0, world, self.sending.timeout_s, torch.device("cpu"), self.sending.shared
+            )
 
         self.sender = self.leader.init(name, [[self.manifest]] * len(self.workers), join, remember_disk=True)
 
@@ -78,7 +89,7 @@ class SlicePusher:
 
     def __init__(self, store: torch.distributed.TCPStore, workers: list[WorkerInfo], model: Path) -> None:
         self.weight_map = WeightMap(load_hf_config(model))
-        rollout = RolloutLayout(len(workers), coordinator.common_tp(workers))
+        rollout = RolloutLayout(len(workers), registry.common_tp(workers))
         self.slices = Slices(self.weight_map, Layout(), rollout, torch.float32, 0)
         sending = Sending("reshard", self.slices.senders, True, 60)
         self.leader = SyncLeader(workers, "127.0.0.1", store.port, sending)
@@ -118,14 +129,21 @@ class Rollout:
         return RolloutClient([worker.url for worker in self.workers], timeout_s=120)
 
     def connect(
-        self, checkpoint: Path, timeout_s: float = 60, workers: list[WorkerInfo] | None = None, staged: bool = True, shared: bool = False
+        self,
+        checkpoint: Path,
+        timeout_s: float = 60,
+        workers: list[WorkerInfo] | None = None,
+        staged: bool = True,
+        shared: bool = False,
     ) -> Pusher:
         pusher = Pusher(self.store, self.store.port, workers or self.workers, timeout_s, staged, shared)
         pusher.connect(load_file(checkpoint / "model.safetensors"))
         return pusher
 
     def load(self, checkpoint: Path) -> None:
-        """Pushes a checkpoint's tensors under the next version. A test that connects by itself drops `pusher` afterwards."""
+        """Pushes a checkpoint's tensors under the next version. A test
+        that connects by itself drops `pusher` afterwards.
+        """
         self.pusher = self.pusher or self.connect(checkpoint)
         self.version += 1
         self.pusher.push(load_file(checkpoint / "model.safetensors"), self.version)
@@ -137,7 +155,7 @@ class Rollout:
 
 @contextlib.contextmanager
 def supervised(model: Path, run_dir: Path, engines: int = 1, tp: int = 1, wait: bool = True) -> Iterator[Rollout]:
-    store = coordinator.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
+    store = registry.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
     keys = [
         f"model.path={model}",
         f"run.dir={run_dir}",
@@ -149,12 +167,14 @@ def supervised(model: Path, run_dir: Path, engines: int = 1, tp: int = 1, wait: 
         f"rollout.start_timeout_s={START_S}",
     ]
     command = [sys.executable, "-c", SUPERVISOR, str(store.port), *keys]
-    rollout = Rollout(store, [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(engines)])
+    rollout = Rollout(
+        store, [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(engines)]
+    )
     try:
         if wait:
-            rollout.workers = coordinator.wait_for_workers(store, engines, START_S)
+            rollout.workers = registry.wait_for_workers(store, engines, START_S)
         yield rollout
-        coordinator.request_shutdown(store, rollout.workers)
+        registry.request_shutdown(store, rollout.workers)
         assert not any(supervisor.wait(60) for supervisor in rollout.supervisors if supervisor.poll() is None)
     finally:
         for supervisor in rollout.supervisors:
@@ -175,8 +195,13 @@ def judged(checkpoint: Path, tokens: list[int], temperature: float = 1.0) -> tup
     """transformers' log-probabilities [T-1] of tokens 1.. and sorted top-k experts [T-1, L, K] of tokens ..T-2."""
     model = _judge(checkpoint)
     out = model(input_ids=torch.tensor([tokens]), output_router_logits=True)
-    logprobs = (out.logits[0].double() / temperature).log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    experts = [layer.softmax(-1).topk(model.config.num_experts_per_tok, -1).indices.sort(-1).values for layer in out.router_logits]
+    logprobs = (
+        (out.logits[0].double() / temperature).log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    )
+    experts = [
+        layer.softmax(-1).topk(model.config.num_experts_per_tok, -1).indices.sort(-1).values
+        for layer in out.router_logits
+    ]
     return logprobs.float().numpy(), torch.stack(experts, 1)[:-1].numpy()
 
 

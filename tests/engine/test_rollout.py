@@ -19,20 +19,30 @@ def assert_judged(responses: list[list[Response]], checkpoint: Path, temperature
     differences, same_routes, rows = [], 0, 0
     for response in (response for group in responses for response in group):
         logprobs, experts = judged(checkpoint, response.tokens.tolist(), temperature)
-        assert response.logprobs.dtype == np.float32 and len(response.logprobs) == len(response.tokens) - response.prompt_len
+        assert (
+            response.logprobs.dtype == np.float32
+            and len(response.logprobs) == len(response.tokens) - response.prompt_len
+        )
         differences.append(response.logprobs - logprobs[response.prompt_len - 1 :])
-        assert response.routes is not None and response.routes.shape == experts.shape and response.routes.dtype == np.uint8
+        assert (
+            response.routes is not None and response.routes.shape == experts.shape and response.routes.dtype == np.uint8
+        )
         same_routes += (np.sort(response.routes, -1) == experts).all(-1).sum()
         rows += experts.shape[0] * experts.shape[1]
     d = np.concatenate(differences).astype(np.float64)
     k3 = np.mean(np.exp(-d) - 1 + d)
-    print(f"{len(d)} tokens: mean |d| {np.abs(d).mean():.1e}, max {np.abs(d).max():.1e}, k3 {k3:.1e}; routes equal {same_routes}/{rows}")
+    print(
+        f"{len(d)} tokens: mean |d| {np.abs(d).mean():.1e}, max {np.abs(d).max():.1e}, k3 {k3:.1e}; routes equal "
+        f"{same_routes}/{rows}"
+    )
     assert np.abs(d).max() <= 1e-4 and np.abs(d).mean() <= 2e-6 and k3 <= 1e-9
     assert same_routes == rows
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_mu_at_the_sampling_temperature(rollout: Rollout, checkpoints: tuple[Path, Path], temperature: float) -> None:
+def test_logprobs_are_mu_at_the_sampling_temperature(
+    rollout: Rollout, checkpoints: tuple[Path, Path], temperature: float
+) -> None:
     rollout.load(checkpoints[0])
     responses = rollout.client.generate(prompts(8, 8), 4, temperature, 16, [EOS])
     assert [len(group) for group in responses] == [4] * 8
@@ -45,7 +55,9 @@ def test_trap_16_routes_survive_prefix_cache_hits(rollout: Rollout, checkpoints:
     first = rollout.client.generate(batch, 3, 1.0, 16, [])
     second = rollout.client.generate(batch, 3, 1.0, 16, [])
     sampling = {"n": 1, "temperature": 1.0, "max_tokens": 1}
-    header, _ = decode(rollout.client.servers[0].post("/megarl/generate", {"prompts": batch, "sampling": sampling, "seeds": None}))
+    header, _ = decode(
+        rollout.client.servers[0].post("/megarl/generate", {"prompts": batch, "sampling": sampling, "seeds": None})
+    )
     assert header["cached"] == [64, 64, 64]
     assert_judged(first, checkpoints[0])
     assert_judged(second, checkpoints[0])
@@ -90,15 +102,23 @@ def test_a_refused_request_is_one_line(rollout: Rollout) -> None:
         RolloutClient(["http://127.0.0.1:9"], timeout_s=2).generate([[3]], 1, 1.0, 1, [])
 
 
-def test_trap_15_a_preempted_request_has_the_routes_and_logprobs_of_one_policy(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
-    """Its KV cache is given away, and prompt and tokens so far go in again: rows of both passes are those of the checkpoint."""
+def test_trap_15_a_preempted_request_has_the_routes_and_logprobs_of_one_policy(
+    rollout: Rollout, checkpoints: tuple[Path, Path]
+) -> None:
+    """Its KV cache is given away, and prompt and tokens so far go in
+    again: rows of both passes are those of the checkpoint.
+    """
 
     def resumed() -> int:
-        return int(json.loads(rollout.client.servers[0].post("/collective_rpc", {"method": "resumed_requests"}))["results"][0])
+        return int(
+            json.loads(rollout.client.servers[0].post("/collective_rpc", {"method": "resumed_requests"}))["results"][0]
+        )
 
     rollout.load(checkpoints[0])
     before = resumed()
-    responses = rollout.client.generate(prompts(32, 60), 1, 1.0, 32, [])  # 2 blocks each fill the cache; the third is for half of them
+    responses = rollout.client.generate(
+        prompts(32, 60), 1, 1.0, 32, []
+    )  # 2 blocks each fill the cache; the third is for half of them
     assert resumed() > before
     assert all(len(r.tokens) == 92 for group in responses for r in group)
     assert_judged(responses, checkpoints[0])

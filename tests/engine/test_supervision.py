@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megarl.launch.lifeline import descendants
-from megarl.rollout import coordinator
+from megarl.rollout import registry
 from megarl.rollout.client import RolloutClient, RolloutError
-from megarl.rollout.coordinator import RolloutDied
+from megarl.rollout.registry import RolloutDied
 from tests.engine.support import START_S, prompts, supervised
 from tests.engine.test_rollout import assert_judged
 
@@ -35,8 +35,12 @@ def _alive(pid: int) -> bool:
     return False
 
 
-def test_failed_syncs_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two servers, from their first answer to their end: both loaded, one killed while it receives, the other frozen, kill -9."""
+def test_failed_syncs_and_a_killed_supervisor(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two servers, from their first answer to their end: both loaded,
+    one killed while it receives, the other frozen, kill -9.
+    """
     weights = load_file(checkpoints[0] / "model.safetensors")
     with supervised(checkpoints[0], tmp_path, engines=2) as rollout:
         assert rollout.client.weight_versions() == [0, 0]
@@ -54,7 +58,7 @@ def test_failed_syncs_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tm
             rollout.pusher.push(weights, 2)
         assert "\n" not in str(caught.value)
         with pytest.raises(RolloutDied, match=r"rollout worker 1 "):
-            coordinator.check_workers(rollout.store, rollout.workers, wait_s=60)
+            registry.check_workers(rollout.store, rollout.workers, wait_s=60)
         survivor = RolloutClient([rollout.workers[0].url], 60)
         assert survivor.weight_versions() == [1]
         assert_judged(survivor.generate(prompts(3, 8), 2, 1.0, 8, []), checkpoints[1])
@@ -69,17 +73,18 @@ def test_failed_syncs_and_a_killed_supervisor(checkpoints: tuple[Path, Path], tm
         engine = next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(engine, signal.SIGSTOP)
         with pytest.raises(
-            RolloutError, match=f"no answer within 15 s.*{rollout.workers[0].url}|{rollout.workers[0].url}.*no answer within 15 s"
+            RolloutError,
+            match=f"no answer within 15 s.*{rollout.workers[0].url}|{rollout.workers[0].url}.*no answer within 15 s",
         ):
             pusher.push(weights, 3)
         os.kill(engine, signal.SIGCONT)
 
         supervisor.kill()
         assert ends([supervisor.pid, *below], within_s=60)
-        coordinator.check_workers(rollout.store, rollout.workers)
-        monkeypatch.setattr(coordinator, "STALE_S", 2.5)
+        registry.check_workers(rollout.store, rollout.workers)
+        monkeypatch.setattr(registry, "STALE_S", 2.5)
         with pytest.raises(RolloutDied, match=r"rollout worker 0 .* has been silent for"):
-            coordinator.check_workers(rollout.store, rollout.workers, wait_s=5)
+            registry.check_workers(rollout.store, rollout.workers, wait_s=5)
         rollout.workers = []
 
 
@@ -92,6 +97,8 @@ def test_a_server_that_cannot_start_says_why(checkpoints: tuple[Path, Path], tmp
     del weights["model.norm.weight"]
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with supervised(broken, tmp_path / "run", wait=False) as rollout:
-        with pytest.raises(RolloutDied, match=r"ended with status 1: ValueError: .*model\.norm\.weight.*; last lines of"):
-            coordinator.wait_for_workers(rollout.store, 1, START_S)
+        with pytest.raises(
+            RolloutDied, match=r"ended with status 1: ValueError: .*model\.norm\.weight.*; last lines of"
+        ):
+            registry.wait_for_workers(rollout.store, 1, START_S)
         assert rollout.supervisors[0].wait(60) == 1

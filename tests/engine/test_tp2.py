@@ -1,4 +1,6 @@
-"""A server of two tensor-parallel ranks, of a model whose first layer is dense: what it holds, resharded syncs into it, and its death."""
+"""A server of two tensor-parallel ranks, of a model whose first layer
+is dense: what it holds, resharded syncs into it, and its death.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import pytest
 import torch
 
 from megarl.launch.lifeline import descendants
-from megarl.rollout import coordinator
+from megarl.rollout import registry
 from megarl.rollout.client import RolloutError
-from megarl.rollout.coordinator import RolloutDied
-from megarl.weights.rollout_layout import VOCABULARY_MULTIPLE, RolloutLayout, rollout_rects
-from megarl.weights.weight_map import WeightMap, load_hf_config
+from megarl.rollout.registry import RolloutDied
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
+from megarl.weights.reshard.rollout_layout import VOCABULARY_MULTIPLE, RolloutLayout, rollout_rects
 from tests.engine.support import Rollout, SlicePusher, judged, prompts, supervised
 from tests.engine.test_supervision import ends
 
@@ -70,7 +72,9 @@ def test_its_ranks_hold_what_the_plan_gives_them(server: Rollout, models: tuple[
 
 
 def test_slices_arrive_and_a_dense_layer_has_no_routes(server: Rollout, models: tuple[Path, Path]) -> None:
-    """vLLM reports all layers; we hand on those with experts. Two resharded syncs with other weights, from a single trainer rank."""
+    """vLLM reports all layers; we hand on those with experts. Two
+    resharded syncs with other weights, from a single trainer rank.
+    """
     pusher = SlicePusher(server.store, server.workers, models[0])
     for version, model in ((0, models[0]), (1, models[1]), (2, models[0])):
         if version:
@@ -91,8 +95,10 @@ def test_a_worker_killed_while_it_loads_is_reported(server: Rollout, models: tup
     server.fault("die_loading")
     with pytest.raises(RolloutError, match=rf"^rollout server {server.workers[0].url}\S+: \S"):
         pusher.push(models[1], 3)
-    with pytest.raises(RolloutDied, match=r"rollout worker 0 \(pid \d+ on \S+\): the vLLM server ended .*last lines of \S+0.log:\n"):
-        coordinator.check_workers(server.store, server.workers, wait_s=60)
+    with pytest.raises(
+        RolloutDied, match=r"rollout worker 0 \(pid \d+ on \S+\): the vLLM server ended .*last lines of \S+0.log:\n"
+    ):
+        registry.check_workers(server.store, server.workers, wait_s=60)
     assert server.supervisors[0].wait(60) == 1
     assert ends(below, within_s=60)
     server.workers = []

@@ -1,4 +1,5 @@
-"""Two faults of vLLM 0.32 on a CPU that our plugin mends in every vLLM process: experts stay unpacked when weights are replaced in place,
+"""Two faults of vLLM 0.32 on a CPU that our plugin mends in every vLLM process: experts stay unpacked when weights are
+replaced in place,
 and queries with an axis of heads are rotated wrongly."""
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ from tests.engine.support import ROOT
 
 
 def reload_error(a: Path, b: Path, plugins: str) -> float:
-    """Largest error of a log-probability after an in-place reload, with the named plugins of vllm.general_plugins loaded."""
-    environment = {**os.environ, "VLLM_PLUGINS": plugins, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
+    """Largest error of a log-probability after an in-place reload, with
+    the named plugins of vllm.general_plugins loaded.
+    """
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": plugins,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "tests.engine.inplace_reload", str(a), str(b)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     found = re.search(r"^worst=(\S+)$", done.stdout, re.MULTILINE)
@@ -33,7 +41,12 @@ def test_vllm_alone_reloads_wrongly(checkpoints: tuple[Path, Path]) -> None:
 
 def test_every_head_is_rotated() -> None:
     """Where vLLM alone is right, the patch may go."""
-    environment = {**os.environ, "VLLM_PLUGINS": "megarl", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": "megarl",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "tests.engine.rotated_heads"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     found = re.search(r"^alone=(\S+) ours=(\S+)$", done.stdout, re.MULTILINE)

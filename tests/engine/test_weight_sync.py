@@ -1,4 +1,6 @@
-"""Weights that arrive in a running server: what it computes then, what serves after a failure, and how that is mended."""
+"""Weights that arrive in a running server: what it computes then, what serves after a
+failure, and how that is mended.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def assert_refuses(rollout: Rollout) -> None:
     with pytest.raises(RolloutError, match="neither old nor new"):
         rollout.client.generate(prompts(1, 8), 1, 1.0, 8, [])
     with pytest.raises(RolloutError, match="neither old nor new"):
-        rollout.client.servers[0].post("/inference/v1/generate", {"token_ids": [3, 4], "sampling_params": {"max_tokens": 1}})
+        rollout.client.servers[0].post(
+            "/inference/v1/generate", {"token_ids": [3, 4], "sampling_params": {"max_tokens": 1}}
+        )
 
 
 def assert_a_whole_sync_mends(rollout: Rollout, checkpoint: Path) -> None:
@@ -48,8 +52,12 @@ def assert_a_whole_sync_mends(rollout: Rollout, checkpoint: Path) -> None:
     assert_serves(rollout, checkpoint, rollout.version)
 
 
-def test_after_an_update_the_server_computes_with_the_new_weights(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
-    """Holds the expert repack (megarl.rollout.vllm_patches) and the prefix cache: the same prompts, cached, before and after."""
+def test_after_an_update_the_server_computes_with_the_new_weights(
+    rollout: Rollout, checkpoints: tuple[Path, Path]
+) -> None:
+    """Holds the expert repack (megarl.server.vllm_patches) and the
+    prefix cache: the same prompts, cached, before and after.
+    """
     batch = prompts(4, 80)
     for checkpoint in (checkpoints[0], checkpoints[1], checkpoints[0]):
         rollout.load(checkpoint)
@@ -82,7 +90,9 @@ def test_digests_are_those_of_an_engine_loaded_from_disk(rollout: Rollout, check
     rollout.fault("no_prepack")
     (logprobs, _) = pusher.load(weights(checkpoints[0]), CANARY)[0]
     assert np.abs(logprobs - judged(checkpoints[0], CANARY)[0]).max() > 1e-2
-    with pytest.raises(RolloutError, match=r"rollout rank 1 does not hold what an engine loaded from \S+/a holds: \d+ weights.*experts"):
+    with pytest.raises(
+        RolloutError, match=r"rollout rank 1 does not hold what an engine loaded from \S+/a holds: \d+ weights.*experts"
+    ):
         pusher.leader.check(str(checkpoints[0]))
     pusher = rollout.connect(checkpoints[0])
     (logprobs, _) = pusher.load(weights(checkpoints[0]), CANARY)[0]
@@ -110,7 +120,7 @@ def test_a_flipped_bit_is_named(rollout: Rollout, checkpoints: tuple[Path, Path]
 
 
 def test_a_load_that_fails_half_way_is_mended_by_a_whole_sync(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
-    """Holds abandon_reload (megarl.rollout.vllm_reload)."""
+    """Holds abandon_reload (megarl.server.vllm_reload)."""
     rollout.load(checkpoints[0])
     rollout.fault("fail_loading")
     with pytest.raises(RolloutError, match="the test ended this load half way"):
@@ -121,11 +131,23 @@ def test_a_load_that_fails_half_way_is_mended_by_a_whole_sync(rollout: Rollout, 
 
 @pytest.mark.parametrize("phase", ["receive", "commit"])
 def test_a_killed_sender(rollout: Rollout, checkpoints: tuple[Path, Path], phase: str) -> None:
-    """Before anything is loaded the old version serves; before the version is committed nothing does; a whole sync mends both."""
+    """Before anything is loaded the old version serves; before the
+    version is committed nothing does; a whole sync mends both.
+    """
     rollout.load(checkpoints[0])
     port = str(rollout.store.port)
-    command = [sys.executable, "-m", "tests.engine.killed_sender", phase, port, rollout.workers[0].url, str(checkpoints[1])]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.engine.killed_sender",
+        phase,
+        port,
+        rollout.workers[0].url,
+        str(checkpoints[1]),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == -9, done.stderr
     if phase == "receive":
         assert_serves(rollout, checkpoints[0], rollout.version)
@@ -134,8 +156,12 @@ def test_a_killed_sender(rollout: Rollout, checkpoints: tuple[Path, Path], phase
     assert_a_whole_sync_mends(rollout, checkpoints[1])
 
 
-def test_a_colocated_server_sleeps_and_gets_its_weights_through_shared_memory(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
-    """launch.colocate. vLLM's CPU worker has no memory to free, but its scheduler stops, its caches go, and it comes back."""
+def test_a_colocated_server_sleeps_and_gets_its_weights_through_shared_memory(
+    rollout: Rollout, checkpoints: tuple[Path, Path]
+) -> None:
+    """launch.colocate. vLLM's CPU worker has no memory to free, but its
+    scheduler stops, its caches go, and it comes back.
+    """
     pusher = rollout.connect(checkpoints[1], staged=False, shared=True)
     pusher.push(weights(checkpoints[1]), 70)
     assert_serves(rollout, checkpoints[1], 70)
@@ -143,7 +169,11 @@ def test_a_colocated_server_sleeps_and_gets_its_weights_through_shared_memory(ro
     cached = lambda: decode(rollout.client.servers[0].post("/megarl/generate", ask))[0]["cached"]
     assert cached() is not None and cached() == [64, 64]
     pusher.leader.turn("sleep")
-    for route, body in (("/megarl/generate", ask), ("/inference/v1/generate", {}), ("/megarl/sync/load", {"canary": []})):
+    for route, body in (
+        ("/megarl/generate", ask),
+        ("/inference/v1/generate", {}),
+        ("/megarl/sync/load", {"canary": []}),
+    ):
         with pytest.raises(RolloutError, match="asleep while the trainer has the GPU"):
             rollout.client.servers[0].post(route, body)
     pusher.leader.turn("wake")
@@ -157,12 +187,16 @@ def test_a_colocated_server_sleeps_and_gets_its_weights_through_shared_memory(ro
 def test_a_flipped_bit_in_shared_memory_is_named(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
     pusher = rollout.connect(checkpoints[1], shared=True)
     rollout.fault("flip", VICTIM)
-    with pytest.raises(RolloutError, match=rf"weight sync: {VICTIM}\[0:64, 0:64\] from trainer rank 0 arrived with checksum"):
+    with pytest.raises(
+        RolloutError, match=rf"weight sync: {VICTIM}\[0:64, 0:64\] from trainer rank 0 arrived with checksum"
+    ):
         pusher.push(weights(checkpoints[1]), 99)
     rollout.pusher = None
 
 
-def test_connecting_to_a_server_that_is_not_there_ends_in_time(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
+def test_connecting_to_a_server_that_is_not_there_ends_in_time(
+    rollout: Rollout, checkpoints: tuple[Path, Path]
+) -> None:
     absent = [dataclasses.replace(rollout.workers[0], url="http://127.0.0.1:9")]
     with pytest.raises(RolloutError, match="connection lost"):
         Pusher(rollout.store, rollout.store.port, absent, 3, True).connect(weights(checkpoints[0]))

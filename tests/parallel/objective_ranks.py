@@ -1,6 +1,8 @@
-"""Critic and reference inside torchrun ranks, in several layouts: `objective_ranks.py MODEL OUT LAYOUT...` (names of LAYOUTS).
+"""Critic and reference inside torchrun ranks, in several layouts:
+`objective_ranks.py MODEL OUT LAYOUT...` (names of LAYOUTS).
 
-Rank 0 writes OUT/LAYOUT.pt: values, advantages and value gradients, and the gradient of a policy loss with KL and entropy terms.
+Rank 0 writes OUT/LAYOUT.pt: values, advantages and value gradients, and
+the gradient of a policy loss with KL and entropy terms.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megarl.collect import Batch
 from megarl.config import Config, load_config
 from megarl.engine.batch import Pack
 from megarl.engine.build import Engine, build_engine
@@ -22,7 +23,8 @@ from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.critic import VALUE_HEAD
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
-from megarl.learn import Learner
+from megarl.loop.collect import Batch
+from megarl.loop.learn import Learner
 from tools.equality import RESPONSES, gradients, lay_out
 
 LAYOUTS: dict[str, list[str]] = {
@@ -33,7 +35,14 @@ LAYOUTS: dict[str, list[str]] = {
     "tp2_pp2_ep2": ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "engine.micro_batch_tokens=48"],
     "tp2_pp2_vpp2": ["parallel.tp=2", "parallel.pp=2", "parallel.vpp=2", "engine.micro_batch_tokens=48"],
 }
-PPO = ["objective.preset=ppo", "objective.kl_coef=0.1", "objective.entropy_coef=0.05", "critic.lr=1e-3", "train.lr=1e-3", "train.steps=4"]
+PPO = [
+    "objective.preset=ppo",
+    "objective.kl_coef=0.1",
+    "objective.entropy_coef=0.05",
+    "critic.lr=1e-3",
+    "train.lr=1e-3",
+    "train.steps=4",
+]
 
 
 @torch.no_grad()
@@ -43,7 +52,9 @@ def move(engine: Engine, size: float, but: str = "") -> None:
         for piece in param.pieces:
             part = tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))]
             grid = [torch.arange(a, a + n).float() for a, n in zip(piece.hf_start, piece.shape)]
-            wave = sum(g.view([-1 if i == axis else 1 for i in range(len(grid))]) * (axis + 1.3) for axis, g in enumerate(grid))
+            wave = sum(
+                g.view([-1 if i == axis else 1 for i in range(len(grid))]) * (axis + 1.3) for axis, g in enumerate(grid)
+            )
             part += size * torch.sin(wave + len(piece.hf))
     if hasattr(engine.optimizer, "reload_model_params"):
         engine.optimizer.reload_model_params()
@@ -105,7 +116,9 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def _judge_packs_with_routes(learner: Learner, config: Config, values: dict[int, torch.Tensor], reference: dict[int, torch.Tensor]) -> None:
+def _judge_packs_with_routes(
+    learner: Learner, config: Config, values: dict[int, torch.Tensor], reference: dict[int, torch.Tensor]
+) -> None:
     """Trap 14: critic and reference run with replay off, whatever routes a pack has."""
     packs = lay_out(learner.engine, config, with_routes=True)
     assert all(pack.routes is not None for pack in packs)
@@ -120,11 +133,18 @@ class _Times:
 
 
 def learned(config: Config, folder: Path) -> None:
-    """Warm-up leaves the policy alone; a checkpoint brings the critic back bitwise; a NaN is named or skipped and changes nothing."""
+    """Warm-up leaves the policy alone; a checkpoint brings the critic
+    back bitwise; a NaN is named or skipped and changes nothing.
+    """
 
     def batch(engine: Engine) -> Batch:
         packs = lay_out(engine, config, with_routes=False)
-        return Batch([packs, lay_out(engine, config, with_routes=False)], [f"response {i}" for i in range(len(RESPONSES))], {}, [])
+        return Batch(
+            [packs, lay_out(engine, config, with_routes=False)],
+            [f"response {i}" for i in range(len(RESPONSES))],
+            {},
+            [],
+        )
 
     def weights(engine: Engine) -> list[torch.Tensor]:
         return [tensor.detach().clone() for _, tensor in engine.model.params()]
@@ -141,14 +161,24 @@ def learned(config: Config, folder: Path) -> None:
     assert updates == 0 and same(policy, weights(engine)) and not same(critic, weights(learner.critic))
     metrics, updates = learner.learn(batch(engine), 1)
     assert updates == 2 and not same(policy, weights(engine))
-    assert {"critic/loss", "critic/explained_variance", "critic/grad_norm", "policy/kl_reference", "policy/entropy"} <= metrics.keys()
+    assert {
+        "critic/loss",
+        "critic/explained_variance",
+        "critic/grad_norm",
+        "policy/kl_reference",
+        "policy/entropy",
+    } <= metrics.keys()
     path = save_checkpoint(engine, folder, 2, {"optimizer_steps": 2}, keep=1, critic=learner.critic)
     metrics, _ = learner.learn(batch(engine), 2)
     again = build_engine(config, optimizer_steps=8)
     resumed = Learner(config, again)
     load_checkpoint(again, path, resumed.critic)
     same_metrics, _ = resumed.learn(batch(again), 2)
-    assert resumed.critic is not None and same(weights(engine), weights(again)) and same(weights(learner.critic), weights(resumed.critic))
+    assert (
+        resumed.critic is not None
+        and same(weights(engine), weights(again))
+        and same(weights(learner.critic), weights(resumed.critic))
+    )
     timeless = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in (metrics, same_metrics)]
     assert timeless[0] == timeless[1]
 
@@ -158,7 +188,11 @@ def learned(config: Config, folder: Path) -> None:
         spoilt.minibatches[1][0].advantages.fill_(float("nan"))  # the reward of one replica's responses
     config.train.on_bad_batch = "skip"
     metrics, updates = learner.learn(spoilt, 3)
-    assert updates < 2 and metrics["batch/skipped_updates"] == 2 - updates and all(x.isfinite().all() for x in weights(engine))
+    assert (
+        updates < 2
+        and metrics["batch/skipped_updates"] == 2 - updates
+        and all(x.isfinite().all() for x in weights(engine))
+    )
     assert updates or same(before, weights(engine))
     config.train.on_bad_batch = "stop"
     spoilt = batch(engine)

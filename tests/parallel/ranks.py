@@ -21,11 +21,16 @@ from megarl.engine.exchange import exchange, gather_metas
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine
 from megarl.rollout.response import Response
-from megarl.weights.load import HfReader
-from megarl.weights.relations import Piece
+from megarl.weights.files.hf_reader import HfReader
+from megarl.weights.map.relations import Piece
 
 LAYOUT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
-LAYOUTS = (LAYOUT, ["parallel.pp=2", "parallel.vpp=2", "parallel.tp=2"], ["parallel.tp=2", "parallel.etp=2"], ["parallel.ep=4"])
+LAYOUTS = (
+    LAYOUT,
+    ["parallel.pp=2", "parallel.vpp=2", "parallel.tp=2"],
+    ["parallel.tp=2", "parallel.etp=2"],
+    ["parallel.ep=4"],
+)
 
 PADDING = 4096  # bytes
 
@@ -34,7 +39,12 @@ def layout_of_megatron(model: str) -> None:
     """Our arithmetic of ranks is megatron-core's."""
     from megatron.core import parallel_state as ps
 
-    for keys in (LAYOUT, ["parallel.tp=2", "parallel.cp=2"], ["parallel.tp=2", "parallel.etp=2"], ["parallel.pp=2", "parallel.ep=2"]):
+    for keys in (
+        LAYOUT,
+        ["parallel.tp=2", "parallel.cp=2"],
+        ["parallel.tp=2", "parallel.etp=2"],
+        ["parallel.pp=2", "parallel.ep=2"],
+    ):
         at = build_engine(load_config(None, [f"model.path={model}", *keys])).model.parallel.coord
         assert (at.tp, at.pp) == (ps.get_tensor_model_parallel_rank(), ps.get_pipeline_model_parallel_rank())
         assert (at.cp, at.dp) == (ps.get_context_parallel_rank(), ps.get_data_parallel_rank())
@@ -43,14 +53,18 @@ def layout_of_megatron(model: str) -> None:
 
 
 def gathered_weights(model: str) -> None:
-    """Loaded in a layout and gathered at rank 0, the weights are bitwise those of the folder, in several small buckets too."""
-    from megarl.weights.gather import gather_full, plan_gather
+    """Loaded in a layout and gathered at rank 0, the weights are
+    bitwise those of the folder, in several small buckets too.
+    """
+    from megarl.weights.reshard.gather import gather_full, plan_gather
 
     for keys in (LAYOUT, ["parallel.tp=2", "parallel.etp=2", "parallel.pp=2"], ["parallel.ep=4"]):
         built = build_engine(load_config(None, [f"model.path={model}", *keys])).model
         shapes = built.weight_map.hf_shapes
         plan = plan_gather(built.weight_map, built.parallel.layout)
-        full = dict(gather_full(plan, built.weight_map, built.params(), dist.get_rank(), torch.float32, bucket_bytes=50_000))
+        full = dict(
+            gather_full(plan, built.weight_map, built.params(), dist.get_rank(), torch.float32, bucket_bytes=50_000)
+        )
         if dist.get_rank() == 0:
             with HfReader(model) as reader:
                 for name, shape in shapes.items():
@@ -61,9 +75,11 @@ def gathered_weights(model: str) -> None:
 
 
 def quantized_shards(model: str) -> None:
-    """Shards quantised in place, row maxima reduced over TP and ETP, are bitwise the quantised full tensors; afterwards nothing is left."""
-    from megarl.weights.gather import gather_full, plan_gather
-    from megarl.weights.quantize import fake_quantize, is_quantized, quantized_weights
+    """Shards quantised in place, row maxima reduced over TP and ETP,
+    are bitwise the quantised full tensors; afterwards nothing is left.
+    """
+    from megarl.weights.reshard.gather import gather_full, plan_gather
+    from megarl.weights.reshard.quantize import fake_quantize, is_quantized, quantized_weights
 
     for keys in (LAYOUT, ["parallel.tp=2", "parallel.etp=2", "parallel.pp=2"]):
         built = build_engine(load_config(None, [f"model.path={model}", *keys])).model
@@ -83,7 +99,9 @@ def quantized_shards(model: str) -> None:
 
 
 def exchanged_rows(model: str) -> None:
-    """Each rank receives exactly the rows of its own tokens and layers, and those rows are the right ones (traps 9, 11)."""
+    """Each rank receives exactly the rows of its own tokens and layers,
+    and those rows are the right ones (traps 9, 11).
+    """
     for keys in (LAYOUT, ["parallel.tp=2"], ["parallel.cp=2", "parallel.tp=2"], ["parallel.pp=2"], []):
         engine = build_engine(load_config(None, [f"model.path={model}", *keys]))
         at, shape = engine.model.parallel, route_shape(engine.model)
@@ -109,7 +127,9 @@ def _response(i: int, engine: Engine) -> Response:
     routes = scores.argsort(-1)[..., : weight_map.top_k].astype(np.uint8)  # different at every token and layer
     tokens = rng.integers(3, 14, length).astype(np.int32)
     logprobs = -rng.random(length - prompt_len).astype(np.float32)
-    return Response(tokens, prompt_len, logprobs, routes, [{"version": 0, "start": 0, "end": length - prompt_len}], "stop")
+    return Response(
+        tokens, prompt_len, logprobs, routes, [{"version": 0, "start": 0, "end": length - prompt_len}], "stop"
+    )
 
 
 def _meta(i: int, response: Response, owner: int) -> Meta:
@@ -117,7 +137,9 @@ def _meta(i: int, response: Response, owner: int) -> Meta:
 
 
 def _check_pack(pack: Pack, everything: dict[int, Response], engine: Engine) -> int:
-    """Compares a pack with the responses it was made of; returns the bytes of routes this rank must have received for it."""
+    """Compares a pack with the responses it was made of; returns the
+    bytes of routes this rank must have received for it.
+    """
     at, shape = engine.model.parallel, route_shape(engine.model)
     layers = list(shape.layers_of_stage[at.coord.pp])
     rows = router_rows(pack.padded, at.layout, at.coord)
@@ -139,7 +161,9 @@ def _check_pack(pack: Pack, everything: dict[int, Response], engine: Engine) -> 
 
 
 def replay_is_a_no_op(model: str) -> None:
-    """R3 of the routes the trainer recorded itself, and R2 of its own pi_old pass, change nothing: bitwise, with gradients."""
+    """R3 of the routes the trainer recorded itself, and R2 of its own
+    pi_old pass, change nothing: bitwise, with gradients.
+    """
     engine = build_engine(load_config(None, [f"model.path={model}"]), optimizer_steps=1)
     at = engine.model.parallel
     generator = torch.Generator().manual_seed(0)
@@ -150,7 +174,9 @@ def replay_is_a_no_op(model: str) -> None:
         pack.routes = replayed
         kept = []
 
-        def loss(pack: Pack, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def loss(
+            pack: Pack, logprobs: torch.Tensor, entropy: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             kept.append(logprobs.detach().clone())
             return -(logprobs * pack.mask).sum(), {}
 
@@ -188,9 +214,13 @@ def sums_over_micro_batches(model: str) -> None:
 
 
 def interleaved_packs(model: str) -> None:
-    """PP2 x VPP2, where the next and the previous stage are one rank: every pack's log-probabilities are those of a run of its own, and
-    an update over packs of different lengths ends, for as many packs as stages and for more, with the gradient of one after the other."""
-    engine = build_engine(load_config(None, [f"model.path={model}", "parallel.pp=2", "parallel.vpp=2"]), optimizer_steps=1)
+    """PP2 x VPP2, where the next and the previous stage are one rank: every pack's
+    log-probabilities are those of a run of its own, and an update over packs of different lengths
+    ends, for as many packs as stages and for more, with the gradient of one after the other.
+    """
+    engine = build_engine(
+        load_config(None, [f"model.path={model}", "parallel.pp=2", "parallel.vpp=2"]), optimizer_steps=1
+    )
     at = engine.model.parallel
     tokens = [torch.randint(3, 14, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 30, 12, 2, 21, 9)]
     packs = make_packs([[i] for i in range(len(tokens))], tokens, [1] * len(tokens), at.layout, at.coord)
@@ -202,7 +232,9 @@ def interleaved_packs(model: str) -> None:
             assert torch.equal(alone[0][0], together[number][0]), number
 
     def gradient(packs: list[Pack]) -> torch.Tensor:
-        engine.gradients(packs, "off", lambda pack, logprobs, entropy: (-(logprobs * pack.mask).sum() / len(tokens), {}))
+        engine.gradients(
+            packs, "off", lambda pack, logprobs, entropy: (-(logprobs * pack.mask).sum() / len(tokens), {})
+        )
         return torch.cat([tensor.main_grad.flatten() for _, tensor in engine.model.params()])
 
     pairs = [gradient(packs[i : i + 2]) for i in range(0, len(packs), 2)]
@@ -210,9 +242,13 @@ def interleaved_packs(model: str) -> None:
 
 
 def resume_is_exact(model: str) -> None:
-    """Two updates, a checkpoint, a third update: a fresh engine that loads the checkpoint does the third update bitwise the same."""
+    """Two updates, a checkpoint, a third update: a fresh engine that
+    loads the checkpoint does the third update bitwise the same.
+    """
     folder = [Path(tempfile.mkdtemp()) if dist.is_initialized() is False or dist.get_rank() == 0 else None]
-    for number, keys in enumerate(([], ["engine.distributed_optimizer=true"], LAYOUT, [*LAYOUT, "engine.distributed_optimizer=true"])):
+    for number, keys in enumerate(
+        ([], ["engine.distributed_optimizer=true"], LAYOUT, [*LAYOUT, "engine.distributed_optimizer=true"])
+    ):
         config = load_config(None, [f"model.path={model}", "train.lr=1e-3", "train.lr_decay_style=linear", *keys])
         engine = build_engine(config, optimizer_steps=10)
         dist.broadcast_object_list(folder, src=0)
@@ -238,7 +274,9 @@ def _update(engine: Engine, step: int) -> dict[str, float]:
 
 
 def converted_checkpoints(model: str) -> None:
-    """A run's checkpoint of any layout fills a model of any other and converts to its very weights; megatron-core loads a converted one."""
+    """A run's checkpoint of any layout fills a model of any other and
+    converts to its very weights; megatron-core loads a converted one.
+    """
     from megatron.core import dist_checkpointing
 
     from megarl.convert.commands import hf_to_megatron_main, megatron_to_hf_main
@@ -259,7 +297,11 @@ def converted_checkpoints(model: str) -> None:
             assert megatron_to_hf_main(["--megatron", str(saved), "--out", str(here / "converted"), "--verify"]) == 0
             _assert_folders_equal(source, here / "read")
             _assert_folders_equal(here / "saved", here / "converted")
-            sizes = [f"--{key.removeprefix('parallel.').replace('=', ' ')}" for key in LAYOUTS[number - 1] if "vpp" not in key]
+            sizes = [
+                f"--{key.removeprefix('parallel.').replace('=', ' ')}"
+                for key in LAYOUTS[number - 1]
+                if "vpp" not in key
+            ]
             options = " ".join(["--hf", str(here / "saved"), "--out", str(here / "megatron"), *sizes]).split()
             assert hf_to_megatron_main(options) == 0
         dist.barrier()
@@ -285,10 +327,15 @@ def planned_memory(model: str) -> None:
 
     Megatron's buffers and the distributed optimizer's shards are padded: at most PADDING bytes more in each.
     """
-    from megarl.report.memory import Training, stage_memory
+    from megarl.estimate.memory import Training, stage_memory
 
     sharded = "engine.distributed_optimizer=true"
-    for keys in (LAYOUT, [*LAYOUT, "engine.dtype=bfloat16"], [*LAYOUT, sharded], [sharded, "engine.dtype=bfloat16", "parallel.ep=2"]):
+    for keys in (
+        LAYOUT,
+        [*LAYOUT, "engine.dtype=bfloat16"],
+        [*LAYOUT, sharded],
+        [sharded, "engine.dtype=bfloat16", "parallel.ep=2"],
+    ):
         config = load_config(None, [f"model.path={model}", *keys])
         engine = build_engine(config, optimizer_steps=1)
         _update(engine, 0)
@@ -300,8 +347,13 @@ def planned_memory(model: str) -> None:
         difference = held_optimizer(engine) - planned.optimizer
         everyone = [torch.zeros(()) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, torch.tensor(float(difference)))
-        if config.engine.distributed_optimizer:  # shards are cut anywhere: a rank may hold less than its share, all together do not
-            assert 0 <= sum(everyone) <= PADDING * len(everyone) and max(map(abs, everyone)) <= PADDING, (keys, everyone)
+        if (
+            config.engine.distributed_optimizer
+        ):  # shards are cut anywhere: a rank may hold less than its share, all together do not
+            assert 0 <= sum(everyone) <= PADDING * len(everyone) and max(map(abs, everyone)) <= PADDING, (
+                keys,
+                everyone,
+            )
         else:
             assert not any(everyone), (keys, everyone)
 
@@ -316,7 +368,9 @@ def held_gradients(engine: Engine) -> int:
 
 
 def held_optimizer(engine: Engine) -> int:
-    """Moments, and what the optimizer steps on where that is a copy of its own. Without the count of steps, a scalar a tensor."""
+    """Moments, and what the optimizer steps on where that is a copy of
+    its own. Without the count of steps, a scalar a tensor.
+    """
     weights = {tensor.untyped_storage().data_ptr() for _, tensor in engine.model.params()}
     total = 0
     for part in parts_of(engine.optimizer):
@@ -324,14 +378,23 @@ def held_optimizer(engine: Engine) -> int:
             for tensor in group["params"]:
                 state = part.optimizer.state[tensor]
                 own = () if tensor.untyped_storage().data_ptr() in weights else (tensor,)
-                total += sum(each.numel() * each.element_size() for each in (state["exp_avg"], state["exp_avg_sq"], *own))
+                total += sum(
+                    each.numel() * each.element_size() for each in (state["exp_avg"], state["exp_avg_sq"], *own)
+                )
     return total
 
 
 CHECKS = {check.__name__: check for check in (layout_of_megatron, gathered_weights, quantized_shards, exchanged_rows)}
 CHECKS |= {
     check.__name__: check
-    for check in (replay_is_a_no_op, sums_over_micro_batches, interleaved_packs, resume_is_exact, converted_checkpoints, planned_memory)
+    for check in (
+        replay_is_a_no_op,
+        sums_over_micro_batches,
+        interleaved_packs,
+        resume_is_exact,
+        converted_checkpoints,
+        planned_memory,
+    )
 }
 
 if __name__ == "__main__":

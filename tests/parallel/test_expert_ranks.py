@@ -1,4 +1,6 @@
-"""Grouped experts on two real ranks: against the sequential ones under EP, ETP and TP with whole experts, one rank left without rows."""
+"""Grouped experts on two real ranks: against the sequential ones under
+EP, ETP and TP with whole experts, one rank left without rows.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,22 @@ def test_grouped_experts_equal_sequential_ones_on_two_ranks(tmp_path):
     from tools.tiny_model import make_tiny_model
 
     model = make_tiny_model(tmp_path / "model", layers=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(model)]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        __file__,
+        str(model),
+    ]
+    env = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -31,7 +47,9 @@ def compare(path: str, layout: str) -> None:
 
     results: list[dict[str, dict[str, torch.Tensor]]] = []
     for kind in ("sequential", "grouped"):
-        config = load_config(None, [f"model.path={path}", f"engine.experts={kind}", *(f"parallel.{key}" for key in layout.split())])
+        config = load_config(
+            None, [f"model.path={path}", f"engine.experts={kind}", *(f"parallel.{key}" for key in layout.split())]
+        )
         engine = build_engine(config, optimizer_steps=1)
         moe = engine.model.bare[0].decoder.layers[0].mlp
         result = {}

@@ -1,4 +1,6 @@
-"""Critic, KL and entropy terms are the same in every layout: tests/parallel/objective_ranks.py, one launch for each number of ranks."""
+"""Critic, KL and entropy terms are the same in every layout:
+tests/parallel/objective_ranks.py, one launch for each number of ranks.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[int, subprocess.C
     script = str(Path(__file__).with_name("ranks.py"))
     results = {}
     for ranks, checks in LAUNCHES.items():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script, str(model), *checks]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            script,
+            str(model),
+            *checks,
+        ]
         results[ranks] = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     return results
 

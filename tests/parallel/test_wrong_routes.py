@@ -18,7 +18,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     script = str(Path(__file__).with_name("wrong_routes.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", script, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -28,7 +34,10 @@ def test_every_rank_names_the_response_and_can_go_on(model: Path) -> None:
     done = launch(str(model))
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(4):
-        assert f"rank {rank}: ok length layers top_k flat dtype too_high negative duplicate all_zero missing" in done.stdout
+        assert (
+            f"rank {rank}: ok length layers top_k flat dtype too_high negative duplicate all_zero missing"
+            in done.stdout
+        )
 
 
 def test_every_rank_exits(model: Path) -> None:
@@ -36,4 +45,6 @@ def test_every_rank_exits(model: Path) -> None:
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("megarl: error: ")]
     assert len(lines) == 4 and len(set(lines)) == 1, done.stderr[-3000:]
-    assert lines[0].startswith("megarl: error: routes of response 1 to the prompt on line 3 ('digits 3'): row 5 names an expert twice")
+    assert lines[0].startswith(
+        "megarl: error: routes of response 1 to the prompt on line 3 ('digits 3'): row 5 names an expert twice"
+    )

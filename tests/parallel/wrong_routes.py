@@ -1,7 +1,8 @@
-"""Runs inside torchrun ranks: `wrong_routes.py MODEL [CASE]`. One rank's responses bring wrong routes; every rank must say so.
+"""Runs inside torchrun ranks: `wrong_routes.py MODEL [CASE]`. One
+rank's responses bring wrong routes; every rank must say so.
 
-Without CASE all cases are caught one after the other, on the same ranks, and good routes are trained on in the end. With it the error ends
-the process.
+Without CASE all cases are caught one after the other, on the same ranks, and good routes are trained on in the end.
+With it the error ends the process.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megarl.collect import Collector
 from megarl.config import load_config
 from megarl.data import Prompt, load_tokenizer
 from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
-from megarl.learn import Learner
+from megarl.loop.collect import Collector
+from megarl.loop.learn import Learner
 from megarl.rollout.response import Response
 
 ROWS, LAYERS, EXPERTS, TOP_K = 9, 4, 8, 2
@@ -70,7 +71,12 @@ class Given:
             routes = self.spoil(routes)
         end = len(tokens) - len(prompt)
         return Response(
-            tokens, len(prompt), -rng.random(end).astype(np.float32), routes, [{"version": 0, "start": 0, "end": end}], "length"
+            tokens,
+            len(prompt),
+            -rng.random(end).astype(np.float32),
+            routes,
+            [{"version": 0, "start": 0, "end": end}],
+            "length",
         )
 
 
@@ -88,7 +94,11 @@ def main(model: str, case: str | None) -> None:
             collector.collect(lambda count: prompts[:count], 0, 0)
         except UserError as error:
             line = str(error)
-            assert "\n" not in line and f"response 1 to the prompt on line {WRONG_LINE} ('digits 3')" in line and says in line, (name, line)
+            assert (
+                "\n" not in line
+                and f"response 1 to the prompt on line {WRONG_LINE} ('digits 3')" in line
+                and says in line
+            ), (name, line)
             if case is not None:
                 raise
         else:

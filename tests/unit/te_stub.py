@@ -1,9 +1,11 @@
-"""A stand-in for Transformer Engine that holds parameters and computes nothing but packed attention: for tests of names and arguments.
+"""A stand-in for Transformer Engine that holds parameters and computes
+nothing but packed attention: for tests of names and arguments.
 
-megatron-core's own wrappers (extensions/transformer_engine.py) are built on these classes, so the names and shapes of parameters are
-theirs. What each real class registers: transformer_engine/pytorch/module/{linear,layernorm_linear,grouped_linear}.py. What attention
-takes, and of which shapes and dtypes: the docstring of forward in pytorch/attention/dot_product_attention/dot_product_attention.py,
-arguments that release 2.11 has too.
+megatron-core's own wrappers (extensions/transformer_engine.py) are built on these classes, so the names and shapes of
+parameters are theirs. What each real class registers:
+transformer_engine/pytorch/module/{linear,layernorm_linear,grouped_linear}.py. What attention
+takes, and of which shapes and dtypes: the docstring of forward in
+pytorch/attention/dot_product_attention/dot_product_attention.py, arguments that release 2.11 has too.
 """
 
 from __future__ import annotations
@@ -66,18 +68,30 @@ class DotProductAttention(_Module):
         max_seqlen_kv=None,
         attn_mask_type=None,
     ):
-        """[t, heads, dim], groups of key and value heads -> [t, heads * dim]: causal attention inside each sequence of cu_seqlens."""
+        """[t, heads, dim], groups of key and value heads -> [t, heads *
+        dim]: causal attention inside each sequence of cu_seqlens.
+        """
         assert attention_mask is None and qkv_format == "thd" and attn_mask_type == "padding_causal"
         assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None, "no padding between sequences"
-        for cu_seqlens, longest, rows in ((cu_seqlens_q, max_seqlen_q, query_layer), (cu_seqlens_kv, max_seqlen_kv, key_layer)):
-            assert rows.dim() == 3 and cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.device == rows.device
+        for cu_seqlens, longest, rows in (
+            (cu_seqlens_q, max_seqlen_q, query_layer),
+            (cu_seqlens_kv, max_seqlen_kv, key_layer),
+        ):
+            assert (
+                rows.dim() == 3
+                and cu_seqlens.dtype == torch.int32
+                and cu_seqlens.dim() == 1
+                and cu_seqlens.device == rows.device
+            )
             assert type(longest) is int and longest == int(cu_seqlens.diff().max()) and int(cu_seqlens[-1]) == len(rows)
         self.seen = {"shape": tuple(query_layer.shape), "cu_seqlens": cu_seqlens_q}
         edges = cu_seqlens_q.tolist()
         outs = []
         for a, b in zip(edges, edges[1:]):
             q, k, v = (rows[a:b].transpose(0, 1) for rows in (query_layer, key_layer, value_layer))
-            out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=True
+            )
             outs.append(out[0].transpose(0, 1).flatten(1))
         return torch.cat(outs)
 
@@ -101,7 +115,11 @@ class _Stub(ModuleType):
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "transformer_engine" else None
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True)
+            if name.split(".")[0] == "transformer_engine"
+            else None
+        )
 
     def create_module(self, spec):
         return _Stub(spec.name)
@@ -113,5 +131,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install() -> None:
     """Before anything imports megatron."""
     sys.meta_path.insert(0, _Finder())
-    for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.common", "transformer_engine.common.recipe"):
+    for name in (
+        "transformer_engine",
+        "transformer_engine.pytorch",
+        "transformer_engine.common",
+        "transformer_engine.common.recipe",
+    ):
         importlib.import_module(name)

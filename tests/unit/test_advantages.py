@@ -62,7 +62,9 @@ def test_which_groups_can_teach() -> None:
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.7, 0.0)])
 def test_gae_is_the_sum_of_its_definition(gamma: float, lam: float) -> None:
-    """A_t = sum_k (gamma lam)^k delta_{t+k}, in packed rows with prompts and padding between the responses, which hold anything."""
+    """A_t = sum_k (gamma lam)^k delta_{t+k}, in packed rows with
+    prompts and padding between the responses, which hold anything.
+    """
     lengths, rewards = [3, 1, 5, 0, 2], [1.0, -0.5, 2.0, 9.0, 0.0]
     generator = torch.Generator().manual_seed(0)
     size = sum(lengths) + 2 * len(lengths) + 3

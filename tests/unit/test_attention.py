@@ -1,4 +1,6 @@
-"""Packed attention against a softmax with an explicit mask: sequences of very different lengths in one pack, forward and backward."""
+"""Packed attention against a softmax with an explicit mask: sequences
+of very different lengths in one pack, forward and backward.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LENGTHS = [3, 300, 1, 280, 40, 150, 41, 39, 2, 149]
 def test_a_pack_attends_as_each_sequence_alone(lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, heads, groups, dim = sum(lengths), 4, 2, 8
-    query, key, value = (torch.randn(rows, 1, n, dim, generator=generator, requires_grad=True) for n in (heads, groups, groups))
+    query, key, value = (
+        torch.randn(rows, 1, n, dim, generator=generator, requires_grad=True) for n in (heads, groups, groups)
+    )
     upstream = torch.randn(rows, 1, heads * dim, generator=generator)
     packed = packed_sequences(lengths, [[range(rows)]], 0)
     assert len(packed.rectangles) == (1 if len(set(lengths)) == 1 else 3)

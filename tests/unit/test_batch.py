@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megarl.engine.batch import assign, cp_rows, make_pack, make_packs, pack_lengths, router_rows, scatter_rows
-from megarl.weights.layout import Layout
+from megarl.weights.map.layout import Layout
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
@@ -45,7 +45,9 @@ def test_trap_11_router_rows_partition_the_pack(tp: int, cp: int) -> None:
     assert sorted(seen.tolist()) == list(range(length))
     for rank in range(cp):
         mine = cp_rows(length, cp, rank)
-        parts = [router_rows(length, layout, layout.coord(layout.rank_of(tp=t, cp=rank, dp=0, pp=0))) for t in range(tp)]
+        parts = [
+            router_rows(length, layout, layout.coord(layout.rank_of(tp=t, cp=rank, dp=0, pp=0))) for t in range(tp)
+        ]
         assert torch.equal(torch.cat(parts), mine)
 
 

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: one line for a mistake, nothing started by a dry run, nothing heavy imported before it is needed."""
+"""The command line as a user meets it: one line for a mistake, nothing
+started by a dry run, nothing heavy imported before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megarl.cli import COMMANDS, main
+from megarl.cli import main
+from megarl.commands.arguments import COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -55,28 +58,36 @@ def test_a_dry_run_prints_all_and_starts_nothing(run_yaml: Path, capfd: pytest.C
     assert "layout: tp 2, pp 2, vpp 1, ep 2, etp 1, cp 1, dp 1, sequence parallelism on" in out
     assert "step: 16 prompts x 8 responses = 128, replay R3" in out
     assert "update: 4 mini-batch(es) of 4 groups, at most 32 responses a data-parallel rank" in out
-    assert f"-m megarl.launch.rank {run_yaml.parent}/run/logs megarl.train {run_yaml} rollout.engines=2 launch.store=127.0.0.1:" in out
+    assert (
+        f"-m megarl.launch.rank {run_yaml.parent}/run/logs megarl.train {run_yaml} rollout.engines=2 "
+        "launch.store=127.0.0.1:" in out
+    )
     assert "--nproc-per-node=4" in out and out.count("-m megarl.cli rollout") == 2 and "OMP_NUM_THREADS=" in out
     assert not (run_yaml.parent / "run").exists()
 
 
 def test_options_of_score_reach_the_ranks(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
     given = str(run_yaml.parent / "prompts.jsonl")
-    assert main(["score", str(run_yaml), "score.temperature=0.7", "--input", given, "--output", "o.jsonl", "--dry-run"]) == 0
+    assert (
+        main(["score", str(run_yaml), "score.temperature=0.7", "--input", given, "--output", "o.jsonl", "--dry-run"])
+        == 0
+    )
     out = capfd.readouterr().out
     assert (
-        f"megarl.score {run_yaml} score.temperature=0.7 " in out and f"--input {given} --output o.jsonl" in out and "megarl.cli" not in out
+        f"megarl.commands.score {run_yaml} score.temperature=0.7 " in out
+        and f"--input {given} --output o.jsonl" in out
+        and "megarl.cli" not in out
     )
 
 
 def test_under_an_outer_torchrun_ranks_run_in_process(
     run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from megarl.launch import plan
+    from megarl.launch import processes
 
     (tmp_path / "inner.py").write_text("def main(argv):\n    print(argv)\n    return 5\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(plan.MODULES, "sft", "inner")
+    monkeypatch.setitem(processes.MODULES, "sft", "inner")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert main(["sft", str(run_yaml), "launch.trainers=1"]) == 5  # launch.trainers is ignored
@@ -90,7 +101,9 @@ def test_a_reader_that_leaves_early_is_no_traceback(run_yaml: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["rnu"], ["run", "nowhere.yaml"], ["run", "{yaml}", "--dry-run"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["run", "--help"], ["rnu"], ["run", "nowhere.yaml"], ["run", "{yaml}", "--dry-run"]]
+)
 def test_torch_is_not_imported_before_a_command_is_right(argv: list[str], run_yaml: Path) -> None:
     argv = [word.format(yaml=run_yaml) for word in argv]
     code = (
@@ -105,14 +118,26 @@ def test_torch_is_not_imported_before_a_command_is_right(argv: list[str], run_ya
 def test_doctor_finds_this_environment_ready(run_yaml: Path) -> None:
     run = subprocess.run([sys.executable, "-m", "megarl.cli", "doctor", str(run_yaml)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "profile" in run.stdout and "vLLM plugin" in run.stdout and "\nready\n" in run.stdout and "nothing to refuse" in run.stdout
+    assert (
+        "profile" in run.stdout
+        and "vLLM plugin" in run.stdout
+        and "\nready\n" in run.stdout
+        and "nothing to refuse" in run.stdout
+    )
 
 
-def test_compare_starts_ranks_and_workers_on_the_prompts_it_is_given(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_compare_starts_ranks_and_workers_on_the_prompts_it_is_given(
+    run_yaml: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     given = str(run_yaml.parent / "valid.jsonl")
     assert main(["compare", str(run_yaml), "data.prompts=nowhere.jsonl", "--input", given, "--dry-run"]) == 0
     out = capfd.readouterr().out
-    assert "megarl.compare" in out and f"--input {given}" in out and out.count("-m megarl.cli rollout") == 1 and "logs.compare" in out
+    assert (
+        "megarl.commands.compare" in out
+        and f"--input {given}" in out
+        and out.count("-m megarl.cli rollout") == 1
+        and "logs.compare" in out
+    )
     assert "layout: tp 2" in out and "update:" not in out
     assert main(["compare", str(run_yaml), "data.prompts=nowhere.jsonl", "--dry-run"]) == 2
     assert "data.prompts 'nowhere.jsonl' does not exist" in capfd.readouterr().err
@@ -124,4 +149,9 @@ def test_a_rank_under_torchrun_is_refused_before_it_joins_anything(run_yaml: Pat
     command = [sys.executable, "-m", "megarl.train", str(run_yaml), "launch.store=127.0.0.1:29600"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     last = done.stderr.splitlines()[-1]  # megatron-core warns when it is imported
-    assert done.returncode == 2 and last.startswith("megarl: error: ") and "there are 3" in last and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and last.startswith("megarl: error: ")
+        and "there are 3" in last
+        and "Traceback" not in done.stderr
+    )

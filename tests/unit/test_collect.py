@@ -1,6 +1,8 @@
-"""What becomes of a batch between the servers and the trainer: bad samples, equal groups, truncated and empty responses.
+"""What becomes of a batch between the servers and the trainer: bad
+samples, equal groups, truncated and empty responses.
 
-The engine is real, one rank; the responses are made here, since a server cannot be asked for a NaN or for chosen rewards.
+The engine is real, one rank; the responses are made here, since a
+server cannot be asked for a NaN or for chosen rewards.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megarl.collect import Batch, Collector  # noqa: E402
 from megarl.config import load_config  # noqa: E402
 from megarl.data import Prompt, load_tokenizer  # noqa: E402
 from megarl.engine.build import Engine, build_engine  # noqa: E402
 from megarl.engine.parallel import destroy_parallel  # noqa: E402
 from megarl.errors import UserError  # noqa: E402
-from megarl.learn import Learner  # noqa: E402
+from megarl.loop.collect import Batch, Collector  # noqa: E402
+from megarl.loop.learn import Learner  # noqa: E402
 from megarl.rollout.response import Response  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
@@ -29,14 +31,19 @@ GROUP = 4
 
 
 class Scripted:
-    """In place of a client: the answers of each prompt, in the order in which prompts are asked for. An answer is its text."""
+    """In place of a client: the answers of each prompt, in the order in
+    which prompts are asked for. An answer is its text.
+    """
 
     def __init__(self, tokenizer: Any, answers: list[list[str]]) -> None:
         self.tokenizer, self.answers = tokenizer, iter(answers)
         self.nan: tuple[int, int] | None = None  # (prompt, response) whose third log-probability is NaN
 
     def generate(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> list[list[Response]]:
-        return [[self._response(prompt, text, (p, i)) for i, text in enumerate(next(self.answers))] for p, prompt in enumerate(prompts)]
+        return [
+            [self._response(prompt, text, (p, i)) for i, text in enumerate(next(self.answers))]
+            for p, prompt in enumerate(prompts)
+        ]
 
     def _response(self, prompt: list[int], text: str, place: tuple[int, int]) -> Response:
         tokens = self.tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -57,7 +64,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def build(folder: Path, answers: list[list[str]], *keys: str) -> tuple[Engine, Collector, Scripted]:
     config = load_config(
         None,
-        [f"model.path={folder}", "data.reward=digit_sum", "data.prompts=train.jsonl", "replay.metrics=false", "replay.mode=none", *keys],
+        [
+            f"model.path={folder}",
+            "data.reward=digit_sum",
+            "data.prompts=train.jsonl",
+            "replay.metrics=false",
+            "replay.mode=none",
+            *keys,
+        ],
     )
     config.batch.prompts, config.batch.group = 4, GROUP
     engine = build_engine(config, optimizer_steps=4)
@@ -95,14 +109,22 @@ def test_equal_groups_are_kept_dropped_or_replaced(folder: Path) -> None:
     refill = [MIXED, ALL, NONE, MIXED, ALL, MIXED, MIXED]
     _, refilling, _ = build(folder, refill, "batch.minibatches=2", "batch.equal_groups=refill", "batch.max_refills=2")
     batch, drawn = collect(refilling)
-    assert groups_of(batch) == [[0, 3], [5, 6]] and drawn == list(range(1, 8)) and batch.metrics["batch/refilled_groups"] == 3
-    _, exhausted, _ = build(folder, [MIXED, ALL, NONE, NONE, ALL, ALL, ALL], "batch.minibatches=4", "batch.equal_groups=refill")
+    assert (
+        groups_of(batch) == [[0, 3], [5, 6]]
+        and drawn == list(range(1, 8))
+        and batch.metrics["batch/refilled_groups"] == 3
+    )
+    _, exhausted, _ = build(
+        folder, [MIXED, ALL, NONE, NONE, ALL, ALL, ALL], "batch.minibatches=4", "batch.equal_groups=refill"
+    )
     exhausted.config.batch.max_refills = 1
     batch, drawn = collect(exhausted)
     assert groups_of(batch) == [[0]] and len(drawn) == 7  # fewer groups than mini-batches: one each
 
 
-def test_a_batch_that_teaches_nothing_is_skipped_and_still_has_its_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_teaches_nothing_is_skipped_and_still_has_its_row(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine, collector, _ = build(folder, [ALL, NONE, ALL, ALL])
     before = [tensor.detach().clone() for _, tensor in engine.model.params()]
     batch, _ = collect(collector)
@@ -118,7 +140,9 @@ def test_a_batch_that_teaches_nothing_is_skipped_and_still_has_its_row(folder: P
 def test_a_nan_log_probability_is_named(folder: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, collector, client = build(folder, [MIXED] * 4, f"train.on_bad_batch={mode}")
     client.nan = (2, 1)
-    named = "step 1: response 1 to the prompt on line 3 of train.jsonl: the rollout's log-probability of its token 2 is nan"
+    named = (
+        "step 1: response 1 to the prompt on line 3 of train.jsonl: the rollout's log-probability of its token 2 is nan"
+    )
     if mode == "stop":
         with pytest.raises(UserError, match=named):
             collect(collector)
@@ -129,12 +153,16 @@ def test_a_nan_log_probability_is_named(folder: Path, mode: str, capsys: pytest.
 
 
 def test_truncated_responses_leave_the_loss_and_empty_ones_count(folder: Path) -> None:
-    engine, collector, _ = build(folder, [["", "3", "1234567", "3"], *[MIXED] * 3], "batch.mask_truncated=true", "objective=dapo")
+    engine, collector, _ = build(
+        folder, [["", "3", "1234567", "3"], *[MIXED] * 3], "batch.mask_truncated=true", "objective=dapo"
+    )
     batch, _ = collect(collector)
     (packs,) = batch.minibatches
     trained = sum(float(pack.mask.sum()) for pack in packs)
     assert batch.metrics["response/empty"] == 1 and batch.metrics["response/tokens"] == trained + 7
-    assert all(float(pack.denominators[pack.mask.bool()][0]) == trained for pack in packs)  # dapo divides by the tokens of the loss
+    assert all(
+        float(pack.denominators[pack.mask.bool()][0]) == trained for pack in packs
+    )  # dapo divides by the tokens of the loss
     metrics, updates = Learner(collector.config, engine).learn(batch, 0)
     assert updates == 1 and metrics["optim/grad_norm"] > 0
 

@@ -1,4 +1,6 @@
-"""Taking turns with the memory (launch.colocate), on Megatron's real buffers and optimizers: what is released, and that nothing changes."""
+"""Taking turns with the memory (launch.colocate), on Megatron's real
+buffers and optimizers: what is released, and that nothing changes.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ from tools.bench.gpu.correctness import _loss
 
 # isort: split
 from megarl import refusals
-from megarl.colocate import Turns
 from megarl.config import load_config
 from megarl.engine.adam_fixes import parts_of
 from megarl.engine.offload import TrainingMemory
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
-from megarl.launch import plan
+from megarl.launch import processes
+from megarl.loop.colocate import Turns
 from megarl.rollout import fleet as fleet_module
-from megarl.rollout import server
 from megarl.rollout.fleet import Fleet
+from megarl.server import supervise
 
 KINDS = [(dtype, distributed) for dtype in ("float32", "bfloat16") for distributed in (False, True)]
 
@@ -34,8 +36,12 @@ def world():
 
 
 def trained(dtype, distributed, memory=False):
-    """(engine, its log-probabilities after two steps); with `memory`, what training needs is away before, between and after them."""
-    _, engine = engine_of(TINY, [f"engine.dtype={dtype}", f"engine.distributed_optimizer={distributed}", "train.lr=1e-2"], train=True)
+    """(engine, its log-probabilities after two steps); with `memory`,
+    what training needs is away before, between and after them.
+    """
+    _, engine = engine_of(
+        TINY, [f"engine.dtype={dtype}", f"engine.distributed_optimizer={distributed}", "train.lr=1e-2"], train=True
+    )
     packs = packs_of(engine, 64, 32)
     turns = TrainingMemory([engine]) if memory else None
     for _ in range(2):
@@ -138,11 +144,21 @@ def test_without_the_key_nothing_happens():
     [
         ("train", [], True, ["launch.colocate true", "megarl run", "not megarl train"]),
         ("run", [], False, ["launch.colocate true needs a GPU", "launch.colocate=false"]),
-        ("run", ["rollout.engines=3"], True, ["engines 3 x tp 1 is not launch.trainers 4", "rollout.engines=4 or launch.trainers=3"]),
+        (
+            "run",
+            ["rollout.engines=3"],
+            True,
+            ["engines 3 x tp 1 is not launch.trainers 4", "rollout.engines=4 or launch.trainers=3"],
+        ),
         ("run", ["rollout.engines=2", "rollout.tp=2"], True, []),
         ("rollout", [], False, []),  # what megarl run starts: the whole was judged before
         ("run", ["rollout.engines=4"], True, []),
-        ("run", ["rollout.engines=4", "sync.staged=true"], True, ["a second copy of the weights", "leave sync.staged unset"]),
+        (
+            "run",
+            ["rollout.engines=4", "sync.staged=true"],
+            True,
+            ["a second copy of the weights", "leave sync.staged unset"],
+        ),
     ],
 )
 def test_where_it_cannot_work(run_yaml: Path, monkeypatch, command, overrides, gpu, says):
@@ -162,19 +178,21 @@ def test_memory_that_cannot_be_shared(run_yaml: Path, monkeypatch):
 
 
 def test_each_worker_sees_the_gpu_of_its_trainer_rank(run_yaml: Path, monkeypatch):
-    """A machine of two GPUs, as plan.py reads it."""
-    monkeypatch.setattr(plan, "has_gpu", lambda: True)
+    """A machine of two GPUs, as processes.py reads it."""
+    monkeypatch.setattr(processes, "has_gpu", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     keys = ["launch.trainers=2", "rollout.engines=2"]
-    made = plan.make_plan("run", load_config(run_yaml, [*keys, "launch.colocate=true"]), [str(run_yaml)])
+    made = processes.make_plan("run", load_config(run_yaml, [*keys, "launch.colocate=true"]), [str(run_yaml)])
     assert made.trainer.env["CUDA_VISIBLE_DEVICES"] == "4,7"
     assert [worker.env["CUDA_VISIBLE_DEVICES"] for worker in made.rollouts] == ["4", "7"]
     with pytest.raises(UserError, match="need 4 GPUs, this host has 2"):
-        plan.make_plan("run", load_config(run_yaml, keys), [str(run_yaml)])
+        processes.make_plan("run", load_config(run_yaml, keys), [str(run_yaml)])
 
 
 def test_the_server_is_started_with_sleep_and_a_cache_of_given_size(run_yaml: Path, monkeypatch):
-    monkeypatch.setattr(server.torch.cuda, "is_available", lambda: True)
-    command = server.server_command(load_config(run_yaml, ["launch.colocate=true", "rollout.kv_cache_gib=8"]), "127.0.0.1", 1)
+    monkeypatch.setattr(supervise.torch.cuda, "is_available", lambda: True)
+    command = supervise.server_command(
+        load_config(run_yaml, ["launch.colocate=true", "rollout.kv_cache_gib=8"]), "127.0.0.1", 1
+    )
     assert "--enable-sleep-mode" in command and command[command.index("--kv-cache-memory-bytes") + 1] == str(8 * 2**30)
-    assert "--enable-sleep-mode" not in server.server_command(load_config(run_yaml), "127.0.0.1", 1)
+    assert "--enable-sleep-mode" not in supervise.server_command(load_config(run_yaml), "127.0.0.1", 1)

@@ -39,7 +39,9 @@ def test_a_mistake_is_one_line_that_names_key_value_and_fix(tmp_path: Path, over
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1\n", "holds a list"), ("train: 3\n", "'train' = 3")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not YAML"), ("- 1\n", "holds a list"), ("train: 3\n", "'train' = 3")]
+)
 def test_a_file_that_is_no_tree_of_sections(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
@@ -73,7 +75,8 @@ def test_off_without_quotes(tmp_path: Path) -> None:
 
 def test_what_is_dumped_loads_as_the_same_tree(tmp_path: Path) -> None:
     config = load_config(
-        None, ["objective={preset: dapo, eps_low: 0.1}", "train.lr=3e-6", "replay.mode=none", "sync.canary_tolerance=1e-3"]
+        None,
+        ["objective={preset: dapo, eps_low: 0.1}", "train.lr=3e-6", "replay.mode=none", "sync.canary_tolerance=1e-3"],
     )
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
@@ -86,5 +89,7 @@ def test_every_key_has_a_default_and_is_documented() -> None:
     reference = (root / "docs" / "config.md").read_text()
     missing = [key for key, _, _ in walk() if key != "objective" and f"`{key}`" not in reference]
     assert not missing
-    check = subprocess.run([sys.executable, root / "tools" / "config_docs.py", "--check"], capture_output=True, text=True)
+    check = subprocess.run(
+        [sys.executable, root / "tools" / "config_docs.py", "--check"], capture_output=True, text=True
+    )
     assert check.returncode == 0, check.stdout

@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from megarl.convert import commands, to_hf, to_megatron
-from megarl.weights.safetensors_file import SafetensorsWriter
-from megarl.weights.torch_dist import TorchDistReader, TorchDistWriter
-from megarl.weights.weight_map import WeightMap
+from megarl.weights.files.safetensors_file import SafetensorsWriter
+from megarl.weights.files.torch_dist import TorchDistReader, TorchDistWriter
+from megarl.weights.map.weight_map import WeightMap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.tiny_model import FAMILIES, tiny_config  # noqa: E402
@@ -31,7 +31,9 @@ SHARD = "--shard-gib 0.00003"  # 31 KiB: several files of a model of some 200 KB
 
 
 def make_folder(out: Path, family: str, **sizes: Any) -> Path:
-    """A Hugging Face folder of random bits in bf16 (float32 where the family keeps it), config.json and a stand-in for the tokenizer."""
+    """A Hugging Face folder of random bits in bf16 (float32 where the
+    family keeps it), config.json and a stand-in for the tokenizer.
+    """
     defaults: dict[str, Any] = dict(hidden=32, heads=4, kv_heads=4, head_dim=16, moe_intermediate=16, vocab_size=37)
     tree = tiny_config(family, **(defaults | sizes)).to_dict() | {"dtype": "bfloat16"}
     weight_map = WeightMap(tree)
@@ -92,7 +94,7 @@ def test_there_and_back_is_bitwise_equal_in_every_layout(family: str, tmp_path: 
 
 
 def test_torch_reads_what_we_write_and_we_read_what_torch_writes(folder: Path, tmp_path: Path) -> None:
-    """Regression test of the private names in megarl/weights/torch_dist.py."""
+    """Regression test of the private names in megarl/weights/files/torch_dist.py."""
     assert to_megatron_(folder, tmp_path / "megatron", "--tp 2 --etp 2 --verify") == 0
     with_reader = TorchDistReader(tmp_path / "megatron")
     want = {key: with_reader.read(key, [0] * len(spec.shape), spec.shape) for key, spec in with_reader.tensors.items()}
@@ -100,7 +102,9 @@ def test_torch_reads_what_we_write_and_we_read_what_torch_writes(folder: Path, t
     dcp.load(state, checkpoint_id=tmp_path / "megatron", no_dist=True)
     for key, tensor in want.items():
         assert torch.equal(tensor.view(-1).view(torch.uint8), state[key].view(-1).view(torch.uint8)), key
-    dcp.save({"a": state["output_layer.weight"], "b": torch.tensor(3.0)}, checkpoint_id=tmp_path / "torch", no_dist=True)
+    dcp.save(
+        {"a": state["output_layer.weight"], "b": torch.tensor(3.0)}, checkpoint_id=tmp_path / "torch", no_dist=True
+    )
     theirs = TorchDistReader(tmp_path / "torch")
     found = theirs.read("a", [3, 0], [5, 32])
     assert torch.equal(found.view(torch.int16), state["output_layer.weight"][3:8].view(torch.int16))
@@ -108,7 +112,9 @@ def test_torch_reads_what_we_write_and_we_read_what_torch_writes(folder: Path, t
 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
-def test_a_second_call_goes_on_after_a_kill(direction: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_goes_on_after_a_kill(
+    direction: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, convert, writer, files = folder, to_megatron_, TorchDistWriter, "*.distcp"
     if direction == "to_hf":
         assert to_megatron_(folder, tmp_path / "source") == 0
@@ -172,7 +178,11 @@ def split_and_lose(hf: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "truncated": (truncate, "", "is truncated"),
-    "not safetensors": (lambda hf: (hf / "model.safetensors").write_bytes(b"<html>" * 99), "", "not a safetensors file"),
+    "not safetensors": (
+        lambda hf: (hf / "model.safetensors").write_bytes(b"<html>" * 99),
+        "",
+        "not a safetensors file",
+    ),
     "missing shard": (split_and_lose, "", "b.safetensors' is missing"),
     "missing tensor": (change(lambda t: t.pop("model.norm.weight")), "", "'model.norm.weight' is missing"),
     "unknown tensor": (change(lambda t: t.update(extra=torch.zeros(2))), "", "has not, first 'extra'"),
@@ -196,7 +206,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_nothing_is_left(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_and_nothing_is_left(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damage, options, match = BAD[name]
     hf = shutil.copytree(folder, tmp_path / "hf")
     damage(hf)
@@ -254,7 +266,9 @@ def test_a_checkpoint_deleted_meanwhile_is_named(
         shutil.rmtree(tmp_path / "step_3", ignore_errors=True)
 
     monkeypatch.setattr(SafetensorsWriter, "write", deleted)
-    assert_refused(capsys, lambda: to_hf_(tmp_path / "step_3", tmp_path / "out", SHARD), "was deleted while it was read")
+    assert_refused(
+        capsys, lambda: to_hf_(tmp_path / "step_3", tmp_path / "out", SHARD), "was deleted while it was read"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -311,5 +325,7 @@ def test_verify_sees_a_flipped_bit(
         return tensor
 
     monkeypatch.setattr(to_hf.MegatronReader, "read", flipped)
-    assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "out", "--verify"), "'model.norm.weight' was not written")
+    assert_refused(
+        capsys, lambda: to_megatron_(folder, tmp_path / "out", "--verify"), "'model.norm.weight' was not written"
+    )
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()

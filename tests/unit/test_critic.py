@@ -1,4 +1,6 @@
-"""PPO's critic as the trainer uses it, judged and updated on one batch again and again: it must come to know that batch."""
+"""PPO's critic as the trainer uses it, judged and updated on one batch
+again and again: it must come to know that batch.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from megarl.config import load_config
 from megarl.engine.batch import make_packs
 from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
+from megarl.loop.critic_step import Valuation, explained
 from megarl.objective import finish
-from megarl.valuation import Valuation, explained
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.tiny_model import make_tiny_model
@@ -22,7 +24,9 @@ REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
 
 
 def test_the_critic_comes_to_explain_a_batch_it_sees_again_and_again(tmp_path: Path) -> None:
-    config = load_config(None, [f"model.path={make_tiny_model(tmp_path / 'model', layers=2)}", "objective.preset=ppo", "critic.lr=3e-3"])
+    config = load_config(
+        None, [f"model.path={make_tiny_model(tmp_path / 'model', layers=2)}", "objective.preset=ppo", "critic.lr=3e-3"]
+    )
     policy = build_engine(config, optimizer_steps=1)
     valuation, at = Valuation(config, policy), policy.model.parallel
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +41,9 @@ def test_the_critic_comes_to_explain_a_batch_it_sees_again_and_again(tmp_path: P
         valuation.critic.step()
         found.append(explained(finish({key: first[key] + second[key] for key in first}))["critic/explained_variance"])
     for pack in packs:
-        for start, i in zip(pack.starts, pack.responses):  # at every response token, the last one among them: nothing is shifted by a row
+        for start, i in zip(
+            pack.starts, pack.responses
+        ):  # at every response token, the last one among them: nothing is shifted by a row
             values = pack.old_values[start + PROMPTS[i] - 1 : start + PROMPTS[i] + RESPONSES[i] - 1]
             torch.testing.assert_close(values, torch.full((RESPONSES[i],), REWARDS[i]), atol=0.1, rtol=0)
     assert found[0] < 0.1 and found[-1] > 0.95

@@ -13,7 +13,8 @@ from megarl.errors import UserError
 from tools.tiny_model import make_tokenizer
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.content == '13' %}{{ raise_exception('unlucky') }}{% endif %}{{ m.role[0] + ':' + m.content + '\n' }}"
+    "{% for m in messages %}{% if m.content == '13' %}{{ raise_exception('unlucky') }}{% endif %}{{ m.role[0] + ':' "
+    "+ m.content + '\n' }}"
 )
 TEMPLATE += "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 
@@ -38,7 +39,9 @@ def write(folder: Path, *lines: str | bytes | dict) -> Path:
 
 
 def test_plain_prompts(tmp_path: Path, tokenizer) -> None:
-    path = write(tmp_path, {"prompt": "12=", "answer": "3"}, "", {"prompt": "405=", "answer": 9, "source": "extra keys are fine"})
+    path = write(
+        tmp_path, {"prompt": "12=", "answer": "3"}, "", {"prompt": "405=", "answer": 9, "source": "extra keys are fine"}
+    )
     prompts, bad = load_prompts(path, tokenizer, max_tokens=4, on_bad_line="error")
     assert bad == 0
     assert [(p.text, p.answer, p.line) for p in prompts] == [("12=", "3", 1), ("405=", "9", 3)]
@@ -75,7 +78,9 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer, line: str | bytes, messa
     with pytest.raises(UserError) as caught:
         load_prompts(path, tokenizer, max_tokens=9, on_bad_line="error")
     text = str(caught.value)
-    assert text.startswith(f"{path} line 3: ") and message in text and "data.on_bad_line=skip" in text and "\n" not in text
+    assert (
+        text.startswith(f"{path} line 3: ") and message in text and "data.on_bad_line=skip" in text and "\n" not in text
+    )
 
 
 def test_bad_lines_are_skipped_and_counted(tmp_path: Path, tokenizer) -> None:
@@ -101,7 +106,9 @@ def test_missing_and_empty_files(tmp_path: Path, tokenizer) -> None:
 
 
 def test_demonstrations(tmp_path: Path, tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(tmp_path, {"prompt": "12=", "response": "13"}, {"prompt": "12="}, {"prompt": "12=", "response": "12345"})
+    path = write(
+        tmp_path, {"prompt": "12=", "response": "13"}, {"prompt": "12="}, {"prompt": "12=", "response": "12345"}
+    )
     with pytest.raises(UserError, match="line 2: key 'response' is None"):
         load_demonstrations(path, tokenizer, 8, "error")
     [(tokens, prompt_len)] = load_demonstrations(path, tokenizer, 8, "skip")

@@ -1,4 +1,6 @@
-"""What hadolint (tools/test.sh) cannot know: that the Dockerfile's pins are setup.py's, and that nothing floats or runs as root."""
+"""What hadolint (tools/test.sh) cannot know: that the Dockerfile's pins
+are setup.py's, and that nothing floats or runs as root.
+"""
 
 from __future__ import annotations
 

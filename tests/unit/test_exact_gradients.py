@@ -1,5 +1,7 @@
-"""The facts of spec/objective.md where every expectation is exact: all 27 sequences of a vocabulary of 3 and length 3, a logit of its own
-for every prefix. An expectation over mu is a sum over the sequences with their probabilities, folded into the advantage."""
+"""The facts of spec/objective.md where every expectation is exact: all 27 sequences of
+a vocabulary of 3 and length 3, a logit of its own for every prefix. An expectation over
+mu is a sum over the sequences with their probabilities, folded into the advantage.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def slope(sizes: list[float], errors: list[float]) -> float:
 @pytest.mark.parametrize("name", ["minirl", "minirl-no-clip"])
 @pytest.mark.parametrize("kind", ["mismatch", "staleness"])
 def test_the_token_surrogate_is_first_order_in_the_distance_and_exact_at_zero(name: str, kind: str) -> None:
-    """[Q] section 2: what separates grad J_token from grad J_seq is either factor of pi_theta/mu = pi_old/mu x pi_theta/pi_old."""
+    """[Q] section 2: what separates grad J_token from grad J_seq is
+    either factor of pi_theta/mu = pi_old/mu x pi_theta/pi_old.
+    """
     exact = exact_gradient(THETA)
 
     def error(size: float) -> float:
@@ -76,10 +80,14 @@ def test_the_token_surrogate_is_first_order_in_the_distance_and_exact_at_zero(na
 
 
 def test_without_the_weight_the_error_does_not_come_from_the_tokens_alone() -> None:
-    """A control: dropping mu leaves a first-order error too, but a larger one here; the whole weight of the sequence leaves none."""
+    """A control: dropping mu leaves a first-order error too, but a
+    larger one here; the whole weight of the sequence leaves none.
+    """
     mu = THETA + 1e-2 * DIRECTION
     exact = exact_gradient(THETA)
-    error = {name: float((ascent(THETA, THETA, mu, presets[name]) - exact).norm()) for name in ("minirl", "minirl-no-is")}
+    error = {
+        name: float((ascent(THETA, THETA, mu, presets[name]) - exact).norm()) for name in ("minirl", "minirl-no-is")
+    }
     assert error["minirl"] < 0.8 * error["minirl-no-is"]
     whole = ObjectiveConfig(weight="one", clip="none", correction="sequence_truncation", correction_high=1e9)
     assert (ascent(THETA, THETA, mu, whole) - exact).norm() / exact.norm() < 1e-14
@@ -120,6 +128,10 @@ def test_every_preset_follows_the_exact_gradient_on_policy(name: str) -> None:
     same = log_prob(theta).detach()
     share = (27 * of_sequences(same) * REWARD).repeat_interleave(3)
     ids = torch.arange(27).repeat_interleave(3)
-    loss, _ = policy_loss(log_prob(theta), same, same, share, torch.ones(81), ids, config, group_ids=torch.zeros(81).long())
+    loss, _ = policy_loss(
+        log_prob(theta), same, same, share, torch.ones(81), ids, config, group_ids=torch.zeros(81).long()
+    )
     scale = {"responses": 1, "max_length": config.max_length}.get(config.denominator, 3)
-    torch.testing.assert_close(-torch.autograd.grad(loss, theta)[0] * scale, exact_gradient(THETA), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        -torch.autograd.grad(loss, theta)[0] * scale, exact_gradient(THETA), rtol=1e-12, atol=1e-15
+    )

@@ -15,23 +15,42 @@ from megarl.refusals import REFUSALS
 from megarl.refusals.case import Case
 
 MULTI_NODE = Path(__file__).parents[2] / "examples" / "multi_node"
-ROPE = {"rope_theta": 1e6, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "norm_topk_prob": True, "tie_word_embeddings": False}
+ROPE = {
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 # What decides a layout in the released config.json.
 QWEN3_30B: dict[str, Any] = {
     **ROPE,
-    **dict(model_type="qwen3_moe", num_hidden_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128),
-    **dict(intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, vocab_size=151936),
+    **dict(
+        model_type="qwen3_moe",
+        num_hidden_layers=48,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+    ),
+    **dict(
+        intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, vocab_size=151936
+    ),
 }
 QWEN3_235B: dict[str, Any] = QWEN3_30B | dict(
     num_hidden_layers=94, hidden_size=4096, num_attention_heads=64, intermediate_size=12288, moe_intermediate_size=1536
 )
 
 
-@pytest.mark.parametrize(("name", "hf", "trainer_nodes"), [("qwen3_30b_a3b", QWEN3_30B, 2), ("qwen3_235b_a22b", QWEN3_235B, 16)])
+@pytest.mark.parametrize(
+    ("name", "hf", "trainer_nodes"), [("qwen3_30b_a3b", QWEN3_30B, 2), ("qwen3_235b_a22b", QWEN3_235B, 16)]
+)
 def test_the_layout_fits_the_model(name: str, hf: dict[str, Any], trainer_nodes: int) -> None:
     config = load_config(MULTI_NODE / f"{name}.yaml")
     case = Case("train", config, 8 * trainer_nodes, hf)
-    checked = [refusal for refusal, commands in REFUSALS if "train" in commands and not refusal.__module__.endswith("files")]
+    checked = [
+        refusal for refusal, commands in REFUSALS if "train" in commands and not refusal.__module__.endswith("files")
+    ]
     assert len(checked) > 10
     for refusal in checked:
         assert refusal(case) is None
@@ -43,7 +62,9 @@ def node(tmp_path: Path) -> Any:
     """Runs node.sh with torchrun and megarl that only write down how they were called."""
     for command in ("torchrun", "megarl"):
         script = tmp_path / command
-        script.write_text(f'#!/bin/bash\necho "{command} GPUS=${{CUDA_VISIBLE_DEVICES-none}} $*"\n[ "$2" != "$FAIL" ] || exit 3\n')
+        script.write_text(
+            f'#!/bin/bash\necho "{command} GPUS=${{CUDA_VISIBLE_DEVICES-none}} $*"\n[ "$2" != "$FAIL" ] || exit 3\n'
+        )
         script.chmod(0o755)
     (tmp_path / "run.yaml").write_text((MULTI_NODE / "qwen3_30b_a3b.yaml").read_text())
 
@@ -52,7 +73,9 @@ def node(tmp_path: Path) -> Any:
         here = {"CONFIG": str(tmp_path / "run.yaml"), "TRAINERS": "2", "HEAD": "first", "OVERRIDES": overrides}
         env = {**os.environ, **here, "SLURM_NODEID": str(number), "PATH": f"{tmp_path}:{os.environ['PATH']}", **env}
         env.pop("CUDA_VISIBLE_DEVICES", None)
-        return subprocess.run(["bash", str(MULTI_NODE / "node.sh")], env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", str(MULTI_NODE / "node.sh")], env=env, capture_output=True, text=True, timeout=60
+        )
 
     return run
 
@@ -63,7 +86,9 @@ def test_what_a_node_starts(node: Any, tmp_path: Path) -> None:
     where = "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 29500"
     assert trainer.stdout == f"torchrun GPUS=none {where} -m megarl.train {rest}\n" and trainer.returncode == 0
     servers = node(2)
-    assert sorted(servers.stdout.splitlines()) == [f"megarl GPUS={gpus} rollout {rest}" for gpus in ("0,1", "2,3", "4,5", "6,7")]
+    assert sorted(servers.stdout.splitlines()) == [
+        f"megarl GPUS={gpus} rollout {rest}" for gpus in ("0,1", "2,3", "4,5", "6,7")
+    ]
     assert servers.returncode == 0
     assert node(3).stdout == ""  # all four engines have a place
     assert node(2, FAIL=f"{tmp_path}/run.yaml").returncode == 3
@@ -73,8 +98,13 @@ def test_the_manifests_are_yaml_and_agree() -> None:
     service, job = yaml.safe_load_all((MULTI_NODE / "kubernetes.yaml").read_text())
     spec = job["spec"]["template"]["spec"]
     env = {entry["name"]: entry["value"] for entry in spec["containers"][0]["env"]}
-    assert spec["subdomain"] == service["metadata"]["name"] and service["spec"]["selector"]["job-name"] == job["metadata"]["name"]
-    assert env["HEAD"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}" and env["HEAD"] in env["OVERRIDES"]
+    assert (
+        spec["subdomain"] == service["metadata"]["name"]
+        and service["spec"]["selector"]["job-name"] == job["metadata"]["name"]
+    )
+    assert (
+        env["HEAD"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}" and env["HEAD"] in env["OVERRIDES"]
+    )
     assert int(env["TRAINERS"]) < job["spec"]["completions"]
     for script in ("node.sh", "slurm.sbatch"):
         subprocess.run(["bash", "-n", str(MULTI_NODE / script)], check=True)

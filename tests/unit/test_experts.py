@@ -95,7 +95,9 @@ def test_probabilities_on_the_input():
 
 
 def test_bfloat16():
-    """Where the sequential experts round, the grouped ones do: in bf16 between the products, in float32 at the probabilities."""
+    """Where the sequential experts round, the grouped ones do: in bf16
+    between the products, in float32 at the probabilities.
+    """
     sequential, grouped = make_pair(dtype=torch.bfloat16)
     got, want = (run(e, [40, 0, 30, 6], dtype=torch.bfloat16) for e in (grouped, sequential))
     assert {name: t.dtype for name, t in got.items()} == {name: t.dtype for name, t in want.items()}
@@ -108,13 +110,19 @@ def test_megatrons_fused_activation(dtype, monkeypatch):
     calls = []
     for name in ("weighted_swiglu", "weighted_swiglu_back"):
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, name=name, function=function: calls.append(name) or function(*args))
+        monkeypatch.setattr(
+            module, name, lambda *args, name=name, function=function: calls.append(name) or function(*args)
+        )
     sequential, grouped = make_pair(dtype=dtype)
     grouped.config.bias_activation_fusion = True
     got, want = (run(e, [40, 0, 30, 6], dtype=dtype) for e in (grouped, sequential))
     assert calls == ["weighted_swiglu", "weighted_swiglu", "weighted_swiglu_back"]
     assert {name: t.dtype for name, t in got.items()} == {name: t.dtype for name, t in want.items()}
-    close({k: v.float() for k, v in got.items()}, {k: v.float() for k, v in want.items()}, 2**-7 if dtype == torch.bfloat16 else 1e-6)
+    close(
+        {k: v.float() for k, v in got.items()},
+        {k: v.float() for k, v in want.items()},
+        2**-7 if dtype == torch.bfloat16 else 1e-6,
+    )
 
 
 def test_activation_recompute():

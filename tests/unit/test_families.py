@@ -1,4 +1,6 @@
-"""Every family on a tiny random checkpoint: the map holds its tensors, and the engine computes what transformers computes."""
+"""Every family on a tiny random checkpoint: the map holds its tensors,
+and the engine computes what transformers computes.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +17,40 @@ from megarl.config import load_config
 from megarl.engine.batch import make_packs
 from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
-from megarl.weights.families.common import rope_parameters
-from megarl.weights.gather import plan_gather
-from megarl.weights.layout import Layout
-from megarl.weights.weight_map import FAMILIES, WeightMap, load_hf_config
+from megarl.weights.map.families.common import rope_parameters
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import FAMILIES, WeightMap, load_hf_config
+from megarl.weights.reshard.gather import plan_gather
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools import tiny_model  # noqa: E402
 
 LENGTHS = (23, 9, 40)
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    rope_type="llama3",
+    rope_theta=1e4,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
 )
 # name -> family, arguments of make_tiny_model: each family as it is, and each choice that its config.json has
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in tiny_model.FAMILIES} | {
     "qwen3_moe, gates not renormalised": ("qwen3_moe", dict(changes=dict(norm_topk_prob=False))),
     "qwen3_moe, dense first layer": ("qwen3_moe", dict(changes=dict(mlp_only_layers=[0]))),
     "qwen2_moe, gates renormalised": ("qwen2_moe", dict(changes=dict(norm_topk_prob=True))),
-    "qwen2_moe, every second layer, no QKV bias": ("qwen2_moe", dict(layers=4, changes=dict(decoder_sparse_step=2, qkv_bias=False))),
+    "qwen2_moe, every second layer, no QKV bias": (
+        "qwen2_moe",
+        dict(layers=4, changes=dict(decoder_sparse_step=2, qkv_bias=False)),
+    ),
     "deepseek_v3, 4 of 16 experts in 2 of 4 groups": ("deepseek_v3", dict(top_k=4, experts=16)),
     "deepseek_v3, yarn without mscale": (
         "deepseek_v3",
-        dict(changes=dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=64))),
+        dict(
+            changes=dict(
+                rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)
+            )
+        ),
     ),
     "deepseek_v3, narrow values, coarse epsilon": ("deepseek_v3", dict(changes=dict(v_head_dim=24, rms_norm_eps=1e-3))),
     "deepseek_v3, one expert a token, gates not renormalised": (
@@ -174,7 +188,9 @@ REFUSED = [
     ("deepseek_v3", dict(n_group=4, topk_group=2), "topk_group 2 of 4 with 2 experts"),
     (
         "deepseek_v3",
-        dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, mscale_all_dim=1.0)),
+        dict(
+            rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, mscale_all_dim=1.0)
+        ),
         "'yarn' with mscale_all_dim 1.0",
     ),
     ("deepseek_v3", dict(quantization_config=dict(quant_method="gptq")), "quant_method 'gptq'"),

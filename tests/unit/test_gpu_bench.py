@@ -1,4 +1,6 @@
-"""Every part of tools/bench/gpu.sh at a tiny size on this CPU, in this process: a lent GPU must not meet a typo. Holds no timing."""
+"""Every part of tools/bench/gpu.sh at a tiny size on this CPU, in this
+process: a lent GPU must not meet a typo. Holds no timing.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,16 @@ def test_the_part_runs_to_its_end(tmp_path: Path, part: str) -> None:
     assert text.strip() and "error" not in text
     if part.startswith("train"):
         [row] = found["rows"]
-        assert row["layers"] == 2 and row["tokens_per_s"] > 0 and set(row["gradients_s"]) == {"off", "replay"} and row["kernels"]
-        assert row["experts"] == ("grouped" if part in ("train:0", "train:1") else "sequential") and found["one_layer"]["gradients_s"]
+        assert (
+            row["layers"] == 2
+            and row["tokens_per_s"] > 0
+            and set(row["gradients_s"]) == {"off", "replay"}
+            and row["kernels"]
+        )
+        assert (
+            row["experts"] == ("grouped" if part in ("train:0", "train:1") else "sequential")
+            and found["one_layer"]["gradients_s"]
+        )
         assert row["profile"]["layers"] == "megatron-core local layers"
     if part == "correctness":
         assert [row["dtype"] for row in found["rows"]] == ["float32"] * 2 + ["bfloat16"] * 2
@@ -67,7 +77,9 @@ def test_a_part_that_fails_half_way_keeps_what_it_found(tmp_path: Path, monkeypa
 
 def test_a_part_over_its_limit_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def killed(command: list[str], cwd: Path, timeout: float) -> None:
-        Path(command[command.index("--file") + 1]).write_text(json.dumps({"part": "train:1", "unfinished": True, "one_layer": {"a": 1}}))
+        Path(command[command.index("--file") + 1]).write_text(
+            json.dumps({"part": "train:1", "unfinished": True, "one_layer": {"a": 1}})
+        )
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(bench.subprocess, "run", killed)
@@ -77,11 +89,15 @@ def test_a_part_over_its_limit_keeps_what_it_found(tmp_path: Path, monkeypatch: 
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_all_parts_fit_a_lent_machine_and_a_budget_names_what_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_all_parts_fit_a_lent_machine_and_a_budget_names_what_it_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     assert sum(bench.LIMITS.values()) <= LENT_S
     begun: list[str] = []
     monkeypatch.setattr(bench, "start", lambda name, smoke, out, limit: begun.append(name) or True)
-    monkeypatch.setattr(sys, "argv", ["run", "--out", str(tmp_path), "--budget", "100", "--parts", "train:3,correctness,logprob"])
+    monkeypatch.setattr(
+        sys, "argv", ["run", "--out", str(tmp_path), "--budget", "100", "--parts", "train:3,correctness,logprob"]
+    )
     assert bench.main() == 0
     assert begun == ["train:3", "logprob"]
     assert "not run within --budget 100: bash tools/bench/gpu.sh --parts correctness\n" in capsys.readouterr().out

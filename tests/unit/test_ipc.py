@@ -8,11 +8,11 @@ import sys
 
 import torch
 
-from megarl.weights.ipc import share
+from megarl.weights.transport.ipc import share
 
 READER = """
 import json, sys, torch
-from megarl.weights.ipc import open_shared
+from megarl.weights.transport.ipc import open_shared
 for line in sys.stdin:
     view = open_shared(json.loads(line), torch.device("cpu"))
     print(int(view.sum(dtype=torch.int64)), view.numel(), flush=True)

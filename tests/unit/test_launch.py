@@ -1,4 +1,6 @@
-"""Supervision, with small real processes for children: who ends whom, how fast, with which status, and that nobody is left."""
+"""Supervision, with small real processes for children: who ends whom,
+how fast, with which status, and that nobody is left.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,25 @@ import pytest
 
 from megarl.config import load_config
 from megarl.errors import UserError
-from megarl.launch import plan
+from megarl.launch import processes
 from megarl.launch.lifeline import descendants
 from megarl.launch.local import explain_trainer, launch
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 SLEEP = "import time; time.sleep(600)"
 # A child that leaves a grandchild in a session of its own, as vLLM's engine process is.
-PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True); time.sleep(600)"
+PARENT = (
+    f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True); "
+    "time.sleep(600)"
+)
 
 
-def supervisor(tmp_path: Path, main: str, helpers: list[str], before: str = "", grace_s: float = 1.0) -> subprocess.Popen[str]:
-    """A process that supervises `main` and `helpers`, given as Python code; MARK in the environment finds what it leaves behind."""
+def supervisor(
+    tmp_path: Path, main: str, helpers: list[str], before: str = "", grace_s: float = 1.0
+) -> subprocess.Popen[str]:
+    """A process that supervises `main` and `helpers`, given as Python
+    code; MARK in the environment finds what it leaves behind.
+    """
     code = f"""
     import sys
     from pathlib import Path
@@ -127,7 +136,10 @@ def test_kill_9_of_the_supervisor_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_a_program_that_does_not_exist_ends_what_was_started(tmp_path: Path) -> None:
-    before = "process = lambda name, code, p=process: p(name, code) if name != 'main' else Process(name, ['/nowhere'], p(name, code).log)"
+    before = (
+        "process = lambda name, code, p=process: p(name, code) if name != 'main' else Process(name, ['/nowhere'], "
+        "p(name, code).log)"
+    )
     run = supervisor(tmp_path, "", [SLEEP], before=before)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 1 and "/nowhere" in err
@@ -179,11 +191,14 @@ def ranks(tmp_path: Path, run_yaml: Path):
 
     def start(what: str) -> subprocess.Popen[str]:
         code = (
-            "import sys; from megarl.launch import plan; from megarl.cli import main; plan.MODULES['sft'] = 'ranks_module'; "
+            "import sys; from megarl.launch import processes; from megarl.cli import main; processes.MODULES['sft'] "
+            "= 'ranks_module'; "
             f"sys.exit(main(['sft', {str(run_yaml)!r}, 'launch.trainers=2', 'parallel.pp=1', 'sft.out={what}']))"
         )
         env = {**os.environ, "PYTHONPATH": str(tmp_path), "MARK": str(tmp_path)}
-        return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     return start
 
@@ -194,14 +209,22 @@ def ranks(tmp_path: Path, run_yaml: Path):
         ("fine", 0, ""),
         ("raise", 1, "megarl: error: trainer rank 1 failed; all processes are being ended; last lines of"),
         ("refuse", 2, "megarl: error: line 3 of the file is bad; mend it"),
-        ("killed", 1, "megarl: error: trainer rank 1 was killed by SIGKILL; all processes are being ended; last lines of"),
+        (
+            "killed",
+            1,
+            "megarl: error: trainer rank 1 was killed by SIGKILL; all processes are being ended; last lines of",
+        ),
     ],
 )
 def test_ranks_under_torchrun(ranks, tmp_path: Path, what: str, status: int, message: str) -> None:
     run = ranks(what)
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out) == (status, "rank 0\n")
-    assert err.startswith(message) and (what != "raise" or "ValueError: boom" in err) and (status != 2 or err.count("\n") == 1)
+    assert (
+        err.startswith(message)
+        and (what != "raise" or "ValueError: boom" in err)
+        and (status != 2 or err.count("\n") == 1)
+    )
     assert (tmp_path / "run" / "logs" / "trainer_1.log").read_text().startswith("rank 1\n")
     assert left_behind(tmp_path) == []
 
@@ -228,25 +251,35 @@ def test_the_first_cause_is_told_from_its_echoes(tmp_path: Path) -> None:
     assert (explain_trainer(tmp_path) or "").endswith("why") and "rank 3 failed" in (explain_trainer(tmp_path) or "")
     write({"time": 1.0, "rank": 0, "user_error": None}, {"time": 2.0, "rank": 3, "signal": 9})
     assert "rank 3 was killed by SIGKILL" in (explain_trainer(tmp_path) or "")
-    write({"time": 1.0, "rank": 0, "user_error": "megarl: error: mend it"}, {"time": 2.0, "rank": 3, "user_error": None})
+    write(
+        {"time": 1.0, "rank": 0, "user_error": "megarl: error: mend it"}, {"time": 2.0, "rank": 3, "user_error": None}
+    )
     assert explain_trainer(tmp_path) == "megarl: error: mend it"
 
 
 def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
     config = load_config(run_yaml, ["rollout.engines=2"])
-    planned = plan.make_plan("run", config, [str(run_yaml), "rollout.engines=2"])
-    stores = {word for process in [planned.trainer, *planned.rollouts] for word in process.argv if word.startswith("launch.store=")}
+    planned = processes.make_plan("run", config, [str(run_yaml), "rollout.engines=2"])
+    stores = {
+        word
+        for process in [planned.trainer, *planned.rollouts]
+        for word in process.argv
+        if word.startswith("launch.store=")
+    }
     assert len(planned.rollouts) == 2 and len(stores) == 1 and "127.0.0.1:" in stores.pop()
     assert planned.trainer.env["TORCHDYNAMO_DISABLE"] == "1" and "TORCHDYNAMO_DISABLE" not in planned.rollouts[0].env
     assert planned.trainer.env["GLOO_SOCKET_IFNAME"] == "lo"
-    fixed = plan.make_plan("run", load_config(run_yaml, ["launch.store=10.0.0.1:29600"]), ["c.yaml"])
-    assert not any(word.startswith("launch.store=") for word in fixed.trainer.argv) and "GLOO_SOCKET_IFNAME" not in fixed.trainer.env
+    fixed = processes.make_plan("run", load_config(run_yaml, ["launch.store=10.0.0.1:29600"]), ["c.yaml"])
+    assert (
+        not any(word.startswith("launch.store=") for word in fixed.trainer.argv)
+        and "GLOO_SOCKET_IFNAME" not in fixed.trainer.env
+    )
 
 
 def test_logs_of_the_start_before_are_kept_once(tmp_path: Path, run_yaml: Path) -> None:
     config = load_config(run_yaml)
     for word in ("one", "two"):
-        planned = plan.make_plan("sft", config, [str(run_yaml)])
+        planned = processes.make_plan("sft", config, [str(run_yaml)])
         planned.trainer.argv[:] = [sys.executable, "-c", f"import sys; print('{word}', file=sys.stderr)"]
         child = os.fork()  # supervise() adopts orphans for the life of its process: not in pytest's own
         if child == 0:
@@ -261,5 +294,10 @@ def test_a_run_dir_in_use_is_refused(run_yaml: Path) -> None:
 
     config = load_config(run_yaml)
     in_use = pytest.raises(UserError, match=f"in use by process {os.getpid()}")
-    with _owned(Path(config.run.dir), "a"), _owned(Path(config.run.dir), "b"), in_use, _owned(Path(config.run.dir), "a"):
+    with (
+        _owned(Path(config.run.dir), "a"),
+        _owned(Path(config.run.dir), "b"),
+        in_use,
+        _owned(Path(config.run.dir), "a"),
+    ):
         pass

@@ -1,4 +1,6 @@
-"""The cold start's loaders: shards give back what was written, and the thread and DALI give the same batches for a seed."""
+"""The cold start's loaders: shards give back what was written, and the
+thread and DALI give the same batches for a seed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def shards(tmp_path: Path) -> Shards:
 
 
 def plans(shards: Shards, rank: int, seed: int = 3):
-    """Steps of 6 demonstrations over two replicas, packs of at most 48 rows: as megarl/sft.py asks for them."""
+    """Steps of 6 demonstrations over two replicas, packs of at most 48 rows: as
+    megarl/commands/sft.py asks for them.
+    """
     stream = PromptStream(len(shards), seed)
     return planner(stream.next, 6, 9, shards, lambda rows: assign(rows, 2, 48)[rank])
 
@@ -48,11 +52,17 @@ def test_both_loaders_give_identical_batches(shards: Shards) -> None:
         assert len(ours) == len(dalis) == 9
         for (plan, tokens), (other, others) in zip(ours, dalis):
             assert plan == other
-            assert [len(pack) for pack in tokens] == [len(pack) for pack in plan.packs] == [len(pack) for pack in others]
+            assert (
+                [len(pack) for pack in tokens] == [len(pack) for pack in plan.packs] == [len(pack) for pack in others]
+            )
             for i, a, b in zip(sum(plan.packs, []), sum(tokens, []), sum(others, [])):
-                assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b) and a.tolist() == shards.tokens(i).tolist()
+                assert (
+                    a.dtype == b.dtype == torch.int64 and torch.equal(a, b) and a.tolist() == shards.tokens(i).tolist()
+                )
         seen.append([sorted(sum(plan.packs, [])) for plan, _ in ours])
-    assert all(len(a) + len(b) == 6 and not set(a) & set(b) for a, b in zip(*seen)), "each demonstration goes to one replica"
+    assert all(len(a) + len(b) == 6 and not set(a) & set(b) for a, b in zip(*seen)), (
+        "each demonstration goes to one replica"
+    )
     assert [plan for plan, _ in read("torch", shards, 0, seed=4)] != [plan for plan, _ in ours]
 
 

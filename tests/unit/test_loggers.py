@@ -1,4 +1,6 @@
-"""Loggers besides metrics.jsonl: the real packages, offline or on a local file; a class of the user's; one that fails."""
+"""Loggers besides metrics.jsonl: the real packages, offline or on a local file; a class
+of the user's; one that fails.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 import pytest
 
 from megarl.errors import UserError
-from megarl.report.loggers import find_logger
-from megarl.report.metrics import MetricsLogger, read_metrics
+from megarl.observe.loggers import find_logger
+from megarl.observe.metrics import MetricsLogger, read_metrics
 
 SETTINGS = {"train": {"lr": 1e-4}, "objective": {"preset": "minirl"}}
 
@@ -34,7 +36,9 @@ def two_sittings(folder: Path, name: str, apart_s: float = 0.0) -> None:
     for resumed, steps in ((0, (1, 2)), (1, (2, 3))):
         logger = MetricsLogger(folder, [name], resumed, SETTINGS)
         for step in steps:
-            logger.log(step, {"reward/mean": step / 4, "routing/layer_agreement": [1.0, 0.5], "policy/entropy": float("nan")})
+            logger.log(
+                step, {"reward/mean": step / 4, "routing/layer_agreement": [1.0, 0.5], "policy/entropy": float("nan")}
+            )
         logger.close()
         time.sleep(apart_s)
 
@@ -55,7 +59,9 @@ def test_mlflow_keeps_one_run_in_a_local_file(tmp_path: Path, monkeypatch: pytes
 def test_wandb_writes_offline_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    two_sittings(tmp_path, "wandb", apart_s=1.0)  # W&B names a sitting's folder by the second; of two in one, the second may stay empty
+    two_sittings(
+        tmp_path, "wandb", apart_s=1.0
+    )  # W&B names a sitting's folder by the second; of two in one, the second may stay empty
     identity = (tmp_path / "wandb_run").read_text()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert files and all(identity in file.name for file in files)
@@ -70,7 +76,10 @@ def test_a_class_of_the_users_and_its_failure(tmp_path: Path, monkeypatch: pytes
     assert text[0] == "0.0001 0" and text[3] == "0.0001 1" and text[-1].startswith("2 {'reward/mean': 0.5, ")
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
     told = capsys.readouterr().err
-    assert "run.loggers 'my_tracking.Logger' failed at step 3 and is off from here: ConnectionError: server is away" in told
+    assert (
+        "run.loggers 'my_tracking.Logger' failed at step 3 and is off from here: ConnectionError: server is away"
+        in told
+    )
     sys.modules.pop("my_tracking")
 
 
@@ -86,7 +95,11 @@ def test_a_class_of_the_users_and_its_failure(tmp_path: Path, monkeypatch: pytes
 def test_a_logger_that_is_not_there_is_one_line(name: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         find_logger(name)
-    assert message in str(error.value) and str(error.value).startswith(f"run.loggers {name!r}") and "\n" not in str(error.value)
+    assert (
+        message in str(error.value)
+        and str(error.value).startswith(f"run.loggers {name!r}")
+        and "\n" not in str(error.value)
+    )
 
 
 def test_a_package_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import megarl.engine.build  # noqa: F401  (megatron-core on a CPU, which mbridge imports)
-from megarl.weights.layout import Layout
-from megarl.weights.weight_map import WeightMap
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools import tiny_model  # noqa: E402
@@ -44,7 +44,9 @@ def bridge_of(family: str, hf_config: Any, tp: int) -> Any:
 
 
 def transformer_engine_name(name: str, weight_map: WeightMap) -> str:
-    """The name that a parameter of the local spec has in the Transformer Engine spec, which mbridge's tables are for."""
+    """The name that a parameter of the local spec has in the Transformer Engine spec,
+    which mbridge's tables are for.
+    """
     layer = int(name.split(".")[2]) if ".layers." in name else 0
     name = re.sub(r"\.local_experts\.(\d+)\.(linear_fc[12])\.weight$", r".\2.weight\1", name)
     if weight_map.model.get("multi_latent_attention"):
@@ -52,7 +54,11 @@ def transformer_engine_name(name: str, weight_map: WeightMap) -> str:
         name = name.replace(".q_layernorm.weight", ".linear_q_up_proj.layer_norm_weight")
     else:
         name = name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
-    return name if layer in weight_map.moe_layers else name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    return (
+        name
+        if layer in weight_map.moe_layers
+        else name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    )
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, etp=2, world=2), Layout(tp=4, etp=4, world=4)], ids=str)

@@ -19,9 +19,13 @@ def decode(tokens: list[int]) -> str:
 
 
 def compared(routes: bool = True) -> list[Compared]:
-    """Two responses, of 2 and 1 tokens, over 2 MoE layers, top-2 of 4: one layer of one token differs when routing is live."""
+    """Two responses, of 2 and 1 tokens, over 2 MoE layers, top-2 of 4:
+    one layer of one token differs when routing is live.
+    """
     rollout = np.array([[[0, 1], [2, 3]], [[1, 0], [0, 2]], [[3, 2], [1, 2]]], np.uint8)
-    own = np.array([[[0, 1], [0, 3]], [[3, 2], [2, 1]]], np.int16)  # of the rows that predict; sets, not rows, are compared
+    own = np.array(
+        [[[0, 1], [0, 3]], [[3, 2], [2, 1]]], np.int16
+    )  # of the rows that predict; sets, not rows, are compared
     gap = np.array([[0.0, 0.25], [0.0, 0.0]], np.float32)
     first = Compared(
         tokens=[0, 1, 2, 3],
@@ -33,7 +37,9 @@ def compared(routes: bool = True) -> list[Compared]:
     )
     own, gap = rollout[:1].astype(np.int16), np.zeros((1, 2), np.float32)
     one = Pass(np.array([-0.5], np.float32), *((own, gap) if routes else ()))
-    second = Compared([2, 3], 1, np.array([-0.5], np.float32), rollout[:1] if routes else None, one, one if routes else None)
+    second = Compared(
+        [2, 3], 1, np.array([-0.5], np.float32), rollout[:1] if routes else None, one, one if routes else None
+    )
     return [first, second]
 
 
@@ -65,7 +71,9 @@ def test_figures_of_a_known_mismatch() -> None:
     assert found["routing/any_layer_differs_frac"] == pytest.approx(1 / 3)
     assert found["routing/worst_gap"] == found["routing/gap_median"] == 0.25
     replayed = figures(compared(), "replayed", 5.0)
-    assert replayed is not None and replayed["routing/agree_rollout_old"] == 1.0 and replayed["routing/gap_median"] is None
+    assert (
+        replayed is not None and replayed["routing/agree_rollout_old"] == 1.0 and replayed["routing/gap_median"] is None
+    )
 
 
 def test_worst_tokens_come_first_in_their_text() -> None:

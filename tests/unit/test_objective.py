@@ -1,4 +1,6 @@
-"""policy_loss against spec/objective.md: every preset against PPO-style surrogates written as loops, and the facts it lists."""
+"""policy_loss against spec/objective.md: every preset against PPO-style
+surrogates written as loops, and the facts it lists.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ import math
 import pytest
 import torch
 
-from megarl.objective import ObjectiveConfig, denominators, finish, merge, policy_loss, presets, resolve_objective, value_loss
+from megarl.objective import (
+    ObjectiveConfig,
+    denominators,
+    finish,
+    merge,
+    policy_loss,
+    presets,
+    resolve_objective,
+    value_loss,
+)
 
 LENGTHS = [1, 4, 2, 7, 3, 5, 0, 2, 6, 1, 3, 4]
 GROUPS = [10, 10, 10, 3, 3, 3, 99, 99, 99, 5, 5, 5]
@@ -43,7 +54,9 @@ def gradient(data: dict[str, torch.Tensor], config: ObjectiveConfig, **more: obj
 
 
 def surrogate(name: str, logp: torch.Tensor, old: float, mu: float, adv: float, s: torch.Tensor) -> torch.Tensor:
-    """What the papers maximise for one token, gradients flowing as they do there; s is the differentiable sequence ratio."""
+    """What the papers maximise for one token, gradients flowing as they
+    do there; s is the differentiable sequence ratio.
+    """
     r = (logp - old).exp()
     sg = r.item()
     inside = not ((adv > 0 and sg > 1.27) or (adv < 0 and sg < 0.8))
@@ -90,7 +103,12 @@ def loop_gradient(name: str, data: dict[str, torch.Tensor]) -> torch.Tensor:
         s = torch.stack([logp[t] - data["old_logprobs"][t] for t in tokens]).mean().exp()
         for t in tokens:
             term = surrogate(
-                name, logp[t], float(data["old_logprobs"][t]), float(data["rollout_logprobs"][t]), float(data["advantages"][t]), s
+                name,
+                logp[t],
+                float(data["old_logprobs"][t]),
+                float(data["rollout_logprobs"][t]),
+                float(data["advantages"][t]),
+                s,
             )
             if name in ("minirl-length-norm", "grpo", "gspo", "sapo"):
                 term = term / len(tokens) / len(responses)
@@ -118,7 +136,13 @@ def test_every_branch_of_minirl_is_exercised() -> None:
     data = batch(1, 0.8)
     _, metrics = policy_loss(*(data[name] for name in ARGUMENTS), presets["minirl"])
     values = finish(metrics)
-    assert min(values[f"{key}"] for key in ("staleness/clip_frac_pos", "staleness/clip_frac_neg", "loss/weight_truncated_frac")) > 0
+    assert (
+        min(
+            values[f"{key}"]
+            for key in ("staleness/clip_frac_pos", "staleness/clip_frac_neg", "loss/weight_truncated_frac")
+        )
+        > 0
+    )
 
 
 def test_minirl_is_decoupled_ppo_clip_where_the_cap_is_inactive() -> None:
@@ -180,7 +204,9 @@ def test_masked_positions_may_hold_anything(name: str, garbage: float) -> None:
         data[key] = data[key].detach().masked_fill(where, garbage)
     entropy = torch.full_like(data["mask"], garbage).masked_fill(~where, 0.5)
     assert torch.equal(gradient(data, presets[name], entropy=entropy), clean)
-    loss, metrics = policy_loss(*(data[key] for key in ARGUMENTS), presets[name], group_ids=data["group_ids"], entropy=entropy)
+    loss, metrics = policy_loss(
+        *(data[key] for key in ARGUMENTS), presets[name], group_ids=data["group_ids"], entropy=entropy
+    )
     assert loss.isfinite() and all(math.isfinite(value) for value in finish(metrics).values())
 
 
@@ -188,7 +214,14 @@ def test_a_one_token_response_has_a_gradient() -> None:
     one = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     for name, config in presets.items():
         loss, _ = policy_loss(
-            one, one.detach(), one.detach(), torch.ones(1), torch.ones(1), torch.zeros(1).long(), config, group_ids=torch.zeros(1)
+            one,
+            one.detach(),
+            one.detach(),
+            torch.ones(1),
+            torch.ones(1),
+            torch.zeros(1).long(),
+            config,
+            group_ids=torch.zeros(1),
         )
         assert torch.autograd.grad(loss, one)[0].abs() > 0, name
 
@@ -214,13 +247,17 @@ CORRECTIONS = ["token_truncation", "token_mask", "sequence_truncation", "sequenc
 def test_corrections_multiply_the_gradient_of_every_preset_whose_weight_does_not_hold_mu(kind: str, name: str) -> None:
     data = batch(5, 0.8)
     plain = gradient(data, presets[name])
-    corrected = gradient(data, resolve_objective({"preset": name, "correction": kind, "correction_low": 0.4, "correction_high": 1.8}))
+    corrected = gradient(
+        data, resolve_objective({"preset": name, "correction": kind, "correction_low": 0.4, "correction_high": 1.8})
+    )
     expected = torch.zeros_like(plain)
     for seq in data["seq_ids"].unique():
         tokens = [t for t in range(len(plain)) if data["seq_ids"][t] == seq and data["mask"][t]]
         logs = [float(data["old_logprobs"][t] - data["rollout_logprobs"][t]) for t in tokens]
         for t, log in zip(tokens, logs):
-            rho = math.exp(log if kind.startswith("token") else sum(logs) / (len(logs) if kind.startswith("geometric") else 1))
+            rho = math.exp(
+                log if kind.startswith("token") else sum(logs) / (len(logs) if kind.startswith("geometric") else 1)
+            )
             factor = min(rho, 1.8) if kind.endswith("truncation") else rho * (0.4 <= rho <= 1.8)
             expected[t] = plain[t] * (float(factor > 0) if kind.startswith("geometric") else factor)
     torch.testing.assert_close(corrected, expected, rtol=1e-10, atol=1e-15)
@@ -242,7 +279,9 @@ def test_kl_and_entropy_terms() -> None:
 
 
 def test_float64_stays_float64() -> None:
-    """Where the weight is constant the loss is an antiderivative, which finite differences in float64 can check to 1e-6."""
+    """Where the weight is constant the loss is an antiderivative, which
+    finite differences in float64 can check to 1e-6.
+    """
     data = batch(9, 0.3)
     config = resolve_objective({"preset": "reinforce", "kl_coef": 0.3, "entropy_coef": 0.2})
     entropy = torch.rand_like(data["mask"]).requires_grad_()
@@ -255,8 +294,12 @@ def test_float64_stays_float64() -> None:
     single = denominators(torch.tensor(LENGTHS), torch.tensor(GROUPS), config)[(1000 - data["seq_ids"]) // 7].float()
     for name in presets:
         for denominator in (None, single, 3.0):
-            out, _ = policy_loss(data["logprobs"], *rest, presets[name], group_ids=data["group_ids"], denominator=denominator)
-            assert out.dtype == torch.float64 and torch.autograd.grad(out, data["logprobs"])[0].dtype == torch.float64, name
+            out, _ = policy_loss(
+                data["logprobs"], *rest, presets[name], group_ids=data["group_ids"], denominator=denominator
+            )
+            assert (
+                out.dtype == torch.float64 and torch.autograd.grad(out, data["logprobs"])[0].dtype == torch.float64
+            ), name
 
 
 def test_value_loss_is_ppo_clipped() -> None:
@@ -275,7 +318,10 @@ def test_metrics_do_not_depend_on_the_split() -> None:
     merged: dict[str, torch.Tensor] = {}
     half = data["seq_ids"] > 960
     for where in (half, ~half):
-        merged = merge(merged, policy_loss(*(x[where] for x in args), presets["minirl"], entropy=entropy[where], denominator=1.0)[1])
+        merged = merge(
+            merged,
+            policy_loss(*(x[where] for x in args), presets["minirl"], entropy=entropy[where], denominator=1.0)[1],
+        )
     assert finish(merged) == pytest.approx(whole, rel=1e-12)
     assert whole["loss/value"] == pytest.approx(policy_loss(*args, presets["minirl"])[0].item())
     assert set(whole) == {

@@ -8,12 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.weights.hash import tensor_hash
-from megarl.weights.layout import Layout
-from megarl.weights.outgoing import Slices, whole_buckets
-from megarl.weights.pack import ALIGNMENT, HASH, Corrupted, Held, Manifest, Message, Part, assemble, message_bytes, pack, whole_tensors
-from megarl.weights.rollout_layout import RolloutLayout
-from megarl.weights.weight_map import WeightMap
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.reshard.hash import tensor_hash
+from megarl.weights.reshard.outgoing import Slices, whole_buckets
+from megarl.weights.reshard.pack import (
+    ALIGNMENT,
+    HASH,
+    Corrupted,
+    Held,
+    Manifest,
+    Message,
+    Part,
+    assemble,
+    message_bytes,
+    pack,
+    whole_tensors,
+)
+from megarl.weights.reshard.rollout_layout import RolloutLayout
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -32,7 +44,9 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def manifest_of(named: dict[str, torch.Tensor], bucket_bytes: int) -> Manifest:
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    return whole_tensors(shapes, {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in named.items()}, bucket_bytes)
+    return whole_tensors(
+        shapes, {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in named.items()}, bucket_bytes
+    )
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 64, 100, 10**6])
@@ -44,11 +58,17 @@ def test_what_is_packed_is_assembled(bucket_bytes: int) -> None:
         ((buffer, rank),) = outgoing.messages
         assert rank is None and buffer.numel() == message_bytes(bucket[0].parts, manifest.tensors)
         here = assemble(bucket, [buffer], manifest.tensors)
-        assert all(t.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for t in here.values())  # views
+        assert all(
+            t.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for t in here.values()
+        )  # views
         found |= here
     assert list(found) == list(tensors())
     for name, tensor in tensors().items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape and tensor_hash(found[name]) == tensor_hash(tensor)
+        assert (
+            found[name].dtype == tensor.dtype
+            and found[name].shape == tensor.shape
+            and tensor_hash(found[name]) == tensor_hash(tensor)
+        )
     assert len(manifest.buckets) == {1: 7, 10**6: 1}.get(bucket_bytes, len(manifest.buckets))
 
 
@@ -65,7 +85,9 @@ def test_a_stream_is_read_bucket_by_bucket() -> None:
 
 
 def test_every_flipped_bit_of_a_message_is_noticed() -> None:
-    """In a part that is a tensor by itself, in one put together with another, in the checksums. Padding carries nothing."""
+    """In a part that is a tensor by itself, in one put together with
+    another, in the checksums. Padding carries nothing.
+    """
     held = {"whole": Held((2, 3), (0, 0), (2, 3), "float32"), "cut": Held((8, 4), (2, 0), (4, 4), "float32")}
     parts = [[Part("whole", (0, 0), (2, 3)), Part("cut", (2, 0), (3, 4))], [Part("cut", (5, 0), (1, 4))]]
     buffers = []
@@ -82,7 +104,10 @@ def test_every_flipped_bit_of_a_message_is_noticed() -> None:
             if padding:
                 assemble(bucket, buffers, held)
             else:
-                with pytest.raises(Corrupted, match=rf"(whole|cut)\[\d:\d, \d:\d\] from trainer rank {4 + number} arrived with checksum"):
+                with pytest.raises(
+                    Corrupted,
+                    match=rf"(whole|cut)\[\d:\d, \d:\d\] from trainer rank {4 + number} arrived with checksum",
+                ):
                     assemble(bucket, buffers, held)
             buffer[byte] ^= 4
     assert buffers[1].numel() == 16 + HASH.itemsize
@@ -107,8 +132,12 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("layout", "rollout"), LAYOUTS)
-def test_slices_arrive_where_their_manifest_says(hf_config: dict[str, Any], layout: Layout, rollout: RolloutLayout) -> None:
-    """All trainer ranks' messages against all rollout ranks' manifests: every tensor, its slice, its bytes; bytes sent are bytes held."""
+def test_slices_arrive_where_their_manifest_says(
+    hf_config: dict[str, Any], layout: Layout, rollout: RolloutLayout
+) -> None:
+    """All trainer ranks' messages against all rollout ranks' manifests:
+    every tensor, its slice, its bytes; bytes sent are bytes held.
+    """
     weight_map = WeightMap(hf_config)
     generator = torch.Generator().manual_seed(0)
     whole = {name: torch.randn(shape, generator=generator) for name, shape in weight_map.hf_shapes.items()}

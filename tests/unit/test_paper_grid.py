@@ -1,4 +1,6 @@
-"""The arithmetic behind docs/paper.md: which runs there are, the collapse criterion, intervals, verdicts, and the page as a whole."""
+"""The arithmetic behind docs/paper.md: which runs there are, the
+collapse criterion, intervals, verdicts, and the page as a whole.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megarl.config import Config  # noqa: E402
 from megarl.errors import UserError  # noqa: E402
 from megarl.refusals import check, gpu  # noqa: E402
-from megarl.rollout.coordinator import WorkerInfo  # noqa: E402
+from megarl.rollout.registry import WorkerInfo  # noqa: E402
 from tools.grid import arms, claims, lane, results  # noqa: E402
 from tools.grid.page import write_report  # noqa: E402
 
@@ -27,7 +29,9 @@ ON, NO_IS, LENGTH, ON_R3, NO_IS_R3, LENGTH_R3 = (
 )
 
 
-def a_run(arm: arms.Arm, seed: int, reward: list[float], k3: list[float] | None = None, failure: str | None = None) -> dict[str, Any]:
+def a_run(
+    arm: arms.Arm, seed: int, reward: list[float], k3: list[float] | None = None, failure: str | None = None
+) -> dict[str, Any]:
     record = {
         "arm": asdict(arm),
         "seed": seed,
@@ -40,7 +44,13 @@ def a_run(arm: arms.Arm, seed: int, reward: list[float], k3: list[float] | None 
     }
     k3 = k3 or [1e-3] * len(reward)
     rows = [
-        {"reward/mean": r, "mismatch/kl_k3": k, "policy/entropy": 1.0, "time/step_s": 1.0, "mismatch/extreme_frac_2": 0.1}
+        {
+            "reward/mean": r,
+            "mismatch/kl_k3": k,
+            "policy/entropy": 1.0,
+            "time/step_s": 1.0,
+            "mismatch/extreme_frac_2": 0.1,
+        }
         for r, k in zip(reward, k3)
     ]
     return results._run(record, rows)
@@ -58,9 +68,11 @@ def test_the_subset_is_what_the_claims_need() -> None:
     assert {run.arm for run in rl} >= {ON, NO_IS, LENGTH, ON_R3, NO_IS_R3, LENGTH_R3}
     names = {run.arm.name for run in arms.full(1, 64)}
     assert {run.arm.name for run in runs} <= names
-    assert {(run.arm.n, run.arm.objective, run.arm.replay) for run in arms.full(1, 64) if run.arm.n > 1 and run.arm.kind == "rl"} == {
-        (n, objective, replay) for n in (2, 4, 8) for objective in arms.OFF_POLICY for replay in ("none", "R2", "R3")
-    }
+    assert {
+        (run.arm.n, run.arm.objective, run.arm.replay)
+        for run in arms.full(1, 64)
+        if run.arm.n > 1 and run.arm.kind == "rl"
+    } == {(n, objective, replay) for n in (2, 4, 8) for objective in arms.OFF_POLICY for replay in ("none", "R2", "R3")}
 
 
 def test_arms_of_a_seed_are_paired_and_their_mini_batches_equal(tmp_path: Path) -> None:
@@ -79,12 +91,18 @@ def test_arms_of_a_seed_are_paired_and_their_mini_batches_equal(tmp_path: Path) 
 
 def test_another_rate_or_length_is_another_run() -> None:
     arm = arms.Arm(1, "minirl", "none", "int4")
-    names = {arms.Run(arm, 0, 64).name, arms.Run(arm, 0, 320).name, arms.Run(dataclasses.replace(arm, lr=1e-2), 0, 64).name}
+    names = {
+        arms.Run(arm, 0, 64).name,
+        arms.Run(arm, 0, 320).name,
+        arms.Run(dataclasses.replace(arm, lr=1e-2), 0, 64).name,
+    }
     names |= {run.name for rates in ([1e-3], [2e-3]) for run in arms.sweep(rates, 64)}
     assert len(names) == 3 + 4 and f"n1-minirl-none-int4-lr{arms.base().train.lr:g}-t64-s0" in names
 
 
-def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, trained = [], []
 
     class OneFleet(lane.LastingFleet):
@@ -98,7 +116,9 @@ def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(tmp_path: Pat
     def train(config: Config, connect: Any) -> None:
         connect(config, None, is_ingest=True)
         trained.append(Path(config.run.dir).name)
-        (Path(config.run.dir) / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward/mean": 0.5, "time/step_s": 1.0}) + "\n")
+        (Path(config.run.dir) / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "reward/mean": 0.5, "time/step_s": 1.0}) + "\n"
+        )
         if len(trained) == 2:
             raise UserError("the rate was too high")
 
@@ -112,7 +132,9 @@ def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(tmp_path: Pat
         return lane.main([str(queue), str(tmp_path), str(deadline), str(arms.BASE), *runs[0].overrides(tmp_path)])
 
     assert again(time.time() - 1) == 0 and trained == []
-    assert again(math.inf) == 3 and trained == [run.name for run in runs[:2]]  # a failed run ends the lane: a fresh server for the next
+    assert again(math.inf) == 3 and trained == [
+        run.name for run in runs[:2]
+    ]  # a failed run ends the lane: a fresh server for the next
     assert again(math.inf) == 0 and trained == [run.name for run in runs] and len(made) == 2
     records = [json.loads((tmp_path / "runs" / run.name / arms.RECORD).read_text()) for run in runs]
     assert [record["failure"] for record in records] == [None, "the rate was too high", None]
@@ -176,7 +198,11 @@ def test_a_world_as_in_the_paper_and_its_opposite() -> None:
         return three_seeds(ON, 0.6) + three_seeds(LENGTH, 0.4) + no_is
 
     like = verdicts(world([a_run(NO_IS, seed, down, **fall) for seed in range(3)]))
-    assert (like["C2"], like["C3"], like["C8"]) == ("not shown", "shown", "shown")  # it collapsed, but its entropy did not fall
+    assert (like["C2"], like["C3"], like["C8"]) == (
+        "not shown",
+        "shown",
+        "shown",
+    )  # it collapsed, but its entropy did not fall
     unlike = verdicts(world(three_seeds(NO_IS, 0.6)))
     assert unlike["C2"] == "not shown" and unlike["C8"] == "undecided" and unlike["C1"] == "not shown"
     flat = verdicts(world([a_run(NO_IS, seed, down, k3=[1e-3] * 16) for seed in range(3)]))
@@ -202,8 +228,17 @@ def test_the_page_from_run_directories_and_from_its_own_json(tmp_path: Path) -> 
         record = {"arm": asdict(run.arm), "seed": run.seed, "steps": run.steps, "lr": run.lr, "failure": None}
         record |= {"wall_s": 9.0, "trainer_cpu_s": 2.0, "server_cpu_s": 3.0}
         (folder / arms.RECORD).write_text(json.dumps(record))
-        keys = ("reward/mean", "mismatch/kl_k3", "mismatch/extreme_frac_2", "routing/agree_rollout_old", "policy/entropy", "time/step_s")
-        (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, **dict.fromkeys(keys, 0.25)}) + "\n" for i in range(8)))
+        keys = (
+            "reward/mean",
+            "mismatch/kl_k3",
+            "mismatch/extreme_frac_2",
+            "routing/agree_rollout_old",
+            "policy/entropy",
+            "time/step_s",
+        )
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": i + 1, **dict.fromkeys(keys, 0.25)}) + "\n" for i in range(8))
+        )
     other = arms.Run(ON, 0, 32)  # of another length: not in the report
     (out / "runs" / other.name).mkdir()
     record |= {"arm": asdict(other.arm), "steps": 32}

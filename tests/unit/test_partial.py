@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megarl.rollout.partial import PartialTensor, partial_tensor
+from megarl.server.partial import PartialTensor, partial_tensor
 
 FULL = torch.arange(48.0).view(8, 6)
 ROWS = partial_tensor(FULL[2:4], (2, 0), (8, 6), "w")
@@ -47,7 +47,9 @@ def test_cuts_inside_what_is_held(partial: torch.Tensor, cut: Callable[[torch.Te
     ],
 )
 def test_anything_else_is_refused_by_name(use: Callable[[], torch.Tensor]) -> None:
-    with pytest.raises(RuntimeError, match=r"PartialTensor\(w, \(\d, \d\) at \(\d, \d\) of \(\d, \d\)\): vLLM's loader"):
+    with pytest.raises(
+        RuntimeError, match=r"PartialTensor\(w, \(\d, \d\) at \(\d, \d\) of \(\d, \d\)\): vLLM's loader"
+    ):
         use()
 
 

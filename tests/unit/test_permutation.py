@@ -18,11 +18,15 @@ PLAIN = dict(fused=False, drop_and_pad=False)
 def routes(tokens, experts, k, seed=0):
     scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed))
     chosen = scores.topk(k, 1).indices
-    return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True), torch.zeros_like(scores).scatter(1, chosen, scores)
+    return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True), torch.zeros_like(scores).scatter(
+        1, chosen, scores
+    )
 
 
 def there_and_back(module, x, routing_map, probs, grad):
-    """Output, permuted rows, and gradients of tokens and probabilities; each row is scaled by its probability on the way."""
+    """Output, permuted rows, and gradients of tokens and probabilities;
+    each row is scaled by its probability on the way.
+    """
     x, probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
     rows = int(routing_map.sum())
     permuted, probs_N, index = module.permute(x, routing_map, probs=probs, num_out_tokens=rows, **PLAIN)
@@ -45,12 +49,17 @@ def test_a_gradient_that_is_not_contiguous():
     """As that of a plain sum, which has no memory of its own."""
     routing_map, probs = routes(9, 4, 2)
     x = torch.randn(9, 8)
-    ours, core = (there_and_back(module, x, routing_map, probs, torch.ones(()).expand(9, 8)) for module in (permutation, moe_utils))
+    ours, core = (
+        there_and_back(module, x, routing_map, probs, torch.ones(()).expand(9, 8))
+        for module in (permutation, moe_utils)
+    )
     assert all(torch.equal(a, b) for a, b in zip(ours, core))
 
 
 def test_sums_of_bfloat16_rows_are_rounded_once():
-    """The K rows of a token are added in float32. (A sum half-way between two numbers goes up on a CPU, to even elsewhere.)"""
+    """The K rows of a token are added in float32. (A sum half-way
+    between two numbers goes up on a CPU, to even elsewhere.)
+    """
     routing_map, _ = routes(200, 16, 8)
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
     permuted, _, index = permutation.permute(x, routing_map, num_out_tokens=1600, **PLAIN)
@@ -82,7 +91,9 @@ def test_chunks_in_order_are_not_copied_others_are_sorted():
     same, same_probs = permutation.sort_chunks_by_idxs(rows, sizes, torch.arange(4), probs)
     assert same is rows and same_probs is probs
     order = torch.tensor([2, 0, 3, 1])
-    for got, want in zip(*(module.sort_chunks_by_idxs(rows, sizes, order, probs) for module in (permutation, moe_utils))):
+    for got, want in zip(
+        *(module.sort_chunks_by_idxs(rows, sizes, order, probs) for module in (permutation, moe_utils))
+    ):
         assert torch.equal(got, want) and got is not rows
 
 

@@ -1,4 +1,5 @@
-"""Which tensor comes when from a neighbouring stage: megatron-core's schedules with megarl's messages, the stages as threads.
+"""Which tensor comes when from a neighbouring stage: megatron-core's
+schedules with megarl's messages, the stages as threads.
 
 A pass of a chunk is replaced by one that checks what came and makes up what goes; packs differ in length.
 """
@@ -21,7 +22,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import schedules
 
 from megarl.engine import pipeline
-from megarl.weights.layout import Layout
+from megarl.weights.map.layout import Layout
 
 HIDDEN, WAIT_S = 2, 60.0
 here = threading.local()  # of a stage: its group, its config, its messages, the passes it made
@@ -81,13 +82,22 @@ def channels(monkeypatch):
         sent = channel(src, here.group.rank(), isinstance(group, Group))
         return SimpleNamespace(wait=lambda: tensor.data.copy_(sent.get(timeout=WAIT_S)))
 
-    replaced = {"isend": isend, "irecv": irecv, "get_backend": lambda group=None: "gloo", "get_global_rank": lambda group, rank: rank}
+    replaced = {
+        "isend": isend,
+        "irecv": irecv,
+        "get_backend": lambda group=None: "gloo",
+        "get_global_rank": lambda group, rank: rank,
+    }
     for name, function in replaced.items():
         monkeypatch.setattr(dist, name, function)
     monkeypatch.setattr(pipeline.parallel_state, "get_pipeline_model_parallel_group", lambda: here.group)
     monkeypatch.setattr(schedules, "is_pp_first_stage", lambda group: group.rank() == 0)
     monkeypatch.setattr(schedules, "is_pp_last_stage", lambda group: group.rank() == group.size() - 1)
-    for name, function in {"forward_step": forward, "backward_step": backward, "get_model_config": lambda model: here.config}.items():
+    for name, function in {
+        "forward_step": forward,
+        "backward_step": backward,
+        "get_model_config": lambda model: here.config,
+    }.items():
         monkeypatch.setattr(schedules, name, function)
     monkeypatch.setattr(schedules, "get_model_type", lambda model: None)
     monkeypatch.setattr(schedules, "deallocate_output_tensor", lambda *args: None)
@@ -96,8 +106,12 @@ def channels(monkeypatch):
 
 def run_stage(stage, stages, chunks, padded, forward_only):
     here.group, here.chunks, here.passes = Group(stage, stages), chunks, []
-    own = dict(pipeline_dtype=torch.float32, variable_seq_lengths=True, batch_p2p_comm=False, barrier_with_L1_time=False)
-    own |= dict(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None)
+    own = dict(
+        pipeline_dtype=torch.float32, variable_seq_lengths=True, batch_p2p_comm=False, barrier_with_L1_time=False
+    )
+    own |= dict(
+        pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
+    )
     here.config = ModelParallelConfig(**own)
     here.config.__dict__.update(hidden_size=HIDDEN, mtp_standalone=False, fine_grained_activation_offloading=False)
     layout = Layout(pp=stages, vpp=chunks, world=stages)
@@ -115,7 +129,9 @@ def run_stage(stage, stages, chunks, padded, forward_only):
         p2p_communicator=here.messages,
         pg_collection=groups,
     )
-    assert next(here.messages.from_previous, None) is None, "a tensor from the previous stage was awaited and not received"
+    assert next(here.messages.from_previous, None) is None, (
+        "a tensor from the previous stage was awaited and not received"
+    )
     assert forward_only or next(here.messages.from_next, None) is None
     return here.passes
 
@@ -123,7 +139,20 @@ def run_stage(stage, stages, chunks, padded, forward_only):
 @pytest.mark.parametrize("forward_only", [False, True])
 @pytest.mark.parametrize(
     ("stages", "chunks", "packs"),
-    [(2, 1, 1), (2, 1, 5), (4, 1, 2), (3, 1, 7), (2, 2, 2), (2, 2, 6), (2, 4, 8), (3, 3, 6), (4, 2, 4), (4, 3, 12), (5, 2, 10), (8, 4, 16)],
+    [
+        (2, 1, 1),
+        (2, 1, 5),
+        (4, 1, 2),
+        (3, 1, 7),
+        (2, 2, 2),
+        (2, 2, 6),
+        (2, 4, 8),
+        (3, 3, 6),
+        (4, 2, 4),
+        (4, 3, 12),
+        (5, 2, 10),
+        (8, 4, 16),
+    ],
 )
 def test_every_tensor_has_the_shape_that_was_foreseen(channels, stages, chunks, packs, forward_only):
     padded = [8 * (1 + (7 * number) % 13) + 64 * number for number in range(packs)]

@@ -1,4 +1,6 @@
-"""The plan of a resharded sync, executed on tensors: every destination gets exactly its slices, once, and senders share the load."""
+"""The plan of a resharded sync, executed on tensors: every destination
+gets exactly its slices, once, and senders share the load.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import pytest
 import torch
 
 from megarl.errors import UserError
-from megarl.weights.layout import Layout
-from megarl.weights.plan import Plan, make_plan
-from megarl.weights.rollout_layout import Rect, RolloutLayout, rollout_rects
-from megarl.weights.weight_map import WeightMap
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.reshard.plan import Plan, make_plan
+from megarl.weights.reshard.rollout_layout import Rect, RolloutLayout, rollout_rects
 
 Slices = dict[str, torch.Tensor]
 LAYOUTS = [  # what random ones might miss
@@ -38,7 +40,10 @@ def random_layouts(count: int) -> list[tuple[Layout, RolloutLayout]]:
         layout = Layout(tp, pp, vpp, rng.choice([1, 2, 4, 8]), etp, cp, first, world=pp * rng.choice([2, 4, 8, 16]))
         rollout_tp = rng.choice([1, 2, 4])
         rollout = RolloutLayout(rng.choice([1, 2, 3, 5]), rollout_tp, rng.choice([1, 1, rollout_tp, 2 * rollout_tp]))
-        if layout.world % (layout.tp * layout.cp * layout.pp) == 0 and layout.world % (layout.etp * layout.ep * layout.pp) == 0:
+        if (
+            layout.world % (layout.tp * layout.cp * layout.pp) == 0
+            and layout.world % (layout.etp * layout.ep * layout.pp) == 0
+        ):
             found.append((layout, rollout))
     return found
 
@@ -58,12 +63,21 @@ def numbered_weights(weight_map: WeightMap) -> Slices:
 
 
 def execute(plan: Plan, weight_map: WeightMap, weights: Slices) -> list[Slices]:
-    """Runs the senders' lists on tensors cut by the weight map. Returns what each rollout rank holds, -1 where nothing came."""
+    """Runs the senders' lists on tensors cut by the weight map. Returns
+    what each rollout rank holds, -1 where nothing came.
+    """
     received = [
-        {name: torch.full(rect.shape, -1.0, dtype=torch.float64) for bucket in plan.slices(rank) for name, rect in bucket.items()}
+        {
+            name: torch.full(rect.shape, -1.0, dtype=torch.float64)
+            for bucket in plan.slices(rank)
+            for name, rect in bucket.items()
+        }
         for rank in range(plan.rollout.world)
     ]
-    rects = [{name: rect for bucket in plan.slices(rank) for name, rect in bucket.items()} for rank in range(plan.rollout.world)]
+    rects = [
+        {name: rect for bucket in plan.slices(rank) for name, rect in bucket.items()}
+        for rank in range(plan.rollout.world)
+    ]
     for rank in range(plan.train.world):
         held: dict[tuple[int, str], torch.Tensor] = {}
         for param in weight_map.params(plan.train, plan.train.coord(rank)):
@@ -75,14 +89,20 @@ def execute(plan: Plan, weight_map: WeightMap, weights: Slices) -> list[Slices]:
                 rect = rects[message.destination][t.hf]
                 inside = tuple(a - b for a, b in zip(t.hf_start, rect.start))
                 target = cut(received[message.destination][t.hf], inside, t.shape)
-                assert target.shape == t.shape and bool((target == -1).all()), f"{t.hf} is written twice or out of bounds"
+                assert target.shape == t.shape and bool((target == -1).all()), (
+                    f"{t.hf} is written twice or out of bounds"
+                )
                 target.copy_(cut(held[t.chunk, t.param], t.start, t.shape))
     return received
 
 
 @pytest.mark.parametrize(("train", "rollout"), LAYOUTS + random_layouts(14), ids=str)
-def test_every_rollout_rank_gets_its_slices_once(hf_config: dict[str, Any], train: Layout, rollout: RolloutLayout) -> None:
-    weight_map = WeightMap({**hf_config, "mlp_only_layers": [0], "vocab_size": 97})  # a dense layer; a vocabulary to pad
+def test_every_rollout_rank_gets_its_slices_once(
+    hf_config: dict[str, Any], train: Layout, rollout: RolloutLayout
+) -> None:
+    weight_map = WeightMap(
+        {**hf_config, "mlp_only_layers": [0], "vocab_size": 97}
+    )  # a dense layer; a vocabulary to pad
     weights = numbered_weights(weight_map)
     plan = make_plan(train, rollout, weight_map, itemsize=4, bucket_bytes=20_000)
     received = execute(plan, weight_map, weights)
@@ -102,7 +122,9 @@ def test_both_ends_list_the_same_messages_and_the_figures_are_their_sums(
     sent = [message for rank in range(train.world) for message in plan.sends(rank)]
     received = [message for rank in range(rollout.world) for message in plan.receives(rank)]
     assert len({(m.bucket, m.source, m.destination) for m in sent}) == len(sent) == plan.load.messages
-    assert {(m.bucket, m.source, m.destination): m for m in sent} == {(m.bucket, m.source, m.destination): m for m in received}
+    assert {(m.bucket, m.source, m.destination): m for m in sent} == {
+        (m.bucket, m.source, m.destination): m for m in received
+    }
     pairs = np.zeros((train.world, rollout.world), np.int64)
     for message in sent:
         pairs[message.source, message.destination] += 4 * message.numel
@@ -124,7 +146,10 @@ def test_buckets_are_bounded_and_whole_tensors_lie_in_them(hf_config: dict[str, 
         for message in plan.receives(rank):
             counts[message.bucket] += 4 * message.numel
         assert counts == sizes
-    stages = [{message.source // 4 for message in plan.receives(0) if message.bucket == bucket} for bucket in range(plan.buckets)]
+    stages = [
+        {message.source // 4 for message in plan.receives(0) if message.bucket == bucket}
+        for bucket in range(plan.buckets)
+    ]
     assert sum(len(stage) == 2 for stage in stages) >= plan.buckets - 2  # both stages send all the time
 
 
@@ -162,7 +187,10 @@ def test_keys_and_values_are_replicated_where_there_are_more_ranks_than_heads(hf
 
 def test_an_uneven_expert_placement_gives_the_first_ranks_one_more(hf_config: dict[str, Any]) -> None:
     rects = rollout_rects(WeightMap({**hf_config, "num_experts": 6}), RolloutLayout(1, 1, ep=4))
-    owners = [[rank for rank, rect in enumerate(rects[f"model.layers.0.mlp.experts.{e}.up_proj.weight"]) if rect] for e in range(6)]
+    owners = [
+        [rank for rank, rect in enumerate(rects[f"model.layers.0.mlp.experts.{e}.up_proj.weight"]) if rect]
+        for e in range(6)
+    ]
     assert owners == [[0], [0], [1], [1], [2], [3]]
 
 

@@ -17,8 +17,14 @@ def test_figures_of_a_layout(run_yaml: Path, capsys: pytest.CaptureFixture[str])
     found = json.loads(capsys.readouterr().out)
     sync, stages = found["sync"], found["train"]["stages"]
     assert [stage["layers"] for stage in stages] == [2, 2]
-    assert all(stage["gradients"] == stage["parameters"] and stage["optimizer"] == 2 * stage["parameters"] for stage in stages)
-    assert sync["bytes_over_held"] == 1.0 and sync["sender_max"] >= sync["sender_bound"] and sync["seconds"] >= sync["seconds_bound"]
+    assert all(
+        stage["gradients"] == stage["parameters"] and stage["optimizer"] == 2 * stage["parameters"] for stage in stages
+    )
+    assert (
+        sync["bytes_over_held"] == 1.0
+        and sync["sender_max"] >= sync["sender_bound"]
+        and sync["seconds"] >= sync["seconds_bound"]
+    )
     assert main([*options, "engine.distributed_optimizer=true", "--json"]) == 0
     sharded = json.loads(capsys.readouterr().out)["train"]["stages"]
     assert all(a["optimizer"] < b["optimizer"] for a, b in zip(sharded, stages))

@@ -1,11 +1,18 @@
-"""What stays in float32 in a bf16 model: the router's scores and the log-softmax; and what engine.deterministic changes."""
+"""What stays in float32 in a bf16 model: the router's scores and the
+log-softmax; and what engine.deterministic changes.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tools.bench.gpu.common import TINY, engine_of, packs_of, relative  # sets the device up before megatron-core is imported
+from tools.bench.gpu.common import (
+    TINY,
+    engine_of,
+    packs_of,
+    relative,
+)  # sets the device up before megatron-core is imported
 from tools.bench.gpu.correctness import _loss
 
 # isort: split
@@ -29,7 +36,9 @@ def bf16():
 
 
 def test_the_router_scores_in_float32(bf16):
-    """From bf16 activations and weights; the probabilities that scale the experts, and those of replay, are float32 too."""
+    """From bf16 activations and weights; the probabilities that scale
+    the experts, and those of replay, are float32 too.
+    """
     engine, packs = bf16
     seen = []
     for _, router in engine.model.routers():
@@ -44,7 +53,10 @@ def test_the_router_scores_in_float32(bf16):
         assert scores.dtype == probs.dtype == torch.float32
         assert relative(scores, exact) < SETTLED
         chosen = exact.view(-1, 8).softmax(-1).topk(2).values
-        assert relative(probs.view(-1, 8).sort(-1).values[:, -2:].flip(-1), chosen / chosen.sum(-1, keepdim=True)) < SETTLED
+        assert (
+            relative(probs.view(-1, 8).sort(-1).values[:, -2:].flip(-1), chosen / chosen.sum(-1, keepdim=True))
+            < SETTLED
+        )
 
 
 def test_log_probabilities_are_float32_of_bf16_logits(bf16, monkeypatch):
@@ -79,7 +91,9 @@ def test_master_weights_and_gradients_are_float32(bf16):
 
 
 def test_deterministic_kernels_compute_the_same():
-    """engine.deterministic. torch fills fresh memory with NaN in this mode: an update that read any would not be finite."""
+    """engine.deterministic. torch fills fresh memory with NaN in this
+    mode: an update that read any would not be finite.
+    """
     results = []
     try:
         for deterministic in (False, True, True):
@@ -88,7 +102,9 @@ def test_deterministic_kernels_compute_the_same():
             _, engine = engine_of(TINY, [f"engine.deterministic={deterministic}", "engine.dtype=float32"], train=True)
             packs = packs_of(engine, 128, 32)
             engine.update(packs, "record", _loss)
-            assert engine.model.config.deterministic_mode == torch.are_deterministic_algorithms_enabled() == deterministic
+            assert (
+                engine.model.config.deterministic_mode == torch.are_deterministic_algorithms_enabled() == deterministic
+            )
             assert torch.empty(8).isnan().all() or not deterministic
             results.append(torch.cat([tensor.detach().flatten() for _, tensor in engine.model.params()]))
     finally:

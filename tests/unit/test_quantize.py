@@ -1,4 +1,6 @@
-"""Fake quantisation against scalar arithmetic of its own: the values of each format are enumerated and the nearest one is looked for."""
+"""Fake quantisation against scalar arithmetic of its own: the values of
+each format are enumerated and the nearest one is looked for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.weights.quantize import QMAX, fake_quantize, is_quantized, row_maximum
+from megarl.weights.reshard.quantize import QMAX, fake_quantize, is_quantized, row_maximum
 
 F32 = np.float32
 # Finite values below the largest of [exponent, mantissa] bits with this bias: subnormals first, by code.
@@ -77,7 +79,9 @@ def test_a_row_holds_few_values_and_keeps_its_largest(mode: Any) -> None:
     found = fake_quantize(weight, mode)
     assert all(len(row.abs().unique()) <= len(positive_values(mode)) for row in found)
     torch.testing.assert_close(row_maximum(found), row_maximum(weight), rtol=1e-6, atol=0)
-    torch.testing.assert_close(fake_quantize(found, mode), found, rtol=1e-6, atol=0)  # nothing more is lost the second time
+    torch.testing.assert_close(
+        fake_quantize(found, mode), found, rtol=1e-6, atol=0
+    )  # nothing more is lost the second time
 
 
 @pytest.mark.parametrize("mode", list(QMAX))
@@ -85,8 +89,12 @@ def test_columns_apart_are_bitwise_the_columns_of_the_whole(mode: Any) -> None:
     weight = hard_rows()
     halves = weight.chunk(2, dim=-1)
     amax = torch.maximum(*(row_maximum(half) for half in halves))
-    assert torch.equal(torch.cat([fake_quantize(half, mode, amax) for half in halves], dim=-1), fake_quantize(weight, mode))
-    assert not torch.equal(torch.cat([fake_quantize(half, mode) for half in halves], dim=-1), fake_quantize(weight, mode))
+    assert torch.equal(
+        torch.cat([fake_quantize(half, mode, amax) for half in halves], dim=-1), fake_quantize(weight, mode)
+    )
+    assert not torch.equal(
+        torch.cat([fake_quantize(half, mode) for half in halves], dim=-1), fake_quantize(weight, mode)
+    )
 
 
 def test_none_changes_nothing_and_nan_stays() -> None:

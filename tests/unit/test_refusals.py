@@ -1,4 +1,6 @@
-"""Every refusal: a configuration with that one fault gives that one line, and the table holds no refusal without a case here."""
+"""Every refusal: a configuration with that one fault gives that one
+line, and the table holds no refusal without a case here.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("family", "run", [], {"model_type": "gpt2"}, ["model_type 'gpt2' is not supported", "qwen3_moe"]),
     ("architecture", "sft", [], {"tie_word_embeddings": True}, ["tie_word_embeddings true", "lm_head.weight"]),
     ("architecture", "run", [], {"rope_scaling": {"rope_type": "yarn"}}, ["rope scaling 'yarn'", "remove"]),
-    ("architecture", "run", [], {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["rope scaling 'linear'"]),
+    (
+        "architecture",
+        "run",
+        [],
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        ["rope scaling 'linear'"],
+    ),
     ("architecture", "run", [], {"use_sliding_window": True}, ["use_sliding_window true", "false"]),
     (
         "block_fp8",
@@ -35,15 +43,45 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("prompts", "run", ["data.prompts="], {}, ["data.prompts is empty", "give"]),
     ("prompts", "train", ["data.prompts=/nowhere.jsonl"], {}, ["data.prompts '/nowhere.jsonl' does not exist", "give"]),
     ("prompts", "run", ["data.prompts=/dev/null"], {}, ["data.prompts '/dev/null'", "give"]),
-    ("eval_prompts", "run", ["eval.prompts=/nowhere.jsonl"], {}, ["eval.prompts '/nowhere.jsonl' does not exist", "unset"]),
+    (
+        "eval_prompts",
+        "run",
+        ["eval.prompts=/nowhere.jsonl"],
+        {},
+        ["eval.prompts '/nowhere.jsonl' does not exist", "unset"],
+    ),
     ("demonstrations", "sft", ["sft.data=/nowhere.jsonl"], {}, ["sft.data '/nowhere.jsonl' does not exist", "give"]),
     ("reward", "run", ["data.reward=digit_sums"], {}, ["digit_sums", "digit_sum"]),
     ("reward", "run", ["data.reward=no.such.function"], {}, ["no.such"]),
     ("loggers", "run", ["run.loggers=[tensorbord]"], {}, ["run.loggers 'tensorbord' is unknown", "'tensorboard'"]),
-    ("transformer_engine", "sft", ["engine.transformer_impl=transformer_engine"], {}, ["not installed", "engine.transformer_impl=auto"]),
-    ("rollout_python", "run", ["launch.rollout_python=/nowhere"], {}, ["launch.rollout_python '/nowhere' is no program", "give"]),
-    ("rollout_kernels", "run", ["rollout.quantization=fp8"], {}, ["rollout.quantization fp8 needs a GPU", "rollout.quantization=none"]),
-    ("rollout_kernels", "run", ["rollout.batch_invariant=true"], {}, ["rollout.batch_invariant true needs a GPU", "=false"]),
+    (
+        "transformer_engine",
+        "sft",
+        ["engine.transformer_impl=transformer_engine"],
+        {},
+        ["not installed", "engine.transformer_impl=auto"],
+    ),
+    (
+        "rollout_python",
+        "run",
+        ["launch.rollout_python=/nowhere"],
+        {},
+        ["launch.rollout_python '/nowhere' is no program", "give"],
+    ),
+    (
+        "rollout_kernels",
+        "run",
+        ["rollout.quantization=fp8"],
+        {},
+        ["rollout.quantization fp8 needs a GPU", "rollout.quantization=none"],
+    ),
+    (
+        "rollout_kernels",
+        "run",
+        ["rollout.batch_invariant=true"],
+        {},
+        ["rollout.batch_invariant true needs a GPU", "=false"],
+    ),
     (
         "fp8_cache_on_a_cpu",
         "run",
@@ -53,16 +91,64 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ),
     ("run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
     ("run_dir", "run", ["run.dir=/dev/null/x"], {}, ["'/dev/null' is a file", "give"]),
-    ("world", "run", ["launch.trainers=6"], {}, ["tp 2 x pp 2 x cp 1 needs a multiple of 4", "there are 6", "launch.trainers=8"]),
-    ("expert_world", "sft", ["parallel.tp=1", "launch.trainers=2"], {}, ["ep 2 x pp 2 needs a multiple of 4", "there are 2"]),
-    ("heads", "run", ["parallel.tp=3", "launch.trainers=12"], {}, ["parallel.tp 3", "attention heads, 4", "use one of 1, 2, 4"]),
-    ("heads", "run", ["parallel.tp=4", "launch.trainers=8"], {}, ["parallel.tp 4", "key/value heads, 2", "use one of 1, 2"]),
-    ("ffn", "run", [], {"mlp_only_layers": [0], "intermediate_size": 33}, ["parallel.tp 2", "intermediate_size, 33", "use one of"]),
-    ("layers", "run", ["parallel.pp=3", "parallel.ep=1", "launch.trainers=6"], {}, ["pp 3 x vpp 1", "4 layers", "divides 4"]),
+    (
+        "world",
+        "run",
+        ["launch.trainers=6"],
+        {},
+        ["tp 2 x pp 2 x cp 1 needs a multiple of 4", "there are 6", "launch.trainers=8"],
+    ),
+    (
+        "expert_world",
+        "sft",
+        ["parallel.tp=1", "launch.trainers=2"],
+        {},
+        ["ep 2 x pp 2 needs a multiple of 4", "there are 2"],
+    ),
+    (
+        "heads",
+        "run",
+        ["parallel.tp=3", "launch.trainers=12"],
+        {},
+        ["parallel.tp 3", "attention heads, 4", "use one of 1, 2, 4"],
+    ),
+    (
+        "heads",
+        "run",
+        ["parallel.tp=4", "launch.trainers=8"],
+        {},
+        ["parallel.tp 4", "key/value heads, 2", "use one of 1, 2"],
+    ),
+    (
+        "ffn",
+        "run",
+        [],
+        {"mlp_only_layers": [0], "intermediate_size": 33},
+        ["parallel.tp 2", "intermediate_size, 33", "use one of"],
+    ),
+    (
+        "layers",
+        "run",
+        ["parallel.pp=3", "parallel.ep=1", "launch.trainers=6"],
+        {},
+        ["pp 3 x vpp 1", "4 layers", "divides 4"],
+    ),
     ("layers", "run", ["parallel.vpp=4"], {}, ["pp 2 x vpp 4", "4 layers"]),
     ("layers", "run", ["parallel.pp=1", "parallel.vpp=2"], {}, ["parallel.vpp 2 needs more than one pipeline stage"]),
-    ("layers", "run", ["parallel.first_stage_layers=4"], {}, ["first_stage_layers 4", "stages of [4, 0] layers", "change"]),
-    ("layers", "run", ["parallel.vpp=2", "parallel.first_stage_layers=1"], {}, ["first_stage_layers 1", "vpp 2", "unset"]),
+    (
+        "layers",
+        "run",
+        ["parallel.first_stage_layers=4"],
+        {},
+        ["first_stage_layers 4", "stages of [4, 0] layers", "change"],
+    ),
+    (
+        "layers",
+        "run",
+        ["parallel.vpp=2", "parallel.first_stage_layers=1"],
+        {},
+        ["first_stage_layers 1", "vpp 2", "unset"],
+    ),
     ("experts", "run", [], {"num_experts": 40_000}, ["40000 experts", "32768"]),
     (
         "experts",
@@ -85,7 +171,13 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         {"num_experts": 0, "num_local_experts": 0},
         ["replay.mode R3 needs a MoE model", "none"],
     ),
-    ("objective", "run", ["objective=ppo", "critic.warmup_steps=9", "train.steps=9"], {}, ["critic.warmup_steps 9", "steps 9", "lower it"]),
+    (
+        "objective",
+        "run",
+        ["objective=ppo", "critic.warmup_steps=9", "train.steps=9"],
+        {},
+        ["critic.warmup_steps 9", "steps 9", "lower it"],
+    ),
     ("minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
     (
         "minibatches",
@@ -95,21 +187,47 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         ["mini-batch of 2 responses", "4 data-parallel ranks", "raise"],
     ),
     ("group", "run", ["batch.group=1"], {}, ["batch.group 1", "'mean'", "batch.group=2"]),
-    ("sft_batch", "sft", ["sft.batch=1", "parallel.tp=1", "parallel.pp=1"], {}, ["sft.batch 1 cannot feed 4", "raise sft.batch"]),
+    (
+        "sft_batch",
+        "sft",
+        ["sft.batch=1", "parallel.tp=1", "parallel.pp=1"],
+        {},
+        ["sft.batch 1 cannot feed 4", "raise sft.batch"],
+    ),
     ("lag", "run", ["rollout.max_lag=2"], {}, ["rollout.max_lag 2", "set rollout.max_lag=0"]),
-    ("lengths", "run", ["rollout.max_new_tokens=2000"], {}, ["max_new_tokens 2000 = 2064", "max_position_embeddings 2048", "lower"]),
+    (
+        "lengths",
+        "run",
+        ["rollout.max_new_tokens=2000"],
+        {},
+        ["max_new_tokens 2000 = 2064", "max_position_embeddings 2048", "lower"],
+    ),
     ("micro_batch", "run", ["engine.micro_batch_tokens=100"], {}, ["engine.micro_batch_tokens 100", "raise it to 128"]),
     ("rollout_tp", "rollout", ["rollout.tp=3", "launch.store=127.0.0.1:1"], {}, ["rollout.tp 3", "attention heads, 4"]),
     ("store", "run", ["launch.store=here"], {}, ["launch.store 'here' is not host:port", "e.g."]),
     ("store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
-    ("store", "run", ["launch.store=192.0.2.1:29600"], {}, ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"]),
+    (
+        "store",
+        "run",
+        ["launch.store=192.0.2.1:29600"],
+        {},
+        ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"],
+    ),
 ]
 APART = {"colocate", "deepseek_router", "loader", "model_weights", "tokenizer"}  # tests of their own below
 
 
-@pytest.mark.parametrize(("name", "command", "overrides", "hf", "says"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("name", "command", "overrides", "hf", "says"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)]
+)
 def test_refusal(
-    run_yaml: Path, hf_config: dict[str, Any], name: str, command: str, overrides: list[str], hf: dict[str, Any], says: list[str]
+    run_yaml: Path,
+    hf_config: dict[str, Any],
+    name: str,
+    command: str,
+    overrides: list[str],
+    hf: dict[str, Any],
+    says: list[str],
 ) -> None:
     (run_yaml.parent / "model" / "config.json").write_text(json.dumps(hf_config | hf))
     config = load_config(run_yaml, overrides)
@@ -133,7 +251,9 @@ def test_nothing_is_refused_where_nothing_is_wrong(run_yaml: Path, command: str)
     refusals.check(load_config(run_yaml), command)
 
 
-def test_a_dense_model_has_replay_off_and_is_refused_expert_parallelism(run_yaml: Path, hf_config: dict[str, Any]) -> None:
+def test_a_dense_model_has_replay_off_and_is_refused_expert_parallelism(
+    run_yaml: Path, hf_config: dict[str, Any]
+) -> None:
     (run_yaml.parent / "model" / "config.json").write_text(json.dumps({**hf_config, "model_type": "qwen3"}))
     refusals.check(load_config(run_yaml, ["parallel.ep=1"]))  # four mini-batches, which is R3 where there are experts
     with pytest.raises(UserError, match="replay.mode R3 needs a MoE model"):
@@ -147,7 +267,9 @@ def test_weights_that_are_missing(run_yaml: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no \*\.safetensors"):
         refusals.check(load_config(run_yaml), "score")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
     with pytest.raises(UserError, match="lacks model-00001-of-00002.safetensors, which its index names"):
         refusals.check(load_config(run_yaml), "score")
 
@@ -172,7 +294,10 @@ def test_a_deepseek_router_that_vllm_would_guess(run_yaml: Path) -> None:
     path.write_text(json.dumps(said))
     refusals.check(config)
     path.write_text(json.dumps({key: value for key, value in said.items() if key != "scoring_func"}))
-    with pytest.raises(UserError, match='vLLM would route otherwise than the trainer; add "scoring_func": "sigmoid" to its config.json$'):
+    with pytest.raises(
+        UserError,
+        match='vLLM would route otherwise than the trainer; add "scoring_func": "sigmoid" to its config.json$',
+    ):
         refusals.check(config)
     refusals.check(config, "sft")
 
@@ -181,7 +306,9 @@ def test_a_loader_that_is_not_installed(run_yaml: Path, monkeypatch: pytest.Monk
     config = load_config(run_yaml, ["data.loader=dali"])
     refusals.check(config, "sft")
     monkeypatch.setattr(refusals.gpu, "_has_dali", lambda: False)
-    with pytest.raises(UserError, match="nvidia-dali is not installed; install the dali extra or set data.loader=torch"):
+    with pytest.raises(
+        UserError, match="nvidia-dali is not installed; install the dali extra or set data.loader=torch"
+    ):
         refusals.check(config, "sft")
 
 
@@ -191,7 +318,11 @@ def test_an_fp8_cache_needs_avx512_on_a_cpu(
 ) -> None:
     (run_yaml.parent / "model" / "config.json").write_text(json.dumps(hf_config | {"head_dim": 32}))
     monkeypatch.setattr(refusals.gpu, "_cpu_flags", lambda: flags)
-    with pytest.raises(UserError, match="needs AVX-512, this one has none; set rollout.kv_cache_dtype=auto") if refused else nullcontext():
+    with (
+        pytest.raises(UserError, match="needs AVX-512, this one has none; set rollout.kv_cache_dtype=auto")
+        if refused
+        else nullcontext()
+    ):
         refusals.check(load_config(run_yaml, ["rollout.kv_cache_dtype=fp8"]))
 
 

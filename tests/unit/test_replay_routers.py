@@ -1,4 +1,5 @@
-"""Replay in megatron-core's own routers, in a world of one rank: softmax, pre-softmax, and sigmoid with bias, groups and a scaling factor.
+"""Replay in megatron-core's own routers, in a world of one rank: softmax,
+pre-softmax, and sigmoid with bias, groups and a scaling factor.
 
 Traps are those of spec/routing.md. The formula of every gate is written here a second time, from the full live scores.
 """
@@ -19,7 +20,7 @@ from megarl.engine.profile import choose_profile
 from megarl.replay.context import replay_schedule
 from megarl.replay.metrics import RoutingSums
 from megarl.replay.routes import accept_routes, agreement, check_routes, route_dtype, spread_routes
-from megarl.weights.weight_map import WeightMap
+from megarl.weights.map.weight_map import WeightMap
 from tools.one_rank import one_rank
 
 # isort: split
@@ -79,7 +80,9 @@ def make_input(seed=1, rows=ROWS):
 
 
 def route(router, x, routes=None, present=None, backward=None):
-    """Gates [rows, E] and map of one pass with hooks, its record, and the router's gradient for the upstream gradient `backward`."""
+    """Gates [rows, E] and map of one pass with hooks, its record, and
+    the router's gradient for the upstream gradient `backward`.
+    """
     router.zero_grad()
     with replay_schedule([[router]]) as replay:
         target = None if routes is None else routes[:, None]
@@ -139,7 +142,9 @@ def test_replaying_the_own_routes_changes_nothing_bitwise(kind):
     for routes in (None, live_routes(router, x)):
         again, map_, record = route(router, x, routes, backward=upstream())
         assert torch.equal(again, gates) and torch.equal(map_, chosen) and torch.equal(router.weight.grad, plain)
-    assert agreement(record.stacked()[0], live_routes(router, x)[:, None]).eq(1).all() and record.stacked()[1].eq(0).all()
+    assert (
+        agreement(record.stacked()[0], live_routes(router, x)[:, None]).eq(1).all() and record.stacked()[1].eq(0).all()
+    )
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
@@ -147,7 +152,9 @@ def test_softmax_routers_equal_transformers_qwen3_moe(norm_topk_prob):
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-    config = Qwen3MoeConfig(hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=norm_topk_prob)
+    config = Qwen3MoeConfig(
+        hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=norm_topk_prob
+    )
     against_transformers(make_router("softmax" if norm_topk_prob else "pre_softmax"), Qwen3MoeTopKRouter(config))
 
 
@@ -155,7 +162,9 @@ def test_sigmoid_router_equals_transformers_deepseek_v3():
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-    config = DeepseekV3Config(hidden_size=HIDDEN, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=4, topk_group=2)
+    config = DeepseekV3Config(
+        hidden_size=HIDDEN, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=4, topk_group=2
+    )
     config.routed_scaling_factor, config.norm_topk_prob = SCALE, True
     router, theirs = make_router("sigmoid"), DeepseekV3TopkRouter(config)
     theirs.e_score_correction_bias.copy_(router.expert_bias)
@@ -189,7 +198,9 @@ def test_trap_01_gate_is_gathered_from_the_full_scores(kind):
     torch.testing.assert_close(router.weight.grad, weight.grad, rtol=1e-5, atol=1e-6)
     assert agreement(record.stacked()[0], routes[:, None]).eq(0).all()
 
-    only_first = routes[:1].expand(ROWS, -1)  # the same drifted experts everywhere: their rows of the weight, and what the kind couples
+    only_first = routes[:1].expand(
+        ROWS, -1
+    )  # the same drifted experts everywhere: their rows of the weight, and what the kind couples
     route(router, x, only_first, backward=upstream())
     moved = router.weight.grad.abs().sum(1) > 0
     assert moved[routes[0]].all() and (kind == "pre_softmax" or int(moved.sum()) == TOP_K)
@@ -197,10 +208,14 @@ def test_trap_01_gate_is_gathered_from_the_full_scores(kind):
 
 @every_kind
 def test_trap_02_weights_are_recomputed_live_and_the_bias_never_weights(kind):
-    """Other weights of the router give other gates over the same routes; another bias gives other live routes and the same gates."""
+    """Other weights of the router give other gates over the same
+    routes; another bias gives other live routes and the same gates.
+    """
     router, x, routes = make_router(kind), make_input(), random_routes()
     before, _, _ = route(router, x, routes)
-    torch.testing.assert_close(before.sum(1), formula(kind, router.weight.detach(), x, routes).sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        before.sum(1), formula(kind, router.weight.detach(), x, routes).sum(1), rtol=1e-6, atol=0
+    )
     if kind == "sigmoid":
         own = live_routes(router, x)
         router.expert_bias.mul_(-3)
@@ -220,13 +235,17 @@ def test_trap_03_a_fused_router_would_never_ask_the_hook(monkeypatch):
     router = make_router("softmax")
     router.config.moe_router_fusion = True
     monkeypatch.setattr(moe_utils, "HAVE_TE", True)
-    monkeypatch.setattr(moe_utils, "fused_topk_with_score_function", lambda logits, **_: (logits, logits > 0), raising=False)
+    monkeypatch.setattr(
+        moe_utils, "fused_topk_with_score_function", lambda logits, **_: (logits, logits > 0), raising=False
+    )
     assert not route(router, make_input(), random_routes())[2].own
 
 
 @every_kind
 def test_trap_04_routers_are_addressed_by_place_not_by_a_process_wide_list(kind):
-    """Two models in one process, three routers: hooks on one leave the others alone, and megatron-core's own list stays empty."""
+    """Two models in one process, three routers: hooks on one leave the
+    others alone, and megatron-core's own list stays empty.
+    """
     first, second, other = make_router(kind), make_router(kind, seed=5), make_router(kind, seed=6)
     x, own, different = make_input(), live_routes(make_router(kind, seed=6), make_input()), random_routes()
     with replay_schedule([[first, second]]) as replay, replay.forward(0, torch.stack([different, own], 1), replay=True):
@@ -241,18 +260,33 @@ def test_trap_04_routers_are_addressed_by_place_not_by_a_process_wide_list(kind)
 def test_trap_04_multi_token_prediction_layers_are_skipped(world):
     """Their layer numbers start again at 1. Dense first layers: a router's index counts MoE layers only (trap 10)."""
     chunk = torch.nn.Module()
-    chunk.decoder, chunk.mtp = torch.nn.ModuleList([make_router("softmax", layer=n) for n in (3, 2)]), make_router("softmax", layer=1)
-    model = Model(chunk.mtp.config, SimpleNamespace(moe_layers=[1, 2]), world, choose_profile(EngineConfig(), DEVICE), bare=[chunk])
+    chunk.decoder, chunk.mtp = (
+        torch.nn.ModuleList([make_router("softmax", layer=n) for n in (3, 2)]),
+        make_router("softmax", layer=1),
+    )
+    model = Model(
+        chunk.mtp.config,
+        SimpleNamespace(moe_layers=[1, 2]),
+        world,
+        choose_profile(EngineConfig(), DEVICE),
+        bare=[chunk],
+    )
     assert [(i, router.layer_number) for i, router in model.routers()] == [(0, 2), (1, 3)]
 
 
 @every_kind
 @pytest.mark.parametrize("order", ["1F1B", "all forwards first"])
 def test_trap_05_several_forwards_before_the_first_backward(kind, order):
-    """Recompute takes the routes first in, first out. The gradient is the one without recompute; a forward-only pass leaves nothing."""
+    """Recompute takes the routes first in, first out. The gradient is
+    the one without recompute; a forward-only pass leaves nothing.
+    """
     router, inputs = make_router(kind), [make_input(seed) for seed in range(4)]
     routes = [random_routes(seed) for seed in range(4)]
-    steps = ["f0", "f1", "b0", "f2", "b1", "f3", "b2", "b3"] if order == "1F1B" else ["f0", "f1", "f2", "f3", "b0", "b1", "b2", "b3"]
+    steps = (
+        ["f0", "f1", "b0", "f2", "b1", "f3", "b2", "b3"]
+        if order == "1F1B"
+        else ["f0", "f1", "f2", "f3", "b0", "b1", "b2", "b3"]
+    )
 
     def gradient(recompute):
         router.zero_grad()
@@ -281,7 +315,9 @@ def test_trap_05_several_forwards_before_the_first_backward(kind, order):
 
 @every_kind
 def test_trap_06_recompute_sees_the_routes_that_were_used_live_rows_too(kind):
-    """Between forward and recompute the router changes, so that routing anew would choose others: the used routes come back."""
+    """Between forward and recompute the router changes, so that routing
+    anew would choose others: the used routes come back.
+    """
     router, x, routes = make_router(kind), make_input(), random_routes()
     present = torch.arange(ROWS) % 3 > 0
     own = live_routes(router, x)
@@ -360,14 +396,25 @@ def test_trap_08_padding_rows_are_distinct_and_spread(experts, top_k):
 def test_trap_08_padding_rows_count_in_no_statistic():
     own, other = random_routes(1)[:, None], random_routes(2)[:, None]
     counted, padded = RoutingSums(1, [0]), RoutingSums(1, [0])
-    counted.add(own[:30], other[:30], torch.ones(30, dtype=torch.bool), torch.rand(30, 1, generator=torch.Generator().manual_seed(0)))
+    counted.add(
+        own[:30],
+        other[:30],
+        torch.ones(30, dtype=torch.bool),
+        torch.rand(30, 1, generator=torch.Generator().manual_seed(0)),
+    )
     gap = torch.cat([torch.rand(30, 1, generator=torch.Generator().manual_seed(0)), torch.full((10, 1), 99.0)])
     padded.add(own, other, torch.arange(ROWS) < 30, gap)
-    assert torch.equal(counted.agree, padded.agree) and torch.equal(counted.rows, padded.rows) and counted.worst_gap == padded.worst_gap
+    assert (
+        torch.equal(counted.agree, padded.agree)
+        and torch.equal(counted.rows, padded.rows)
+        and counted.worst_gap == padded.worst_gap
+    )
 
 
 def test_trap_12_more_than_256_experts():
-    """300 experts: recorded, sent as bytes of the wire's dtype, replayed; bitwise the live pass. uint8 would have wrapped."""
+    """300 experts: recorded, sent as bytes of the wire's dtype,
+    replayed; bitwise the live pass. uint8 would have wrapped.
+    """
     assert (route_dtype(256), route_dtype(257), route_dtype(65536)) == (np.uint8, np.uint16, np.uint16)
     router, x = make_router("softmax", experts=300), make_input()
     gates, chosen, record = route(router, x)
@@ -381,14 +428,18 @@ def test_trap_12_more_than_256_experts():
 
 def test_trap_13_expert_bias_is_frozen_and_there_is_no_auxiliary_loss(world, hf_config):
     """The engine's config says so. The count that would move the bias is of the experts used, the replayed ones."""
-    config = _transformer_config(load_config(None, []), WeightMap(hf_config), world, choose_profile(EngineConfig(), DEVICE))
+    config = _transformer_config(
+        load_config(None, []), WeightMap(hf_config), world, choose_profile(EngineConfig(), DEVICE)
+    )
     assert config.moe_router_bias_update_rate == 0 and config.moe_aux_loss_coeff == 0
     assert config.moe_router_load_balancing_type == "none" and config.moe_z_loss_coeff is None
     router, routes = make_router("sigmoid"), random_routes()
     bias = router.expert_bias.clone()
     route(router, make_input(), routes, backward=upstream())
     assert torch.equal(router.local_tokens_per_expert, map_of(routes).sum(0).float())
-    updated = get_updated_expert_bias(router.local_tokens_per_expert, router.expert_bias, config.moe_router_bias_update_rate)
+    updated = get_updated_expert_bias(
+        router.local_tokens_per_expert, router.expert_bias, config.moe_router_bias_update_rate
+    )
     assert torch.equal(updated, bias) and not router.is_aux_loss_enabled()
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from megarl.errors import UserError
+from megarl.observe.metrics import MetricsLogger, read_metrics
+from megarl.observe.progress import Progress, count, duration
+from megarl.observe.samples import Sample, write_samples
+from megarl.observe.worst import read_worst, write_worst
 from megarl.report import curves
 from megarl.report.html import last_eighth, learning_curve_svg, render, report
-from megarl.report.metrics import MetricsLogger, read_metrics
 from megarl.report.panels import GROUPS
-from megarl.report.progress import Progress, count, duration
-from megarl.report.samples import Sample, write_samples
-from megarl.report.worst import read_worst, write_worst
 
 
 def every_key(step: int) -> dict[str, Any]:
@@ -35,7 +35,9 @@ def every_key(step: int) -> dict[str, Any]:
 def test_rows_are_written_one_a_step_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
     logger = MetricsLogger(tmp_path)
     logger.log(1, {"reward/mean": 0.5, "policy/entropy": math.nan, "routing/layer_agreement": [1.0, math.inf]})
-    assert read_metrics(tmp_path) == [{"step": 1, "reward/mean": 0.5, "policy/entropy": None, "routing/layer_agreement": [1.0, None]}]
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "reward/mean": 0.5, "policy/entropy": None, "routing/layer_agreement": [1.0, None]}
+    ]
     logger.close()
 
 
@@ -78,7 +80,12 @@ def test_the_live_line_rewrites_itself_on_a_terminal_only() -> None:
             return True
 
     plain, live = io.StringIO(), Terminal()
-    row = {"reward/mean": 0.5, "mismatch/kl_k3": 1.2e-10, "routing/agree_rollout_old": 1.0, "throughput/tokens_per_s": 1900.0}
+    row = {
+        "reward/mean": 0.5,
+        "mismatch/kl_k3": 1.2e-10,
+        "routing/agree_rollout_old": 1.0,
+        "throughput/tokens_per_s": 1900.0,
+    }
     for stream in (plain, live):
         progress = Progress(20, stream)
         progress.update(1, row)
@@ -99,7 +106,10 @@ def test_samples_are_readable(tmp_path: Path) -> None:
     sample = Sample(prompt="sum 1 2", response="3;3", answer="3", reward=1.0, tokens=4, finish_reason="stop", version=8)
     text = write_samples(tmp_path, 7, [sample, sample]).read_text()
     assert (tmp_path / "rollouts" / "step_000007.txt").is_file()
-    assert "=== 2: reward 1, answer '3', 4 tokens, ended by stop, weights 8\n--- prompt\nsum 1 2\n--- response\n3;3\n" in text
+    assert (
+        "=== 2: reward 1, answer '3', 4 tokens, ended by stop, weights 8\n--- prompt\nsum 1 2\n--- response\n3;3\n"
+        in text
+    )
 
 
 class Page(HTMLParser):
@@ -150,14 +160,18 @@ def test_missing_keys_leave_their_panels_out(tmp_path: Path) -> None:
     Page(render(str(tmp_path), [{"step": 1}]))
 
 
-@pytest.mark.parametrize("values", [[0.0] * 5, [1.0] * 5, [None, 0.5, None, None, 2.0], [1e-12, 1e-3, 5.0, 0.0, -1.0], [1e9, 2e9, 0, 0, 1]])
+@pytest.mark.parametrize(
+    "values", [[0.0] * 5, [1.0] * 5, [None, 0.5, None, None, 2.0], [1e-12, 1e-3, 5.0, 0.0, -1.0], [1e9, 2e9, 0, 0, 1]]
+)
 @pytest.mark.parametrize("log", [False, True])
 def test_charts_are_well_formed_and_inside_their_frame(values: list[float | None], log: bool) -> None:
     inside = curves.line_chart([1, 2, 3, 4, 5], [curves.Series("x", values)], log=log)
     root = ElementTree.fromstring(f"<svg>{inside}</svg>")
     for line in root.iter("polyline"):
         for x, y in (map(float, point.split(",")) for point in line.attrib["points"].split()):
-            assert curves.LEFT - 0.1 <= x <= curves.WIDTH and curves.TOP - 0.1 <= y <= curves.HEIGHT - curves.BOTTOM + 0.1
+            assert (
+                curves.LEFT - 0.1 <= x <= curves.WIDTH and curves.TOP - 0.1 <= y <= curves.HEIGHT - curves.BOTTOM + 0.1
+            )
     if inside:
         labels = [text.text for text in root.iter("text") if text.attrib["text-anchor"] == "end"]
         assert 1 <= len(labels) <= 8 and len(set(labels)) == len(labels), labels
@@ -218,7 +232,9 @@ def test_the_curve_in_the_terminal_rises_where_the_reward_does() -> None:
     assert curves.text_curve([1], [0.5]).count("•") == 1 and curves.text_curve([1, 2], [None, None]) == ""
 
 
-def test_report_prints_the_curve_and_writes_page_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_prints_the_curve_and_writes_page_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     logger = MetricsLogger(tmp_path)
     for step in range(1, 17):
         logger.log(step, {"reward/mean": step / 16})
@@ -227,7 +243,9 @@ def test_report_prints_the_curve_and_writes_page_and_picture(tmp_path: Path, cap
     out = capsys.readouterr().out
     assert "reward/mean over the last eighth of the steps: 0.969" in out and f"report: {tmp_path}/report.html" in out
     root = ElementTree.parse(tmp_path / "curve.svg").getroot()
-    assert root.tag.endswith("svg") and learning_curve_svg(read_metrics(tmp_path)) == (tmp_path / "curve.svg").read_text()
+    assert (
+        root.tag.endswith("svg") and learning_curve_svg(read_metrics(tmp_path)) == (tmp_path / "curve.svg").read_text()
+    )
     assert last_eighth(read_metrics(tmp_path), "reward/std") is None
 
 

@@ -41,7 +41,9 @@ def test_math_verify_works_in_a_thread() -> None:
 
 
 def test_dotted_path_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rewards_a.py").write_text("def length(response, answer, prompt):\n    return len(response)\n\nconstant = 3\n")
+    (tmp_path / "my_rewards_a.py").write_text(
+        "def length(response, answer, prompt):\n    return len(response)\n\nconstant = 3\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert get_reward("my_rewards_a.length")("abc", "", "") == 3.0
     with pytest.raises(UserError, match="has no function 'constant'"):
@@ -67,7 +69,9 @@ def test_unknown_names_are_one_line(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "None", "'high'"])
-def test_a_reward_that_is_no_finite_number_names_the_sample(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_that_is_no_finite_number_names_the_sample(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = f"my_rewards_{abs(hash(value))}"
     (tmp_path / f"{module}.py").write_text(f"def bad(response, answer, prompt):\n    return {value}\n")
     monkeypatch.chdir(tmp_path)

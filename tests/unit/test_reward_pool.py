@@ -1,4 +1,6 @@
-"""Rewards of one's own run in worker processes: what raises, hangs, dies or is not a number costs its own sample only."""
+"""Rewards of one's own run in worker processes: what raises, hangs, dies or is not a
+number costs its own sample only.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def wild(response, answer, prompt):
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardPool]:
     (tmp_path / "wild_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    )
     pool = RewardPool("wild_rewards.wild", workers=2, timeout_s=2.0)
     yield pool
     pool.close()

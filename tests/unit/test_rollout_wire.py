@@ -30,13 +30,26 @@ def test_arrays_come_back_as_they_were() -> None:
 def test_a_body_is_cut_into_responses_of_their_own_lengths() -> None:
     prompts, lengths = [[3, 4], [5, 6, 7]], [1, 3, 2, 4]
     rows = [2 + 1 - 1, 2 + 3 - 1, 3 + 2 - 1, 3 + 4 - 1]
-    header = {"lengths": lengths, "finish": ["stop", "length", "length", "stop"], "versions": [[[7, 0, n]] for n in lengths]}
+    header = {
+        "lengths": lengths,
+        "finish": ["stop", "length", "length", "stop"],
+        "versions": [[[7, 0, n]] for n in lengths],
+    }
     routes = np.repeat(np.arange(4, dtype=np.uint8), rows)[:, None, None] * np.ones((1, 2, 2), np.uint8)
     arrays = {"tokens": np.arange(10, dtype=np.int32), "logprobs": -np.arange(10, dtype=np.float32), "routes": routes}
     groups = _responses(encode(header, arrays), prompts, 2)
-    assert [r.tokens.tolist() for group in groups for r in group] == [[3, 4, 0], [3, 4, 1, 2, 3], [5, 6, 7, 4, 5], [5, 6, 7, 6, 7, 8, 9]]
+    assert [r.tokens.tolist() for group in groups for r in group] == [
+        [3, 4, 0],
+        [3, 4, 1, 2, 3],
+        [5, 6, 7, 4, 5],
+        [5, 6, 7, 6, 7, 8, 9],
+    ]
     for number, response in enumerate(r for group in groups for r in group):
-        assert response.routes is not None and len(response.routes) == len(response.tokens) - 1 and (response.routes == number).all()
+        assert (
+            response.routes is not None
+            and len(response.routes) == len(response.tokens) - 1
+            and (response.routes == number).all()
+        )
         assert response.weight_versions == [{"version": 7, "start": 0, "end": lengths[number]}]
         assert response.logprobs.tolist() == (-response.tokens[response.prompt_len :]).tolist()
 

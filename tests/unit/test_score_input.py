@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megarl.commands.score import encode_npy, read_rows
 from megarl.config import Config, load_config
 from megarl.errors import UserError
-from megarl.score import encode_npy, read_rows
-from megarl.weights.weight_map import WeightMap
+from megarl.weights.map.weight_map import WeightMap
 from tests.parallel.wrong_routes import CASES, EXPERTS, LAYERS, ROWS, TOP_K
 from tools.tiny_model import tiny_config
 
@@ -47,7 +47,11 @@ def test_wrong_routes(tmp_path: Path, weight_map: WeightMap, case: str) -> None:
     spoil, said = CASES[case]
     with pytest.raises(UserError) as error:
         read(tmp_path, weight_map, row(), row(spoil(GOOD)))
-    assert "rows.jsonl line 2: 'routes': " in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "rows.jsonl line 2: 'routes': " in str(error.value)
+        and said in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(

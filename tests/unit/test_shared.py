@@ -1,4 +1,6 @@
-"""The weight group over shared memory (megarl.weights.shared): several ranks as threads of this process, each with a store of its own."""
+"""The weight group over shared memory (megarl.weights.transport.shared):
+several ranks as threads of this process, each with a store of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarl.weights.send import Outgoing, WeightSender
-from megarl.weights.shared import SharedGroup
+from megarl.weights.transport.send import Outgoing, WeightSender
+from megarl.weights.transport.shared import SharedGroup
 
 CPU = torch.device("cpu")
 
@@ -40,7 +42,9 @@ def test_buckets_of_a_sender_reach_every_rank_in_order(store):
             for bucket in range(buckets):
                 for rank, ring in enumerate(rings):
                     ring[bucket % 2].fill_(10 * rank + bucket)
-                yield Outgoing([(ring[bucket % 2][: 900 + bucket], rank + 1) for rank, ring in enumerate(rings)], bucket)
+                yield Outgoing(
+                    [(ring[bucket % 2][: 900 + bucket], rank + 1) for rank, ring in enumerate(rings)], bucket
+                )
 
         sent = pool.submit(sender.result().send, send())
         for bucket in range(buckets):
@@ -78,7 +82,11 @@ def test_of_buffers_that_are_not_used_again_no_more_than_two_stay_open(store):
 @pytest.mark.parametrize("waiting", ["sender", "receiver"])
 def test_a_rank_that_leaves_ends_the_others_wait(store, waiting):
     groups = meet(store, 2, timeout_s=60.0)
-    work = groups[0].exchange([(numbered(1), 1)], [], 0) if waiting == "sender" else groups[1].exchange([], [(numbered(0), 0)], 0)
+    work = (
+        groups[0].exchange([(numbered(1), 1)], [], 0)
+        if waiting == "sender"
+        else groups[1].exchange([], [(numbered(0), 0)], 0)
+    )
     with ThreadPoolExecutor(1) as pool:
         waited = pool.submit(work[0].wait)
         groups[1 if waiting == "sender" else 0].close()

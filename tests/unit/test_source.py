@@ -1,4 +1,6 @@
-"""Checkpoints that hold more than the map's tensors: block FP8, multi-token prediction, constants, and tensors nobody knows."""
+"""Checkpoints that hold more than the map's tensors: block FP8,
+multi-token prediction, constants, and tensors nobody knows.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from megarl.engine.build import build_engine
 from megarl.engine.export import export_hf
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
-from megarl.weights.layout import Layout
-from megarl.weights.load import HfReader
-from megarl.weights.weight_map import WeightMap, load_hf_config
+from megarl.weights.files.hf_reader import HfReader
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.tiny_model import make_tiny_model  # noqa: E402
@@ -28,10 +30,14 @@ BLOCK = (24, 40)  # divides nothing here: the last blocks are cut, and no rectan
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint as DeepSeek releases them: FP8 in blocks, one layer of multi-token prediction; and its tensors dequantised."""
+    """A checkpoint as DeepSeek releases them: FP8 in blocks, one layer
+    of multi-token prediction; and its tensors dequantised.
+    """
     path = make_tiny_model(tmp_path_factory.mktemp("released") / "model", "deepseek_v3", layers=2, dtype="bfloat16")
     tensors = load_file(path / "model.safetensors")
-    for name in [name for name in tensors if name.startswith("model.layers.1.")]:  # layer 2: as layer 1, and a projection of its own
+    for name in [
+        name for name in tensors if name.startswith("model.layers.1.")
+    ]:  # layer 2: as layer 1, and a projection of its own
         tensors[name.replace("layers.1.", "layers.2.")] = tensors[name] + 0.5
     tensors["model.layers.2.eh_proj.weight"] = torch.randn(64, 128).bfloat16()
     want, stored = {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
@@ -44,7 +50,10 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             assert 0 < (want[name].float() - tensor.float()).abs().max() < 0.3
     save_file(stored, path / "model.safetensors", {"format": "pt"})
     config = load_hf_config(path)
-    config |= {"num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK)}}
+    config |= {
+        "num_nextn_predict_layers": 1,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK)},
+    }
     (path / "config.json").write_text(json.dumps(config))
     return path, want
 
@@ -59,7 +68,9 @@ def _quantized(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=4, ep=2, world=4), Layout(tp=2, etp=2, world=2)], ids=str)
-def test_rectangles_of_block_fp8_are_dequantised(released: tuple[Path, dict[str, torch.Tensor]], layout: Layout) -> None:
+def test_rectangles_of_block_fp8_are_dequantised(
+    released: tuple[Path, dict[str, torch.Tensor]], layout: Layout
+) -> None:
     path, want = released
     weight_map = WeightMap(load_hf_config(path))
     with HfReader(path) as reader:
@@ -68,7 +79,9 @@ def test_rectangles_of_block_fp8_are_dequantised(released: tuple[Path, dict[str,
                 for piece in param.pieces:
                     expected = want[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape))]
                     got = reader.read(piece)
-                    assert got.dtype == (torch.float32 if param.buffer else torch.bfloat16) and torch.equal(got, expected), piece
+                    assert got.dtype == (torch.float32 if param.buffer else torch.bfloat16) and torch.equal(
+                        got, expected
+                    ), piece
 
 
 def test_an_export_is_dequantised_and_carries_multi_token_prediction(
@@ -87,10 +100,20 @@ def test_an_export_is_dequantised_and_carries_multi_token_prediction(
     assert any(".layers.2." in name for name in want) and any(name.endswith("e_score_correction_bias") for name in want)
 
 
-def test_a_conversion_there_and_back_does_the_same(released: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_a_conversion_there_and_back_does_the_same(
+    released: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
     path, want = released
-    assert hf_to_megatron_main(["--hf", str(path), "--out", str(tmp_path / "megatron"), "--tp", "2", "--ep", "2", "--verify"]) == 0
-    assert megatron_to_hf_main(["--megatron", str(tmp_path / "megatron"), "--out", str(tmp_path / "back"), "--verify"]) == 0
+    assert (
+        hf_to_megatron_main(
+            ["--hf", str(path), "--out", str(tmp_path / "megatron"), "--tp", "2", "--ep", "2", "--verify"]
+        )
+        == 0
+    )
+    assert (
+        megatron_to_hf_main(["--megatron", str(tmp_path / "megatron"), "--out", str(tmp_path / "back"), "--verify"])
+        == 0
+    )
     got = load_file(tmp_path / "back" / "model.safetensors")
     assert got.keys() == want.keys()
     for name, tensor in want.items():
@@ -106,7 +129,9 @@ def test_tensors_that_are_missing_or_unknown_are_named(released: tuple[Path, dic
     with HfReader(path) as reader:
         found = reader.carried(WeightMap(config))
         assert found and all(name.startswith("model.layers.2.") and not name.endswith("_scale_inv") for name in found)
-        with pytest.raises(UserError, match=r"holds \d+ tensors that a deepseek_v3 .* first 'model.layers.2.eh_proj.weight'"):
+        with pytest.raises(
+            UserError, match=r"holds \d+ tensors that a deepseek_v3 .* first 'model.layers.2.eh_proj.weight'"
+        ):
             reader.carried(WeightMap({**config, "num_nextn_predict_layers": 0}))
         with pytest.raises(UserError, match=r"tensor 'model.layers.3.input_layernorm.weight' is missing"):
             reader.carried(WeightMap({**config, "num_hidden_layers": 4}))

@@ -1,4 +1,6 @@
-"""Names under Transformer Engine's layer spec: the rule by itself, and megatron-core's own spec built over a stand-in (te_stub.py)."""
+"""Names under Transformer Engine's layer spec: the rule by itself, and
+megatron-core's own spec built over a stand-in (te_stub.py).
+"""
 
 from __future__ import annotations
 

@@ -72,6 +72,8 @@ def test_digit_sum_files(tmp_path: Path) -> None:
     assert len(load_demonstrations(first / "demos.jsonl", tokenizer, 16, "error")) == len(rows) == 500
     assert not {row["prompt"] for row in rows} & {p.text for p in valid}
     reward = get_reward("digit_sum")
-    share = sum(reward(row["response"], str(sum(map(int, row["prompt"][:-1])) % 10), row["prompt"]) for row in rows) / 500
+    share = (
+        sum(reward(row["response"], str(sum(map(int, row["prompt"][:-1])) % 10), row["prompt"]) for row in rows) / 500
+    )
     assert 0.3 < share < 0.6  # four steps with a slip in five each, and the few wrong paths that end right
     assert {len(row["response"]) for row in rows} == {1, 2, 3, 4}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.report.trace import phase, read_trace, start_trace, stop_trace
+from megarl.observe.trace import phase, read_trace, start_trace, stop_trace
 
 
 def test_events_survive_a_kill_and_a_resumed_run_follows(tmp_path: Path) -> None:
@@ -33,4 +33,11 @@ def test_events_survive_a_kill_and_a_resumed_run_follows(tmp_path: Path) -> None
     assert [event["name"] for event in events] == ["rollout", "step", "update", "sync"]
     assert events == json.loads(path.read_text().rstrip().rstrip(",") + "]")
     rollout, step, update, sync = events
-    assert step["ts"] <= rollout["ts"] <= rollout["ts"] + rollout["dur"] <= step["ts"] + step["dur"] <= update["ts"] <= sync["ts"]
+    assert (
+        step["ts"]
+        <= rollout["ts"]
+        <= rollout["ts"] + rollout["dur"]
+        <= step["ts"] + step["dur"]
+        <= update["ts"]
+        <= sync["ts"]
+    )

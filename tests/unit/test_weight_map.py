@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megarl.errors import UserError
-from megarl.weights.gather import plan_gather
-from megarl.weights.layout import Layout
-from megarl.weights.weight_map import WeightMap
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.reshard.gather import plan_gather
 
 LAYOUTS = [
     Layout(),
@@ -31,7 +31,9 @@ def random_weights(weight_map: WeightMap) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dense", [[], [0]])
-def test_cutting_and_putting_together_is_the_identity(hf_config: dict[str, Any], layout: Layout, dense: list[int]) -> None:
+def test_cutting_and_putting_together_is_the_identity(
+    hf_config: dict[str, Any], layout: Layout, dense: list[int]
+) -> None:
     weight_map = WeightMap({**hf_config, "mlp_only_layers": dense, "vocab_size": 31})  # 31: padded under TP
     weights = random_weights(weight_map)
     held: dict[tuple[int, int, str], torch.Tensor] = {}
@@ -45,7 +47,9 @@ def test_cutting_and_putting_together_is_the_identity(hf_config: dict[str, Any],
     for name, sends in plan_gather(weight_map, layout).items():
         full = torch.full(weight_map.hf_shapes[name], torch.nan)
         for send in sends:
-            cut = held[send.rank, send.chunk, send.name][tuple(slice(a, a + n) for a, n in zip(send.piece.start, send.piece.shape))]
+            cut = held[send.rank, send.chunk, send.name][
+                tuple(slice(a, a + n) for a, n in zip(send.piece.start, send.piece.shape))
+            ]
             full[tuple(slice(a, a + n) for a, n in zip(send.piece.hf_start, send.piece.shape))] = cut
         assert torch.equal(full, weights[name]), name
 
@@ -53,7 +57,11 @@ def test_cutting_and_putting_together_is_the_identity(hf_config: dict[str, Any],
 def test_grouped_qkv_is_queries_key_value_of_each_group(hf_config: dict[str, Any]) -> None:
     weight_map = WeightMap(hf_config)  # 4 heads of 16 in 2 groups
     layout = Layout(tp=2, world=2)
-    param = next(p for p in weight_map.params(layout, layout.coord(1)) if p.name.endswith("layers.0.self_attention.linear_qkv.weight"))
+    param = next(
+        p
+        for p in weight_map.params(layout, layout.coord(1))
+        if p.name.endswith("layers.0.self_attention.linear_qkv.weight")
+    )
     assert param.shape == (64, 64)
     rows = [(piece.hf.split(".")[-2], piece.hf_start[0], piece.start[0], piece.shape[0]) for piece in param.pieces]
     assert rows == [("q_proj", 32, 0, 32), ("k_proj", 16, 32, 16), ("v_proj", 16, 48, 16)]

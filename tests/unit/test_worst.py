@@ -6,8 +6,8 @@ import torch
 
 from megarl.engine.batch import make_packs
 from megarl.engine.build import DEVICE  # noqa: F401  sets the device up before megatron-core is imported
-from megarl.report.worst import AFTER, COUNT, worst_of
-from megarl.weights.layout import Layout
+from megarl.observe.worst import AFTER, COUNT, worst_of
+from megarl.weights.map.layout import Layout
 
 
 def test_the_worst_tokens_of_packs() -> None:
@@ -23,6 +23,16 @@ def test_the_worst_tokens_of_packs() -> None:
     pack.old_logprobs[9 + 20] = float("nan")  # a NaN is no difference that sorts; the loss refuses it elsewhere
     pack.old_logprobs[9 + 10] = float("-inf")
     first, second, *rest = worst_of(packs)
-    assert (first["token"], first["before"][-1], first["before"][0], first["after"]) == ([41], 40, 30, list(range(42, 42 + AFTER)))
-    assert (second["token"], second["before"], second["after"], second["trainer"]) == ([19], list(range(10, 19)), [], -5.0)
+    assert (first["token"], first["before"][-1], first["before"][0], first["after"]) == (
+        [41],
+        40,
+        30,
+        list(range(42, 42 + AFTER)),
+    )
+    assert (second["token"], second["before"], second["after"], second["trainer"]) == (
+        [19],
+        list(range(10, 19)),
+        [],
+        -5.0,
+    )
     assert len(rest) == COUNT - 2 and all(row["difference"] == 1 for row in rest)

@@ -2,11 +2,12 @@
 
     python tools/bench/convert.py [--gb 4] [--rounds 3] [--folder DIR] [--json FILE]
 
-A Qwen3-MoE of random bits in bfloat16 (hidden 2048, 32 experts of 768, vocabulary 32,768; as many layers as --gb, 1e9 bytes, asks for) in
-safetensors of at most 1 GiB goes to a Megatron checkpoint cut for TP2 PP1 EP2 and back, each by its own command. Every way begins with a
-quiet disk and ends with an fsync of what it wrote; seconds are from the start of the process, with the source in the page cache. The ways
-take turns; medians, and from fastest to slowest. Peak is the process's largest resident set; "imports" is that of a process which only
-loads the command. What came back is compared with the source bit for bit.
+A Qwen3-MoE of random bits in bfloat16 (hidden 2048, 32 experts of 768, vocabulary 32,768; as many layers
+as --gb, 1e9 bytes, asks for) in safetensors of at most 1 GiB goes to a Megatron checkpoint cut for TP2
+PP1 EP2 and back, each by its own command. Every way begins with a quiet disk and ends with an fsync of
+what it wrote; seconds are from the start of the process, with the source in the page cache. The ways take
+turns; medians, and from fastest to slowest. Peak is the process's largest resident set; "imports" is that
+of a process which only loads the command. What came back is compared with the source bit for bit.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ def make_checkpoint(folder: Path, gb: float) -> tuple[int, int]:
     """Writes it; returns the bytes of all tensors and of the largest."""
     import torch
 
-    from megarl.weights.hf_folder import ShardedWriter, plan_shards
-    from megarl.weights.safetensors_file import Spec
-    from megarl.weights.weight_map import WeightMap
+    from megarl.weights.files.hf_folder import ShardedWriter, plan_shards
+    from megarl.weights.files.safetensors_file import Spec
+    from megarl.weights.map.weight_map import WeightMap
     from tools.tiny_model import tiny_config
 
     def specs(layers: int) -> dict[str, Spec]:
-        shape = dict(hidden=2048, experts=32, top_k=4, moe_intermediate=768, heads=32, kv_heads=4, head_dim=128, vocab_size=32768)
+        shape = dict(
+            hidden=2048, experts=32, top_k=4, moe_intermediate=768, heads=32, kv_heads=4, head_dim=128, vocab_size=32768
+        )
         tree = tiny_config("qwen3_moe", layers=layers, dtype="bfloat16", **shape).to_dict()
         (folder / "config.json").write_text(json.dumps(tree))
         return {name: Spec(torch.bfloat16, shape) for name, shape in WeightMap(tree).hf_shapes.items()}
@@ -53,7 +56,9 @@ def make_checkpoint(folder: Path, gb: float) -> tuple[int, int]:
     one, two = (sum(spec.nbytes for spec in specs(layers).values()) for layers in (1, 2))
     found = specs(max(1, round((gb * 1e9 - one) / (two - one)) + 1))
     largest = max(spec.nbytes for spec in found.values())
-    bits = torch.randint(0, 2**16, (largest // 2 + 4096,), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    bits = torch.randint(
+        0, 2**16, (largest // 2 + 4096,), dtype=torch.int32, generator=torch.Generator().manual_seed(0)
+    ).to(torch.int16)
     writer = ShardedWriter(folder, plan_shards(found, SHARD_GIB * 2**30))
     for number, (name, spec) in enumerate(found.items()):
         start = number % 4096
@@ -70,10 +75,14 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def timed(*command: str, flush: Path | None = None) -> tuple[float, float]:
-    """Seconds, and the largest resident set in bytes, of a command; flush: a folder whose files are then brought to disk, in the time."""
+    """Seconds, and the largest resident set in bytes, of a command;
+    flush: a folder whose files are then brought to disk, in the time.
+    """
     os.sync()
     start = time.perf_counter()
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
@@ -88,8 +97,8 @@ def assert_same(source: Path, back: Path) -> None:
     """Both folders hold the same tensors, bit for bit."""
     import torch
 
-    from megarl.weights.load import HfReader
-    from megarl.weights.weight_map import WeightMap, load_hf_config
+    from megarl.weights.files.hf_reader import HfReader
+    from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
     weight_map = WeightMap(load_hf_config(source))
     with HfReader(source) as a, HfReader(back) as b:
@@ -108,7 +117,9 @@ def measure(folder: Path, gb: float, rounds: int) -> dict[str, Any]:
         found["imports"].append(timed(sys.executable, "-c", "import megarl.convert.commands"))
         found["cp"].append(timed("cp", "-r", str(source), str(copy), flush=copy))
         shutil.rmtree(copy)
-        found["hf_to_megatron"].append(timed(*to_megatron, "--hf", str(source), "--out", str(megatron), *LAYOUT, *shard))
+        found["hf_to_megatron"].append(
+            timed(*to_megatron, "--hf", str(source), "--out", str(megatron), *LAYOUT, *shard)
+        )
         found["megatron_to_hf"].append(timed(*to_hf, "--megatron", str(megatron), "--out", str(back), *shard))
         apart(assert_same, source, back)
         shutil.rmtree(megatron)
@@ -126,13 +137,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         free = shutil.disk_usage(temporary).free
         if free < FOLDERS * args.gb * 1e9:
-            raise SystemExit(f"--gb {args.gb} needs {FOLDERS * args.gb:.0f} GB, {temporary} has {free / 1e9:.0f}; give a smaller --gb")
+            raise SystemExit(
+                f"--gb {args.gb} needs {FOLDERS * args.gb:.0f} GB, {temporary} has {free / 1e9:.0f}; give a smaller "
+                "--gb"
+            )
         found = measure(Path(temporary), args.gb, args.rounds)
     total = found["bytes"]
     print(f"{total / 1e9:.2f} GB, largest tensor {found['largest_tensor'] / 1e6:.0f} MB")
     seconds = {way: [each[0] for each in found["seconds_and_peak"][way]] for way in WAYS}
     peak = {way: max(each[1] for each in rows) for way, rows in found["seconds_and_peak"].items()}
-    print(f"{'':16}{'seconds':>9}{'MB/s':>8}{'of cp':>8}{'from-to':>14}{'peak MB':>9}{'above imports, in largest tensors':>36}")
+    print(
+        f"{'':16}{'seconds':>9}{'MB/s':>8}{'of cp':>8}{'from-to':>14}{'peak MB':>9}{'above imports, in largest tensors':>36}"
+    )
     for way in WAYS:
         median = statistics.median(seconds[way])
         ratio, span = statistics.median(seconds["cp"]) / median, f"{min(seconds[way]):.1f}-{max(seconds[way]):.1f}"

@@ -65,7 +65,9 @@ def step(layer: Any, x: Any, counts: Any, probs: Any, grad: Any) -> None:
     x.grad = probs.grad = None
 
 
-def measure(layers: dict[str, Any], experts: int, top_k: int, hidden: int, tokens: int, pairs: int) -> dict[str, list[float]]:
+def measure(
+    layers: dict[str, Any], experts: int, top_k: int, hidden: int, tokens: int, pairs: int
+) -> dict[str, list[float]]:
     import torch
 
     generator = torch.Generator().manual_seed(0)

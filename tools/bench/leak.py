@@ -1,4 +1,5 @@
-"""Resident memory of every process of a run after step 20 and after step 200; exit status 1 if one has grown by more than 5%.
+"""Resident memory of every process of a run after step 20 and after
+step 200; exit status 1 if one has grown by more than 5%.
 
     python tools/bench/leak.py [--layout dp2] [--limit 1.05] [key=value ...]
 

@@ -1,9 +1,11 @@
-"""Peak memory of the log-probability pass beside its logits, against a plain log_softmax, and whether the gradients agree.
+"""Peak memory of the log-probability pass beside its logits, against a
+plain log_softmax, and whether the gradients agree.
 
     python tools/bench/logprob.py [--tokens 8192] [--vocabulary 151936] [--json FILE]
 
-Each variant runs forward and backward in a process of its own, over the same bfloat16 logits; what is printed is the growth of the
-peak resident memory over the moment before, in GiB, without the gradient of the logits, which both must return.
+Each variant runs forward and backward in a process of its own, over the same
+bfloat16 logits; what is printed is the growth of the peak resident memory over the
+moment before, in GiB, without the gradient of the logits, which both must return.
 """
 
 from __future__ import annotations
@@ -66,10 +68,15 @@ def main() -> None:
     ratio = grown["ours"] / grown["plain"]
     (ours, our_grad), (plain, plain_grad) = values["ours"], values["plain"]
     difference = float(abs(our_grad - plain_grad).max() / abs(plain_grad).max())
-    print(f"ratio  {ratio:.3f}; log-probabilities differ by {abs(ours - plain).max():.1e}, gradients by {difference:.1e} relative")
+    print(
+        f"ratio  {ratio:.3f}; log-probabilities differ by {abs(ours - plain).max():.1e}, gradients by "
+        f"{difference:.1e} relative"
+    )
     if args.json:
         work = {"tokens": args.tokens, "vocabulary": args.vocabulary}
-        args.json.write_text(json.dumps({**work, "gib": grown, "ratio": ratio, "gradient_difference": difference}) + "\n")
+        args.json.write_text(
+            json.dumps({**work, "gib": grown, "ratio": ratio, "gradient_difference": difference}) + "\n"
+        )
 
 
 if __name__ == "__main__":

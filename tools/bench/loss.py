@@ -1,10 +1,12 @@
-"""Loss and metrics of packed tokens, forward and backward: time and peak memory of policy_loss against a plain expression of the formula.
+"""Loss and metrics of packed tokens, forward and backward: time and peak memory of policy_loss against a plain
+expression of the formula.
 
     python tools/bench/loss.py [--tokens 131072] [--preset minirl] [--repeat 30] [--json FILE]
 
-The plain variant is MiniRL's loss and the same metrics (loss/*, staleness/*, mismatch/*, policy/entropy) as one would write them down for
-one rank, with the k3 estimates in float64 as here. Runs are interleaved; times are medians. Memory is the largest sum of living
-allocations beyond the inputs, from torch's profiler on a CPU, from the allocator on a GPU (not yet run).
+The plain variant is MiniRL's loss and the same metrics (loss/*, staleness/*, mismatch/*,
+policy/entropy) as one would write them down for one rank, with the k3 estimates in float64 as
+here. Runs are interleaved; times are medians. Memory is the largest sum of living allocations
+beyond the inputs, from torch's profiler on a CPU, from the allocator on a GPU (not yet run).
 """
 
 from __future__ import annotations
@@ -58,14 +60,20 @@ def packed(tokens: int, device: str) -> Data:
 def ours(data: Data, preset: str) -> tuple[Tensor, Metrics]:
     inputs = dict(data)
     config, entropy, denominator = presets[preset], inputs.pop("entropy"), inputs.pop("denominator")
-    loss, sums = policy_loss(*inputs.values(), config, group_ids=data["seq_ids"] // 8, entropy=entropy, denominator=denominator)
+    loss, sums = policy_loss(
+        *inputs.values(), config, group_ids=data["seq_ids"] // 8, entropy=entropy, denominator=denominator
+    )
     loss.backward()
-    return loss, finish(merge(sums, mismatch_metrics(data["old_logprobs"], data["rollout_logprobs"], data["mask"], config.is_cap)))
+    return loss, finish(
+        merge(sums, mismatch_metrics(data["old_logprobs"], data["rollout_logprobs"], data["mask"], config.is_cap))
+    )
 
 
 def plain(data: Data, preset: str) -> tuple[Tensor, Metrics]:
     """MiniRL, arXiv 2512.01374 eq 7, and the metrics of spec/objective.md. `preset` is not looked at."""
-    logp, old, mu, adv, mask = (data[key] for key in ("logprobs", "old_logprobs", "rollout_logprobs", "advantages", "mask"))
+    logp, old, mu, adv, mask = (
+        data[key] for key in ("logprobs", "old_logprobs", "rollout_logprobs", "advantages", "mask")
+    )
     ratio = (logp - old).exp().detach()
     importance = (logp - mu).exp().detach()
     weight = importance.clamp(max=5.0)
@@ -146,12 +154,17 @@ def main() -> None:
             times[name].append(seconds(partial(variant, data, args.preset)))
     if args.preset == "minirl":
         torch.testing.assert_close(results["ours"][2], results["plain"][2])
-        assert all(abs(value - results["plain"][1][key]) <= 1e-4 * (1e-2 + abs(value)) for key, value in results["ours"][1].items())
+        assert all(
+            abs(value - results["plain"][1][key]) <= 1e-4 * (1e-2 + abs(value))
+            for key, value in results["ours"][1].items()
+        )
     median = {name: statistics.median(values) for name, values in times.items()}
     ratios = {"time": median["ours"] / median["plain"], "memory": peaks["ours"] / peaks["plain"]}
     for name in variants:
         print(f"{name:6} {1e3 * median[name]:7.2f} ms  {peaks[name] / 2**20:6.2f} MiB")
-    print(f"ratio  {ratios['time']:7.2f}     {ratios['memory']:6.2f}      ({args.preset}, {args.tokens} tokens, float32)")
+    print(
+        f"ratio  {ratios['time']:7.2f}     {ratios['memory']:6.2f}      ({args.preset}, {args.tokens} tokens, float32)"
+    )
     if args.json:
         work = {"tokens": args.tokens, "preset": args.preset}
         args.json.write_text(json.dumps({**work, "seconds": median, "bytes": peaks, "ratio": ratios}) + "\n")

@@ -1,11 +1,13 @@
-"""Forward and backward of a model of about 20M parameters: tokens a second of megarl over those of transformers on the same cores.
+"""Forward and backward of a model of about 20M parameters: tokens a
+second of megarl over those of transformers on the same cores.
 
     python tools/bench/midsize.py [--ranks 1] [--pairs 15] [--responses 32] [--json FILE]
 
-The model: a Qwen3-MoE of 8 layers, hidden 192, 32 experts top-4, float32. The batch: responses of log-normal length (median 48 tokens,
-sigma 0.6, at most 192). Both take the gradient of the mean log-probability of every token given those before it, without an optimizer step.
-megarl runs its packed batch on --ranks data-parallel ranks of one thread; transformers runs the padded batch, with sdpa, in one process
-with as many threads, and with the fastest of its own ways to run experts. The two take turns. Tokens are real ones: no padding counted.
+The model: a Qwen3-MoE of 8 layers, hidden 192, 32 experts top-4, float32. The batch: responses of log-normal length
+(median 48 tokens, sigma 0.6, at most 192). Both take the gradient of the mean log-probability of every token given
+those before it, without an optimizer step. megarl runs its packed batch on --ranks data-parallel ranks of one thread;
+transformers runs the padded batch, with sdpa, in one process with as many threads, and with the fastest of its own ways
+to run experts. The two take turns. Tokens are real ones: no padding counted.
 """
 
 from __future__ import annotations
@@ -53,7 +55,13 @@ def inside(folder: Path, pairs: int, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(3, 24, (n,), generator=generator) for n in lengths(count)]
     rows = [len(t) - 1 for t in tokens]
-    packs = make_packs(assign(rows, at.layout.dp, config.engine.micro_batch_tokens)[at.coord.dp], tokens, [1] * count, at.layout, at.coord)
+    packs = make_packs(
+        assign(rows, at.layout.dp, config.engine.micro_batch_tokens)[at.coord.dp],
+        tokens,
+        [1] * count,
+        at.layout,
+        at.coord,
+    )
 
     def loss(pack: Any, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         value = -(logprobs * pack.mask).sum() / sum(rows)
@@ -103,11 +111,15 @@ class Transformers:
         self.loss = 0.0
         seconds = {}
         for experts in EXPERTS:
-            self.model = Qwen3MoeForCausalLM.from_pretrained(path, attn_implementation="sdpa", experts_implementation=experts)
+            self.model = Qwen3MoeForCausalLM.from_pretrained(
+                path, attn_implementation="sdpa", experts_implementation=experts
+            )
             self.step()
             seconds[experts] = self.step()[1]
         self.experts = min(seconds, key=seconds.__getitem__)
-        self.model = Qwen3MoeForCausalLM.from_pretrained(path, attn_implementation="sdpa", experts_implementation=self.experts)
+        self.model = Qwen3MoeForCausalLM.from_pretrained(
+            path, attn_implementation="sdpa", experts_implementation=self.experts
+        )
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def step(self) -> Seconds:
@@ -148,7 +160,10 @@ def show(result: dict[str, Any], ranks: int) -> None:
         part = result[kind]
         ours, theirs = (result["tokens"] / part[key] for key in ("first_s", "second_s"))
         low, high = (1 / bound for bound in reversed(part["interval_95"]))
-        print(f"{name(kind):10}{ours:10.0f} t/s{theirs:12.0f} t/s{1 / part['median_ratio']:9.3f}   [{low:.3f}, {high:.3f}]   aim {AIM}")
+        print(
+            f"{name(kind):10}{ours:10.0f} t/s{theirs:12.0f} t/s{1 / part['median_ratio']:9.3f}   [{low:.3f}, "
+            f"{high:.3f}]   aim {AIM}"
+        )
 
 
 def main() -> None:

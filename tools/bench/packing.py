@@ -2,9 +2,9 @@
 
     python tools/bench/packing.py [--responses 1024] [--budget 32768] [--seeds 20]
 
-Lengths are log-normal (median 1500 tokens, sigma 1.0, cut at 32,768). Padding counts rows of packs that belong to no response, empty packs
-included. Attention pads further inside a pack, to the longest sequence of each of its rectangles: the share of its cells is printed
-beside it. Imbalance is the most loaded replica over the mean, minus 1.
+Lengths are log-normal (median 1500 tokens, sigma 1.0, cut at 32,768). Padding counts rows of packs that belong to no
+response, empty packs included. Attention pads further inside a pack, to the longest sequence of each of its rectangles:
+the share of its cells is printed beside it. Imbalance is the most loaded replica over the mean, minus 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megarl.engine.attention import groups_of_segments  # noqa: E402
 from megarl.engine.batch import assign, pack_lengths  # noqa: E402
-from megarl.weights.layout import Layout  # noqa: E402
+from megarl.weights.map.layout import Layout  # noqa: E402
 
 LAYOUTS = [
     Layout(world=1),
@@ -38,7 +38,9 @@ def measure(layout: Layout, rows: list[int], budget: int) -> tuple[float, float,
     for packs in packed:
         lengths = pack_lengths([sum(rows[i] for i in pack) for pack in packs], layout)
         computed += sum(lengths)
-        cells += sum(len(group) * rows[pack[group[0]]] for pack in packs for group in groups_of_segments([rows[i] for i in pack]))
+        cells += sum(
+            len(group) * rows[pack[group[0]]] for pack in packs for group in groups_of_segments([rows[i] for i in pack])
+        )
     load = [sum(rows[i] for pack in packs for i in pack) for packs in packed]
     return 1 - sum(rows) / computed, 1 - sum(rows) / cells, max(load) / statistics.mean(load) - 1
 
@@ -56,7 +58,10 @@ def main() -> None:
             rng = random.Random(seed)
             rows = [min(args.budget, max(2, int(1500 * rng.lognormvariate(0, 1.0)))) for _ in range(args.responses)]
             results.append(measure(layout, rows, args.budget))
-        name = " ".join(f"{key}{value}" for key, value in (("tp", layout.tp), ("pp", layout.pp), ("vpp", layout.vpp), ("cp", layout.cp)))
+        name = " ".join(
+            f"{key}{value}"
+            for key, value in (("tp", layout.tp), ("pp", layout.pp), ("vpp", layout.vpp), ("cp", layout.cp))
+        )
         worst = [max(result[i] for result in results) for i in range(3)]
         print(f"{name:18} dp{layout.dp:<4}" + "".join(f"{value:12.2%}" for value in worst))
 

@@ -1,4 +1,6 @@
-"""Two pieces of work timed in pairs, one after the other in random order, so that what else the machine does falls on both."""
+"""Two pieces of work timed in pairs, one after the other in random
+order, so that what else the machine does falls on both.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Rows to the experts and back, by index against megatron-core's own: python tools/bench/permute.py [--pairs N]
 
-Random routes, one thread, forward and backward of permute and unpermute. The two run in turn in one process; medians of the CPU time.
+Random routes, one thread, forward and backward of permute and
+unpermute. The two run in turn in one process; medians of the CPU time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-SIZES = [dict(experts=8, top_k=2, hidden=64), dict(experts=64, top_k=8, hidden=256), dict(experts=128, top_k=8, hidden=2048)]
+SIZES = [
+    dict(experts=8, top_k=2, hidden=64),
+    dict(experts=64, top_k=8, hidden=256),
+    dict(experts=128, top_k=8, hidden=2048),
+]
 TOKENS = (128, 1500, 6000)
 
 
@@ -30,10 +35,15 @@ def main() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 core, ours = (1e3 * statistics.median(times) for times in measure(tokens, dtype, pairs, **size))
                 what = f"{size['experts']} top-{size['top_k']}, hidden {size['hidden']}"
-                print(f"| {what} | {tokens} | {str(dtype)[6:]} | {core:.2f} | {ours:.2f} | {core / ours:.2f} |", flush=True)
+                print(
+                    f"| {what} | {tokens} | {str(dtype)[6:]} | {core:.2f} | {ours:.2f} | {core / ours:.2f} |",
+                    flush=True,
+                )
 
 
-def measure(tokens: int, dtype: Any, pairs: int, experts: int, top_k: int, hidden: int) -> tuple[list[float], list[float]]:
+def measure(
+    tokens: int, dtype: Any, pairs: int, experts: int, top_k: int, hidden: int
+) -> tuple[list[float], list[float]]:
     """Seconds of each timed pair: (megatron-core's, by index)."""
     import torch
 
@@ -56,7 +66,9 @@ def measure(tokens: int, dtype: Any, pairs: int, experts: int, top_k: int, hidde
             rows, probs_N, index = module.permute(
                 x, routing_map, probs=probs, num_out_tokens=tokens * top_k, fused=False, drop_and_pad=False
             )
-            out = module.unpermute(rows, index, restore_shape=x.shape, routing_map=routing_map, fused=False, drop_and_pad=False)
+            out = module.unpermute(
+                rows, index, restore_shape=x.shape, routing_map=routing_map, fused=False, drop_and_pad=False
+            )
             torch.autograd.backward([out, probs_N], [grad, grad_probs])
             if pair >= 2:
                 kept.append(time.process_time() - start)

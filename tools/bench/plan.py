@@ -1,11 +1,14 @@
-"""What it takes to plan a resharded sync of a large model, and how good the plan is. Nothing is run; sizes are in the file.
+"""What it takes to plan a resharded sync of a large model, and how good
+the plan is. Nothing is run; sizes are in the file.
 
     python tools/bench/plan.py [--model qwen3-235b|kimi-1t] [--json]
 
 qwen3-235b: Qwen3-235B-A22B, 1,024 trainer ranks (TP4 PP8 EP16) into 256 rollout ranks (32 engines of TP8).
-kimi-1t: Kimi-K2 (DeepSeek-V3's architecture, 384 experts), 2,048 trainer ranks (TP8 PP16 EP32) into 512 rollout ranks (EP16 over TP8).
+kimi-1t: Kimi-K2 (DeepSeek-V3's architecture, 384 experts), 2,048 trainer ranks (TP8 PP16 EP32) into 512 rollout ranks
+(EP16 over TP8).
 sender_in_step_over_max: what it would cost the senders if nobody began a bucket before all have ended the one before.
-Seconds are of the processor, one thread. The bound of a receiver is what it holds; of a sender, what its stage owes over the stage's ranks,
+Seconds are of the processor, one thread. The bound of a receiver is what it holds; of a sender, what its stage owes
+over the stage's ranks,
 where no rollout rank passes on what it received (Plan.least_sent).
 """
 
@@ -21,10 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megarl.weights.layout import Layout  # noqa: E402
-from megarl.weights.plan import Plan, make_plan  # noqa: E402
-from megarl.weights.rollout_layout import RolloutLayout  # noqa: E402
-from megarl.weights.weight_map import WeightMap  # noqa: E402
+from megarl.weights.map.layout import Layout  # noqa: E402
+from megarl.weights.map.weight_map import WeightMap  # noqa: E402
+from megarl.weights.reshard.plan import Plan, make_plan  # noqa: E402
+from megarl.weights.reshard.rollout_layout import RolloutLayout  # noqa: E402
 
 QWEN3_235B = {
     "model_type": "qwen3_moe",

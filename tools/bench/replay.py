@@ -1,15 +1,18 @@
-"""What routing replay costs: the step with R3 over the step without, and the rollout with capture over the rollout without.
+"""What routing replay costs: the step with R3 over the step without,
+and the rollout with capture over the rollout without.
 
-    python tools/bench/replay.py [--ranks 1] [--pairs 100] [--routes recorded] [--only step|capture] [--json FILE] [key=value ...]
+    python tools/bench/replay.py [--ranks 1] [--pairs 100] [--routes
+    recorded] [--only step|capture] [--json FILE] [key=value ...]
 
-The same work in pairs, one after the other in random order, so that what else the machine does falls on both; the figure is the median
-of the ratios within a pair, with a bootstrap 95% interval. A limit of 1.03 lies above the interval, or below it, or it is undecided. The
-CPU time of all ranks is judged beside the clock: it does not count what a neighbour on the same cores does. With PROFILE=DIR in the
-environment 10 more pairs run under cProfile.
+The same work in pairs, one after the other in random order, so that what else the machine does falls on both; the
+figure is the median of the ratios within a pair, with a bootstrap 95% interval. A limit of 1.03 lies above the
+interval, or below it, or it is undecided. The CPU time of all ranks is judged beside the clock: it does not count what
+a neighbour on the same cores does. With PROFILE=DIR in the environment 10 more pairs run under cProfile.
 
-step: the exchange of the responses and their routes, the pi_old pass and 4 updates, of the benchmark's work (tools/bench/step.py: 16
-prompts of 8 tokens, 8 responses each of 16 tokens). Routes travel and are compared in both; only R3 replays them. The routes are those that
-the trainer itself takes (`recorded`, so that experts get the same load in both), or random ones. The learning rate is 1e-30.
+step: the exchange of the responses and their routes, the pi_old pass and 4 updates, of the benchmark's work
+(tools/bench/step.py: 16 prompts of 8 tokens, 8 responses each of 16 tokens). Routes travel and are compared in both;
+only R3 replays them. The routes are those that the trainer itself takes (`recorded`, so that experts get the same load
+in both), or random ones. The learning rate is 1e-30.
 
 capture: two vLLM servers, one with --enable-return-routed-experts, one without; the same prompts and seeds.
 """
@@ -60,16 +63,22 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    from megarl.collect import Batch, Collector
+    from megarl.commands.score import gather_packs
     from megarl.config import load_config
     from megarl.data import Prompt, load_tokenizer
     from megarl.engine.build import build_engine
     from megarl.engine.exchange import gather_metas
     from megarl.engine.parallel import destroy_parallel
-    from megarl.learn import Learner
-    from megarl.score import gather_packs
+    from megarl.loop.collect import Batch, Collector
+    from megarl.loop.learn import Learner
 
-    keys = [f"model.path={folder / 'model'}", "train.lr=1e-30", "batch.minibatches=4", "replay.mode=R3", "data.reward=digit_sum"]
+    keys = [
+        f"model.path={folder / 'model'}",
+        "train.lr=1e-30",
+        "batch.minibatches=4",
+        "replay.mode=R3",
+        "data.reward=digit_sum",
+    ]
     config = load_config(None, [*keys, *overrides])
     engine = build_engine(config, optimizer_steps=4, temperature=1.0)
     at = engine.model.parallel
@@ -79,10 +88,16 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     held = _responses(engine) if at.is_ingest else []
     prompt = Prompt([], "", "", 0)
     metas = gather_metas(
-        [collector._meta(group, prompt, response, float(n % 3 == 0), "", 0) for n, (group, response) in enumerate(held)], at
+        [
+            collector._meta(group, prompt, response, float(n % 3 == 0), "", 0)
+            for n, (group, response) in enumerate(held)
+        ],
+        at,
     )
     groups = sorted({meta.prompt for meta in metas})
-    owned = dict(zip([n for n, meta in enumerate(metas) if meta.owner == at.coord.rank], (response for _, response in held)))
+    owned = dict(
+        zip([n for n, meta in enumerate(metas) if meta.owner == at.coord.rank], (response for _, response in held))
+    )
 
     if routes == "recorded":
         minibatches, _ = collector._lay_out(metas, groups, owned)
@@ -105,7 +120,9 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
         values, _ = learners[mode].learn(Batch(minibatches, [""] * len(metas), {}, []), 0)
         dist.barrier()
         end = time.perf_counter()
-        parts[mode].append({"exchange": middle - start, "old": values["time/old_logprob_s"], "update": values["time/update_s"]})
+        parts[mode].append(
+            {"exchange": middle - start, "old": values["time/old_logprob_s"], "update": values["time/update_s"]}
+        )
         spent = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
         dist.all_reduce(spent)
         return end - start, float(spent)
@@ -115,7 +132,10 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     times = interleaved(lambda: one("R3"), lambda: one("none"), pairs)
     if at.is_main:
         result = {**judged(on_clock(times)), "cpu": judged(on_cpu(times))}
-        medians = {mode: {k: statistics.median(row[k] for row in rows[WARM_UP:]) for k in rows[0]} for mode, rows in parts.items()}
+        medians = {
+            mode: {k: statistics.median(row[k] for row in rows[WARM_UP:]) for k in rows[0]}
+            for mode, rows in parts.items()
+        }
         (folder / "step.json").write_text(json.dumps({**result, "parts_s": medians}))
     if at.is_main and os.environ.get("PROFILE"):
         _profile(one, Path(os.environ["PROFILE"]))
@@ -149,7 +169,9 @@ def _responses(engine: Any) -> list[tuple[int, Any]]:
     for prompt in range(PROMPTS):
         for _ in range(GROUP):
             tokens = rng.integers(3, 24, rows + 1).astype(np.int32)
-            routes = rng.random((rows, layers, weight_map.num_experts)).argsort(-1)[..., : weight_map.top_k].astype(np.uint8)
+            routes = (
+                rng.random((rows, layers, weight_map.num_experts)).argsort(-1)[..., : weight_map.top_k].astype(np.uint8)
+            )
             logprobs = -rng.exponential(3.0, NEW_TOKENS).astype(np.float32)
             span = [{"version": 0, "start": 0, "end": NEW_TOKENS}]
             found.append((prompt, Response(tokens, PROMPT_TOKENS, logprobs, routes, span, "length")))
@@ -190,7 +212,9 @@ def capture(folder: Path, pairs: int, overrides: list[str]) -> dict[str, Any]:
             groups = client.generate(prompts, GROUP, 1.0, NEW_TOKENS, [], seed=0)
             seconds = time.perf_counter() - start
             lengths = {len(response.tokens) for group in groups for response in group}
-            assert lengths == {PROMPT_TOKENS + NEW_TOKENS} and all((r.routes is not None) == captured for group in groups for r in group)
+            assert lengths == {PROMPT_TOKENS + NEW_TOKENS} and all(
+                (r.routes is not None) == captured for group in groups for r in group
+            )
             return seconds, 0.0
 
         return judged(on_clock(interleaved(lambda: one(on, True), lambda: one(off, False), pairs)))
@@ -198,24 +222,28 @@ def capture(folder: Path, pairs: int, overrides: list[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _server(folder: Path, captured: bool, overrides: list[str]) -> Iterator[Any]:
-    from megarl.rollout import coordinator
+    from megarl.rollout import registry
     from megarl.rollout.client import RolloutClient
 
-    store = coordinator.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
+    store = registry.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
     path = folder / f"capture_{captured}.yaml"
     rollout = {"max_prompt_tokens": PROMPT_TOKENS, "max_new_tokens": NEW_TOKENS}
-    config = {"model": {"path": str(folder / "model")}, "replay": {"mode": "none", "metrics": captured}, "rollout": rollout}
+    config = {
+        "model": {"path": str(folder / "model")},
+        "replay": {"mode": "none", "metrics": captured},
+        "rollout": rollout,
+    }
     config |= {"run": {"dir": str(folder / f"capture_{captured}")}, "launch": {"store": f"127.0.0.1:{store.port}"}}
     path.write_text(json.dumps(config))  # JSON is YAML
     command = [sys.executable, "-m", "megarl.cli", "rollout", str(path), *overrides]
     process = subprocess.Popen(command, cwd=ROOT)
     workers: list[Any] = []
     try:
-        workers = coordinator.wait_for_workers(store, 1, 300)
+        workers = registry.wait_for_workers(store, 1, 300)
         client = RolloutClient([workers[0].url], 120)
         yield client
         client.close()
-        coordinator.request_shutdown(store, workers)
+        registry.request_shutdown(store, workers)
         process.wait(20)
     finally:
         process.terminate()
@@ -237,7 +265,9 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=1, help="trainer ranks; the layout is data-parallel unless overrides say otherwise")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="trainer ranks; the layout is data-parallel unless overrides say otherwise"
+    )
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--routes", choices=("recorded", "random"), default="recorded")
@@ -261,7 +291,13 @@ def main() -> None:
             results["capture"] = capture(folder, args.pairs, args.overrides)
             show(f"capture, {args.model}", results["capture"])
     if args.json:
-        about = {"limit": LIMIT, "ranks": args.ranks, "model": args.model, "routes": args.routes, "overrides": args.overrides}
+        about = {
+            "limit": LIMIT,
+            "ranks": args.ranks,
+            "model": args.model,
+            "routes": args.routes,
+            "overrides": args.overrides,
+        }
         args.json.write_text(json.dumps({**about, **results}, indent=1) + "\n")
 
 

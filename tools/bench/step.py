@@ -1,11 +1,12 @@
-"""Seconds a step, and where they go, for one fixed piece of work in several layouts. Prints a table; --json FILE writes the figures.
+"""Seconds a step, and where they go, for one fixed piece of work in
+several layouts. Prints a table; --json FILE writes the figures.
 
     python tools/bench/step.py [--steps 20] [--layouts 1,dp2,dp2-n2,tp2pp2ep2] [--json FILE] [key=value ...]
 
-The work: a Qwen3-MoE of 0.5M parameters (4 layers, hidden 64, 8 experts top-2, vocabulary 32, float32), 16 prompts of 8 tokens,
-8 responses each of at most 16 tokens, one update (two in dp2-n2), R3 on, every check on. With one update (N = 1) pi_old is the update's own
-log-probability (spec/objective.md); dp2-n2 splits the same responses over two updates, so it pays for a pi_old pass and a second optimizer
-step. Medians over --steps steps after 3.
+The work: a Qwen3-MoE of 0.5M parameters (4 layers, hidden 64, 8 experts top-2, vocabulary 32, float32), 16 prompts of 8
+tokens, 8 responses each of at most 16 tokens, one update (two in dp2-n2), R3 on, every check on. With one update (N =
+1) pi_old is the update's own log-probability (spec/objective.md); dp2-n2 splits the same responses over two updates, so
+it pays for a pi_old pass and a second optimizer step. Medians over --steps steps after 3.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megarl.report.metrics import read_metrics  # noqa: E402
+from megarl.observe.metrics import read_metrics  # noqa: E402
 from tools.digit_sum import write_task  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
@@ -59,7 +60,12 @@ def measure(folder: Path, name: str, steps: int, overrides: list[str]) -> dict[s
     config = configuration(folder, name, WARM_UP + steps)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
-    subprocess.run([sys.executable, "-m", "megarl.cli", "run", str(path), *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "megarl.cli", "run", str(path), *overrides],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     rows = read_metrics(config["run"]["dir"])[WARM_UP:]
     result = {part: statistics.median(row[f"time/{part}_s"] for row in rows) for part in PARTS}
     result["tokens_per_s"] = statistics.median(row["throughput/tokens_per_s"] for row in rows)
@@ -78,13 +84,19 @@ def main() -> None:
         folder = Path(temporary)
         make_tiny_model(folder / "model")
         write_task(folder / "data", digits=7)
-        print(f"{'layout':12}" + "".join(f"{part:>13}" for part in PARTS) + f"{'tokens/s':>13}    (seconds, median of {args.steps})")
+        print(
+            f"{'layout':12}"
+            + "".join(f"{part:>13}" for part in PARTS)
+            + f"{'tokens/s':>13}    (seconds, median of {args.steps})"
+        )
         for name in args.layouts.split(","):
             results[name] = measure(folder, name, args.steps, args.overrides)
             row = "".join(f"{results[name][part]:13.3f}" for part in PARTS)
             print(f"{name:12}{row}{results[name]['tokens_per_s']:13.0f}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"steps": args.steps, "warm_up": WARM_UP, "median_s": results}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"steps": args.steps, "warm_up": WARM_UP, "median_s": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

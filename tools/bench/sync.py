@@ -1,10 +1,12 @@
-"""Seconds of a weight sync by each of its ways, beside one memory copy of the same bytes. Prints a table; --json FILE writes the figures.
+"""Seconds of a weight sync by each of its ways, beside one memory copy
+of the same bytes. Prints a table; --json FILE writes the figures.
 
     python tools/bench/sync.py [--rounds 5] [--layers 8] [--json FILE] [key=value ...]
 
-A Qwen3-MoE of about 200M parameters in bfloat16 (8 layers, hidden 512, 32 experts), 4 trainer ranks (TP2 PP2 EP2), one vLLM server of TP2:
-2 rollout ranks. A sync is timed from its start until the servers serve the new version, without the canary. Medians; reshard, broadcast
-and disk (export to a folder, vLLM's reload_weights) take turns in one run of the same processes.
+A Qwen3-MoE of about 200M parameters in bfloat16 (8 layers, hidden 512, 32 experts), 4 trainer
+ranks (TP2 PP2 EP2), one vLLM server of TP2: 2 rollout ranks. A sync is timed from its start
+until the servers serve the new version, without the canary. Medians; reshard, broadcast and
+disk (export to a folder, vLLM's reload_weights) take turns in one run of the same processes.
 """
 
 from __future__ import annotations
@@ -30,18 +32,26 @@ TURNS = 2  # each way's rounds are split over so many turns
 
 
 def ranks(work: dict[str, Any]) -> None:
-    """Inside torchrun; rank 0 writes work["out"]: for every way a list of {total, receive, load} seconds, and what was moved."""
+    """Inside torchrun; rank 0 writes work["out"]: for every way a list
+    of {total, receive, load} seconds, and what was moved.
+    """
     import torch.distributed as dist
 
     from megarl.config import load_config
     from megarl.engine.build import build_engine
     from megarl.engine.export import export_hf
     from megarl.engine.parallel import destroy_parallel
-    from megarl.refit import Refit
+    from megarl.loop.refit import Refit
     from megarl.rollout.client import Server
     from tools.vllm_servers import join
 
-    keys = [f"model.path={work['model']}", f"run.dir={work['folder']}", "engine.dtype=bfloat16", "sync.digests=off", *LAYOUT]
+    keys = [
+        f"model.path={work['model']}",
+        f"run.dir={work['folder']}",
+        "engine.dtype=bfloat16",
+        "sync.digests=off",
+        *LAYOUT,
+    ]
     config = load_config(None, [*keys, *work["overrides"]])
     engine = build_engine(config)
     model = engine.model
@@ -55,7 +65,10 @@ def ranks(work: dict[str, Any]) -> None:
                 export_hf(model, work["model"], Path(work["folder"]) / "export", model.config.params_dtype)
                 saved = time.perf_counter()
                 if model.parallel.is_main:
-                    body = {"method": "reload_weights", "kwargs": {"weights_path": str(Path(work["folder"]) / "export")}}
+                    body = {
+                        "method": "reload_weights",
+                        "kwargs": {"weights_path": str(Path(work["folder"]) / "export")},
+                    }
                     Server(worker["url"], 300).post("/collective_rpc", body)
                 dist.barrier()
                 times[way].append({"total": time.perf_counter() - start, "save": saved - start})
@@ -109,11 +122,20 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shape = dict(layers=args.layers, hidden=512, experts=32, top_k=4, moe_intermediate=512, heads=8, kv_heads=4, head_dim=64)
+        shape = dict(
+            layers=args.layers, hidden=512, experts=32, top_k=4, moe_intermediate=512, heads=8, kv_heads=4, head_dim=64
+        )
         model = make_tiny_model(folder / "model", **shape, dtype="bfloat16", initializer_range=0.02)
         with servers(model, folder, [2], ["rollout.dtype=bfloat16", "sync.timeout_s=300"]) as (port, workers):
             overrides = ["sync.timeout_s=300", "rollout.dtype=bfloat16", *args.overrides]
-            work = dict(workers=workers, port=port, model=str(model), folder=str(folder), rounds=args.rounds, overrides=overrides)
+            work = dict(
+                workers=workers,
+                port=port,
+                model=str(model),
+                folder=str(folder),
+                rounds=args.rounds,
+                overrides=overrides,
+            )
             work["out"] = str(folder / "times.json")
             run_ranks(__file__, WORLD, work)
             found = json.loads((folder / "times.json").read_text())
@@ -123,8 +145,14 @@ def main() -> None:
 def report(found: dict[str, Any], args: argparse.Namespace) -> None:
     held, sent = found["figures"]["reshard"]["held"], found["figures"]["reshard"]["sent"]
     copy = memory_copy(held, args.rounds)
-    medians = {way: {part: statistics.median(row[part] for row in rows) for part in rows[0]} for way, rows in found["times"].items()}
-    print(f"{held / 2**20:.0f} MiB held by 2 rollout ranks; one memory copy of them takes {copy:.3f} s; medians of {args.rounds}")
+    medians = {
+        way: {part: statistics.median(row[part] for row in rows) for part in rows[0]}
+        for way, rows in found["times"].items()
+    }
+    print(
+        f"{held / 2**20:.0f} MiB held by 2 rollout ranks; one memory copy of them takes {copy:.3f} s; medians of "
+        f"{args.rounds}"
+    )
     print(f"reshard: sent / held {sum(sent) / held:.4f}, largest sender / mean {max(sent) * WORLD / sum(sent):.4f}")
     print(f"{'':12}{'seconds':>9}{'of copy':>9}{'of broadcast':>14}   parts")
     for way, parts in medians.items():
@@ -132,7 +160,9 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> None:
         ratio = parts["total"] / medians["broadcast"]["total"]
         print(f"{way:12}{parts['total']:9.3f}{parts['total'] / copy:9.1f}{ratio:14.3f}   {detail}")
     if args.json:
-        args.json.write_text(json.dumps({"copy_s": copy, "held_bytes": held, "sent_bytes": sent, "median_s": medians}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"copy_s": copy, "held_bytes": held, "sent_bytes": sent, "median_s": medians}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The runs of the grid: which arms, on which seeds, with which keys. Pure; everything else of a run is in examples/paper_grid/base.yaml."""
+"""The runs of the grid: which arms, on which seeds, with which keys. Pure; everything else of a run is in
+examples/paper_grid/base.yaml.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from megarl.config import Config, load_config
 BASE = Path(__file__).resolve().parents[2] / "examples" / "paper_grid" / "base.yaml"
 DIGITS = 10  # of a sum; the quickstart has 5: longer sums, so that a run does not saturate
 TASK = f"sums of {DIGITS} digits modulo 10, a Qwen3-MoE of about 0.3M parameters (3 layers, 8 experts, top-2)"
-COLD_STARTS = {"cold": [], "other": ["run.seed=1", "train.steps=500"]}  # folder below task/ -> its keys; two of them for C6
+COLD_STARTS = {
+    "cold": [],
+    "other": ["run.seed=1", "train.steps=500"],
+}  # folder below task/ -> its keys; two of them for C6
 PROMPTS = 8  # of a mini-batch: the global batch is PROMPTS x N
 COARSE = "int4"  # the low precision of the stated subset: where an effect that exists should show first
 
@@ -23,9 +28,15 @@ PRECISIONS: dict[str, list[str]] = {
     "fp8_e4m3": ["sync.quantize=fp8_e4m3", "sync.quantize_also=[router]"],
     "fp8_e5m2": ["sync.quantize=fp8_e5m2", "sync.quantize_also=[router]"],
     "int4": ["sync.quantize=int4", "sync.quantize_also=[router]"],
-    "fp8_kv": ["rollout.kv_cache_dtype=fp8", "sync.canary_tolerance=5"],  # the canary of 64 random tokens differed by 1.4
+    "fp8_kv": [
+        "rollout.kv_cache_dtype=fp8",
+        "sync.canary_tolerance=5",
+    ],  # the canary of 64 random tokens differed by 1.4
 }
-OWN_SERVER = ("bf16", "fp8_kv")  # precisions that vLLM is started with; quantised weights are sent, and the server does not know
+OWN_SERVER = (
+    "bf16",
+    "fp8_kv",
+)  # precisions that vLLM is started with; quantised weights are sent, and the server does not know
 ON_POLICY = ("minirl", "minirl-no-is", "minirl-length-norm")
 OFF_POLICY = ("minirl", "minirl-no-clip")
 RECORD = "grid.json"  # in the folder of a run that has ended: its arm, what it cost, and why it failed if it did
@@ -36,8 +47,8 @@ RATES = (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)  # of the sweep
 
 @dataclass(frozen=True)
 class Arm:
-    """N mini-batches a rollout, objective, routing replay, rollout precision, cold start. kind: rl, sweep (learning rates) or probe
-    (precisions)."""
+    """N mini-batches a rollout, objective, routing replay, rollout precision,
+    cold start. kind: rl, sweep (learning rates) or probe (precisions)."""
 
     n: int
     objective: str
@@ -49,7 +60,9 @@ class Arm:
 
     @property
     def name(self) -> str:
-        name = f"n{self.n}-{self.objective}-{self.replay.lower()}-{self.precision}" + (f"-{self.cold}" if self.cold != "cold" else "")
+        name = f"n{self.n}-{self.objective}-{self.replay.lower()}-{self.precision}" + (
+            f"-{self.cold}" if self.cold != "cold" else ""
+        )
         return name if self.kind == "rl" else f"{self.kind}-{name}" + (f"-lr{self.lr:g}" if self.lr else "")
 
 
@@ -77,9 +90,17 @@ class Run:
 
     def overrides(self, out: Path) -> list[str]:
         arm, task = self.arm, out / "task"
-        keys = [f"model.path={task / arm.cold}", f"data.prompts={task / 'train.jsonl'}", f"run.dir={out / 'runs' / self.name}"]
+        keys = [
+            f"model.path={task / arm.cold}",
+            f"data.prompts={task / 'train.jsonl'}",
+            f"run.dir={out / 'runs' / self.name}",
+        ]
         keys += [f"objective={arm.objective}", f"replay.mode={arm.replay}", f"run.seed={self.seed}"]
-        keys += [f"batch.minibatches={arm.n}", f"batch.prompts={PROMPTS * arm.n}", f"train.steps={max(1, self.steps // arm.n)}"]
+        keys += [
+            f"batch.minibatches={arm.n}",
+            f"batch.prompts={PROMPTS * arm.n}",
+            f"train.steps={max(1, self.steps // arm.n)}",
+        ]
         return keys + PRECISIONS[arm.precision] + ([f"train.lr={arm.lr}"] if arm.lr else [])
 
     def config(self, out: Path) -> Config:
@@ -104,7 +125,9 @@ SECOND_START = Arm(1, "minirl", "none", COARSE, cold="other")
 
 
 def probes() -> list[Arm]:
-    """A few steps from the cold start in every precision, with and without replay: their first rollouts are the same."""
+    """A few steps from the cold start in every precision, with and without replay: their
+    first rollouts are the same.
+    """
     return [Arm(2, "minirl", replay, precision, "probe") for precision in PRECISIONS for replay in ("none", "R3")]
 
 
@@ -113,7 +136,13 @@ def subset(seeds: int, steps: int) -> list[Run]:
 
     Seed by seed, so that a cut leaves pairs.
     """
-    arms = [Arm(1, "minirl", "none", "fp32"), *on_policy(COARSE), Arm(8, "minirl", "none", "fp32"), *off_policy(8, COARSE), SECOND_START]
+    arms = [
+        Arm(1, "minirl", "none", "fp32"),
+        *on_policy(COARSE),
+        Arm(8, "minirl", "none", "fp32"),
+        *off_policy(8, COARSE),
+        SECOND_START,
+    ]
     runs = [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision not in OWN_SERVER]
     runs += [Run(arm, seed, steps) for seed in range(seeds) for arm in arms]
     return runs + [Run(arm, 0, PROBE_STEPS) for arm in probes() if arm.precision in OWN_SERVER]
@@ -125,7 +154,9 @@ def full(seeds: int, steps: int) -> list[Run]:
     arms += [Arm(n, "minirl", "none", "fp32") for n in (1, 2, 4, 8)] + [SECOND_START]
     for precision in ("fp8_e5m2", "fp8_e4m3", "bf16"):
         arms += [arm for n in (1, 8) for arm in (on_policy(precision) if n == 1 else off_policy(n, precision))]
-    return [Run(arm, 0, PROBE_STEPS) for arm in probes()] + [Run(arm, seed, steps) for seed in range(seeds) for arm in arms]
+    return [Run(arm, 0, PROBE_STEPS) for arm in probes()] + [
+        Run(arm, seed, steps) for seed in range(seeds) for arm in arms
+    ]
 
 
 def sweep(rates: Sequence[float], steps: int) -> list[Run]:

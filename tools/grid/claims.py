@@ -1,4 +1,6 @@
-"""The paper's claims C1 to C8 (spec/objective.md) as comparisons between arms, paired by seed, and a verdict on each. Pure."""
+"""The paper's claims C1 to C8 (spec/objective.md) as comparisons
+between arms, paired by seed, and a verdict on each. Pure.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Claim:
 
 
 def bootstrap(differences: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean of paired differences, resampled over seeds. With three seeds it is about their range."""
+    """Percentile interval of the mean of paired differences, resampled
+    over seeds. With three seeds it is about their range.
+    """
     draws = np.random.default_rng(0).choice(differences, (DRAWS, len(differences))).mean(1)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -63,10 +67,13 @@ class Judge:
     def of(self, arm: Arm) -> dict[int, Results]:
         return self.runs.get(arm.name, {})
 
-    def compare(self, text: str, a: Arm, b: Arm, sign: Sign, score: Callable[[Results], float], same: float = 0.0) -> Part:
+    def compare(
+        self, text: str, a: Arm, b: Arm, sign: Sign, score: Callable[[Results], float], same: float = 0.0
+    ) -> Part:
         """`a` against `b` in `score`, paired by seed.
 
-        Differences within `same` of 0 are none: > and < fail where the interval allows no larger one, <= and = hold where it lies inside.
+        Differences within `same` of 0 are none: > and < fail where the
+        interval allows no larger one, <= and = hold where it lies inside.
         """
         seeds = sorted(set(self.of(a)) & set(self.of(b)))
         if not seeds:
@@ -74,7 +81,10 @@ class Judge:
         left, right = ([score(self.of(arm)[seed]) for seed in seeds] for arm in (a, b))
         differences = [x - y for x, y in zip(left, right)]
         low, high = bootstrap(differences)
-        measured = f"medians {median(left):.3g} and {median(right):.3g}, difference {fmean(differences):+.3g} [{low:+.3g}, {high:+.3g}], "
+        measured = (
+            f"medians {median(left):.3g} and {median(right):.3g}, difference {fmean(differences):+.3g} [{low:+.3g}, "
+            f"{high:+.3g}], "
+        )
         measured += f"{len(seeds)} seeds"
         if not np.isfinite(differences).all() or len(seeds) < LEAST_SEEDS:
             return Part(text, measured, "unclear")
@@ -106,7 +116,11 @@ class Judge:
         text = "k3 is higher in the last eighth of a collapsed run than in its first"
         grid = [run for runs in self.runs.values() for run in runs.values() if run["arm"]["kind"] == "rl"]
         fallen = [run for run in grid if run["collapsed"] and run["arm"]["precision"] == precision]
-        ratios = [end(run, "mismatch/kl_k3") / max(start(run, "mismatch/kl_k3"), 1e-12) for run in fallen if run["rollouts"] > 1]
+        ratios = [
+            end(run, "mismatch/kl_k3") / max(start(run, "mismatch/kl_k3"), 1e-12)
+            for run in fallen
+            if run["rollouts"] > 1
+        ]
         if not any(run["arm"]["precision"] == precision for run in grid):
             return Part(text, "", "not run")
         if len(ratios) < LEAST_SEEDS:
@@ -147,7 +161,12 @@ def label(arm: Arm) -> str:
     """`MiniRL + R3, N = 8`; of a sweep its learning rate."""
     if arm.lr:
         return f"lr {arm.lr:g}"
-    names = {"minirl": "MiniRL", "minirl-no-is": "no IS", "minirl-length-norm": "length norm", "minirl-no-clip": "no clip"}
+    names = {
+        "minirl": "MiniRL",
+        "minirl-no-is": "no IS",
+        "minirl-length-norm": "length norm",
+        "minirl-no-clip": "no clip",
+    }
     replay = "" if arm.replay == "none" else f" + {arm.replay}"
     other = [arm.precision] * (arm.precision != COARSE) + [f"{arm.cold} cold start"] * (arm.cold != "cold")
     return ", ".join([f"{names[arm.objective]}{replay}, N = {arm.n}", *other])
@@ -171,7 +190,9 @@ def claims(results: Results, precision: str = COARSE) -> list[Claim]:
         return judge.better(off(n, a), off(n, b))
 
     c1 = [judge.fate(on, False), *(judge.better(on, other) for other in (no_is, length, on_r3, no_is_r3, length_r3))]
-    entropy = judge.compare("its entropy ends lower than MiniRL's", no_is, on, "<", lambda run: end(run, "policy/entropy"))
+    entropy = judge.compare(
+        "its entropy ends lower than MiniRL's", no_is, on, "<", lambda run: end(run, "policy/entropy")
+    )
     c4 = [
         judge.compare("R3 lowers k3", on_r3, on, "<", k3),
         judge.compare("R3 ends no higher than no replay", on_r3, on, "<=", last, SAME),
@@ -179,16 +200,31 @@ def claims(results: Results, precision: str = COARSE) -> list[Claim]:
     c5 = [judge.fate(off(8, "R3"), False)]
     for n in (2, 4, 8):
         strong, weak = ("R2", "R3") if n == 2 else ("R3", "R2")
-        c5 += [replay_wins(n, strong, "none"), judge.better(off(n, strong), off(n, strong, clip=False)), replay_wins(n, strong, weak)]
+        c5 += [
+            replay_wins(n, strong, "none"),
+            judge.better(off(n, strong), off(n, strong, clip=False)),
+            replay_wins(n, strong, weak),
+        ]
         c5 += [judge.fate(off(n, "R2"), True)] if n > 2 else []
     c6 = judge.compare("another cold start ends as the first", second, on, "=", last, SAME)
-    alike = [judge.compare(f"peak of {label(off(n, r))} as of {label(on)}", off(n, r), on, "=", best, SAME) for n, r in PEAKS]
+    alike = [
+        judge.compare(f"peak of {label(off(n, r))} as of {label(on)}", off(n, r), on, "=", best, SAME) for n, r in PEAKS
+    ]
     return [
         Claim("C1", "On-policy, MiniRL with the IS weight, no length norm, no replay is best and most stable", c1),
-        Claim("C2", "Without the IS weight: collapse, entropy falls", [judge.fate(no_is, True), judge.fate(on, False), entropy]),
+        Claim(
+            "C2",
+            "Without the IS weight: collapse, entropy falls",
+            [judge.fate(no_is, True), judge.fate(on, False), entropy],
+        ),
         Claim("C3", "Length norm: stable but worse", [judge.fate(length, False), judge.better(on, length)]),
         Claim("C4", "On-policy R3 lowers the KL but gains nothing", c4),
-        Claim("C5", "Off-policy: clipping and replay both needed; N = 2: R2 over R3; N = 4, 8: R3 over R2, and R2 does not last", c5),
+        Claim(
+            "C5",
+            "Off-policy: clipping and replay both needed; N = 2: R2 over R3; N = 4, 8: R3 over R2, and R2 does not "
+            "last",
+            c5,
+        ),
         Claim("C6", "Different cold starts end alike", [c6]),
         Claim("C7", "On- and off-policy, once stable, peak alike", alike),
         Claim("C8", "The KL rises with every collapse", [judge.every_collapse(precision)]),

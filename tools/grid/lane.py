@@ -1,9 +1,11 @@
-"""A lane: one trainer rank and one vLLM server that do run after run, so that a short run does not pay for starting them.
+"""A lane: one trainer rank and one vLLM server that do run after run,
+so that a short run does not pay for starting them.
 
     megarl.launch.rank LOG_DIR tools.grid.lane QUEUE OUT DEADLINE BASE key=value ...      started by tools/paper_grid.py
 
-Every run is the trainer's own `train(config)`; only the fleet of workers outlives it. A run begins with a weight sync, so that nothing of
-the one before it is left in the server. Lanes share a queue: a run belongs to the lane that holds its lock.
+Every run is the trainer's own `train(config)`; only the fleet of workers outlives
+it. A run begins with a weight sync, so that nothing of the one before it is left
+in the server. Lanes share a queue: a run belongs to the lane that holds its lock.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def main(argv: list[str]) -> int:
 
 
 def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
-    """One run, from its beginning or its checkpoint. False if it failed; the failure is in its record, and the run is not tried again."""
+    """One run, from its beginning or its checkpoint. False if it failed;
+    the failure is in its record, and the run is not tried again.
+    """
     config = run.config(out)
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,14 @@ def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
             raise  # it never began: no result, but a server that did not start
         failure = str(error)
     after = _cpu_seconds(fleet)
-    record = {"arm": asdict(run.arm), "seed": run.seed, "steps": run.steps, "lr": run.lr, "failure": failure, "wall_s": time.time() - start}
+    record = {
+        "arm": asdict(run.arm),
+        "seed": run.seed,
+        "steps": run.steps,
+        "lr": run.lr,
+        "failure": failure,
+        "wall_s": time.time() - start,
+    }
     record |= {"trainer_cpu_s": after[0] - before[0], "server_cpu_s": after[1] - before[1] if before[1] else None}
     partial = folder / f".{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=1))
@@ -96,7 +107,9 @@ def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
 
 
 def _cpu_seconds(fleet: list[LastingFleet]) -> tuple[float, float]:
-    """CPU seconds so far of this process and of its server (0 before it is known), which leads a process group of its own."""
+    """CPU seconds so far of this process and of its server (0 before it
+    is known), which leads a process group of its own.
+    """
     groups = {worker.pid for worker in fleet[0].workers} if fleet else set()
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):

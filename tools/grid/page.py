@@ -47,7 +47,10 @@ def _compact(results: Results) -> str:
 def render(results: Results, pictures: list[Picture]) -> str:
     found = {precision: claims(results, precision) for precision in JUDGED}
     found = {precision: each for precision, each in found.items() if any(claim.verdict != "not run" for claim in each)}
-    rows = [f"| {same[0].name} | {same[0].text} | " + " | ".join(f"**{c.verdict}**" for c in same) + " |" for same in zip(*found.values())]
+    rows = [
+        f"| {same[0].name} | {same[0].text} | " + " | ".join(f"**{c.verdict}**" for c in same) + " |"
+        for same in zip(*found.values())
+    ]
     parts = [
         f"| {c.name} | {p.text} | {p.measured or '-'} | {p.verdict} |"
         for precision, each in found.items()
@@ -71,8 +74,10 @@ def render(results: Results, pictures: list[Picture]) -> str:
             "| claim | rollouts in | " + " | ".join(found) + " |\n|---|---|" + "---|" * len(found),
             *rows,
             "\n## Part by part\n",
-            "Reward is the mean of a run's last eighth. Medians over seeds of the first and of the second arm; then the mean of the paired",
-            "differences with its 95% interval (percentiles of 10,000 bootstrap draws over seeds; with three seeds that is about their",
+            "Reward is the mean of a run's last eighth. Medians over seeds of the first and of the second arm; then "
+            "the mean of the paired",
+            "differences with its 95% interval (percentiles of 10,000 bootstrap draws over seeds; with three seeds "
+            "that is about their",
             "range, so that `yes` says little more than that all seeds agree).\n",
             "| claim | part | measured | holds |\n|---|---|---|---|",
             *parts,
@@ -96,7 +101,11 @@ def render(results: Results, pictures: list[Picture]) -> str:
 
 def _sizes(runs: list[Results]) -> dict[str, Any]:
     steps = sorted({run["steps"] for run in runs})
-    return {"runs": len(runs), "seeds": len({run["seed"] for run in runs}), "steps": " and ".join(map(str, steps)) or "no"}
+    return {
+        "runs": len(runs),
+        "seeds": len({run["seed"] for run in runs}),
+        "steps": " and ".join(map(str, steps)) or "no",
+    }
 
 
 def _arms(results: Results) -> list[str]:
@@ -112,12 +121,14 @@ def _arms(results: Results) -> list[str]:
         lines.append(
             f"| {label(arm)} | {len(runs)} | {' | '.join(mid)} | {sum(run['collapsed'] for run in runs)} | "
             f"{_over(runs, 'mismatch/kl_k3', '.1e')} | {_over(runs, 'mismatch/extreme_frac_2', '.4f')} | "
-            f"{_over(runs, 'routing/agree_rollout_old', '.4f')} | {median(run['curves']['policy/entropy'][-1] for run in runs):.3f} |"
+            f"{_over(runs, 'routing/agree_rollout_old', '.4f')} | "
+            f"{median(run['curves']['policy/entropy'][-1] for run in runs):.3f} |"
         )
     return [
         *lines,
         "",
-        "first, best, last: mean reward of that eighth. k3, extreme (share of tokens with max(rho, 1/rho) > 2), agreement: run means.",
+        "first, best, last: mean reward of that eighth. k3, extreme (share of tokens with max(rho, 1/rho) > 2), "
+        "agreement: run means.",
         *_how_runs_fell(results),
     ]
 
@@ -143,8 +154,10 @@ def _precisions(results: Results) -> list[str]:
     judge = Judge(results)
     keys = (("mismatch/kl_k3", ".1e"), ("mismatch/extreme_frac_2", ".4f"), ("routing/agree_rollout_old", ".4f"))
     lines = [
-        "The first rollout from the cold start, the same responses with and without replay: what R3 takes out of the mismatch.",
-        "fp8_e4m3, fp8_e5m2, int4: weights only, one scale a row, the router included. fp8_kv: float32 weights, keys and values in e4m3.\n",
+        "The first rollout from the cold start, the same responses with and without replay: what R3 takes out of the "
+        "mismatch.",
+        "fp8_e4m3, fp8_e5m2, int4: weights only, one scale a row, the router included. fp8_kv: float32 weights, keys "
+        "and values in e4m3.\n",
         "| rollout | k3 | with R3 | extreme | with R3 | agreement | with R3 |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -159,19 +172,36 @@ def _precisions(results: Results) -> list[str]:
 
 
 def _sweep(results: Results) -> list[str]:
-    runs = sorted((run for run in results["runs"] if run["arm"]["kind"] == "sweep"), key=lambda run: (run["arm"]["n"], run["arm"]["lr"]))
+    runs = sorted(
+        (run for run in results["runs"] if run["arm"]["kind"] == "sweep"),
+        key=lambda run: (run["arm"]["n"], run["arm"]["lr"]),
+    )
     if not runs:
         return ["No sweep was run."]
     tried = sorted({run["arm"]["lr"] for run in runs})
-    stable = [lr for lr in tried if all(not run["collapsed"] and run["last"] > run["first"] for run in runs if run["arm"]["lr"] == lr)]
+    stable = [
+        lr
+        for lr in tried
+        if all(not run["collapsed"] and run["last"] > run["first"] for run in runs if run["arm"]["lr"] == lr)
+    ]
     lines = [
-        "The fp32 control. Chance is 0.1: a rate under which a control falls there within its first eighth has not collapsed by the grid's",
-        "criterion, so here a rate counts as stable if no control collapsed and each ended higher than it began. The largest such rate:",
+        "The fp32 control. Chance is 0.1: a rate under which a control falls there within its first eighth has not "
+        "collapsed by the grid's",
+        "criterion, so here a rate counts as stable if no control collapsed and each ended higher than it began. The "
+        "largest such rate:",
         f"{max(stable, default=math.nan):g}. The grid runs at {results['lr']:g}.\n",
     ]
     lines += ["| N | lr | steps | first | best | last | collapsed |", "|---|---|---|---|---|---|---|"]
     for run in runs:
-        cells = (run["arm"]["n"], f"{run['arm']['lr']:g}", run["steps"], run["first"], run["best"], run["last"], run["collapsed"])
+        cells = (
+            run["arm"]["n"],
+            f"{run['arm']['lr']:g}",
+            run["steps"],
+            run["first"],
+            run["best"],
+            run["last"],
+            run["collapsed"],
+        )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines
 
@@ -193,15 +223,24 @@ def _cost(results: Results) -> list[str]:
     """CPU seconds, which a neighbour on the same cores does not change much."""
     rl = [run for run in results["runs"] if run["arm"]["kind"] == "rl"]
     lines = [
-        "CPU seconds, without the start of a lane; the clock's on a machine with other work. `-`: the server's share was not measured.\n"
+        "CPU seconds, without the start of a lane; the clock's on a machine with other work. `-`: the server's share "
+        "was not measured.\n"
     ]
-    lines += ["| N | runs | trainer, a run | server, a run | trainer, a rollout | clock, a run |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| N | runs | trainer, a run | server, a run | trainer, a rollout | clock, a run |",
+        "|---|---|---|---|---|---|",
+    ]
     for n in sorted({run["arm"]["n"] for run in rl}):
         some = [run for run in rl if run["arm"]["n"] == n]
         served = [run["server_cpu_s"] for run in some if run["server_cpu_s"] is not None]
         server = f"{fmean(served):.1f}" if served else "-"
-        trainer, rollout = (fmean(run["trainer_cpu_s"] / (run["rollouts"] if each else 1) for run in some) for each in (False, True))
-        lines.append(f"| {n} | {len(some)} | {trainer:.1f} | {server} | {rollout:.2f} | {fmean(run['wall_s'] for run in some):.0f} |")
+        trainer, rollout = (
+            fmean(run["trainer_cpu_s"] / (run["rollouts"] if each else 1) for run in some) for each in (False, True)
+        )
+        lines.append(
+            f"| {n} | {len(some)} | {trainer:.1f} | {server} | {rollout:.2f} | "
+            f"{fmean(run['wall_s'] for run in some):.0f} |"
+        )
     return lines
 
 

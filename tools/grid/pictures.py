@@ -18,8 +18,20 @@ PICTURES: list[Picture] = [
     ("off_k3", "k3 of the mismatch, N = 8", "mismatch/kl_k3", True, off_policy(8, COARSE)),
     ("on_entropy", "Entropy, N = 1", "policy/entropy", False, [CONTROL_1, *on_policy(COARSE)[:5]]),
     ("off_entropy", "Entropy, N = 8", "policy/entropy", False, off_policy(8, COARSE)),
-    ("off_extreme", "Share of tokens with a ratio above 2, N = 8", "mismatch/extreme_frac_2", False, off_policy(8, COARSE)),
-    ("off_agreement", "Routing agreement of the engines, N = 8", "routing/agree_rollout_old", False, off_policy(8, COARSE)),
+    (
+        "off_extreme",
+        "Share of tokens with a ratio above 2, N = 8",
+        "mismatch/extreme_frac_2",
+        False,
+        off_policy(8, COARSE),
+    ),
+    (
+        "off_agreement",
+        "Routing agreement of the engines, N = 8",
+        "routing/agree_rollout_old",
+        False,
+        off_policy(8, COARSE),
+    ),
     ("off_clip", "Tokens clipped with A < 0, N = 8", "staleness/clip_frac_neg", False, off_policy(8, COARSE)),
     ("off_grad_norm", "Gradient norm, N = 8", "optim/grad_norm", True, off_policy(8, COARSE)),
 ]
@@ -31,7 +43,9 @@ def swept(results: Results) -> list[Picture]:
     rates = sorted({run["arm"]["lr"] for run in results["runs"] if run["arm"]["kind"] == "sweep"})
     arms = [Arm(1, "minirl", "none", "fp32", "sweep", lr) for lr in rates]
     keys = {"reward": "reward/mean", "entropy": "policy/entropy", "length": "response/length_mean"}
-    return [(f"lr_{name}", f"{TITLES[name]} of the fp32 control, N = 1", key, False, arms) for name, key in keys.items()]
+    return [
+        (f"lr_{name}", f"{TITLES[name]} of the fp32 control, N = 1", key, False, arms) for name, key in keys.items()
+    ]
 
 
 def draw(results: Results, title: str, key: str, log: bool, arms: list[Arm]) -> str:
@@ -42,12 +56,16 @@ def draw(results: Results, title: str, key: str, log: bool, arms: list[Arm]) -> 
         points = max((len(curve) for curve in curves), default=0)
         if points:
             end = max(end, *(run["steps"] for run in judge.of(arm).values()))
-            series.append((arm, [_median([c[i] for c in curves if i < len(c) and c[i] is not None]) for i in range(points)]))
+            series.append(
+                (arm, [_median([c[i] for c in curves if i < len(c) and c[i] is not None]) for i in range(points)])
+            )
     if not series:
         return ""
     length = max(len(values) for _, values in series)
     steps = [round((i + 1) * end / length) for i in range(length)]
-    chart = line_chart(steps, [Series(label(arm), values + [None] * (length - len(values))) for arm, values in series], log=log)
+    chart = line_chart(
+        steps, [Series(label(arm), values + [None] * (length - len(values))) for arm, values in series], log=log
+    )
     names = "".join(
         f'<line class="line s{i}" x1="{LEFT}" x2="{LEFT + 16}" y1="{HEIGHT + 28 + 15 * i}" y2="{HEIGHT + 28 + 15 * i}"/>'
         f'<text class="tick" x="{LEFT + 22}" y="{HEIGHT + 32 + 15 * i}">{escape(label(arm))}</text>'

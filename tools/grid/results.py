@@ -1,4 +1,6 @@
-"""Run directories to one compact JSON: what each run scored, its curves in at most 16 points, what it cost. Pure but for reading files."""
+"""Run directories to one compact JSON: what each run scored, its curves
+in at most 16 points, what it cost. Pure but for reading files.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megarl.report.metrics import read_metrics
+from megarl.observe.metrics import read_metrics
 from tools.grid.arms import RECORD, Arm, base
 
 COLLAPSED_BELOW = 0.8  # of the best eighth's mean reward; fixed before any run
@@ -46,7 +48,9 @@ def collapsed(rewards: list[float], failed: bool = False) -> bool:
 
 
 def collect(out: Path, steps: int) -> dict[str, Any]:
-    """What results.json holds, of every run under `out` that has ended: of the grid itself those of `steps` at the grid's learning rate."""
+    """What results.json holds, of every run under `out` that has ended:
+    of the grid itself those of `steps` at the grid's learning rate.
+    """
     runs = []
     for path in sorted((out / "runs").glob(f"*/{RECORD}")):
         record = json.loads(path.read_text())
@@ -54,7 +58,11 @@ def collect(out: Path, steps: int) -> dict[str, Any]:
             continue
         rows = read_metrics(path.parent) if (path.parent / "metrics.jsonl").is_file() else []
         runs.append(_run(record, rows))
-    head = {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} CPU cores", "collapsed_below": COLLAPSED_BELOW}
+    head = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores",
+        "collapsed_below": COLLAPSED_BELOW,
+    }
     return {**head, "lr": base().train.lr, "warmup": base().train.lr_warmup_iters, "runs": runs}
 
 

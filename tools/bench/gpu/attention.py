@@ -1,4 +1,6 @@
-"""Packed causal attention of one layer of Qwen3-30B-A3B, forward and backward: torch's varlen kernels against the padded rectangle."""
+"""Packed causal attention of one layer of Qwen3-30B-A3B, forward and
+backward: torch's varlen kernels against the padded rectangle.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,10 @@ def run(smoke: bool) -> Iterator[dict[str, Any]]:
                     module.varlen_attention = kept
                 results[way] = found.pop("results")
                 flops = sum(2.0 * n * n * heads * dim for n in lengths)  # causal: half of 4 n^2
-                rates = {"forward_flops_per_s": flops / found["forward_s"], "flops_per_s": 3.5 * flops / found["both_s"]}
+                rates = {
+                    "forward_flops_per_s": flops / found["forward_s"],
+                    "flops_per_s": 3.5 * flops / found["both_s"],
+                }
                 row = {"tokens": tokens, "pack": kind, "sequences": len(lengths), "way": way, **found, **rates}
                 if way == "varlen":
                     row["difference"] = [relative(a, b) for a, b in zip(results["varlen"], results["rectangle"])]

@@ -1,4 +1,6 @@
-"""The two ceilings of this card, measured: a large device-to-device copy and a large bf16 matrix product, on random data."""
+"""The two ceilings of this card, measured: a large device-to-device
+copy and a large bf16 matrix product, on random data.
+"""
 
 from __future__ import annotations
 

@@ -14,11 +14,18 @@ from megarl.engine.build import DEVICE, init_parallel
 from megarl.engine.model import build_model, wrap_for_training
 from megarl.engine.optim import build_optimizer
 from megarl.engine.step import Engine
-from megarl.weights.weight_map import WeightMap
+from megarl.weights.map.weight_map import WeightMap
 from tools.bench.gpu.roofline import QWEN3_30B_A3B
 
 ON_GPU = DEVICE.device.type == "cuda"
-SMALL = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128, moe_intermediate_size=48)
+SMALL = dict(
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    moe_intermediate_size=48,
+)
 TINY = {**QWEN3_30B_A3B, **SMALL, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 96, "num_hidden_layers": 2}
 
 
@@ -74,7 +81,9 @@ def engine_of(hf: dict[str, Any], overrides: list[str], *, train: bool) -> tuple
 
 
 def packs_of(engine: Engine, tokens: int, sequence: int) -> list[Any]:
-    """One pack of `tokens` rows in sequences of `sequence` rows, all of them response tokens, advantages of both signs."""
+    """One pack of `tokens` rows in sequences of `sequence` rows, all of them response
+    tokens, advantages of both signs.
+    """
     from megarl.engine.batch import make_packs
 
     at = engine.model.parallel

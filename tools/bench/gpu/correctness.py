@@ -1,4 +1,6 @@
-"""Forward, backward and replay against the CPU reference: the same weights, tokens and routes in a process that sees no GPU."""
+"""Forward, backward and replay against the CPU reference: the same
+weights, tokens and routes in a process that sees no GPU.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,12 @@ def run(smoke: bool) -> Iterator[dict[str, Any]]:
                 "entropy": relative(found["entropy"], reference["entropy"]),
                 "gradient_worst": worst[at],
                 "gradient_worst_name": at,
-                "gradient": relative(*(torch.cat([g[n].flatten() for n in worst]) for g in (found["grads"], reference["grads"]))),
-                "own_routes_equal": float((found["own"].sort(-1).values == reference["own"].sort(-1).values).all(-1).float().mean()),
+                "gradient": relative(
+                    *(torch.cat([g[n].flatten() for n in worst]) for g in (found["grads"], reference["grads"]))
+                ),
+                "own_routes_equal": float(
+                    (found["own"].sort(-1).values == reference["own"].sort(-1).values).all(-1).float().mean()
+                ),
             }
             row["passed"] = max(row["logprobs"], row["entropy"], row["gradient"]) <= LIMITS[dtype]
             passed.append(row["passed"])

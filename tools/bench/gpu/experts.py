@@ -1,4 +1,5 @@
-"""One MoE layer of Qwen3-30B-A3B, its two changes one by one: rows moved by index, the activation fused. Forward and backward.
+"""One MoE layer of Qwen3-30B-A3B, its two changes one by one: rows
+moved by index, the activation fused. Forward and backward.
 
 Each row names what was measured, its time, and the share of the copy ceiling that the bytes it must move would take.
 """
@@ -29,7 +30,11 @@ def routes(tokens: int, hf: dict[str, Any]) -> torch.Tensor:
     """bool [tokens, experts], K true a row, drawn evenly."""
     experts = hf["num_experts"]
     generator = torch.Generator(device=DEVICE.device).manual_seed(0)
-    chosen = torch.rand(tokens, experts, device=DEVICE.device, generator=generator).topk(hf["num_experts_per_tok"], 1).indices
+    chosen = (
+        torch.rand(tokens, experts, device=DEVICE.device, generator=generator)
+        .topk(hf["num_experts_per_tok"], 1)
+        .indices
+    )
     return torch.zeros(tokens, experts, dtype=torch.bool, device=DEVICE.device).scatter_(1, chosen, True)
 
 
@@ -48,16 +53,24 @@ def permutation(tokens: int, hf: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
         def work(module: Any = module) -> list[torch.Tensor]:
             x.grad = None
-            permuted, _, index = module.permute(x, routing_map, probs=probs, num_out_tokens=rows, fused=False, drop_and_pad=False)
-            out = module.unpermute(permuted, index, restore_shape=x.shape, routing_map=routing_map, fused=False, drop_and_pad=False)
+            permuted, _, index = module.permute(
+                x, routing_map, probs=probs, num_out_tokens=rows, fused=False, drop_and_pad=False
+            )
+            out = module.unpermute(
+                permuted, index, restore_shape=x.shape, routing_map=routing_map, fused=False, drop_and_pad=False
+            )
             out.backward(grad)
             return [out.detach(), x.grad]
 
         taken, results[name] = seconds(work), work()
-        moved = 4 * (rows + tokens) * hf["hidden_size"] * x.element_size()  # each of four passes reads one side and writes the other
+        moved = (
+            4 * (rows + tokens) * hf["hidden_size"] * x.element_size()
+        )  # each of four passes reads one side and writes the other
         yield {"row": {"tokens": tokens, "what": f"rows {name}", "seconds": taken, "bytes_per_s": moved / taken}}
     difference = [relative(a, b) for a, b in zip(results["by index"], results["megatron-core"])]
-    yield {"row": {"tokens": tokens, "what": "rows, difference", "difference": difference, "equal": max(difference) < 1e-2}}
+    yield {
+        "row": {"tokens": tokens, "what": "rows, difference", "difference": difference, "equal": max(difference) < 1e-2}
+    }
 
 
 def activation(tokens: int, hf: dict[str, Any], experts: Any) -> Iterator[dict[str, Any]]:
@@ -82,4 +95,11 @@ def activation(tokens: int, hf: dict[str, Any], experts: Any) -> Iterator[dict[s
         what = "experts, activation " + ("fused" if fused else "by torch's operators")
         yield {"row": {"tokens": tokens, "what": what, "seconds": taken, "flops_per_s": flops / taken}}
     difference = [relative(a, b) for a, b in zip(results[True], results[False])]
-    yield {"row": {"tokens": tokens, "what": "experts, difference", "difference": difference, "equal": max(difference) < 2e-2}}
+    yield {
+        "row": {
+            "tokens": tokens,
+            "what": "experts, difference",
+            "difference": difference,
+            "equal": max(difference) < 2e-2,
+        }
+    }

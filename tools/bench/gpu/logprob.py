@@ -1,4 +1,6 @@
-"""The log-probability pass over 32k tokens x 151,936 entries: tokens a second, and memory beside the logits (and their gradient)."""
+"""The log-probability pass over 32k tokens x 151,936 entries: tokens a
+second, and memory beside the logits (and their gradient).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Runs the parts, each in a process of its own with a time limit, and writes one JSON file a part. bash tools/bench/gpu.sh calls it.
+"""Runs the parts, each in a process of its own with a time limit, and writes one JSON file a part. bash
+tools/bench/gpu.sh calls it.
 
-A part yields what it has found piece by piece, and its file is written after each: one that fails or runs out of time leaves a file that
-holds what came before and says so, and the others run all the same. Exit status 1 if any failed.
+A part yields what it has found piece by piece, and its file is written after each: one that fails or runs out of time
+leaves a file that holds what came before and says so, and the others run all the same. Exit status 1 if any failed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-# In order of importance; limits in seconds. Together below 13 minutes: a lent machine has 15, of which its start takes one or two.
+# In order of importance; limits in seconds. Together below 13 minutes: a lent machine has 15, of which its start takes
+# one or two.
 LIMITS = {
     "ceilings": 40,
     "correctness": 120,
@@ -57,7 +59,9 @@ def machine() -> dict[str, Any]:
 
 
 def run_part(name: str, smoke: bool, file: Path) -> int:
-    """In the part's own process: what it yields, and what it raised, into `file`. A piece {"row": ...} is one more of its rows."""
+    """In the part's own process: what it yields, and what it raised,
+    into `file`. A piece {"row": ...} is one more of its rows.
+    """
     module, _, case = name.partition(":")
     result: dict[str, Any] = {"part": name, "smoke": smoke, "unfinished": True, **machine()}
     begun = time.perf_counter()
@@ -86,7 +90,16 @@ def run_part(name: str, smoke: bool, file: Path) -> int:
 def start(name: str, smoke: bool, out: Path, limit: float) -> bool:
     file = out / f"{name.replace(':', '_')}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tools.bench.gpu.run", "--part", name, "--file", str(file), *(["--cpu-smoke"] if smoke else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench.gpu.run",
+        "--part",
+        name,
+        "--file",
+        str(file),
+        *(["--cpu-smoke"] if smoke else []),
+    ]
     begun = time.perf_counter()
     try:
         status = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
@@ -104,21 +117,48 @@ def start(name: str, smoke: bool, out: Path, limit: float) -> bool:
 
 def headline(result: dict[str, Any]) -> str:
     """The numbers of a part that docs/gpu.md lists, one line a row."""
-    wanted = ("tokens", "experts", "dtype", "pack", "way", "layers", "tokens_per_s", "mfu", "mfu_of_48_layers", "replay_cost", "logprobs")
-    wanted += ("gradient", "passed", "flops_per_s", "copy_bytes_per_s", "matmul_flops_per_s", "extra_bytes", "sync_bytes_per_s", "of_copy")
+    wanted = (
+        "tokens",
+        "experts",
+        "dtype",
+        "pack",
+        "way",
+        "layers",
+        "tokens_per_s",
+        "mfu",
+        "mfu_of_48_layers",
+        "replay_cost",
+        "logprobs",
+    )
+    wanted += (
+        "gradient",
+        "passed",
+        "flops_per_s",
+        "copy_bytes_per_s",
+        "matmul_flops_per_s",
+        "extra_bytes",
+        "sync_bytes_per_s",
+        "of_copy",
+    )
     wanted += ("bytes_per_s", "what", "seconds", "of_ceiling", "equal", "error")
     show = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
-    rows = result["rows"] + ([{"error": result["error"]}] if "error" in result else []) if "rows" in result else [result]
+    rows = (
+        result["rows"] + ([{"error": result["error"]}] if "error" in result else []) if "rows" in result else [result]
+    )
     return "\n".join("    " + ", ".join(f"{k} {show(row[k])}" for k in wanted if k in row) for row in rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", help=f"only these, with commas between; all are {','.join(LIMITS)}")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all; what does not fit is named at the end")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds for all; what does not fit is named at the end"
+    )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu")))
     parser.add_argument(
-        "--cpu-smoke", action="store_true", help="every part at a tiny size on this CPU: proves that the scripts run, no more"
+        "--cpu-smoke",
+        action="store_true",
+        help="every part at a tiny size on this CPU: proves that the scripts run, no more",
     )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)

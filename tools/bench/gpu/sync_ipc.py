@@ -1,4 +1,5 @@
-"""Weights to a second process on the same GPU by CUDA IPC, through the group of a colocated weight sync (megarl.weights.shared).
+"""Weights to a second process on the same GPU by CUDA IPC, through the group of a colocated weight sync
+(megarl.weights.transport.shared).
 
 Beside it a device-to-device copy of as many bytes inside one process: what the hardware allows.
 """
@@ -19,5 +20,8 @@ def run(smoke: bool) -> Iterator[dict[str, Any]]:
     source = torch.randint(256, (found["bytes"],), dtype=torch.uint8, device=DEVICE.device)
     target = torch.empty_like(source)
     copy_s = seconds(lambda: target.copy_(source), 5, 2)
-    rates = {"sync_bytes_per_s": found.pop("bytes_per_s"), "copy_bytes_per_s": found["bytes"] / copy_s}  # bytes moved once, in both
+    rates = {
+        "sync_bytes_per_s": found.pop("bytes_per_s"),
+        "copy_bytes_per_s": found["bytes"] / copy_s,
+    }  # bytes moved once, in both
     yield {**found, **rates, "of_copy": copy_s / found["median_s"]}

@@ -1,4 +1,5 @@
-"""The process group of the weight sync: grouped sends and receives through megarl.weights.transport, on one GPU to itself.
+"""The process group of the weight sync: grouped sends and receives
+through megarl.weights.transport.groups, on one GPU to itself.
 
     python -m tools.bench.gpu.sync_nccl --ranks 2      # two GPUs, from rank 0 to rank 1: not yet run
 
@@ -27,11 +28,13 @@ def run(smoke: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(ranks: int, smoke: bool, device: str, shared: bool = False) -> dict[str, Any]:
-    """shared: all ranks on one GPU, through megarl.weights.shared."""
+    """shared: all ranks on one GPU, through megarl.weights.transport.shared."""
     sizes = (1 << 20, 3, 3) if smoke else (256 << 20, 8, 6)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=rank_of, args=(r, ranks, store.port, device, shared, *sizes)) for r in range(1, ranks)]
+    others = [
+        context.Process(target=rank_of, args=(r, ranks, store.port, device, shared, *sizes)) for r in range(1, ranks)
+    ]
     for other in others:
         other.start()
     try:
@@ -56,10 +59,14 @@ def measure(ranks: int, smoke: bool, device: str, shared: bool = False) -> dict[
     }
 
 
-def rank_of(rank: int, ranks: int, port: int, device: str, shared: bool, size: int, count: int, repeats: int) -> tuple[list[float], bool]:
-    """Rank 0 sends every bucket to the last rank (itself where it is alone), which compares what it got with what was to come."""
-    from megarl.weights.shared import SharedGroup
-    from megarl.weights.transport import WeightGroup
+def rank_of(
+    rank: int, ranks: int, port: int, device: str, shared: bool, size: int, count: int, repeats: int
+) -> tuple[list[float], bool]:
+    """Rank 0 sends every bucket to the last rank (itself where it is
+    alone), which compares what it got with what was to come.
+    """
+    from megarl.weights.transport.groups import WeightGroup
+    from megarl.weights.transport.shared import SharedGroup
 
     where = torch.device(device, 0 if shared else rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":

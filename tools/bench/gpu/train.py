@@ -1,7 +1,8 @@
-"""Training tokens a second and MFU of a slice of Qwen3-30B-A3B: 4k and 32k packed tokens, R3 off and on, grouped and sequential experts.
+"""Training tokens a second and MFU of a slice of Qwen3-30B-A3B: 4k and
+32k packed tokens, R3 off and on, grouped and sequential experts.
 
-One micro-batch, through Engine.gradients and the learner's own loss; Adam apart. Depths 1 and as many layers as fit give the time of one
-layer and of the output layer, and from these the figure for all 48 layers.
+One micro-batch, through Engine.gradients and the learner's own loss; Adam apart. Depths 1 and as many layers as fit
+give the time of one layer and of the output layer, and from these the figure for all 48 layers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ SEQUENCE = 4096
 def run(smoke: bool, number: int) -> Iterator[dict[str, Any]]:
     """One of CASES; with fewer layers than were thought to fit, should they not."""
     tokens, experts = CASES[number]
-    depth = 2 if smoke else layers_that_fit(QWEN3_30B_A3B, tokens, 0.95 * torch.cuda.get_device_properties(0).total_memory)
+    depth = (
+        2 if smoke else layers_that_fit(QWEN3_30B_A3B, tokens, 0.95 * torch.cuda.get_device_properties(0).total_memory)
+    )
     yield {"peak_flops": PEAK}
     while True:
         try:
@@ -72,8 +75,10 @@ def case(tokens: int, experts: str, depth: int, smoke: bool) -> Iterator[dict[st
     yield {"row": row}
 
 
-def _depth(hf: dict[str, Any], tokens: int, sequence: int, experts: str, depth: int, modes: tuple[str, ...], smoke: bool) -> dict[str, Any]:
-    from megarl.learn import Learner
+def _depth(
+    hf: dict[str, Any], tokens: int, sequence: int, experts: str, depth: int, modes: tuple[str, ...], smoke: bool
+) -> dict[str, Any]:
+    from megarl.loop.learn import Learner
 
     options = [f"engine.experts={experts}", "replay.mode=R3", f"engine.dtype={'auto' if ON_GPU else 'float32'}"]
     config, engine = engine_of({**hf, "num_hidden_layers": depth}, options, train=True)
@@ -82,7 +87,9 @@ def _depth(hf: dict[str, Any], tokens: int, sequence: int, experts: str, depth: 
     [pack] = packs
     pack.routes = pack.own
     assert pack.routes is not None
-    counts = torch.stack([pack.routes[:, layer].flatten().long().bincount(minlength=hf["num_experts"]) for layer in range(depth)]).float()
+    counts = torch.stack(
+        [pack.routes[:, layer].flatten().long().bincount(minlength=hf["num_experts"]) for layer in range(depth)]
+    ).float()
     learner = Learner(config, engine)
     repeats, warm_up = (1, 1) if smoke else (7, 3)
     update = lambda mode: engine.gradients(packs, mode, learner._loss)

@@ -1,0 +1,1 @@
+"""What `megarl COMMAND` runs on every rank, one file a command, and the arguments of all of them."""

@@ -1,0 +1,105 @@
+"""The arguments of every command, the same on its command line as in the ranks that it starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"megarl: error: {message}; see {self.prog} --help\n")
+
+
+@dataclass(frozen=True)
+class Command:
+    """help: one line of `megarl --help`. add_arguments: tells a parser what the command takes."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def parse(command: str, argv: list[str]) -> argparse.Namespace:
+    """The arguments of one command. Exits with status 2 and one line where they are wrong."""
+    parser = Parser(prog=f"megarl {command}", description=COMMANDS[command].help)
+    COMMANDS[command].add_arguments(parser)
+    return parser.parse_intermixed_args(argv, argparse.Namespace(command=command))
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="override a key, e.g. train.lr=1e-5"
+    )
+
+
+def _launch_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would start, start nothing")
+
+
+def _file_arguments(parser: argparse.ArgumentParser) -> None:
+    _launch_arguments(parser)
+    parser.add_argument("--input", required=True, metavar="JSONL")
+    parser.add_argument("--output", required=True, metavar="JSONL")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    _launch_arguments(parser)
+    parser.add_argument(
+        "--input", metavar="JSONL", help="prompts, all of them; else the first batch.prompts of data.prompts"
+    )
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's folder (run.dir); several are overlaid in one page"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page; else report.html in the run's folder, or here if there are several runs",
+    )
+    parser.add_argument("--svg", metavar="FILE", help="also write the learning curve of the first run as a picture")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--world", type=int, metavar="N", help="trainer ranks; else launch.trainers")
+    parser.add_argument(
+        "--rollout-ep", type=int, default=1, metavar="N", help="expert-parallel ranks of an engine (default 1: none)"
+    )
+    parser.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="ranks a host (default 8)")
+    parser.add_argument(
+        "--link-gbs",
+        type=float,
+        default=50.0,
+        metavar="X",
+        help="GB/s of each rank's network link (default 50: 400 Gbit/s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="also check this configuration")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[])
+
+
+COMMANDS = {
+    "run": Command("trainer ranks and rollout workers on this host, supervised", _launch_arguments),
+    "train": Command("trainer ranks only; rollout workers join through launch.store", _launch_arguments),
+    "rollout": Command("one rollout worker (a vLLM server) that joins a run through launch.store", _config_arguments),
+    "sft": Command("supervised fine-tuning on demonstrations: the cold start", _launch_arguments),
+    "score": Command("log-probabilities, entropy and routes of given tokens, by the training engine", _file_arguments),
+    "generate": Command("responses to given prompts, by the rollout engine", _file_arguments),
+    "compare": Command(
+        "the mismatch between the engines before training: generate, then score; a table and a page", _compare_arguments
+    ),
+    "report": Command("a run's curves as one HTML page, and its learning curve in the terminal", _report_arguments),
+    "plan": Command(
+        "memory of the ranks, and bytes and seconds of a weight sync, without running anything", _plan_arguments
+    ),
+    "doctor": Command("versions, device, cores and memory; optionally checks a configuration", _doctor_arguments),
+}

@@ -1,0 +1,157 @@
+"""`megarl compare`: what the training engine says of the rollout
+engine's responses, before any training: the mismatch report.
+
+The prompts are answered by the rollout engine, batch.group times each, as the first step of a run
+would; the training engine, in the configured layout, scores the responses teacher-forced at the same
+temperature, with its routing live and with the rollout's replayed. Writes run.dir/compare.html,
+compare.json, and compare.jsonl, the responses as `megarl generate` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megarl.commands.arguments import parse
+from megarl.commands.score import WholePack, encode_npy, gather_packs
+from megarl.config import Config, load_config
+from megarl.data import Prompt, load_prompts, load_tokenizer
+from megarl.engine.build import Engine, build_engine
+from megarl.engine.parallel import destroy_parallel
+from megarl.engine.step import Routes
+from megarl.errors import UserError
+from megarl.loop.collect import Batch, Collector
+from megarl.report.mismatch import Compared, Pass, figures, render, text_table, worst_tokens
+from megarl.rollout.fleet import Fleet
+
+FIELDS = ("tokens", "labels", "mask", "rollout_logprobs", "routes", "present", "own", "gap")
+
+
+def main(argv: list[str]) -> int:
+    args = parse("compare", argv)
+    config = load_config(args.config, args.overrides)
+    engine = build_engine(config, temperature=config.rollout.temperature)
+    parallel = engine.model.parallel
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = _prompts(config, tokenizer, args.input)
+    if len(prompts) < parallel.layout.dp:
+        raise UserError(
+            f"{len(prompts)} prompts are fewer than the {parallel.layout.dp} data-parallel ranks; give more, or fewer "
+            "ranks"
+        )
+    config.replay.mode = config.replay_mode  # unset, it would follow batch.minibatches
+    config.batch.prompts, config.batch.minibatches, config.batch.equal_groups = len(prompts), 1, "keep"
+    fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest)
+    collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
+    try:
+        with fleet.watched():
+            batch = collector.collect(lambda k: prompts[:k], step=0, steps_done=0, to_learn=False)
+    finally:
+        collector.close()
+        fleet.close()
+    responses = compare(engine, batch, captured=collector.routes is not None)
+    if parallel.is_main:
+        report = describe(config, engine, batch, responses)
+        report["worst"] = worst_tokens(responses, lambda tokens: str(tokenizer.decode(tokens)))
+        print(text_table(report))
+        page = write(Path(config.run.dir), report, responses)
+        print(f"\nthe worst tokens in their text, and the distributions: {page}")
+    dist.barrier()
+    destroy_parallel()
+    return 0
+
+
+def _prompts(config: Config, tokenizer: Any, given: str | None) -> list[Prompt]:
+    """All prompts of the file `given`, or the first batch.prompts of data.prompts."""
+    limit, on_bad = config.rollout.max_prompt_tokens, config.data.on_bad_line
+    prompts, _ = load_prompts(given or config.data.prompts, tokenizer, max_tokens=limit, on_bad_line=on_bad)
+    return prompts if given else prompts[: config.batch.prompts]
+
+
+def compare(engine: Engine, batch: Batch, captured: bool) -> list[Compared]:
+    """Scores the batch, live and, where routes were captured, replayed.
+    In the order of the responses, on rank 0; empty elsewhere.
+    """
+    packs = [pack for minibatch in batch.minibatches for pack in minibatch]
+    passes: list[tuple[Routes, list[WholePack]]] = []
+    for routes in ("record", "replay") if captured else ("off",):
+        passes.append((routes, gather_packs(engine, packs, engine.logprobs(packs, routes), FIELDS)))
+    live, replayed = passes[0][1], passes[1][1] if captured else [None] * len(passes[0][1])
+    found = {}
+    for one, other in zip(live, replayed):
+        for i, span in one.spans():
+            found[i] = _compared(one, other, span)
+    return [found[i] for i in sorted(found)]
+
+
+def _compared(live: WholePack, replayed: WholePack | None, span: slice) -> Compared:
+    values = {name: value[span] for name, value in live.values.items()}
+    predicts = values["mask"] > 0
+    return Compared(
+        tokens=[*values["tokens"].tolist(), int(values["labels"][-1])],
+        prompt_len=int(predicts.argmax()) + 1,
+        rollout=values["rollout_logprobs"][predicts],
+        routes=values["routes"] if "routes" in values and values["present"].all() else None,
+        live=_pass(live, span, predicts),
+        replayed=None if replayed is None else _pass(replayed, span, predicts),
+    )
+
+
+def _pass(pack: WholePack, span: slice, predicts: np.ndarray) -> Pass:
+    values = {name: value[span][predicts] for name, value in pack.values.items() if name in ("logprobs", "own", "gap")}
+    return Pass(**values)
+
+
+def describe(config: Config, engine: Engine, batch: Batch, responses: list[Compared]) -> dict[str, Any]:
+    """What compare.json holds, but for the worst tokens."""
+    layout, cap = engine.model.parallel.layout, config.objective.is_cap
+    sizes = [f"{name} {size}" for name, size in config.parallel.model_dump(exclude_none=True).items()]
+    trained = str(engine.model.parallel.device.dtype(config.engine.dtype)).removeprefix("torch.")
+    return {
+        "model": config.model.path,
+        "layout": ", ".join([*sizes, f"dp {layout.dp}"]),
+        "engine_dtype": trained,
+        "rollout_dtype": trained if config.rollout.dtype == "auto" else config.rollout.dtype,
+        "temperature": config.rollout.temperature,
+        "is_cap": cap,
+        "prompts": config.batch.prompts,
+        "responses": len(responses),
+        "tokens": sum(len(response.rollout) for response in responses),
+        "batch": batch.metrics,
+        "live": figures(responses, "live", cap),
+        "replayed": figures(responses, "replayed", cap),
+    }
+
+
+def write(folder: Path, report: dict[str, Any], responses: list[Compared]) -> Path:
+    """All files of the report, each whole or not there; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "tokens": response.tokens,
+            "prompt_len": response.prompt_len,
+            "logprobs": response.rollout.tolist(),
+            "routes": None if response.routes is None else encode_npy(response.routes),
+        }
+        for response in responses
+    ]
+    texts = {
+        "compare.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "compare.json": json.dumps(report, indent=1) + "\n",
+        "compare.html": render(report, responses),
+    }
+    for name, text in texts.items():
+        partial = folder / f".{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, folder / name)
+    return folder / "compare.html"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

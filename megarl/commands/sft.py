@@ -1,0 +1,112 @@
+"""Supervised fine-tuning on demonstrations, by the same engine: the cold start of a run.
+Writes a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.config import Config, dump_config, load_config
+from megarl.data import PromptStream, load_demonstrations, load_tokenizer
+from megarl.data.loader import StepPlan, batches, planner
+from megarl.data.shards import Shards, write_shards
+from megarl.engine.batch import Pack, assign, make_packs
+from megarl.engine.build import Engine, build_engine
+from megarl.engine.export import export_hf
+from megarl.engine.parallel import destroy_parallel
+from megarl.objective import Sums
+from megarl.observe.metrics import MetricsLogger
+from megarl.observe.progress import Progress
+
+
+def main(argv: list[str]) -> int:
+    config = load_config(argv[0], argv[1:])
+    engine = build_engine(config, optimizer_steps=config.train.steps)
+    parallel = engine.model.parallel
+    run_dir = Path(config.run.dir)
+    shards = tokenise(config, run_dir / "shards", main=parallel.is_main)
+    stream = PromptStream(len(shards), config.run.seed, config.data.shuffle)
+    plans = planner(stream.next, config.sft.batch, config.train.steps, shards, lambda rows: mine(rows, engine, config))
+    loaded = batches(config.data.loader, plans, shards, parallel.device.device)
+    logger = progress = None
+    if parallel.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config))
+        logger = MetricsLogger(run_dir, config.run.loggers, settings=config.model_dump(mode="json"))
+        progress = Progress(config.train.steps)
+    start = time.perf_counter()
+    for step, (plan, tokens) in enumerate(loaded, 1):
+        results, norms = engine.update(lay_out(plan, tokens, shards, engine), "off", partial(nll, plan.targets))
+        loss = total_loss(results, engine)
+        if logger and progress:
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            row = {
+                "loss/value": loss,
+                "time/step_s": seconds,
+                "throughput/tokens_per_s": plan.tokens / seconds,
+                **norms,
+            }
+            logger.log(step, row)
+            if step % 20 == 0 or step == config.train.steps:
+                progress.update(step, row)
+    out = Path(config.sft.out) if config.sft.out else run_dir / "hf"
+    export_hf(engine.model, config.model.path, out)
+    if logger:
+        logger.close()
+        print(f"wrote {out}")
+    destroy_parallel()
+    return 0
+
+
+def tokenise(config: Config, folder: Path, *, main: bool) -> Shards:
+    """The demonstrations as shards, written by rank 0. Collective."""
+    if main:
+        longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+        tokenizer = load_tokenizer(config.model.path)
+        write_shards(load_demonstrations(config.sft.data, tokenizer, longest, config.data.on_bad_line), folder)
+    dist.barrier()
+    return Shards(folder)
+
+
+def mine(rows: list[int], engine: Engine, config: Config) -> list[list[int]]:
+    """This rank's packs of one step, given the rows of its demonstrations."""
+    layout, coord = engine.model.parallel.layout, engine.model.parallel.coord
+    multiple = layout.pp if layout.vpp > 1 else 1
+    return assign(rows, layout.dp, config.engine.micro_batch_tokens, multiple)[coord.dp]
+
+
+def lay_out(plan: StepPlan, tokens: list[list[Tensor]], shards: Shards, engine: Engine) -> list[Pack]:
+    """Packs of the demonstrations that the loader read."""
+    at = engine.model.parallel
+    places, flat = iter(range(sum(map(len, plan.packs)))), [t for pack in tokens for t in pack]
+    prompt_lens = [shards.prompt_len(i) for pack in plan.packs for i in pack]
+    return make_packs([[next(places) for _ in pack] for pack in plan.packs], flat, prompt_lens, at.layout, at.coord)
+
+
+def nll(targets: int, pack: Pack, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
+    """Mean negative log-likelihood over the response tokens of the whole batch: this pack's part of it."""
+    loss = -(logprobs * pack.mask.to(logprobs.device)).sum() / targets
+    return loss, {"loss": loss.detach().double()}
+
+
+def total_loss(results: list[Sums], engine: Engine) -> float:
+    """The batch's loss on every rank. Only the last stage has parts, and its
+    tensor-parallel ranks have the same ones.
+    """
+    at = engine.model.parallel
+    total = torch.zeros((), dtype=torch.float64, device=at.device.device)
+    if at.is_last_stage and at.coord.tp == at.coord.cp == 0:
+        total += sum(part["loss"] for part in results)
+    dist.all_reduce(total)
+    return float(total)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

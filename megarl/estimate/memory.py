@@ -1,0 +1,145 @@
+"""Memory of a trainer rank, computed from config.json and the layout alone.
+
+Parameters, gradients and optimizer are held against running ranks
+(tests/parallel/ranks.py, planned_memory), not activations and logits.
+
+States are what megatron-core allocates for the parameters of the weight map: gradients in float32,
+Adam with float32 moments and, in bfloat16, a float32 copy of the parameters. The distributed
+optimizer divides moments and copy by the replicas of a parameter. Activations count what the
+modules of megarl/engine keep for the backward pass; fragmentation and temporaries are not in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap
+
+LOGPROB_CHUNKS = 3 * 4 * 2**24  # bytes: megarl/engine/logprob.py works on chunks of 2**24 logits, in float32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank of a pipeline stage."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Training:
+    """itemsize: bytes of a parameter (4 or 2). tokens: of a micro-batch,
+    of which as many as the schedule asks for are in flight.
+    """
+
+    layout: Layout
+    itemsize: int
+    distributed_optimizer: bool
+    recompute: str
+    tokens: int
+
+
+def stage_memory(weight_map: WeightMap, training: Training, stage: int) -> Memory:
+    """All ranks of a stage hold the same shapes."""
+    layout = training.layout
+    parameters = trained = optimizer = 0
+    moments = 8 + (4 if training.itemsize == 2 else 0)  # bytes a parameter
+    for param in weight_map.params(layout, layout.coord(stage * (layout.world // layout.pp))):
+        count = 1
+        for size in param.shape:
+            count *= size
+        parameters += count * (4 if param.buffer else training.itemsize)
+        if param.buffer:
+            continue
+        trained += count
+        replicas = layout.edp if param.expert else layout.dp * layout.cp
+        optimizer += count * moments // (replicas if training.distributed_optimizer else 1)
+    last = stage == layout.pp - 1
+    return Memory(
+        parameters=parameters,
+        gradients=4 * trained,
+        optimizer=optimizer,
+        activations=_activations(weight_map, training, stage),
+        logits=_logits(weight_map, training) if last else 0,
+    )
+
+
+def _logits(weight_map: WeightMap, training: Training) -> int:
+    """Logits and their gradient; in bfloat16 the loss sees a float32 copy of both."""
+    rows = training.tokens // training.layout.cp
+    columns = weight_map.padded_vocab(training.layout.tp) // training.layout.tp
+    each = 2 * training.itemsize + (8 if training.itemsize == 2 else 0)
+    return rows * columns * each + min(LOGPROB_CHUNKS, 12 * rows * columns)
+
+
+def _activations(weight_map: WeightMap, training: Training, stage: int) -> int:
+    layout = training.layout
+    total = 0
+    largest = 0
+    entering = training.tokens // layout.cp // layout.tp * weight_map.model["hidden_size"] * training.itemsize
+    for chunk in range(layout.vpp):
+        in_flight = _micro_batches_in_flight(layout, stage, chunk)
+        for layer in layout.stage_layers(weight_map.num_layers, stage, chunk):
+            kept = layer_activations(weight_map, training, moe=layer in weight_map.moe_layers)
+            largest = max(largest, kept)
+            total += in_flight * (entering if training.recompute == "full" else kept)
+    return total + (largest if training.recompute == "full" else 0)
+
+
+def _micro_batches_in_flight(layout: Layout, stage: int, chunk: int) -> int:
+    """Micro-batches whose backward pass is still to come, at the worst moment (1F1B; interleaved 1F1B)."""
+    if layout.vpp == 1:
+        return layout.pp - stage
+    ahead = (
+        2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    )  # of all chunks together, filled chunk by chunk
+    rounds, rest = divmod(ahead, layout.pp * layout.vpp)
+    return rounds * layout.pp + min(max(rest - chunk * layout.pp, 0), layout.pp)
+
+
+def layer_activations(weight_map: WeightMap, training: Training, *, moe: bool) -> int:
+    """Bytes that one layer keeps of one micro-batch, without recompute or with the selective one (attention's core)."""
+    model, layout = weight_map.model, training.layout
+    rows = training.tokens // layout.cp
+    hidden = 2 * (2 * rows // layout.tp * model["hidden_size"])  # two norms: what goes in and what comes out
+    attention = rows // layout.tp * _attention_width(model, training.recompute)
+    return training.itemsize * (hidden + attention + _mlp(model, layout, rows, moe))
+
+
+def _attention_width(model: dict[str, Any], recompute: str) -> int:
+    """Elements a row over all heads. q, k, v are kept as projected, as
+    rotated and as padded rectangles; and the result.
+    """
+    heads = model["num_attention_heads"]
+    if model.get("multi_latent_attention"):
+        key = model["qk_head_dim"] + model["qk_pos_emb_head_dim"]
+        latent = (model.get("q_lora_rank") or 0) + model["kv_lora_rank"] + model["qk_pos_emb_head_dim"]
+        inputs, padded, result = heads * 3 * key, heads * 3 * key, heads * model["v_head_dim"]
+        return 2 * latent + inputs + (0 if recompute == "selective" else padded) + 2 * result
+    query, key_value = heads * model["kv_channels"], 2 * model["num_query_groups"] * model["kv_channels"]
+    inputs = query + key_value + (query + key_value // 2 if model.get("qk_layernorm") else 0)
+    return inputs + (query + key_value if recompute == "selective" else query + key_value + query) + query
+
+
+def _mlp(model: dict[str, Any], layout: Layout, rows: int, moe: bool) -> int:
+    """Elements of one layer. A dense gated MLP keeps fc1's result,
+    silu(gate) and the product; grouped experts keep fc1's result.
+    """
+    if not moe:
+        return rows * 4 * model["ffn_hidden_size"] // layout.tp
+    routed = (
+        rows // layout.tp * model["moe_router_topk"] * layout.etp
+    )  # on average; the busiest rank of an imbalanced layer has more
+    kept = routed * (2 * model["hidden_size"] + 2 * model["moe_ffn_hidden_size"] // layout.etp)
+    router = rows // layout.tp * 3 * model["num_moe_experts"]
+    shared = model.get("moe_shared_expert_intermediate_size") or 0
+    return kept + router + rows * 4 * shared // layout.tp

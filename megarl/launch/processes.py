@@ -1,0 +1,150 @@
+"""What a command starts on this host: torchrun with its ranks, and the
+rollout workers, as full command lines with their environment.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarl.config import Config
+from megarl.errors import UserError
+from megarl.launch.ports import free_port
+from megarl.launch.supervisor import Process
+
+WITH_ROLLOUTS = ("run", "generate", "compare")
+ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # for the trainers; vLLM brings its own
+WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's logs alone
+MODULES = {
+    "run": "megarl.train",
+    "train": "megarl.train",
+    "sft": "megarl.commands.sft",
+    "score": "megarl.commands.score",
+    "generate": "megarl.commands.generate",
+    "compare": "megarl.commands.compare",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trainer ranks (under torchrun) and the rollout workers that serve them."""
+
+    trainer: Process
+    rollouts: list[Process]
+    log_dir: Path
+    ranks: int
+
+
+def describe(plan: Plan, config: Config, command: str) -> str:
+    """What would start: the layout, the sizes of a step, every process as a line that a shell would run."""
+    at, batch, responses = config.parallel, config.batch, config.batch.prompts * config.batch.group
+    lines = [f"{command}: {plan.trainer.name}, {len(plan.rollouts)} rollout worker(s), run.dir {config.run.dir}"]
+    if command != "generate":
+        dp = plan.ranks // (at.tp * at.pp * at.cp)
+        sizes = ", ".join(f"{name} {size}" for name, size in at.model_dump(exclude_none=True).items())
+        lines.append(f"layout: {sizes}, dp {dp}, sequence parallelism {'on' if at.tp > 1 else 'off'}")
+        if command in ("run", "train"):
+            groups, share = batch.prompts // batch.minibatches, -(-responses // batch.minibatches // dp)
+            lines.append(
+                f"step: {batch.prompts} prompts x {batch.group} responses = {responses}, replay {config.replay_mode}"
+            )
+            lines.append(
+                f"update: {batch.minibatches} mini-batch(es) of {groups} groups, at most {share} responses a "
+                "data-parallel rank"
+            )
+    for process in [plan.trainer, *plan.rollouts]:
+        words = [f"{key}={shlex.quote(value)}" for key, value in sorted(process.env.items())]
+        lines += ["", f"{process.name}, log {process.log}:", "  " + " ".join([*words, shlex.join(process.argv)])]
+    return "\n".join(lines)
+
+
+def ranks_of(command: str, config: Config) -> int:
+    """Local trainer ranks `command` starts. `generate` needs none of
+    the training engine: one rank talks to the rollout workers.
+    """
+    return 1 if command == "generate" else config.launch.trainers
+
+
+def make_plan(command: str, config: Config, arguments: list[str], options: list[str] = []) -> Plan:
+    """Plans `command`. `arguments` are CONFIG and its overrides, passed on; `options` follow them for the ranks."""
+    host, _, port = config.launch.store.rpartition(":")
+    arguments = list(arguments)
+    if port == "0":
+        arguments.append(f"launch.store={host}:{free_port(host)}")
+    log_dir = Path(config.run.dir) / ("logs" if command in WRITES_RUN else f"logs.{command}")
+    ranks = ranks_of(command, config)
+    engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
+    colocated = config.launch.colocate and command == "run"
+    gpus = _gpus(ranks if colocated else ranks + engines * config.rollout.tp)
+    for_rollouts = gpus if colocated else gpus[ranks:]
+    env = _environment(config, host)
+    torchrun = [sys.executable, "-m", "megarl.launch.torchrun", str(log_dir), f"--nproc-per-node={ranks}"]
+    torchrun += [
+        "--master-addr=127.0.0.1",
+        f"--master-port={free_port('127.0.0.1')}",
+        "-m",
+        "megarl.launch.rank",
+        str(log_dir),
+    ]
+    trainer = Process(
+        name=f"trainer ({ranks} rank{'s' if ranks > 1 else ''})",
+        argv=[*torchrun, MODULES[command], *arguments, *options],
+        log=log_dir / "torchrun.log",
+        env={**env, **_visible(gpus[:ranks]), **({} if gpus else ON_CPU), "PYTHONWARNINGS": "ignore"},
+        stdout_to_terminal=True,
+    )
+    rollouts = [
+        Process(
+            name=f"rollout worker {i}",
+            argv=[config.launch.rollout_python or sys.executable, "-m", "megarl.cli", "rollout", *arguments],
+            log=log_dir / f"worker_{i}.log",
+            env={**env, **_visible(for_rollouts[i * config.rollout.tp :][: config.rollout.tp])},
+        )
+        for i in range(engines)
+    ]
+    return Plan(trainer, rollouts, log_dir, ranks)
+
+
+def _environment(config: Config, host: str) -> dict[str, str]:
+    env = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    interface = config.launch.interface or ("lo" if host in ("127.0.0.1", "localhost") else None)
+    if interface:
+        env["GLOO_SOCKET_IFNAME"] = interface
+    return env
+
+
+def has_gpu() -> bool:
+    """Whether torch would see a CUDA device; does not import torch."""
+    if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    try:
+        return not importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _gpus(needed: int) -> list[str]:
+    """The GPUs of this host, trainer ranks first, then the rollout workers; empty on a CPU."""
+    if not has_gpu():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [path.name[6:] for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    if needed > len(gpus):
+        raise UserError(
+            f"trainer ranks and rollout workers need {needed} GPUs, this host has {len(gpus)}; lower launch.trainers "
+            "or rollout.engines"
+        )
+    return gpus
+
+
+def _visible(gpus: list[str]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}

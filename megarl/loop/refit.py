@@ -1,0 +1,145 @@
+"""Weights from the trainer into the rollout workers, and proof that
+both engines now compute the same: sync, then canary.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megarl.checkpoints import hf_files
+from megarl.config import Config
+from megarl.engine.batch import make_packs
+from megarl.engine.build import Engine, route_shape
+from megarl.engine.exchange import attach_routes
+from megarl.engine.export import export_hf
+from megarl.errors import UserError
+from megarl.loop.collect import Values
+from megarl.observe.trace import phase
+from megarl.replay.routes import only_moe_layers
+from megarl.rollout.fleet import Fleet
+from megarl.rollout.registry import common_tp
+from megarl.rollout.sync_leader import Canary, Sending
+from megarl.weights.reshard.outgoing import Slices, WholeTensors
+from megarl.weights.reshard.quantize import quantized_weights
+from megarl.weights.reshard.rollout_layout import RolloutLayout
+
+CANARY_TOKENS = 64
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.5,
+}  # of |log-probability difference|, by the coarser of the two engines
+
+
+class Refit:
+    """Every rank calls sync(); rank 0 leads the servers, and asks them for the canary."""
+
+    def __init__(self, config: Config, engine: Engine, fleet: Fleet) -> None:
+        self.config, self.engine, self.fleet = config, engine, fleet
+        model = engine.model
+        self.routes = route_shape(model) if config.wants_routes and model.weight_map.moe_layers else None
+        generator = torch.Generator().manual_seed(0)
+        self.canary = torch.randint(model.weight_map.hf["vocab_size"], (CANARY_TOKENS,), generator=generator)
+        device = model.parallel.device
+        trained = device.dtype(config.engine.dtype)
+        self.rollout_dtype = trained if config.rollout.dtype == "auto" else device.dtype(config.rollout.dtype)
+        coarse = torch.bfloat16 if torch.bfloat16 in (trained, self.rollout_dtype) else torch.float32
+        self.tolerance = config.sync.canary_tolerance or TOLERANCE[coarse]
+        # Whether vLLM, loading model.path by itself, holds what the trainer would send at step 0.
+        from_disk = hf_files(config.model.path) == Path(
+            config.model.path
+        )  # of a Megatron checkpoint vLLM starts on dummy weights
+        self.disk_is_step_0 = (
+            from_disk and config.sync.quantize == "none" and trained in (torch.float32, self.rollout_dtype)
+        )
+        self.synced = False
+
+    def connect(self) -> None:
+        """Brings trainers and rollout workers together; the first sync does it."""
+        at, sync, workers = self.engine.model.parallel, self.config.sync, self.fleet.workers
+        if sync.transport == "reshard":
+            rollout = RolloutLayout(len(workers), common_tp(workers))
+            self.outgoing: Slices | WholeTensors = Slices(
+                self.engine.model.weight_map, at.layout, rollout, self.rollout_dtype, at.coord.rank
+            )
+        else:
+            self.outgoing = WholeTensors(
+                self.engine.model.weight_map, at.layout, len(workers), self.rollout_dtype, at.coord.rank
+            )
+        staged = at.device.device.type == "cpu" if sync.staged is None else sync.staged
+        remember = sync.digests != "off" and self.disk_is_step_0
+        sending = Sending(sync.transport, self.outgoing.senders, staged, sync.timeout_s, self.config.launch.colocate)
+        self.fleet.connect(sending, self.outgoing.manifests() if at.is_main else [], remember)
+
+    def sync(self, version: int) -> Values:
+        """Weights into every worker, checked there; digests where due;
+        the canary; and only then the version. Raises where one differs.
+
+        Under sync.quantize all of these see the same quantised weights: the trainer's own are swapped out meanwhile.
+        """
+        start = time.perf_counter()
+        model, how = self.engine.model, self.config.sync
+        at, shapes = model.parallel, model.weight_map.hf_shapes
+        if not self.synced:
+            self.connect()
+        values: Values = {"sync/bytes": float(self.outgoing.bytes)}
+        with quantized_weights(model.params(), shapes, how.quantize, how.quantize_also, at.tp_group, at.etp_group):
+            with phase("sync"):
+                scores = self.fleet.push(self.outgoing.buckets(model.params()), self.canary.tolist())
+                if how.digests == "every" or (how.digests == "first" and not self.synced):
+                    self._check_digests(version)
+            with phase("canary"):
+                values["sync/canary_max_diff"] = self._compare_canary(scores)
+        self.fleet.commit(version)
+        dist.barrier()  # another ingest rank must not ask a server that does not serve yet
+        self.synced = True
+        values["time/sync_s"] = time.perf_counter() - start
+        values["version/weights"] = float(version)
+        return values
+
+    def _check_digests(self, version: int) -> None:
+        """What the workers hold against an engine loaded from disk: the
+        one vLLM started with, or one made of an export.
+        """
+        if version == 0 and self.disk_is_step_0:
+            self.fleet.check_digests(None)
+            return
+        folder = Path(self.config.run.dir).resolve() / ".weight_check"
+        export_hf(self.engine.model, self.config.model.path, folder, self.rollout_dtype)
+        try:
+            self.fleet.check_digests(str(folder))
+        finally:
+            if self.engine.model.parallel.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _compare_canary(self, scores: list[Canary]) -> float:
+        """Largest |log pi - log mu| over the canary, over all servers. Raises where it exceeds the tolerance."""
+        model, at = self.engine.model, self.engine.model.parallel
+        answers = [scores]
+        dist.broadcast_object_list(answers, src=0)
+        worst = torch.zeros(len(answers[0]), dtype=torch.float64, device=at.device.device)
+        for server, (logprobs, routes) in enumerate(answers[0]):
+            (pack,) = make_packs([[0]], [self.canary], [1], at.layout, at.coord)
+            if routes is not None and self.routes is not None:
+                routes = only_moe_layers(routes, model.weight_map.moe_layers, model.weight_map.num_layers)
+                attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), at, self.routes)
+            packs = [pack] * (at.layout.pp if at.layout.vpp > 1 else 1)
+            scored = self.engine.logprobs(packs, "off" if pack.routes is None else "replay", temperature=1.0)
+            if scored:
+                ours = scored[0][0][: CANARY_TOKENS - 1].cpu()
+                worst[server] = (ours - torch.from_numpy(logprobs.copy())).abs().max()
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        if not worst.max() <= self.tolerance:  # not (a <= b): NaN fails too
+            server = int(worst.argmax())
+            raise UserError(
+                f"weight sync: the canary differs by {float(worst[server]):.3g} (limit {self.tolerance:g}) between "
+                "the trainer and "
+                f"{self.fleet.urls[server]}; the worker did not load what was sent (a coarser rollout.dtype needs "
+                "sync.canary_tolerance)"
+            )
+        return float(worst.max())

@@ -1,0 +1,152 @@
+"""Where scalars go besides metrics.jsonl: TensorBoard, Weights &
+Biases, MLflow, or a class of the user's by dotted path.
+
+A logger is made on rank 0 as Class(run_dir, settings, resumed_step) and called as in `Logger`. A resumed run goes on in
+the same W&B and MLflow run, whose identity the run folder keeps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megarl.dotted import import_dotted
+from megarl.errors import UserError
+
+Scalars = Mapping[str, float]
+
+
+class Logger(Protocol):
+    """settings: the resolved configuration as a plain tree. resumed_step:
+    last step of the checkpoint the run goes on from, or 0.
+    """
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> None: ...
+
+    def log(self, step: int, scalars: Scalars) -> None:
+        """All finite scalars of one step, under the names of spec/objective.md; lists come as name/0, name/1, ..."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """run_dir/tensorboard."""
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # over a second to import
+
+        self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def log(self, step: int, scalars: Scalars) -> None:
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class Wandb:
+    """W&B by its own environment variables. Without WANDB_MODE and
+    WANDB_API_KEY it writes offline, to run_dir/wandb, for `wandb sync`.
+    """
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> None:
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "megarl"),
+            name=os.environ.get("WANDB_NAME", run_dir.name),
+            id=_identity(run_dir / "wandb_run", uuid.uuid4().hex[:12]),
+            resume="allow",
+            dir=run_dir,
+            mode=mode,
+            config=settings,
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, step: int, scalars: Scalars) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """MLflow at MLFLOW_TRACKING_URI, else in the file run_dir/mlflow.db
+    (`mlflow ui --backend-store-uri sqlite:///...` shows it).
+    """
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> None:
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._metric = Metric
+        self._client = MlflowClient(
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve() / 'mlflow.db'}"
+        )
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "megarl")
+        experiment = self._client.get_experiment_by_name(name)
+        known = run_dir / "mlflow_run"
+        if known.is_file():
+            self._run = known.read_text().strip()
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        identity = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self._run = _identity(known, self._client.create_run(identity, run_name=run_dir.name).info.run_id)
+        self._client.log_batch(self._run, params=[Param(key, str(value)) for key, value in _flat(settings)])
+
+    def log(self, step: int, scalars: Scalars) -> None:
+        # MLflow wants milliseconds; the step is the axis that counts, and a resumed run shall give the same file
+        now = 0
+        self._client.log_batch(
+            self._run, metrics=[self._metric(name, value, now, step) for name, value in scalars.items()]
+        )
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+BUILT_IN: dict[str, tuple[type[Logger], str]] = {  # name -> class, the package it needs
+    "tensorboard": (TensorBoard, "tensorboard"),
+    "wandb": (Wandb, "wandb"),
+    "mlflow": (MLflow, "mlflow"),
+}
+
+
+def find_logger(name: str) -> Callable[..., Logger]:
+    """A built-in logger, or the class at the dotted path
+    `package.module.Class` (modules of the working directory are found).
+
+    Raises UserError, one line, for a name that is neither and for a
+    package that is not installed; imports nothing of a built-in one.
+    """
+    if name in BUILT_IN:
+        kind, package = BUILT_IN[name]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"run.loggers {name!r} needs the package {package}, which is not installed; pip install "
+                "'megarl[loggers]'"
+            )
+        return kind
+    return import_dotted("run.loggers", name, "class", BUILT_IN)
+
+
+def _identity(file: Path, fresh: str) -> str:
+    """What `file` holds, so that a resumed run is the same run; a new run writes `fresh` there."""
+    if not file.is_file():
+        file.write_text(fresh)
+    return file.read_text().strip()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        leaf
+        for key, value in tree.items()
+        for leaf in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)])
+    ]

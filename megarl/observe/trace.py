@@ -1,0 +1,64 @@
+"""trace.json: the phases of rank 0 as Chrome trace events, for ui.perfetto.dev or chrome://tracing.
+
+One event a line in the JSON array format, whose closing bracket readers do without: the file is whole whenever the run
+is killed, and a run that is resumed goes on in it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+TRACE_FILE = "trace.json"
+_file: IO[str] | None = None  # of this process
+
+
+def start_trace(run_dir: str | Path) -> None:
+    """From here on phase() writes to run_dir/trace.json; before, and on ranks that never
+    call this, it writes nothing.
+    """
+    global _file
+    stop_trace()
+    path = Path(run_dir) / TRACE_FILE
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else "["  # without a line that a crash cut short
+    path.write_text(f"{whole}\n")
+    _file = path.open("a")
+
+
+def stop_trace() -> None:
+    global _file
+    if _file is not None:
+        _file.close()
+    _file = None
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """The time inside as one event. Microseconds of the wall clock, so
+    that the parts of a resumed run follow each other.
+    """
+    start = time.time_ns()
+    try:
+        yield
+    finally:
+        if _file is not None:
+            event = {
+                "name": name,
+                "ph": "X",
+                "ts": start / 1e3,
+                "dur": (time.time_ns() - start) / 1e3,
+                "pid": 0,
+                "tid": 0,
+            }
+            _file.write(json.dumps(event) + ",\n")
+            _file.flush()
+
+
+def read_trace(run_dir: str | Path) -> list[dict[str, object]]:
+    """The events of run_dir/trace.json."""
+    lines = (Path(run_dir) / TRACE_FILE).read_text().splitlines()[1:]
+    return [json.loads(line.rstrip(",")) for line in lines if line.endswith(",")]

@@ -1,0 +1,84 @@
+"""rollouts/worst.jsonl: the response tokens on which the two engines differ most, step by step, in their text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megarl.observe.metrics import read_rows
+
+if TYPE_CHECKING:
+    from megarl.engine.batch import Pack
+
+COUNT = 8  # tokens a step
+BEFORE, AFTER = 24, 8  # tokens of context around each
+FILE = "rollouts/worst.jsonl"
+Row = dict[str, Any]
+
+
+def worst_of(packs: list[Pack]) -> list[Row]:
+    """The COUNT response tokens of these packs with the largest |log
+    pi_old - log mu|, largest first, as token numbers with context.
+    """
+    found: list[Row] = []
+    for pack in packs:
+        if pack.old_logprobs is None or not pack.rows:
+            continue
+        old = pack.old_logprobs.cpu().float()
+        difference = ((old - pack.rollout_logprobs).abs() * pack.mask).nan_to_num(posinf=torch.finfo(torch.float32).max)
+        for value, row in zip(*difference.topk(min(COUNT, pack.padded))):
+            if pack.mask[row] and (len(found) < COUNT or value > found[-1]["difference"]):
+                found.append(_row(pack, int(row), float(value), float(old[row])))
+        found = sorted(found, key=lambda token: -token["difference"])[:COUNT]
+    return found
+
+
+def _row(pack: Pack, row: int, difference: float, old: float) -> Row:
+    first = row - int(pack.positions[row])  # of the response's rows
+    same = (pack.seq_ids[row + 1 : row + 1 + AFTER] == pack.seq_ids[row]).sum()
+    return {
+        "difference": difference,
+        "rollout": float(pack.rollout_logprobs[row]),
+        "trainer": old,
+        "before": pack.tokens[max(first, row + 1 - BEFORE) : row + 1].tolist(),
+        "token": [int(pack.labels[row])],
+        "after": pack.labels[row + 1 : row + 1 + int(same)].tolist(),
+    }
+
+
+def gather_worst(mine: list[Row]) -> list[Row]:
+    """All ranks' rows at rank 0, the largest COUNT of them; nothing elsewhere. Every rank must call it."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone, dst=0)
+    return sorted((row for rows in everyone or [] for row in rows), key=lambda row: -row["difference"])[:COUNT]
+
+
+def write_worst(run_dir: Path, step: int, rows: list[Row], decode: Callable[[list[int]], str]) -> None:
+    """Appends one line for `step`. A step that is done again after a
+    resume is written again; the last line of a step counts.
+    """
+    texts = [row | {part: decode(row[part]) for part in ("before", "token", "after")} for row in rows]
+    path = run_dir / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, "tokens": texts}) + "\n")
+
+
+def read_worst(run_dir: Path, first_step: int, count: int) -> list[Row]:
+    """The `count` worst tokens of the steps from `first_step` on,
+    largest first, each with its step; empty where none were written.
+    """
+    if not (run_dir / FILE).is_file():
+        return []
+    tokens = [
+        token | {"step": row["step"]}
+        for row in read_rows(run_dir / FILE)
+        if row["step"] >= first_step
+        for token in row["tokens"]
+    ]
+    return sorted(tokens, key=lambda token: -token["difference"])[:count]

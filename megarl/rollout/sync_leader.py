@@ -1,0 +1,170 @@
+"""The sending end of a weight sync: rank 0 leads the servers through its steps over HTTP, every sender fills messages.
+
+    receive    all workers receive, check and (staged) keep; a lone worker goes on by itself load       all workers
+    load, drop the prefix cache and score the canary commit     the version is set: only now do they serve again
+
+and, where both share GPUs (launch.colocate), between syncs: sleep, while the trainer trains, and wake.
+
+A server that fails closes its group, so that no sender waits for it;
+whatever happens, a sync ends within sync.timeout_s a step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from megarl.rollout.client import RolloutError, Server
+from megarl.rollout.registry import WorkerInfo
+from megarl.rollout.wire import decode
+from megarl.weights.reshard.pack import Manifest
+
+ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it
+
+Canary = tuple[np.ndarray, np.ndarray | None]  # log-probabilities float32 [T-1], routes [T-1, L, K]
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What the two ends agree on. senders: trainer ranks 0 .. senders-1
+    of the group; the workers follow, server by server.
+    """
+
+    transport: str  # reshard | broadcast
+    senders: int
+    staged: bool
+    timeout_s: float
+    shared: bool = False  # trainer and workers share GPUs: megarl.weights.transport.shared
+
+
+class SyncLeader:
+    """Rank 0's hold on all servers. One that raised is spent: connect a new one."""
+
+    def __init__(self, workers: list[WorkerInfo], store_host: str, store_port: int, sending: Sending) -> None:
+        self.workers, self.sending = workers, sending
+        self._store = (store_host, store_port)
+        self._servers = [Server(worker.url, sending.timeout_s) for worker in workers]
+        self._pool = ThreadPoolExecutor(len(workers) + 1, "weight-sync")
+        self._lone = sum(worker.tp for worker in workers) == 1
+        self._deadline = 0.0
+        self.seconds: dict[str, float] = {}  # of the last push()
+
+    def init(self, name: str, manifests: list[list[Manifest]], join: Callable[[], Any], remember_disk: bool) -> Any:
+        """Brings all ends together in a group called `name`; returns what join(), which enters it here, returns.
+
+        manifests: for each server, one for each of its workers or one for all. remember_disk: the workers note the
+        digests of the weights that vLLM loaded, for check().
+        """
+        told: dict[int, list[dict[str, Any]]] = {}
+        bodies = []
+        for i, mine in enumerate(manifests):
+            meeting = {
+                "store_host": self._store[0],
+                "store_port": self._store[1],
+                "group": name,
+                "world_size": self.sending.senders + sum(worker.tp for worker in self.workers),
+                "rank_offset": self.sending.senders + sum(worker.tp for worker in self.workers[:i]),
+                "timeout_s": self.sending.timeout_s,
+                "transport": self.sending.transport,
+                "staged": self.sending.staged,
+                "shared": self.sending.shared,
+                "manifests": told.setdefault(id(mine), [manifest.to_json() for manifest in mine]),
+            }
+            bodies.append({"meeting": meeting, "remember_disk": remember_disk})
+        self._deadline = time.monotonic() + self.sending.timeout_s
+        posts = self._post("init", bodies)
+        group = self._pool.submit(join)
+        self._await([*posts, group])
+        return group.result()
+
+    def push(self, send: Callable[[], None], canary: list[int], abort: Callable[[], None]) -> list[Canary]:
+        """Takes all servers as far as loaded and not yet committed; returns their scores of the canary (empty: none).
+
+        send: sends this rank's messages; abort: makes a pending send() fail. Raises RolloutError, one line that names
+        the server and, where bytes differ, tensor, rank and slice.
+        """
+        start = time.monotonic()
+        self._deadline = start + self.sending.timeout_s
+        body = {"load": self._lone, "canary": canary}
+        posts = self._post("receive", [body] * len(self._servers))
+        for post in posts:
+            post.add_done_callback(lambda done: abort() if done.exception() else None)
+        failed = None
+        try:
+            send()
+        except RuntimeError as error:  # a server that failed has left the group: its own account comes first
+            failed = " ".join(str(error).split())
+            wait(posts, ACCOUNT_S, return_when=FIRST_EXCEPTION)
+            abort()
+        answers = self._await(posts)
+        received = time.monotonic()
+        if failed:
+            raise RolloutError(f"weight sync: sending failed although every rollout server received: {failed}")
+        if not self._lone:
+            self._deadline = time.monotonic() + self.sending.timeout_s
+            answers = self._await(self._post("load", [body] * len(self._servers)))
+        self.seconds = {
+            "receive": received - start,
+            "load": time.monotonic() - received,
+        }  # a lone worker loads within receive
+        return [(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)] if canary else []
+
+    def check(self, folder: str | None) -> None:
+        """Compares the workers' weights with an engine loaded from
+        `folder` (None: the one vLLM started with). Raises RolloutError.
+        """
+        self._deadline = time.monotonic() + self.sending.timeout_s
+        self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
+
+    def commit(self, version: int) -> None:
+        """Sets the version of all servers, which serve again from here on."""
+        self._deadline = time.monotonic() + self.sending.timeout_s
+        answers = self._await(self._post("commit", [{"version": version}] * len(self._servers)))
+        assert all(json.loads(answer)["version"] == version for answer in answers)
+
+    def turn(self, step: Literal["sleep", "wake"]) -> None:
+        """All servers give their GPU memory up, or take it back, before this returns."""
+        self._deadline = time.monotonic() + self.sending.timeout_s
+        self._await(self._post(step, [{}] * len(self._servers)))
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _post(self, step: str, bodies: list[dict[str, Any]]) -> list[Future[bytes]]:
+        left = max(self._deadline - time.monotonic(), 0.1)
+        self._errors: list[
+            BaseException | None
+        ] = []  # in the order in which they came: the first is the cause of the others
+        return [
+            self._pool.submit(self._post_one, server, step, body, left) for server, body in zip(self._servers, bodies)
+        ]
+
+    def _post_one(self, server: Server, step: str, body: dict[str, Any], left: float) -> bytes:
+        try:
+            return server.post(f"/megarl/sync/{step}", body, left)
+        except BaseException as error:
+            self._errors.append(error)
+            raise
+
+    def _await(self, posts: Sequence[Future[Any]]) -> list[Any]:
+        """All answers, or the first failure: a server that failed will never join the others."""
+        done, pending = wait(posts, max(self._deadline - time.monotonic(), 0) + 0.5, return_when=FIRST_EXCEPTION)
+        for error in [*self._errors, *(post.exception() for post in done)]:
+            if error is not None:
+                self.close()
+                raise error
+        if pending:
+            self.close()
+            late = ", ".join(server.url for server, post in zip(self._servers, posts) if post in pending)
+            raise RolloutError(
+                f"weight sync: no answer within {self.sending.timeout_s:.0f} s from rollout server {late or '(group)'}"
+            )
+        return [post.result() for post in posts]

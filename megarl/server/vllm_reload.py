@@ -1,0 +1,78 @@
+"""Where the weight receiver reaches into vLLM's reload life cycle and
+model loader: private names, one release. tests/engine holds each.
+
+On CUDA none of this has been run yet.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
+
+from megarl.server.vllm_patches import check_version
+
+PROBE_ROWS = 4
+
+
+def abandon_reload(model: torch.nn.Module) -> None:
+    """Ends a reload that failed half way: every layer has its tensors
+    again, some old, some new. A whole reload may then begin.
+    """
+    check_version()
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load():
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
+    layerwise.LOADING_LAYERS.clear()
+
+
+@torch.no_grad()
+def fingerprint(model: torch.nn.Module) -> dict[str, str]:
+    """A digest of every weight this worker computes with, by vLLM's name: /weight_checker's, and those it cannot see.
+
+    On a CPU a linear layer's weight lives in oneDNN's own memory alone:
+    there the digest is of its product with a fixed input.
+    """
+    found = compute_tensor_digests(model)
+    for name, layer in model.named_modules():
+        linear = getattr(layer, "cpu_linear", None)
+        width = getattr(layer, "input_size_per_partition", None) or getattr(layer, "embedding_dim", None)
+        if linear is None or width is None:
+            continue
+        probe = (
+            torch.arange(PROBE_ROWS * width, dtype=torch.float32).sin().view(PROBE_ROWS, width).to(layer.weight.dtype)
+        )
+        out = linear(probe, layer.weight, None)
+        found[f"{name}.cpu_linear"] = hashlib.sha256(out.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return found
+
+
+def fingerprint_of_folder(vllm_config: VllmConfig, folder: str) -> dict[str, str]:
+    """The digests of a second model that vLLM's loader makes from a Hugging Face folder
+    in this process, freed at once.
+    """
+    check_version()
+    config = copy.copy(vllm_config)
+    config.load_config = dataclasses.replace(
+        vllm_config.load_config, load_format="auto"
+    )  # the running engine may have begun on dummies
+    config.model_config = copy.copy(vllm_config.model_config)
+    config.model_config.model = folder
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    # where layers register by name: the names of the running model are taken
+    config.compilation_config.static_forward_context = {}
+    config.compilation_config.static_all_moe_layers = []
+    known: Any = dict(layerwise.LAYERWISE_INFO)
+    with set_current_vllm_config(config):
+        model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+    assert all(layerwise.LAYERWISE_INFO[layer] is info for layer, info in known.items())
+    return fingerprint(model)

@@ -1,0 +1,1 @@
+"""Weights on disk: safetensors, Hugging Face folders, Megatron checkpoints (torch_dist)."""

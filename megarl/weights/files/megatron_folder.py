@@ -1,0 +1,211 @@
+"""A Megatron checkpoint seen through the weight map: which global
+tensor holds what, read as if it were a Hugging Face folder.
+
+The global tensor of a parameter is what a single rank would hold; experts are stacked along a first axis. So every
+layout reads every
+checkpoint: what differs between layouts is where the global tensors were cut.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megarl.checkpoints import hf_files
+from megarl.errors import UserError
+from megarl.weights.files.hf_folder import CARRIED_TENSORS
+from megarl.weights.files.hf_reader import HfReader
+from megarl.weights.files.safetensors_file import SafetensorsFile, Spec
+from megarl.weights.files.torch_dist import METADATA, TorchDistReader
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.relations import Piece
+from megarl.weights.map.weight_map import Param, WeightMap, load_hf_config
+
+EXPERT = re.compile(r"(.*\.experts\.)local_experts\.(\d+)\.(.*)")
+# megatron-core files the norms under the linear they precede, as Transformer Engine fuses them (gpt_layer_specs.py)
+FUSED = (
+    (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+)
+NOT_WEIGHTS = re.compile(r"optimizer\.|.*_extra_state|.*rng_state")
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # padded to a multiple of the writer's TP
+
+
+@dataclass(frozen=True)
+class Global:
+    """Where one rank's whole parameter lies: in the global tensor `key` of `shape`, at `lead` on the first axes."""
+
+    key: str
+    lead: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def global_of(param: Param, num_experts: int) -> Global:
+    """`param`: of the only rank of a world of one, so that its layer and expert numbers are global."""
+    found = EXPERT.fullmatch(param.name)
+    if not found:
+        key = param.name
+        for name, filed in FUSED:
+            key = key.replace(name, filed)
+        return Global(key, (), param.shape)
+    return Global(found[1] + "experts." + found[3], (int(found[2]),), (num_experts, *param.shape))
+
+
+def whole_params(weight_map: WeightMap) -> list[tuple[Param, Global]]:
+    """Every parameter of the model, with its global tensor."""
+    alone = Layout()
+    return [(param, global_of(param, weight_map.num_experts)) for param in weight_map.params(alone, alone.coord(0))]
+
+
+def is_megatron(path: str | Path) -> bool:
+    return (Path(path) / METADATA).is_file()
+
+
+class MegatronReader:
+    """The Hugging Face tensors inside a Megatron checkpoint:
+    `read(piece)` as HfReader's. UserError for what does not fit the map.
+    """
+
+    def __init__(self, path: str | Path, weight_map: WeightMap | None = None) -> None:
+        self.path = Path(path)
+        if not (self.path / METADATA).is_file():
+            raise UserError(
+                f"{str(path)!r} has no {METADATA}; give a whole checkpoint, e.g. run.dir/checkpoints/step_N"
+            )
+        self.weight_map = weight_map or WeightMap(load_hf_config(self.path))
+        self._stored = TorchDistReader(self.path)
+        carried = hf_files(self.path) / CARRIED_TENSORS
+        self._carried = SafetensorsFile(carried) if carried.is_file() else None
+        self._parts: dict[str, list[tuple[Piece, Global]]] = {}
+        for param, where in whole_params(self.weight_map):
+            self._check(where)
+            for piece in param.pieces:
+                self._parts.setdefault(piece.hf, []).append((piece, where))
+        known = {where.key for parts in self._parts.values() for _, where in parts}
+        unknown = sorted(key for key in set(self._stored.tensors) - known if not NOT_WEIGHTS.match(key))
+        if unknown:
+            raise UserError(
+                f"checkpoint {str(path)!r}: {unknown[0]!r} is unknown to the weight map; its config.json is of "
+                "another model"
+            )
+
+    def _check(self, where: Global) -> None:
+        if where.key not in self._stored.tensors:
+            raise UserError(f"checkpoint {str(self.path)!r} lacks {where.key!r}; its config.json is of another model")
+        shape = self._stored.tensors[where.key].shape
+        padded = where.key in VOCABULARY and shape[1:] == where.shape[1:] and shape[0] >= where.shape[0]
+        if shape != where.shape and not padded:
+            raise UserError(
+                f"checkpoint {str(self.path)!r}: {where.key!r} has shape {shape}, config.json wants {where.shape}"
+            )
+
+    def __enter__(self) -> MegatronReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stored.close()
+        if self._carried:
+            self._carried.close()
+
+    def carried(self, weight_map: WeightMap) -> list[str]:
+        """Tensors to copy to an export as they are, as HfReader.carried."""
+        return sorted(self._carried.tensors) if self._carried else []
+
+    def spec(self, name: str) -> Spec:
+        if self._carried and name in self._carried.tensors:
+            return self._carried.tensors[name]
+        return Spec(self._stored.tensors[self._parts[name][0][1].key].dtype, self.weight_map.hf_shapes[name])
+
+    def whole(self, name: str) -> Tensor:
+        shape = self.spec(name).shape
+        zero = (0,) * len(shape)
+        if self._carried and name in self._carried.tensors:
+            return self._carried.read(name, zero, shape)
+        return self.read(Piece(name, zero, zero, shape))
+
+    def specs(self) -> dict[str, Spec]:
+        """The Hugging Face tensors it holds, in the map's order, as they are stored."""
+        return {name: self.spec(name) for name in self.weight_map.hf_shapes}
+
+    def read(self, piece: Piece) -> Tensor:
+        end = [a + n for a, n in zip(piece.hf_start, piece.shape)]
+        full: Tensor | None = None
+        for part, where in self._parts[piece.hf]:
+            low = [max(a, b) for a, b in zip(piece.hf_start, part.hf_start)]
+            high = [min(a, b + n) for a, b, n in zip(end, part.hf_start, part.shape)]
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            size = [b - a for a, b in zip(low, high)]
+            start = [s + a - b for s, a, b in zip(part.start, low, part.hf_start)]
+            ones = [1] * len(where.lead)
+            block = self._stored.read(where.key, [*where.lead, *start], [*ones, *size]).view(size)
+            if tuple(size) == piece.shape:
+                return block
+            if full is None:
+                full = torch.empty(piece.shape, dtype=block.dtype)
+            full[tuple(slice(x - a, x - a + n) for x, a, n in zip(low, piece.hf_start, size))] = block
+        assert full is not None, piece
+        return full
+
+
+def open_weights(path: str | Path, weight_map: WeightMap) -> HfReader | MegatronReader:
+    """The reader of whichever kind of folder `path` is."""
+    return MegatronReader(path, weight_map) if is_megatron(path) else HfReader(path)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A chunk to be written: [start, start + shape) of the global
+    tensor, put together from `pieces` (positions within the chunk).
+    """
+
+    key: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def cuts_of_rank(
+    weight_map: WeightMap, layout: Layout, rank: int, at: dict[str, list[tuple[Piece, Global]]]
+) -> Iterator[Cut]:
+    """The chunks that `rank` of `layout` contributes, each content once
+    over all ranks; padding of the vocabulary is left out.
+    """
+    for param in weight_map.params(layout, layout.coord(rank)):
+        if param.replica:
+            continue
+        groups: dict[tuple[int, ...], list[Piece]] = {}
+        for piece in param.pieces:
+            where, offset = _place(piece, at[piece.hf])
+            groups.setdefault(tuple(g - s for g, s in zip(offset, piece.start)), []).append(piece)
+        for shift, pieces in groups.items():
+            low = tuple(min(p.start[axis] for p in pieces) for axis in range(len(param.shape)))
+            high = tuple(max(p.start[axis] + p.shape[axis] for p in pieces) for axis in range(len(param.shape)))
+            shape = tuple(b - a for a, b in zip(low, high))
+            if math.prod(shape) != sum(math.prod(p.shape) for p in pieces):
+                raise RuntimeError(f"{param.name}: its pieces leave gaps")
+            moved = (Piece(p.hf, p.hf_start, tuple(s - a for s, a in zip(p.start, low)), p.shape) for p in pieces)
+            start = (*where.lead, *(a + d for a, d in zip(low, shift)))
+            yield Cut(where.key, start, (*(1 for _ in where.lead), *shape), tuple(moved))
+
+
+def _place(piece: Piece, parts: list[tuple[Piece, Global]]) -> tuple[Global, tuple[int, ...]]:
+    """Where a rectangle of a Hugging Face tensor lies in the whole parameter."""
+    for part, where in parts:
+        inside = [a - b for a, b in zip(piece.hf_start, part.hf_start)]
+        if all(0 <= x and x + n <= m for x, n, m in zip(inside, piece.shape, part.shape)):
+            return where, tuple(s + x for s, x in zip(part.start, inside))
+    raise RuntimeError(f"{piece} crosses the parts of its parameter")

@@ -1,0 +1,86 @@
+"""DeepSeek-V3, R1, Moonlight, Kimi-K2: latent attention (with and
+without a low-rank query), DeepSeek's router, dense first layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.weights.map.families import common, unsupported
+from megarl.weights.map.families.common import Hf, row
+from megarl.weights.map.relations import Replicated, Split
+from megarl.weights.map.weight_map import Entry, Family
+
+
+def refuse(hf: Hf) -> str | None:
+    halves = unsupported.fault(
+        (hf.get("rope_interleave") is False and "rope_interleave false", "megatron-core's MLA rotates neighbours")
+    )
+    return unsupported.anywhere(hf, scalings=("yarn",)) or unsupported.sigmoid_router(hf) or halves
+
+
+def family(hf: Hf) -> Family:
+    return Family(
+        model={**common.transformer(hf), **_latent_attention(hf), **common.sigmoid_router(hf)},
+        gpt=dict(position_embedding_type="rope", max_sequence_length=hf["max_position_embeddings"]),
+        entries=(*common.ends(hf), *common.norms(hf), *_attention(hf), *common.sigmoid_experts(hf)),
+    )
+
+
+def _latent_attention(hf: Hf) -> dict[str, Any]:
+    """Keyword arguments of MLATransformerConfig. Without mscale keys
+    YaRN scales by its default; with them, by their quotient.
+    """
+    rope = common.rope_parameters(hf)
+    yarn: dict[str, Any] = {}
+    if rope["rope_type"] == "yarn":
+        original = rope["original_max_position_embeddings"]
+        yarn = dict(
+            rotary_scaling_factor=rope.get("factor") or hf["max_position_embeddings"] / original,
+            original_max_position_embeddings=original,
+            beta_fast=rope.get("beta_fast") or 32,
+            beta_slow=rope.get("beta_slow") or 1,
+            mscale=rope.get("mscale") or 1.0 if rope.get("mscale_all_dim") else 1.0,
+            mscale_all_dim=rope.get("mscale_all_dim") or 0.0,
+        )
+    return dict(
+        multi_latent_attention=True,
+        num_query_groups=hf["num_attention_heads"],
+        kv_channels=hf["v_head_dim"],
+        q_lora_rank=hf.get("q_lora_rank"),
+        kv_lora_rank=hf["kv_lora_rank"],
+        qk_head_dim=hf["qk_nope_head_dim"],
+        qk_pos_emb_head_dim=hf["qk_rope_head_dim"],
+        v_head_dim=hf["v_head_dim"],
+        rope_type="yarn" if yarn else "rope",
+        rotary_base=rope.get("rope_theta", 10_000.0),
+        **yarn,
+    )
+
+
+def _attention(hf: Hf) -> tuple[Entry, ...]:
+    """Down projections are whole on every rank (megarl/engine/mla.py); vLLM replicates them too."""
+    hidden, heads, lora = hf["hidden_size"], hf["num_attention_heads"], hf["kv_lora_rank"]
+    query, rotary = heads * (hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]), hf["qk_rope_head_dim"]
+    key_value, value = heads * (hf["qk_nope_head_dim"] + hf["v_head_dim"]), heads * hf["v_head_dim"]
+    if (rank := hf.get("q_lora_rank")) is None:
+        queries = [row("self_attention.linear_q_proj.weight", Split(0), {"self_attn.q_proj.weight": (query, hidden)})]
+    else:
+        queries = [
+            row(
+                "self_attention.linear_q_down_proj.weight", Replicated(), {"self_attn.q_a_proj.weight": (rank, hidden)}
+            ),
+            row("self_attention.q_layernorm.weight", Replicated(), {"self_attn.q_a_layernorm.weight": (rank,)}),
+            row("self_attention.linear_q_up_proj.weight", Split(0), {"self_attn.q_b_proj.weight": (query, rank)}),
+        ]
+    return (
+        *queries,
+        row(
+            "self_attention.linear_kv_down_proj.weight",
+            Replicated(),
+            {"self_attn.kv_a_proj_with_mqa.weight": (lora + rotary, hidden)},
+        ),
+        row("self_attention.kv_layernorm.weight", Replicated(), {"self_attn.kv_a_layernorm.weight": (lora,)}),
+        row("self_attention.linear_kv_up_proj.weight", Split(0), {"self_attn.kv_b_proj.weight": (key_value, lora)}),
+        row("self_attention.linear_proj.weight", Split(1), {"self_attn.o_proj.weight": (hidden, value)}),
+    )

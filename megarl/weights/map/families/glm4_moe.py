@@ -1,0 +1,27 @@
+"""GLM-4.5 and GLM-4.5-Air: partial rotary embedding, optional QK norm
+and QKV bias, DeepSeek-V3's router, dense first layers.
+"""
+
+from __future__ import annotations
+
+from megarl.weights.map.families import common, unsupported
+from megarl.weights.map.families.common import Hf
+from megarl.weights.map.weight_map import Family
+
+
+def refuse(hf: Hf) -> str | None:
+    return unsupported.anywhere(hf, biased_output=None) or unsupported.sigmoid_router(hf)
+
+
+def family(hf: Hf) -> Family:
+    bias, norm = bool(hf.get("attention_bias", False)), bool(hf.get("use_qk_norm", False))
+    return Family(
+        model={**common.transformer(hf), **common.sigmoid_router(hf), "add_qkv_bias": bias, "qk_layernorm": norm},
+        gpt=common.gpt(hf, partial=0.5),
+        entries=(
+            *common.ends(hf),
+            *common.norms(hf),
+            *common.attention(hf, qk_norm=norm, qkv_bias=bias),
+            *common.sigmoid_experts(hf),
+        ),
+    )

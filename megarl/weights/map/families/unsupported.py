@@ -1,0 +1,108 @@
+"""What megarl cannot train, by the name of its key in config.json: each check gives one line or None."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.weights.map.families.common import Hf, rope_parameters
+
+
+def anywhere(hf: Hf, *, biased_output: str | None = "attention_bias", scalings: tuple[str, ...] = ()) -> str | None:
+    """One line for what megarl cannot train, or None.
+
+    biased_output: the key that, when true, gives the attention's output
+    a bias. scalings: kinds of rope scaling that the family has.
+    """
+    full = "set it to false (or null) in config.json to train with full attention"
+    return fault(
+        (hf.get("hidden_act", "silu") != "silu" and f"hidden_act {hf.get('hidden_act')!r}", "use a model of SiLU"),
+        (
+            hf.get("tie_word_embeddings") and "tie_word_embeddings true",
+            "use a checkpoint that has its own lm_head.weight",
+        ),
+        (
+            biased_output and hf.get(biased_output) and f"{biased_output} true",
+            "Megatron's output projection has no bias",
+        ),
+        (hf.get("mlp_bias") and "mlp_bias true", "use a checkpoint without biases in its MLPs"),
+        (_window(hf), full),
+        (_rope_fault(hf, scalings), "remove it from config.json to train within the original context"),
+        (_quantization_fault(hf), "dequantise the checkpoint first"),
+    )
+
+
+def fault(*pairs: tuple[Any, str]) -> str | None:
+    """The first (what is not supported, what to do) whose first part holds, as one line."""
+    return next((f"model.path: {what} is not supported; {fix}" for what, fix in pairs if what), None)
+
+
+def softmax_router(hf: Hf) -> str | None:
+    """megatron-core refuses the softmax of one logit."""
+    one = hf.get("num_experts_per_tok") == 1 and hf.get("norm_topk_prob", hf["model_type"] == "mixtral")
+    return fault(
+        (
+            one and "num_experts_per_tok 1 with renormalised gates",
+            "every gate would be 1 and the router would not learn",
+        )
+    )
+
+
+def sigmoid_router(hf: Hf) -> str | None:
+    groups, kept, top_k = hf.get("n_group") or 1, hf.get("topk_group") or 1, hf["num_experts_per_tok"]
+    ranked = kept < groups and top_k // kept != 2
+    plain = hf.get("norm_topk_prob", True) == (top_k == 1)
+    return fault(
+        (
+            hf.get("scoring_func", "sigmoid") != "sigmoid" and f"scoring_func {hf.get('scoring_func')!r}",
+            "only sigmoid is",
+        ),
+        (
+            hf.get("topk_method", "noaux_tc") != "noaux_tc" and f"topk_method {hf.get('topk_method')!r}",
+            "only noaux_tc is",
+        ),
+        (hf.get("moe_layer_freq", 1) != 1 and f"moe_layer_freq {hf.get('moe_layer_freq')}", "only 1 is"),
+        (
+            plain and f"norm_topk_prob {hf.get('norm_topk_prob', True)} with {top_k} experts a token",
+            "megatron-core renormalises from two on",
+        ),
+        (
+            ranked and f"topk_group {kept} of {groups} with {top_k} experts a token",
+            "megatron-core ranks groups by their best two experts only where num_experts_per_tok is twice topk_group",
+        ),
+    )
+
+
+def _window(hf: Hf) -> str | None:
+    if hf.get("use_sliding_window"):
+        return "use_sliding_window true"
+    if "use_sliding_window" not in hf and hf.get("sliding_window"):
+        return f"sliding_window {hf['sliding_window']}"
+    return "layer_types with 'sliding_attention'" if "sliding_attention" in (hf.get("layer_types") or []) else None
+
+
+def _rope_fault(hf: Hf, scalings: tuple[str, ...]) -> str | None:
+    rope = rope_parameters(hf)
+    kind = rope["rope_type"]
+    if kind != "default" and kind not in scalings:
+        return f"rope scaling {kind!r}"
+    if kind == "llama3":  # the rest are constants in megatron-core (rotary_pos_embedding.py, _apply_scaling)
+        fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+        wrong = next((key for key, value in fixed.items() if rope.get(key) != value), None)
+    elif (
+        kind == "yarn"
+    ):  # attention_factor and truncate have no place in megatron-core; its mscale alone is another formula
+        wrong = next((key for key in ("attention_factor", "truncate") if rope.get(key) is not None), None)
+        wrong = wrong or ("mscale_all_dim" if rope.get("mscale_all_dim") and not rope.get("mscale") else None)
+    else:
+        wrong = None
+    return f"rope scaling {kind!r} with {wrong} {rope.get(wrong)!r}" if wrong else None
+
+
+def _quantization_fault(hf: Hf) -> str | None:
+    quantization = hf.get("quantization_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method")
+    if method == "fp8" and quantization.get("weight_block_size"):
+        return None
+    return f"quantization_config with quant_method {method!r}{' without weight_block_size' if method == 'fp8' else ''}"

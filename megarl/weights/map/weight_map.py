@@ -1,0 +1,179 @@
+"""One weight map: for every Megatron parameter, which Hugging Face tensors it holds and how the two lie in each other.
+
+Every relation comes down to rectangles: a slice of a Hugging Face tensor that equals a slice of this
+rank's parameter (`Piece`). Loading, gathering and verifying all read the same list of rectangles, so
+there is no second source of truth. A family is a table of `Entry` (megarl/weights/map/families/); the
+sizes come from the Hugging Face config.json. See docs/families.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from megarl.checkpoints import hf_files
+from megarl.errors import UserError
+from megarl.weights.map.layout import Coord, Layout
+from megarl.weights.map.relations import Piece, Rank, Relation, Replicated, Shape
+
+FAMILIES = {  # model_type of config.json -> module
+    "deepseek_v3": "megarl.weights.map.families.deepseek_v3",
+    "glm4_moe": "megarl.weights.map.families.glm4_moe",
+    "llama": "megarl.weights.map.families.llama",
+    "mixtral": "megarl.weights.map.families.mixtral",
+    "qwen2_moe": "megarl.weights.map.families.qwen2_moe",
+    "qwen3": "megarl.weights.map.families.qwen3",
+    "qwen3_moe": "megarl.weights.map.families.qwen3_moe",
+}
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter of one rank: its name inside its model chunk, its local shape and what it holds.
+
+    replica is 0 on exactly one rank for each distinct content: that rank is the one that sends it.
+    """
+
+    chunk: int
+    name: str
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    replica: int
+    expert: bool
+    split: bool  # cut over tensor-parallel ranks (if there are several)
+    buffer: bool  # not trained, and float32 whatever the dtype of the model
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a family's table. Names hold {layer} and {expert} where
+    they occur; `relation` cuts the Hugging Face tensors into pieces.
+
+    shapes: of the tensors `hf`, whole. where: in which layers ("moe":
+    those with experts, "dense": the others), or before or behind them.
+    """
+
+    name: str
+    hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    relation: Relation
+    where: Literal["layer", "moe", "dense", "first", "last"] = "layer"
+    buffer: bool = False
+
+    @property
+    def expert(self) -> bool:
+        return "{expert}" in self.name
+
+
+@dataclass(frozen=True)
+class Family:
+    """What config.json decides. model: keyword arguments of Megatron's TransformerConfig;
+    gpt: those of its GPTModel.
+    """
+
+    model: dict[str, Any]
+    gpt: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+
+class WeightMap:
+    """The map of one model: a family's table with the sizes of one
+    config.json filled in. Raises UserError for what is not supported.
+    """
+
+    def __init__(self, hf: dict[str, Any]) -> None:
+        model_type = hf.get("model_type", "?")
+        if model_type not in FAMILIES:
+            raise UserError(f"model_type {model_type!r} has no weight map; supported: {', '.join(sorted(FAMILIES))}")
+        module = importlib.import_module(FAMILIES[model_type])
+        try:
+            if sentence := module.refuse(hf):
+                raise UserError(sentence)
+            family: Family = module.family(hf)
+        except KeyError as error:
+            raise UserError(
+                f"model.path: config.json of a {model_type} has no {error}; copy the checkpoint's config.json again"
+            ) from None
+        self.hf = hf
+        self.model = family.model
+        self.gpt = family.gpt
+        self.entries = family.entries
+        self.num_layers: int = family.model["num_layers"]
+        self.num_experts: int = family.model.get("num_moe_experts") or 0
+        self.top_k: int = family.model.get("moe_router_topk", 0) if self.num_experts else 0
+        self.moe_layers: list[int] = [
+            i for i, moe in enumerate(family.model.get("moe_layer_freq", [])) if moe and self.num_experts
+        ]
+
+    @cached_property
+    def hf_shapes(self) -> dict[str, Shape]:
+        """Shape of every Hugging Face tensor."""
+        return {name: shape for entry, layer in self.rows() for name, shape in self._tensors(entry, layer)}
+
+    @cached_property
+    def hf_float32(self) -> frozenset[str]:
+        """Hugging Face tensors that stay float32, in files and on the wire, whatever the dtype of the model."""
+        return frozenset(
+            name for entry, layer in self.rows() if entry.buffer for name, _ in self._tensors(entry, layer)
+        )
+
+    def rows(self) -> Iterator[tuple[Entry, int]]:
+        """Every row of the table with its layer, in the order of hf_shapes."""
+        yield from ((entry, 0) for entry in self.entries if entry.where == "first")
+        for layer in range(self.num_layers):
+            yield from ((entry, layer) for entry in self.entries if self._in_layer(entry, layer))
+        yield from ((entry, 0) for entry in self.entries if entry.where == "last")
+
+    def _tensors(self, entry: Entry, layer: int) -> Iterator[tuple[str, Shape]]:
+        for expert in range(self.num_experts) if entry.expert else range(1):
+            for name, shape in zip(entry.hf, entry.shapes):
+                yield name.format(layer=layer, expert=expert), shape
+
+    def _in_layer(self, entry: Entry, layer: int) -> bool:
+        return entry.where == "layer" or entry.where == ("moe" if layer in self.moe_layers else "dense")
+
+    def padded_vocab(self, tp: int) -> int:
+        return -(-self.hf["vocab_size"] // tp) * tp
+
+    def params(self, layout: Layout, coord: Coord) -> Iterator[Param]:
+        """Every parameter that the rank at `coord` holds, in a fixed order."""
+        for chunk in range(layout.vpp):
+            for entry in self.entries:
+                if entry.where == "first" and (coord.pp or chunk):
+                    continue
+                if entry.where == "last" and (coord.pp, chunk) != (layout.pp - 1, layout.vpp - 1):
+                    continue
+                if entry.where in ("first", "last"):
+                    yield from self._params_of(entry, layout, coord, chunk, 0, 0)
+                    continue
+                for local, layer in enumerate(layout.stage_layers(self.num_layers, coord.pp, chunk)):
+                    if self._in_layer(entry, layer):
+                        yield from self._params_of(entry, layout, coord, chunk, local, layer)
+
+    def _params_of(
+        self, entry: Entry, layout: Layout, coord: Coord, chunk: int, local: int, layer: int
+    ) -> Iterator[Param]:
+        each = self.num_experts // layout.ep if entry.expert else 1
+        rank = Rank(layout.etp, coord.etp) if entry.expert else Rank(layout.tp, coord.tp)
+        split = not isinstance(entry.relation, Replicated)
+        copies = [coord.edp] if entry.expert else [coord.dp, coord.cp]
+        if not split:
+            copies.append(rank.index)
+        for e in range(each):
+            hf = tuple(name.format(layer=layer, expert=coord.ep * each + e) for name in entry.hf)
+            shape, pieces = entry.relation(hf, entry.shapes, rank)
+            name = entry.name.format(layer=local, expert=e)
+            yield Param(chunk, name, shape, tuple(pieces), sum(copies), entry.expert, split, entry.buffer)
+
+
+def load_hf_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder, or of the one inside a Megatron checkpoint."""
+    file = hf_files(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.path {str(path)!r} has no config.json; give a Hugging Face checkpoint folder")
+    return json.loads(file.read_text())

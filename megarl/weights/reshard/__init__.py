@@ -1,0 +1,1 @@
+"""From training shards to rollout shards: the plan, buckets, packing, quantising, checksums."""

@@ -1,0 +1,1 @@
+"""Bytes between processes: process groups, CUDA IPC, shared memory."""

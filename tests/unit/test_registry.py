@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pytest
+
+from megarl.errors import UserError
+from megarl.rollout import registry
+from megarl.rollout.registry import (
+    RolloutDied,
+    WorkerInfo,
+    check_workers,
+    open_store,
+    request_shutdown,
+    wait_for_workers,
+)
+from megarl.server.serverlog import first_error, log_tail
+
+
+def worker(index: int) -> WorkerInfo:
+    return WorkerInfo(index, f"http://127.0.0.1:{8000 + index}", 1, 100 + index, "here", "/log")
+
+
+def test_workers_meet_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("127.0.0.1", 0, is_master=True, timeout_s=5)
+    other = open_store("127.0.0.1", store.port, is_master=False, timeout_s=5)
+    assert [registry.claim_index(other) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="0 of 2 rollout workers came within 0 s"):
+        wait_for_workers(store, 2, 0.2)
+    for index in (2, 0):
+        registry.register_worker(other, worker(index))
+    found = wait_for_workers(store, 2, 1)
+    assert found == [worker(0), worker(2)]
+
+    monkeypatch.setattr(registry, "STALE_S", 60.0)
+    for _ in range(4):
+        for info in found:
+            registry.heartbeat(other, info.index)
+            info.seen_at -= 100.0  # would be too long ago but for the heartbeat
+        check_workers(store, found)
+    registry.heartbeat(other, 0)
+    for info in found:
+        info.seen_at -= 100.0
+    with pytest.raises(
+        RolloutDied, match=r"rollout worker 2 \(http://127.0.0.1:8002, pid 102 on here\) has been silent"
+    ):
+        check_workers(store, found)
+    registry.report_failure(other, 0, "rollout worker 0: ended\nlast line")
+    other.get("rollout/0/failed")  # TCPStore.set() does not wait for the server: now it has arrived
+    with pytest.raises(RolloutDied, match="rollout worker 0: ended\nlast line"):
+        check_workers(store, found)
+    with pytest.raises(RolloutDied, match="rollout worker 0: ended"):
+        wait_for_workers(store, 3, 5)
+
+    assert not registry.shutdown_requested(other)
+    registry.worker_left(other, 0)
+    start = time.monotonic()
+    request_shutdown(store, found, wait_s=0.3)
+    assert time.monotonic() - start > 0.2 and registry.shutdown_requested(other)
+
+
+def test_workers_that_are_cut_differently_are_named() -> None:
+    assert registry.common_tp([worker(0), worker(1)]) == 1
+    with pytest.raises(
+        UserError,
+        match=r"worker 1 \(http://127.0.0.1:8001\) has rollout.tp 2, worker 0 \(\S+8000\) has 1; start all with",
+    ):
+        registry.common_tp([worker(0), dataclasses.replace(worker(1), tp=2)])
+
+
+def test_a_store_that_cannot_be_had_is_one_line() -> None:
+    store = open_store("127.0.0.1", 0, is_master=True, timeout_s=5)
+    with pytest.raises(UserError, match=rf"^run store 127.0.0.1:{store.port}: the port is in use") as caught:
+        open_store("127.0.0.1", store.port, is_master=True, timeout_s=5)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="run store 127.0.0.1:9: nothing answered within 1 s"):
+        open_store("127.0.0.1", 9, is_master=False, timeout_s=1)
+
+
+def test_the_first_error_of_a_log_and_its_last_lines(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "(APIServer pid=1) WARNING [x.py:1] may cause errors like `OSError: too many`\n"
+        "(EngineCore pid=2) ERROR 11-23 18:30:13 [core.py:1510] ValueError: weights missing: {'a'}\n"
+        "ValueError: weights missing: {'a'}\nRuntimeError: Engine core initialization failed.\n\n"
+        'nanobind: leaked 3 functions!\n - leaked function "f"\n'
+    )
+    assert first_error(log) == "ValueError: weights missing: {'a'}"
+    assert log_tail(log, 2).splitlines() == [
+        "ValueError: weights missing: {'a'}",
+        "RuntimeError: Engine core initialization failed.",
+    ]
+    log.write_text("fine\n")
+    assert first_error(log) is None
