@@ -1,7 +1,7 @@
 """The quickstart's task: the sum of a prompt's digits modulo 10, with running sums as a scratchpad.
 
-    python tools/digit_sum.py --out DIR      train.jsonl, valid.jsonl
-    {"prompt", "answer"}; demos.jsonl {"prompt", "response"}
+    python tools/digit_sum.py --out DIR      train.jsonl, valid.jsonl {"prompt", "answer"}; demos.jsonl {"prompt",
+                                             "response"}
 
 The prompt "38412=" has the answer "8" and the full scratchpad "31568": the sum of the first 1,
 2, ... 5 digits, each modulo 10. The defaults are calibrated: 500 steps of 64 demonstrations

@@ -1,11 +1,13 @@
 """The paper's experiment in small: MiniRL and its ablations, routing replay and rollout precision, on several seeds.
 
     python tools/paper_grid.py --subset --out runs/paper_grid          N = 1 and N = 8 under int4, fp32 controls, 3
-    seeds python tools/paper_grid.py --full --seeds 3 --only n2- n4-         a part of the full grid python
-    tools/paper_grid.py --full --out runs/paper_grid            all of it: about a core-night python tools/paper_grid.py
-    --sweep                                 learning rates of the fp32 control python tools/paper_grid.py --report --out
-    runs/paper_grid          docs/paper.md, docs/paper/*.svg, docs/paper/results.json python tools/paper_grid.py
-    --report                                the same pages from docs/paper/results.json alone
+                                                                       seeds
+    python tools/paper_grid.py --full --seeds 3 --only n2- n4-         a part of the full grid
+    python tools/paper_grid.py --full --out runs/paper_grid            all of it: about a core-night
+    python tools/paper_grid.py --sweep                                 learning rates of the fp32 control
+    python tools/paper_grid.py --report --out runs/paper_grid          docs/paper.md, docs/paper/*.svg,
+                                                                       docs/paper/results.json
+    python tools/paper_grid.py --report                                the same pages from docs/paper/results.json alone
 
 Runs are ordinary run directories under OUT/runs. What has ended is skipped; a killed command goes on where it was. See
 examples/paper_grid/README.md.

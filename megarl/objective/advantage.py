@@ -14,11 +14,12 @@ STD_EPS = 1e-6
 def advantages(rewards: Tensor, group_ids: Tensor, config: ObjectiveConfig) -> Tensor:
     """A(x, y) [n] from rewards [n] and the group (prompt) of each response [n], by `config.advantage`.
 
-    mean            R - mean over the group (MiniRL, arXiv 2512.01374 section 4.2) mean_std        that over (std +
-    1e-6), the sample standard deviation (n - 1) as public GRPO codes take it leave_one_out   R - mean over the others
-    of the group = n/(n - 1) (R - mean)         RLOO, arXiv 2402.14740 section
-    3.3 global_std      R - mean over the group, then that over its (std + 1e-6) over all n  REINFORCE++ baseline, arXiv
-    2501.03262 section 3.2 reward, gae     R; with `gae` the critic spreads it over the tokens (see `gae`)
+    mean            R - mean over the group (MiniRL, arXiv 2512.01374 section 4.2)
+    mean_std        that over (std + 1e-6), the sample standard deviation (n - 1) as public GRPO codes take it
+    leave_one_out   R - mean over the others of the group = n/(n - 1) (R - mean)  RLOO, arXiv 2402.14740 section 3.3
+    global_std      R - mean over the group, then that over its (std + 1e-6) over all n  REINFORCE++ baseline, arXiv
+                    2501.03262 section 3.2
+    reward, gae     R; with `gae` the critic spreads it over the tokens (see `gae`)
 
     A group of one has A = 0 under the first four. Computed in float64, so that a group of equal rewards has A = 0 to
     rounding. Groups must be whole; under `global_std` the call must hold the whole batch.

@@ -14,10 +14,11 @@ def correction(log_rho: Tensor, seq: Segments, config: ObjectiveConfig) -> tuple
     """(c [R], bool [R] where c was cut or is 0), of unmasked tokens.
     log_rho [R] = log pi_old - log mu; C = correction_high.
 
-    token_truncation      min(rho_t, C), the TIS note, one-sided token_mask            rho_t
-    where correction_low <= rho_t <= C, else 0 sequence_truncation   min(prod_t rho_t, C), one
-    number a response sequence_mask         prod_t rho_t where within [correction_low, C], else
-    0 geometric_rejection   1 where (prod_t rho_t)^(1/|y|) is within [correction_low, C], else 0
+    token_truncation      min(rho_t, C), the TIS note, one-sided
+    token_mask            rho_t where correction_low <= rho_t <= C, else 0
+    sequence_truncation   min(prod_t rho_t, C), one number a response
+    sequence_mask         prod_t rho_t where within [correction_low, C], else 0
+    geometric_rejection   1 where (prod_t rho_t)^(1/|y|) is within [correction_low, C], else 0
     """
     kind, low, high = config.correction, config.correction_low, config.correction_high
     if kind.startswith("token"):

@@ -28,12 +28,12 @@ def token_weight(
 ) -> tuple[Tensor, Tensor]:
     """(w [R], bool [R] where w was cut).
 
-    is              min(pi_theta/mu, is_cap)                                             MiniRL,
-    arXiv 2512.01374 eq 7 ratio           r
-    the gradient of r A where PPO does not clip clipped_ratio   clip(r, 1 - eps_low, 1 + eps_high)
-    CISPO, arXiv 2506.13585 sequence_ratio  s = (pi_theta(y)/pi_old(y))^(1/|y|); 1/|y| is the
-    denominator's      GSPO, arXiv 2507.18071 soft_gate       d/dr [4/tau p] r = 4 p (1 - p) r,  p
-    = sigmoid(tau (r - 1))          SAPO, arXiv 2511.20347: J = mean of 4/tau p A,
+    is              min(pi_theta/mu, is_cap)                                             MiniRL, arXiv 2512.01374 eq 7
+    ratio           r  the gradient of r A where PPO does not clip
+    clipped_ratio   clip(r, 1 - eps_low, 1 + eps_high)                                   CISPO, arXiv 2506.13585
+    sequence_ratio  s = (pi_theta(y)/pi_old(y))^(1/|y|); 1/|y| is the denominator's      GSPO, arXiv 2507.18071
+    soft_gate       d/dr [4/tau p] r = 4 p (1 - p) r,  p = sigmoid(tau (r - 1))  SAPO, arXiv 2511.20347: J = mean of
+                    4/tau p A,
                     tau = tau_pos where A > 0, else tau_neg
     """
     uncut = torch.zeros_like(log_ratio, dtype=torch.bool)
@@ -65,15 +65,13 @@ def kept(
 ) -> Tensor:
     """M as bool [R]: false where the update would go on leaving the trust region, in the direction of A.
 
-    ratio, sequence_ratio   A > 0 and x > 1 + eps_high, or A < 0 and x <
-    1 - eps_low, with x = r (MiniRL; the unclipped branch of PPO's
-                            min(r A, clip(r) A) has the same tokens) or the sequence ratio s (GSPO).
-    tv                      A > 0 and pi_theta - mu > tv_delta, or A < 0
-    and pi_theta - mu < -tv_delta: DPPO with the binary total
-                            variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879. There the trust
-                            region and the ratio both refer to the rollout policy; the preset's
-                            ratio is pi_theta/pi_old (spec/objective.md), and `weight: is,
-                            is_cap: 20` gives the truncated pi_theta/mu of the paper's public code.
+    ratio, sequence_ratio   A > 0 and x > 1 + eps_high, or A < 0 and x < 1 - eps_low, with x = r (MiniRL; the unclipped
+                            branch of PPO's min(r A, clip(r) A) has the same tokens) or the sequence ratio s (GSPO).
+    tv                      A > 0 and pi_theta - mu > tv_delta, or A < 0 and pi_theta - mu < -tv_delta: DPPO with the
+                            binary total variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879.
+                            There the trust region and the ratio both refer to the rollout policy;
+                            the preset's ratio is pi_theta/pi_old (spec/objective.md), and `weight:
+                            is, is_cap: 20` gives the truncated pi_theta/mu of the paper's public code.
     """
     if config.clip == "none":
         return torch.ones_like(log_ratio, dtype=torch.bool)

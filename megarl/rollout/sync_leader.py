@@ -1,7 +1,8 @@
 """The sending end of a weight sync: rank 0 leads the servers through its steps over HTTP, every sender fills messages.
 
-    receive    all workers receive, check and (staged) keep; a lone worker goes on by itself load       all workers
-    load, drop the prefix cache and score the canary commit     the version is set: only now do they serve again
+    receive    all workers receive, check and (staged) keep; a lone worker goes on by itself
+    load       all workers load, drop the prefix cache and score the canary
+    commit     the version is set: only now do they serve again
 
 and, where both share GPUs (launch.colocate), between syncs: sleep, while the trainer trains, and wake.
 
@@ -40,7 +41,7 @@ class Sending:
     senders: int
     staged: bool
     timeout_s: float
-    shared: bool = False  # trainer and workers share GPUs: megarl.weights.transport.shared
+    shared: bool = False  # trainer and workers share GPUs: megarl.weights.transport.groups.shared
 
 
 class SyncLeader:

@@ -1,12 +1,15 @@
 """The routes that our vLLM servers have besides vLLM's own: `--middleware megarl.server.routes.RolloutEndpoint`.
 
-    POST /megarl/generate    a batch of prompts in one request, one binary body back POST /megarl/score
-    teacher-forced log-probabilities and routes of one sequence POST /megarl/sync/init      the group that weights come
-    by, and what will come POST /megarl/sync/receive   receive and check a whole sync; with load, go on to load it POST
-    /megarl/sync/load      load it, drop the prefix cache, score the canary POST /megarl/sync/check     compare digests
-    with an engine loaded from disk POST /megarl/sync/commit    set the version POST /megarl/sync/sleep     give the
-    GPU's memory to the trainer (launch.colocate): the weights go to host memory, the KV cache goes POST
-    /megarl/sync/wake      take it back
+    POST /megarl/generate    a batch of prompts in one request, one binary body back
+    POST /megarl/score       teacher-forced log-probabilities and routes of one sequence
+    POST /megarl/sync/init      the group that weights come by, and what will come
+    POST /megarl/sync/receive   receive and check a whole sync; with load, go on to load it
+    POST /megarl/sync/load      load it, drop the prefix cache, score the canary
+    POST /megarl/sync/check     compare digests with an engine loaded from disk
+    POST /megarl/sync/commit    set the version
+    POST /megarl/sync/sleep     give the GPU's memory to the trainer (launch.colocate): the weights go to host memory,
+                                the KV cache goes
+    POST /megarl/sync/wake      take it back
 
 Errors come back as status 500 and a JSON object {"error": one line}; whatever would use weights that no version was
 committed for, or that sleep, as 503. Runs in the API server process.

@@ -1,10 +1,12 @@
 """The plan of a resharded weight sync: which trainer rank sends which
 rectangle of which tensor to which rollout rank. Pure.
 
-    plan = make_plan(train_layout, rollout_layout, weight_map, itemsize=2) for message in plan.sends(rank): ...        #
-    trainer rank: what it packs and sends, bucket by bucket for message in plan.receives(rank): ...     # rollout rank
-    (numbered engine by engine, from 0): what comes in, bucket by bucket plan.slices(rank)                           #
-    rollout rank: for each bucket, the tensors it puts together and its slice of each
+    plan = make_plan(train_layout, rollout_layout, weight_map, itemsize=2)
+    for message in plan.sends(rank): ...        # trainer rank: what it packs and sends, bucket by bucket
+    for message in plan.receives(rank): ...     # rollout rank (numbered engine by engine, from 0): what comes in,
+                                                bucket by bucket
+    plan.slices(rank)                           # rollout rank: for each bucket, the tensors it puts together and its
+                                                slice of each
 
 There is at most one message for each (source, destination, bucket); its transfers are packed one after
 the other in their order, each row-major, and both ends compute the same order. All of a tensor lies in
