@@ -103,11 +103,17 @@ _TABLE: dict[str, dict[str, Any]] = {
     "grpo": _GRPO,
     "dr-grpo": {**_GRPO, "advantage": "mean", "denominator": "max_length"},
     "dapo": {**_GRPO, "eps_high": 0.28, "denominator": "tokens"},
-    "cispo": {"advantage": "mean_std", "weight": "clipped_ratio", "clip": "none", "denominator": "group_tokens"},
+    "cispo": {
+        "advantage": "mean_std",
+        "weight": "clipped_ratio",
+        "clip": "none",
+        "denominator": "group_tokens",
+        "eps_low": 1.0,  # no lower clip: a ratio is positive
+    },
     "gspo": {**_GRPO, "weight": "sequence_ratio", "clip": "sequence_ratio", "eps_low": 3e-4, "eps_high": 4e-4},
     "ppo": {**_GRPO, "advantage": "gae", "denominator": "tokens"},
     "sapo": {**_GRPO, "weight": "soft_gate", "clip": "none"},
-    "dppo-tv": {"weight": "ratio", "clip": "tv"},
+    "dppo-tv": {"clip": "tv", "is_cap": 1e4},  # the cap of the authors' scripts, in the place of none
 }
 
 presets: dict[str, ObjectiveConfig] = {name: ObjectiveConfig(preset=name, **fields) for name, fields in _TABLE.items()}

@@ -28,13 +28,14 @@ def token_weight(
 ) -> tuple[Tensor, Tensor]:
     """(w [R], bool [R] where w was cut).
 
-    is              min(pi_theta/mu, is_cap)                                             MiniRL, arXiv 2512.01374 eq 7
-    ratio           r  the gradient of r A where PPO does not clip
-    clipped_ratio   clip(r, 1 - eps_low, 1 + eps_high)                                   CISPO, arXiv 2506.13585
-    sequence_ratio  s = (pi_theta(y)/pi_old(y))^(1/|y|); 1/|y| is the denominator's      GSPO, arXiv 2507.18071
-    soft_gate       d/dr [4/tau p] r = 4 p (1 - p) r,  p = sigmoid(tau (r - 1))  SAPO, arXiv 2511.20347: J = mean of
-                    4/tau p A,
-                    tau = tau_pos where A > 0, else tau_neg
+    is              min(pi_theta/mu, is_cap): MiniRL, arXiv 2512.01374 eq 7. With is_cap 1e4, which
+                    stands for none, DPPO, arXiv 2602.04879 eq 12 and 23 (its authors' scripts take the same cap)
+    ratio           r: the gradient of r A where PPO does not clip
+    clipped_ratio   clip(r, 1 - eps_low, 1 + eps_high): CISPO, arXiv 2506.13585 eq 5. The paper imposes no lower
+                    bound (eps_low 1 here, since r > 0) and does not tell its upper one
+    sequence_ratio  s = (pi_theta(y)/pi_old(y))^(1/|y|); 1/|y| is the denominator's: GSPO, arXiv 2507.18071
+    soft_gate       4 p (1 - p) r = d/dr [4/tau p] r with p = sigmoid(tau (r - 1)): SAPO, arXiv 2511.20347, whose
+                    J is the mean of 4/tau p A; tau = tau_pos where A > 0, else tau_neg
     """
     uncut = torch.zeros_like(log_ratio, dtype=torch.bool)
     if config.weight == "one":
@@ -65,13 +66,12 @@ def kept(
 ) -> Tensor:
     """M as bool [R]: false where the update would go on leaving the trust region, in the direction of A.
 
-    ratio, sequence_ratio   A > 0 and x > 1 + eps_high, or A < 0 and x < 1 - eps_low, with x = r (MiniRL; the unclipped
-                            branch of PPO's min(r A, clip(r) A) has the same tokens) or the sequence ratio s (GSPO).
+    ratio, sequence_ratio   A > 0 and x > 1 + eps_high, or A < 0 and x < 1 - eps_low. x is r (MiniRL; the unclipped
+                            branch of PPO's min(r A, clip(r) A) has the same tokens) or the sequence ratio s (GSPO)
     tv                      A > 0 and pi_theta - mu > tv_delta, or A < 0 and pi_theta - mu < -tv_delta: DPPO with the
-                            binary total variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879.
-                            There the trust region and the ratio both refer to the rollout policy;
-                            the preset's ratio is pi_theta/pi_old (spec/objective.md), and `weight:
-                            is, is_cap: 20` gives the truncated pi_theta/mu of the paper's public code.
+                            binary total variation |pi_theta(y_t) - mu(y_t)|, arXiv 2602.04879 eq 12 and 13. Trust
+                            region and weight (`is`) both refer to the rollout policy mu, not to pi_old. The paper
+                            takes tv_delta 0.15, public codes 0.15 to 0.2
     """
     if config.clip == "none":
         return torch.ones_like(log_ratio, dtype=torch.bool)

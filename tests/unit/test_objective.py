@@ -78,15 +78,17 @@ def surrogate(name: str, logp: torch.Tensor, old: float, mu: float, adv: float, 
     if name == "dapo":
         return ppo(r, 0.2, 0.28)
     if name == "cispo":
-        return min(max(sg, 0.8), 1.27) * adv * logp
+        return min(sg, 1.27) * adv * logp  # MiniMax-M1 tunes the upper bound alone
     if name == "gspo":
         return ppo(s, 3e-4, 4e-4)
     if name == "sapo":
         tau = 1.0 if adv > 0 else 1.05
         return 4 / tau * torch.sigmoid(tau * (r - 1)) * adv
     assert name == "dppo-tv"
-    move = math.exp(logp.item()) - math.exp(mu)
-    return 0.0 * r if (adv > 0 and move > 0.2) or (adv < 0 and move < -0.2) else r * adv
+    r = (logp - mu).exp()  # both the mask and the ratio of DPPO refer to the rollout policy
+    far = abs(math.exp(logp.item()) - math.exp(mu)) > 0.2
+    blocked = far and ((adv > 0 and r.item() > 1) or (adv < 0 and r.item() < 1))
+    return 0.0 * r if blocked else r * adv
 
 
 def loop_gradient(name: str, data: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -130,6 +132,31 @@ def test_preset_has_the_gradient_of_its_surrogate(name: str) -> None:
     for seed, spread in itertools.product(range(3), (3e-4, 0.1, 0.8) if name == "gspo" else (0.1, 0.8)):
         data = batch(seed, spread)
         torch.testing.assert_close(gradient(data, presets[name]), loop_gradient(name, data), rtol=1e-9, atol=1e-14)
+
+
+def test_fault_26_dppo_does_not_look_at_the_recomputed_policy() -> None:
+    """DPPO, arXiv 2602.04879 eq 12 and 23: r = pi_theta/mu; masked where |pi_theta - mu| > delta, away from mu.
+
+    Token by token: inside; far up under A > 0, masked; the same under A < 0, kept; a rare token's ratio of 40, kept.
+    """
+    now = torch.tensor([0.50, 0.90, 0.90, 0.04, 0.10], dtype=torch.float64).log()
+    mu = torch.tensor([0.40, 0.60, 0.60, 0.001, 0.80], dtype=torch.float64).log()
+    adv = torch.tensor([1.0, 1.0, -1.0, 2.0, -1.0], dtype=torch.float64)
+    for old in (now, mu, now - 3):
+        data = {"logprobs": now, "old_logprobs": old, "rollout_logprobs": mu, "advantages": adv, "group_ids": None}
+        data |= {"mask": torch.ones(5), "seq_ids": torch.zeros(5, dtype=torch.long)}
+        grad = gradient(data, presets["dppo-tv"])
+        torch.testing.assert_close(grad, -torch.tensor([1.25, 0.0, -1.5, 80.0, 0.0], dtype=torch.float64))
+
+
+def test_fault_26_cispo_has_no_lower_clip() -> None:
+    """CISPO, arXiv 2506.13585 eq 5: the weight clip(r, 1 - eps_low, 1 + eps_high); the paper imposes no lower bound."""
+    now = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64).log()
+    old = torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64).log()
+    data = {"logprobs": now, "old_logprobs": old, "rollout_logprobs": old, "advantages": torch.ones(3).double()}
+    data |= {"mask": torch.ones(3), "seq_ids": torch.zeros(3, dtype=torch.long), "group_ids": torch.zeros(3)}
+    expected = -torch.tensor([0.2, 1.0, 1.27], dtype=torch.float64) / 3
+    torch.testing.assert_close(gradient(data, presets["cispo"]), expected)
 
 
 def test_every_branch_of_minirl_is_exercised() -> None:
