@@ -18,24 +18,33 @@ CHUNK_ELEMENTS = 2**24  # logits a chunk: 64 MiB in float32, whatever the vocabu
 class _VocabParallelLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, group: dist.ProcessGroup | None
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float,
+        group: dist.ProcessGroup | None,
+        vocab_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         size, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
-        local = labels - rank * logits.shape[1]  # label as a column of this rank's shard
-        inside = (local >= 0) & (local < logits.shape[1])
-        local = local.clamp(0, logits.shape[1] - 1)
-        tokens = logits.shape[0]
-        peak = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+        tokens, columns = logits.shape
+        held = (
+            columns if vocab_size is None else min(max(vocab_size - rank * columns, 0), columns)
+        )  # the rest is padding
+        local = labels - rank * columns  # label as a column of this rank's shard
+        inside = (local >= 0) & (local < columns)
+        local = local.clamp(0, columns - 1)
+        peak = torch.full((tokens,), -torch.inf, dtype=torch.float32, device=logits.device)
         stats = torch.empty(
             3, tokens, dtype=torch.float32, device=logits.device
         )  # sum exp, sum exp * logit, target logit
-        for part in _chunks(logits):
-            peak[part] = logits[part].amax(1).float() / temperature
+        for part in _chunks(logits) if held else []:
+            peak[part] = logits[part, :held].amax(1).float() / temperature
         if size > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
         for part in _chunks(logits):
             shifted = logits[part].to(torch.float32, copy=True).div_(temperature).sub_(peak[part, None])
             exp = shifted.exp()
+            exp[:, held:] = 0
             stats[0, part] = exp.sum(1)
             stats[2, part] = shifted.gather(1, local[part, None]).squeeze(1) * inside[part]
             stats[1, part] = exp.mul_(shifted).sum(1)
@@ -45,11 +54,11 @@ class _VocabParallelLogprob(torch.autograd.Function):
         logprobs = stats[2] - log_z
         entropy = log_z - stats[1] / stats[0]
         ctx.save_for_backward(logits, local, inside, peak + log_z, entropy)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.held = temperature, held
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, local, inside, log_z, entropy = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for part in _chunks(logits):
@@ -64,8 +73,9 @@ class _VocabParallelLogprob(torch.autograd.Function):
                 .neg_()
             )
             g.scatter_add_(1, local[part, None], (grad_logprobs[part] * inside[part])[:, None])
+            g[:, ctx.held :] = 0
             grad[part] = g.div_(ctx.temperature)
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -74,21 +84,17 @@ def _chunks(logits: Tensor) -> list[slice]:
 
 
 def vocab_parallel_logprobs(
-    logits: Tensor, labels: Tensor, temperature: float = 1.0, group: dist.ProcessGroup | None = None
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature)[label] and the entropy of that distribution, in nats.
 
     logits: [T, V / TP], this rank's columns; labels: int64 [T], numbers of the whole
-    vocabulary. Both results are float32 [T], equal on all ranks of `group`, and differentiable
-    in the logits. The caller masks padded vocabulary columns (see mask_padding).
+    vocabulary. vocab_size: columns from there on are padding of the last shards, which can
+    never be chosen; their gradient is zero. Both results are float32 [T], equal on all ranks
+    of `group`, and differentiable in the logits.
     """
-    return _VocabParallelLogprob.apply(logits, labels, temperature, group)
-
-
-def mask_padding(logits: Tensor, vocab_size: int, rank: int) -> Tensor:
-    """Columns past the end of the vocabulary (padding of the last shards) can never be chosen."""
-    held = vocab_size - rank * logits.shape[1]
-    if held >= logits.shape[1]:
-        return logits
-    column = torch.arange(logits.shape[1], device=logits.device)
-    return logits.masked_fill(column >= held, torch.finfo(logits.dtype).min)
+    return _VocabParallelLogprob.apply(logits, labels, temperature, group, vocab_size)

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megarl.engine.batch import Pack, cp_rows, router_rows
-from megarl.engine.logprob import mask_padding, vocab_parallel_logprobs
+from megarl.engine.logprob import vocab_parallel_logprobs
 from megarl.engine.model import Model
 from megarl.engine.optim import current_lr
 from megarl.engine.pipeline import StageMessages, schedule_groups
@@ -117,11 +117,9 @@ class Engine:
     def _head(self, pack: Pack, logits: Tensor, temperature: float) -> tuple[Tensor, ...]:
         """log pi and entropy of all rows of the pack, from this rank's logits [1, rows, columns]."""
         at = self.model.parallel
-        logits = mask_padding(logits.squeeze(0), self.model.weight_map.hf["vocab_size"], at.coord.tp)
         labels = pack.labels[cp_rows(pack.padded, at.layout.cp, at.coord.cp)].to(logits.device)
-        return self._whole(
-            pack, *vocab_parallel_logprobs(logits, labels, temperature, at.tp_group if at.layout.tp > 1 else None)
-        )
+        group, vocab_size = at.tp_group if at.layout.tp > 1 else None, self.model.weight_map.hf["vocab_size"]
+        return self._whole(pack, *vocab_parallel_logprobs(logits.squeeze(0), labels, temperature, group, vocab_size))
 
     def _whole(self, pack: Pack, *mine: Tensor) -> tuple[Tensor, ...]:
         """This rank's rows -> all rows of the pack [T], in order. Under
