@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from megarl.errors import UserError
+from megarl.hints import meant
 from megarl.objective.presets import ObjectiveConfig, resolve_objective
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -367,7 +367,7 @@ def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
         key, sep, value = item.partition("=")
         if not sep or not key:
             raise UserError(f"override {item!r} is not key=value, e.g. train.lr=1e-5")
-        _set(tree, key.split("."), _yaml_value(item, value), item)
+        _set(tree, key.split("."), _value(item, key, value), item)
     if isinstance(tree.get("objective"), (str, dict)):
         tree["objective"] = resolve_objective(tree["objective"])
     try:
@@ -376,13 +376,19 @@ def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
         raise UserError(_first_error(error)) from None
 
 
-def _yaml_value(item: str, text: str) -> Any:
+def _value(item: str, key: str, text: str) -> Any:
+    """YAML; but where a key takes a text, what YAML does not read as one is meant as it stands: run.dir=2026-11-28."""
     try:
-        return yaml.safe_load(text) if text else ""
+        value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
-        raise UserError(
-            f"override {item!r}: the value is not YAML; quote it, e.g. 'data.prompts=\"a: b.jsonl\"'"
-        ) from None
+        if _takes_text(key):
+            return text
+        raise UserError(f"override {item!r}: the value is not YAML; quote it, e.g. '{key}=\"a: b\"'") from None
+    return text if _takes_text(key) and not isinstance(value, str | None) else value
+
+
+def _takes_text(key: str) -> bool:
+    return any(name == key and field.annotation in (str, str | None) for name, field, _ in walk())
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
@@ -399,10 +405,13 @@ def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, [*Config.model_fields, *(name for name, _, _ in walk())], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "; docs/config.md lists the keys"
-        return f"unknown config key {key!r}{hint}"
+        inside = list(map(str, first["input"])) if isinstance(first["input"], dict) else []
+        return f"unknown config key {key!r}; {meant(key, inside, _sections())}"
     return f"config key {key!r} = {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+
+
+def _sections() -> dict[str, list[str]]:
+    return {name: list(field.annotation.model_fields) for name, field in Config.model_fields.items()}  # type: ignore[union-attr]
 
 
 def walk() -> Iterator[tuple[str, Any, Any]]:

@@ -10,6 +10,8 @@ import pytest
 
 from megarl.config import Config, dump_config, load_config, walk
 from megarl.errors import UserError
+from megarl.hints import MEANT
+from megarl.objective.presets import ObjectiveConfig
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,14 @@ from megarl.errors import UserError
         ("launch.trainer=2", "unknown config key 'launch.trainer'; did you mean 'launch.trainers'?"),
         ("trian.lr=1", "unknown config key 'trian'; did you mean 'train'?"),
         ("zzzzqqqq=1", "unknown config key 'zzzzqqqq'; docs/config.md lists the keys"),
+        ("train.learning_rate=1", "unknown config key 'train.learning_rate'; did you mean 'train.lr'?"),
+        ("batch_size=1", "unknown config key 'batch_size'; did you mean 'batch.prompts'?"),
+        ("rollout.max_tokens=1", "did you mean 'rollout.max_new_tokens'?"),
+        ("parallel.tp_size=2", "did you mean 'parallel.tp'?"),
+        ("train.group=2", "did you mean 'batch.group'?"),
+        ("optimizer.lr=1", "unknown config key 'optimizer'; did you mean 'train.lr' or 'critic.lr'?"),
+        ("sync.quant=int4", "did you mean 'sync.quantize'?"),
+        ("score.zzz=1", "unknown config key 'score.zzz'; section 'score' has temperature"),
         ("train.lr=fast", "config key 'train.lr' = 'fast': input should be a valid number"),
         ("parallel.tp=0", "config key 'parallel.tp' = 0: input should be greater than or equal to 1"),
         ("batch.group=2.5", "config key 'batch.group' = 2.5: input should be a valid integer"),
@@ -71,6 +81,18 @@ def test_off_without_quotes(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("sync: {digests: off}")
     for config in (load_config(tmp_path / "run.yaml"), load_config(None, ["sync.digests=off"])):
         assert config.sync.digests == "off"
+
+
+@pytest.mark.parametrize("text", ["2026-11-28", "12", "[fe80::1]:29600", "a: b", "on"])
+def test_fault_23_a_text_that_yaml_would_read_otherwise(text: str) -> None:
+    assert load_config(None, [f"run.dir={text}", f"launch.store={text}"]).run.dir == text
+    assert load_config(None, [f"run.dir='{text}'"]).run.dir == text
+    assert load_config(None, ["eval.prompts=null"]).eval.prompts is None
+
+
+def test_fault_23_every_hint_names_a_key() -> None:
+    keys = {name for name, _, _ in walk()} | {f"objective.{name}" for name in ObjectiveConfig.model_fields}
+    assert set(MEANT.values()) <= keys
 
 
 def test_what_is_dumped_loads_as_the_same_tree(tmp_path: Path) -> None:
