@@ -8,6 +8,7 @@ the same W&B and MLflow run, whose identity the run folder keeps.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -123,8 +124,8 @@ def find_logger(name: str) -> Callable[..., Logger]:
     """A built-in logger, or the class at the dotted path
     `package.module.Class` (modules of the working directory are found).
 
-    Raises UserError, one line, for a name that is neither and for a
-    package that is not installed; imports nothing of a built-in one.
+    Raises UserError, one line, for a name that is neither, for a class that could not be used as a `Logger`, and for
+    a package that is not installed; imports nothing of a built-in one.
     """
     if name in BUILT_IN:
         kind, package = BUILT_IN[name]
@@ -134,7 +135,29 @@ def find_logger(name: str) -> Callable[..., Logger]:
                 "'megarl[loggers]'"
             )
         return kind
-    return import_dotted("run.loggers", name, "class", BUILT_IN)
+    own = import_dotted("run.loggers", name, "class", BUILT_IN)
+    wrong = " and ".join(method for method in ("log", "close") if not callable(getattr(own, method, None)))
+    wrong = wrong and f"has no {wrong}"
+    try:
+        inspect.signature(own).bind(Path(), {}, 0)
+    except (TypeError, ValueError) as error:
+        wrong = wrong or f"cannot be made so: {error}"
+    if wrong:
+        raise UserError(
+            f"run.loggers {name!r} {wrong}; a logger is made as Class(run_dir, settings, resumed_step) and has "
+            "log(step, scalars) and close()"
+        )
+    return own
+
+
+def make_logger(name: str, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> Logger:
+    """The logger `name`. UserError, one line, where it cannot be made: its server may want an account."""
+    kind = find_logger(name)
+    try:
+        return kind(run_dir, settings, resumed_step)
+    except Exception as error:  # whatever a package or a class of the user's raises
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"run.loggers {name!r} could not start ({why}); mend it, or leave it out") from error
 
 
 def _identity(file: Path, fresh: str) -> str:

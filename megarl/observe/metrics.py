@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.observe.loggers import find_logger
+from megarl.observe.loggers import make_logger
 
 METRICS_FILE = "metrics.jsonl"
 Value = float | int | Sequence[float]
@@ -35,7 +35,7 @@ class MetricsLogger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._keep_until(resumed_step)
         self._file = self.path.open("a")
-        self._loggers = {name: find_logger(name)(self.path.parent, settings or {}, resumed_step) for name in loggers}
+        self._loggers = {name: make_logger(name, self.path.parent, settings or {}, resumed_step) for name in loggers}
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
         """One row. A value is a number or a list of numbers (one a MoE layer); what is

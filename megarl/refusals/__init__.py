@@ -43,6 +43,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (layouts.layers, ENGINE + PLAN),
     (layouts.experts, ENGINE + PLAN),
     (work.objective, (*LOOP, "compare")),
+    (work.schedule, (*LOOP, "sft")),
     (work.minibatches, LOOP),
     (work.group, LOOP),
     (work.sft_batch, ("sft",)),

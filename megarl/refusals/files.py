@@ -170,6 +170,8 @@ def run_dir(case: Case) -> str | None:
 def store(case: Case) -> str | None:
     store = case.config.launch.store
     host, colon, port = store.rpartition(":")
+    if ":" in host:
+        return f"launch.store {store!r} is an IPv6 address, which is not supported; give a host's name or IPv4 address"
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         return f"launch.store {store!r} is not host:port; e.g. launch.store=127.0.0.1:29600"
     if port == "0":

@@ -14,6 +14,20 @@ def objective(case: Case) -> str | None:
     return None
 
 
+def schedule(case: Case) -> str | None:
+    """What megatron-core's OptimizerParamScheduler asserts without a word."""
+    train = case.config.train
+    if train.lr_decay_style != "constant" and train.min_lr > train.lr:
+        return f"train.min_lr {train.min_lr:g} is above train.lr {train.lr:g}, where the decay starts; lower it"
+    warmup, decay = train.lr_warmup_iters, train.lr_decay_iters
+    if decay is not None and warmup >= decay:
+        return (
+            f"train.lr_warmup_iters {warmup} is not below train.lr_decay_iters {decay}, which counts from the same "
+            "first step; lower the former or raise the latter"
+        )
+    return None
+
+
 def minibatches(case: Case) -> str | None:
     batch = case.config.batch
     if batch.prompts % batch.minibatches:

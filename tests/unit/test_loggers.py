@@ -31,6 +31,22 @@ class Logger:
 """
 
 
+class Wrong:
+    def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int, url: str) -> None: ...
+    def log(self, step: int, scalars: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Locked(Wrong):
+    def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> None:
+        raise PermissionError("no account")
+
+
+def test_fault_23_a_logger_that_cannot_start_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^run.loggers '.*Locked' could not start \(PermissionError: no account\)"):
+        MetricsLogger(tmp_path, ["tests.unit.test_loggers.Locked"])
+
+
 def two_sittings(folder: Path, name: str, apart_s: float = 0.0) -> None:
     """Steps 1 and 2, then a run resumed after step 1 that does 2 and 3."""
     for resumed, steps in ((0, (1, 2)), (1, (2, 3))):

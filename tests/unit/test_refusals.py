@@ -53,6 +53,20 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("demonstrations", "sft", ["sft.data=/nowhere.jsonl"], {}, ["sft.data '/nowhere.jsonl' does not exist", "give"]),
     ("reward", "run", ["data.reward=digit_sums"], {}, ["digit_sums", "digit_sum"]),
     ("reward", "run", ["data.reward=no.such.function"], {}, ["no.such"]),
+    (
+        "loggers",
+        "run",
+        ["run.loggers=[collections.OrderedDict]"],
+        {},
+        ["run.loggers 'collections.OrderedDict' has no log and close", "run_dir, settings, resumed_step"],
+    ),
+    (
+        "loggers",
+        "sft",
+        ["run.loggers=[tests.unit.test_loggers.Wrong]"],
+        {},
+        ["run.loggers 'tests.unit.test_loggers.Wrong'", "missing a required argument: 'url'"],
+    ),
     ("loggers", "run", ["run.loggers=[tensorbord]"], {}, ["run.loggers 'tensorbord' is unknown", "'tensorboard'"]),
     (
         "transformer_engine",
@@ -178,6 +192,20 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         {},
         ["critic.warmup_steps 9", "steps 9", "lower it"],
     ),
+    (
+        "schedule",
+        "sft",
+        ["train.lr=1e-5", "train.min_lr=1e-4", "train.lr_decay_style=cosine"],
+        {},
+        ["train.min_lr 0.0001 is above train.lr 1e-05", "lower it"],
+    ),
+    (
+        "schedule",
+        "run",
+        ["train.lr_warmup_iters=10", "train.lr_decay_iters=10"],
+        {},
+        ["train.lr_warmup_iters 10 is not below train.lr_decay_iters 10", "raise"],
+    ),
     ("minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
     (
         "minibatches",
@@ -205,6 +233,8 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("micro_batch", "run", ["engine.micro_batch_tokens=100"], {}, ["engine.micro_batch_tokens 100", "raise it to 128"]),
     ("rollout_tp", "rollout", ["rollout.tp=3", "launch.store=127.0.0.1:1"], {}, ["rollout.tp 3", "attention heads, 4"]),
     ("store", "run", ["launch.store=here"], {}, ["launch.store 'here' is not host:port", "e.g."]),
+    ("store", "run", ["launch.store=[fe80::1]:29600"], {}, ["launch.store '[fe80::1]:29600' is an IPv6", "IPv4"]),
+    ("store", "rollout", ["launch.store=fe80::1:29600"], {}, ["is an IPv6 address", "give a host's name"]),
     ("store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
     (
         "store",
