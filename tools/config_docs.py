@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megarl.config import Config
+from megarl.objective.choices import CHOICES
 from megarl.objective.presets import ObjectiveConfig, presets
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "config.md"
@@ -69,7 +70,9 @@ def row(key: str, field: FieldInfo) -> str:
         str(default), f"`{str(default).lower() if isinstance(default, bool) else default}`"
     )
     meaning = (field.description or "").replace("|", "\\|")
-    return f"| `{key}` | {type_name(field.annotation)} | {shown} | {meaning} |\n"
+    names = CHOICES.get(key.removeprefix("objective.")) if key.startswith("objective.") else None
+    kind = ", ".join(f"`{name}`" for name in [*names, "module.function"]) if names else type_name(field.annotation)
+    return f"| `{key}` | {kind} | {shown} | {meaning} |\n"
 
 
 def type_name(annotation: Any) -> str:

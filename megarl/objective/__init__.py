@@ -1,4 +1,4 @@
-"""The policy objective: pure functions of tensors, exactly as in spec/objective.md.
+"""The policy objective: pure functions of tensors. The mathematics is docs/objective.md.
 
 loss, metrics = policy_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, seq_ids, presets["minirl"])
 
@@ -15,16 +15,18 @@ from megarl.objective.presets import ObjectiveConfig, presets, resolve_objective
 
 if TYPE_CHECKING:
     from megarl.objective.advantage import advantages, gae, informative, overlong_penalty
-    from megarl.objective.aggregate import denominators
+    from megarl.objective.aggregate import Segments, denominators
     from megarl.objective.loss import policy_loss, value_loss
     from megarl.objective.metrics import Sums, finish, merge, mismatch_metrics, staleness_metrics
+    from megarl.objective.tokens import Factor, Tokens
 
 _HOMES = {
     **dict.fromkeys(("advantages", "gae", "informative", "overlong_penalty"), "advantage"),
-    "denominators": "aggregate",
+    **dict.fromkeys(("Segments", "denominators"), "aggregate"),
     "policy_loss": "loss",
     "value_loss": "loss",
     **dict.fromkeys(("Sums", "finish", "merge", "mismatch_metrics", "staleness_metrics"), "metrics"),
+    **dict.fromkeys(("Factor", "Tokens"), "tokens"),
 }
 
 
@@ -35,8 +37,11 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Factor",
     "ObjectiveConfig",
+    "Segments",
     "Sums",
+    "Tokens",
     "advantages",
     "denominators",
     "finish",

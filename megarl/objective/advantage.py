@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megarl.objective.aggregate import number
+from megarl.objective.aggregate import Segments, number
+from megarl.objective.choices import find
 from megarl.objective.presets import ObjectiveConfig
 
 STD_EPS = 1e-6
@@ -14,39 +15,47 @@ STD_EPS = 1e-6
 def advantages(rewards: Tensor, group_ids: Tensor, config: ObjectiveConfig) -> Tensor:
     """A(x, y) [n] from rewards [n] and the group (prompt) of each response [n], by `config.advantage`.
 
-    mean            R - mean over the group (MiniRL, arXiv 2512.01374 section 4.2)
-    mean_std        that over (std + 1e-6), the sample standard deviation (n - 1) as public GRPO codes take it
-    leave_one_out   R - mean over the others of the group = n/(n - 1) (R - mean)  RLOO, arXiv 2402.14740 section 3.3
-    global_std      R - mean over the group, then that over its (std + 1e-6) over all n  REINFORCE++ baseline, arXiv
-                    2501.03262 section 3.2
-    reward, gae     R; with `gae` the critic spreads it over the tokens (see `gae`)
-
-    A group of one has A = 0 under the first four. Computed in float64, so that a group of equal rewards has A = 0 to
-    rounding. Groups must be whole; under `global_std` the call must hold the whole batch.
+    A group of one has A = 0 unless A is the reward itself. Computed in float64, so that a group of equal rewards has
+    A = 0 to rounding. Groups must be whole; under `global_std` the call must hold the whole batch.
     """
-    if config.advantage in ("reward", "gae"):
-        return rewards.clone()
-    group, exact = number(group_ids), rewards.double()
-    size = group.spread_sums(torch.ones_like(exact))
-    centred = exact - group.spread_sums(exact) / size
-    if config.advantage == "mean_std":
-        std = (group.spread_sums(centred.square()) / (size - 1).clamp(min=1)).sqrt()
-        centred = centred / (std + STD_EPS)
-    elif config.advantage == "leave_one_out":
-        centred = centred * size / (size - 1).clamp(min=1)
-    elif config.advantage == "global_std":
-        centred = centred / (
-            (centred.square().sum() / max(len(centred) - 1, 1)).sqrt() + STD_EPS
-        )  # its mean is 0 already
-    return centred.to(rewards.dtype)
+    return find("advantage", config.advantage)(rewards.double(), number(group_ids), config).to(rewards.dtype)
+
+
+def reward(rewards: Tensor, groups: Segments, config: ObjectiveConfig) -> Tensor:
+    """A = R. Under the choice `gae` the critic then spreads it over the tokens, see `gae`."""
+    return rewards.clone()
+
+
+def mean(rewards: Tensor, groups: Segments, config: ObjectiveConfig) -> Tensor:
+    """A = R - mean over the group: MiniRL, arXiv 2512.01374 section 4.2."""
+    return rewards - groups.spread_sums(rewards) / groups.sizes()
+
+
+def mean_std(rewards: Tensor, groups: Segments, config: ObjectiveConfig) -> Tensor:
+    """That over (std + 1e-6): GRPO, with the sample standard deviation (n - 1), as public codes take it."""
+    centred = mean(rewards, groups, config)
+    std = (groups.spread_sums(centred.square()) / (groups.sizes() - 1).clamp(min=1)).sqrt()
+    return centred / (std + STD_EPS)
+
+
+def leave_one_out(rewards: Tensor, groups: Segments, config: ObjectiveConfig) -> Tensor:
+    """A = R - mean over the others of the group = n/(n - 1) (R - mean): RLOO, arXiv 2402.14740 section 3.3."""
+    size = groups.sizes().to(rewards)
+    return mean(rewards, groups, config) * size / (size - 1).clamp(min=1)
+
+
+def global_std(rewards: Tensor, groups: Segments, config: ObjectiveConfig) -> Tensor:
+    """R - mean over the group, over (std + 1e-6) of that over all n: REINFORCE++ baseline, arXiv 2501.03262 sec 3.2."""
+    centred = mean(rewards, groups, config)  # its mean over all n is 0 already
+    return centred / ((centred.square().sum() / max(len(centred) - 1, 1)).sqrt() + STD_EPS)
 
 
 def informative(rewards: Tensor, group_ids: Tensor, config: ObjectiveConfig) -> Tensor:
-    """bool [n]: whether the response's group can move the policy through its advantages (DAPO's dynamic sampling, arXiv
+    """bool [n]: whether the response's group can move the policy by its advantages (DAPO's dynamic sampling, arXiv
     2503.14476 eq 11).
 
-    A group of equal rewards cannot, nor, under `reward`, one whose
-    rewards are all 0; under `gae` the critic decides, so every group can.
+    A group of equal rewards cannot, nor, under `reward`, one whose rewards are all 0. Under `gae` the critic decides,
+    so every group can. An advantage from outside is taken to have a baseline, like `mean`.
     """
     if config.advantage == "gae":
         return torch.ones_like(rewards, dtype=torch.bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,28 +45,36 @@ def count(ids: Tensor) -> Tensor:
     return (torch.unique(torch.unique_consecutive(ids)) >= 0).sum()
 
 
-def divisors(
-    rows: Tensor, seq: Callable[[], Segments], seq_ids: Tensor, group_ids: Tensor | None, config: ObjectiveConfig
-) -> tuple[Tensor | float, Tensor]:
-    """(inner [R] or a number, units []): the loss of one call is  sum_t
-    term_t / inner_t / units  over its R unmasked tokens.
+class Divisors(NamedTuple):
+    """inner: [R] or a number, what stands inside a response (1, |y|, the maximum length, the tokens of the group).
 
-    rows [R]: which of the T tokens those are; seq: their responses. `inner` is what stands inside a response (1, |y|,
-    the maximum length, the tokens of the group), `units` counts responses, tokens or groups of this call. Responses
-    without a single unmasked token count; padding does not.
+    units: [], how many responses, tokens or groups the call holds. The loss is  sum_t term_t / inner_t / units.
+    """
+
+    inner: Tensor | float
+    units: Tensor
+
+
+def divisors(
+    rows: Tensor, responses: Callable[[], Segments], seq_ids: Tensor, group_ids: Tensor | None, config: ObjectiveConfig
+) -> Divisors:
+    """What the loss of one call is divided by, over its R unmasked tokens.
+
+    rows [R]: which of the T tokens those are; responses(): their responses, asked for only where sizes count.
+    Responses without a single unmasked token count; padding does not.
     """
     if config.denominator == "tokens":
-        return 1.0, torch.tensor(len(rows), device=rows.device)
+        return Divisors(1.0, torch.tensor(len(rows), device=rows.device))
     if config.denominator == "group_tokens":
         if group_ids is None:
             raise ValueError("denominator group_tokens needs group_ids")
-        return number(group_ids[rows]).sizes(), count(torch.where(seq_ids >= 0, group_ids, -1))
+        return Divisors(number(group_ids[rows]).sizes(), count(torch.where(seq_ids >= 0, group_ids, -1)))
     inner: Tensor | float = 1.0
     if config.denominator == "response_tokens":
-        inner = seq().sizes()
+        inner = responses().sizes()
     elif config.denominator == "max_length":
         inner = float(config.max_length)
-    return inner, count(seq_ids)
+    return Divisors(inner, count(seq_ids))
 
 
 def denominators(lengths: Tensor, group_ids: Tensor, config: ObjectiveConfig) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from megarl.objective.aggregate import Segments, divisors, number
-from megarl.objective.correction import correction
+from megarl.objective.aggregate import divisors
+from megarl.objective.choices import find
 from megarl.objective.metrics import Sums, mean, staleness_metrics, unmasked
 from megarl.objective.presets import ObjectiveConfig
-from megarl.objective.weight import kept, token_weight
+from megarl.objective.tokens import Tokens
 
 
 def policy_loss(
@@ -28,42 +26,34 @@ def policy_loss(
     entropy: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
-    """(loss [], metrics) of packed tokens; every tensor is [T]. The
-    loss is to be minimised; MiniRL is arXiv 2512.01374 eq 7.
+    """(loss [], metrics) of packed tokens; every tensor is [T]. The loss is to be minimised.
 
-    logprobs, old_logprobs, rollout_logprobs: log pi_theta (the only
-    input with a gradient, besides entropy), log pi_old, log mu of the
-        token at the same index as target.
+    logprobs, old_logprobs, rollout_logprobs: log pi_theta (the only input with a gradient, besides entropy), log
+        pi_old, log mu of the token at the same index as target.
+    advantages: A of the token's response, or of the token under GAE.
     mask: 1 on response tokens. Elsewhere any input may hold anything, NaN included.
-    seq_ids, group_ids: int64, the response and the prompt of a token; any numbers, whole responses only, negative marks
-    padding.
+    seq_ids, group_ids: int64, the response and the prompt of a token; any numbers, whole responses only, negative
+        marks padding. group_ids are needed by the denominator group_tokens alone.
+    ref_logprobs, entropy: needed where kl_coef, entropy_coef are not 0.
     denominator: None divides by the counts of this call. A scalar is the count over the mini-batch of what
-    config.denominator counts
-        (responses, tokens or groups; 1.0 gives the unnormalised sum); under group_tokens
-        groups must then be whole in a call. A [T] tensor is the whole divisor of each
-        token, `denominators(...)` spread over tokens, and allows any split.
+        config.denominator counts (responses, tokens or groups; 1.0 gives the unnormalised sum); under group_tokens
+        groups must then be whole in a call. A [T] tensor is the whole divisor of each token, `denominators(...)`
+        spread over tokens, and allows any split.
 
     The loss's value is a surrogate (weights are constants), so compare gradients between objectives, not values.
-    Metrics: loss/*, staleness/*, policy/entropy of spec/objective.md in
-    the form of metrics.Sums, independent of `denominator`.
+    Metrics: loss/*, staleness/*, policy/entropy of docs/objective.md in the form of metrics.Sums, independent of
+    `denominator`. Raises ValueError where an input that the config needs is missing. The mathematics, with its
+    sources: docs/objective.md; the default, MiniRL, is arXiv 2512.01374 eq 7.
     """
     rows = unmasked(mask)  # [R]: whatever stands elsewhere is never read
     logprobs, old, mu, adv = (x.index_select(0, rows) for x in (logprobs, old_logprobs, rollout_logprobs, advantages))
-    now, old, mu, adv = logprobs.detach(), old.detach(), mu.detach(), adv.detach().to(logprobs)
-    log_ratio = now - old
-
-    @functools.cache
-    def seq() -> Segments:
-        return number(seq_ids[rows])
-
-    def mean_log_ratio() -> Tensor:
-        return seq().spread_sums(log_ratio) / seq().sizes()
-
-    weight, cut = token_weight(log_ratio, now - mu, adv, mean_log_ratio, config)
+    tokens = Tokens(logprobs.detach(), old.detach(), mu.detach(), adv.detach().to(logprobs), seq_ids[rows])
+    adv = tokens.advantages
+    weight, cut = find("weight", config.weight)(tokens, config)
     if config.correction != "none":
-        factor, corrected = correction(old - mu, seq(), config)
-        weight, cut = weight * factor, cut | corrected
-    passed = kept(log_ratio, now, mu, adv, mean_log_ratio, config)
+        factor, corrected = find("correction", config.correction)(tokens, config)
+        weight, cut = weight * factor, corrected if cut is None else cut if corrected is None else cut | corrected
+    passed = find("clip", config.clip)(tokens, config)
     terms = (weight * adv).masked_fill_(~passed, 0.0).neg_() * logprobs
     metrics: Sums = {}
     if config.kl_coef:
@@ -75,7 +65,7 @@ def policy_loss(
             raise ValueError(f"entropy_coef {config.entropy_coef} needs entropy")
         terms = terms - config.entropy_coef * entropy[rows]
 
-    inner, units = divisors(rows, seq, seq_ids, group_ids, config)
+    inner, units = divisors(rows, lambda: tokens.responses, seq_ids, group_ids, config)
     if isinstance(denominator, Tensor) and denominator.ndim == 1:
         loss = (terms / denominator[rows].to(terms)).sum()
         total = (terms.detach() / inner).sum()
@@ -86,8 +76,8 @@ def policy_loss(
     metrics |= {
         **mean("loss/value", total, units),
         **mean("loss/weight_mean", weight.sum(dtype=torch.float64), len(rows)),
-        **mean("loss/weight_truncated_frac", cut.sum(), len(rows)),
-        **staleness_metrics(now, old),
+        **mean("loss/weight_truncated_frac", rows.new_zeros(()) if cut is None else cut.sum(), len(rows)),
+        **staleness_metrics(tokens.logprobs, tokens.old_logprobs),
         **mean("staleness/clip_frac_pos", (~passed & (adv > 0)).sum(), len(rows)),
         **mean("staleness/clip_frac_neg", (~passed & (adv < 0)).sum(), len(rows)),
     }

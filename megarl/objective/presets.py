@@ -1,9 +1,8 @@
-"""The objectives as one table: a preset is a set of choices, and every
-choice can be overridden by a key of `ObjectiveConfig`.
+"""The objectives as one table: a preset is a set of choices, and every choice is a key of `ObjectiveConfig`.
 
-Every objective here has a gradient of the form  sum_t  sg[w_t M_t c_t] A_t grad log pi_theta(y_t) / denominator
-(spec/objective.md):
-`weight` names w, `clip` names M, `correction` names c, `advantage` names A. Sources are cited where the function lies.
+Every objective here has a gradient of the form  sum_t  sg[w_t M_t c_t] A_t grad log pi_theta(y_t) / denominator:
+`weight` names w, `clip` M, `correction` c, `advantage` A (docs/objective.md). The functions behind the names, with
+their sources, are listed in megarl/objective/choices.py.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from megarl.errors import UserError
+from megarl.objective.choices import CHOICES
 
 
 class ObjectiveConfig(BaseModel):
@@ -22,23 +22,22 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
 
     preset: str = Field("minirl", description="Name of the preset the other keys start from.")
-    advantage: Literal["reward", "mean", "mean_std", "leave_one_out", "global_std", "gae"] = Field(
+    advantage: str = Field(
         "mean",
         description=(
             "Reward itself, minus the group's mean, that over the group's standard deviation, minus the mean of the "
-            "others (RLOO), "
-            "minus the group's mean over the batch's standard deviation (REINFORCE++ baseline), or GAE from a critic."
+            "others (RLOO), minus the group's mean over the batch's standard deviation (REINFORCE++ baseline), or GAE "
+            "from a critic."
         ),
     )
-    weight: Literal["one", "is", "ratio", "clipped_ratio", "sequence_ratio", "soft_gate"] = Field(
+    weight: str = Field(
         "is",
         description=(
             "Weight of a token's gradient: 1, min(pi_theta/mu, is_cap), r = pi_theta/pi_old, clip(r), the sequence "
-            "ratio (GSPO), "
-            "the soft gate (SAPO)."
+            "ratio (GSPO), the soft gate (SAPO)."
         ),
     )
-    clip: Literal["none", "ratio", "sequence_ratio", "tv"] = Field(
+    clip: str = Field(
         "ratio",
         description=(
             "Which tokens are dropped: none, by r and the sign of A, by the sequence ratio, or by |pi_theta - mu| > "
@@ -61,15 +60,22 @@ class ObjectiveConfig(BaseModel):
     tv_delta: float = Field(0.2, gt=0, description="Largest |pi_theta - mu| of clip tv, in probability.")
     tau_pos: float = Field(1.0, gt=0, description="Temperature of the soft gate where A > 0.")
     tau_neg: float = Field(1.05, gt=0, description="Temperature of the soft gate where A <= 0.")
-    correction: Literal[
-        "none", "token_truncation", "token_mask", "sequence_truncation", "sequence_mask", "geometric_rejection"
-    ] = Field("none", description="Correction of pi_old/mu, for weights that do not hold mu themselves.")
+    correction: str = Field("none", description="Correction of pi_old/mu, for weights that do not hold mu themselves.")
     correction_low: float = Field(0.5, ge=0, description="Lower bound of the masks and of the rejection.")
     correction_high: float = Field(
         2.0, gt=0, description="Upper bound of the masks and of the rejection; the cap of the truncations."
     )
     kl_coef: float = Field(0.0, ge=0, description="Weight of KL(pi_theta || reference), estimator k3, per token.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, per token.")
+
+    @field_validator(*CHOICES)
+    @classmethod
+    def _known_or_a_path(cls, value: str, info: ValidationInfo) -> str:
+        """A path is imported later, where it is needed: a report reads a run whose modules are elsewhere."""
+        choices = CHOICES[str(info.field_name)]
+        if value not in choices and "." not in value:
+            raise ValueError(f"unknown{_nearest(value, [*choices])}, or give a dotted path module.function")
+        return value
 
     @model_validator(mode="after")
     def _mu_enters_once(self) -> ObjectiveConfig:

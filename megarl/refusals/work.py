@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from megarl.objective.choices import CHOICES
 from megarl.refusals.case import Case
 
 
 def objective(case: Case) -> str | None:
+    config = case.config.objective
     warmup, steps = case.config.critic.warmup_steps, case.config.train.steps
-    if case.config.objective.advantage == "gae" and warmup >= steps:
+    if config.advantage == "gae" and warmup >= steps:
         return f"critic.warmup_steps {warmup} leaves none of train.steps {steps} for the policy; lower it"
+    if any(getattr(config, part) not in names for part, names in CHOICES.items()):
+        from megarl.objective.outside import try_outside  # imports torch
+
+        try_outside(config)
     return None
 
 
