@@ -89,14 +89,13 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
 
 
 def rates(metrics: Values, seconds: float) -> Values:
-    """time/step_s and tokens a second: of the whole step, and of its updates alone."""
+    """time/step_s and tokens a second: of the whole step, and of its updates alone, where it had one."""
     tokens, update = metrics["response/tokens"], metrics["time/update_s"]
     assert isinstance(tokens, float) and isinstance(update, float)
-    return {
-        "time/step_s": seconds,
-        "throughput/tokens_per_s": tokens / seconds,
-        "throughput/train_tokens_per_s": tokens / update,
-    }
+    values: Values = {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds}
+    if "optim/grad_norm" in metrics:  # without an update, update_s is the time of doing nothing
+        values["throughput/train_tokens_per_s"] = tokens / update
+    return values
 
 
 def load_data(config: Config, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
@@ -122,7 +121,7 @@ class Output:
         self.tokenizer = tokenizer
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "config.yaml").write_text(dump_config(config))
+        (self.dir / "config.yaml").write_text(dump_config(config), "utf-8")
         self.logger = MetricsLogger(self.dir, config.run.loggers, resumed, config.model_dump(mode="json"))
         start_trace(self.dir)
         self.progress = Progress(config.train.steps)

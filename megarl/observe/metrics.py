@@ -34,7 +34,7 @@ class MetricsLogger:
         self.path = Path(run_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._keep_until(resumed_step)
-        self._file = self.path.open("a")
+        self._file = self.path.open("a", encoding="utf-8")
         self._loggers = {name: make_logger(name, self.path.parent, settings or {}, resumed_step) for name in loggers}
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
@@ -67,28 +67,28 @@ class MetricsLogger:
             return
         rows = [row for row in read_metrics(self.path.parent) if row["step"] <= step]
         whole = self.path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         os.replace(whole, self.path)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of run_dir/metrics.jsonl in order of step, without a
-    line that a crash cut short. FileNotFoundError if there is no file.
-    """
+    """The rows of run_dir/metrics.jsonl in order of step. FileNotFoundError if there is no file."""
     return read_rows(Path(run_dir) / METRICS_FILE)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """JSON lines that hold a `step`, in its order; the last line of a
-    step counts, and a line that a crash cut short does not.
+    """JSON lines that hold a `step`, in its order; the last line of a step counts.
+
+    What a crash or another program left between them is passed over: a line cut short, bytes that are no UTF-8.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8", errors="replace").split("\n"):  # not splitlines: a text may hold U+2028
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[row["step"]] = row
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 
 

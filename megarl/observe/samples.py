@@ -24,7 +24,7 @@ def write_samples(run_dir: str | Path, step: int, samples: list[Sample]) -> Path
     folder = Path(run_dir) / "rollouts"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06}.txt"
-    path.write_text("\n".join(_block(i, sample) for i, sample in enumerate(samples, 1)))
+    path.write_text("\n".join(_block(i, sample) for i, sample in enumerate(samples, 1)), "utf-8", "backslashreplace")
     return path
 
 

@@ -24,9 +24,11 @@ def start_trace(run_dir: str | Path) -> None:
     global _file
     stop_trace()
     path = Path(run_dir) / TRACE_FILE
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else "["  # without a line that a crash cut short
-    path.write_text(f"{whole}\n")
-    _file = path.open("a")
+    whole = (
+        path.read_text("utf-8").rpartition("\n")[0] if path.exists() else "["
+    )  # without a line that a crash cut short
+    path.write_text(f"{whole}\n", "utf-8")
+    _file = path.open("a", encoding="utf-8")
 
 
 def stop_trace() -> None:
@@ -60,5 +62,5 @@ def phase(name: str) -> Iterator[None]:
 
 def read_trace(run_dir: str | Path) -> list[dict[str, object]]:
     """The events of run_dir/trace.json."""
-    lines = (Path(run_dir) / TRACE_FILE).read_text().splitlines()[1:]
+    lines = (Path(run_dir) / TRACE_FILE).read_text("utf-8").splitlines()[1:]
     return [json.loads(line.rstrip(",")) for line in lines if line.endswith(",")]

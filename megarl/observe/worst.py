@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,8 +66,10 @@ def write_worst(run_dir: Path, step: int, rows: list[Row], decode: Callable[[lis
     texts = [row | {part: decode(row[part]) for part in ("before", "token", "after")} for row in rows]
     path = run_dir / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, "tokens": texts}) + "\n")
+    with path.open("ab+") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")  # a crash cut the last line short; this one shall be whole
+        file.write(json.dumps({"step": step, "tokens": texts}).encode() + b"\n")
 
 
 def read_worst(run_dir: Path, first_step: int, count: int) -> list[Row]:

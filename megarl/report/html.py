@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from html import escape
 from pathlib import Path
@@ -75,7 +76,7 @@ def report(run_dirs: list[str], svg: str | None = None, out: str | None = None) 
     runs = {name: _rows(name) for name in run_dirs}
     first, rows = next(iter(runs.items()))
     page = Path(out) if out else (Path(first) if len(runs) == 1 else Path()) / "report.html"
-    page.write_text(render(first, rows) if len(runs) == 1 else render_overlay(runs))
+    _write(page, render(first, rows) if len(runs) == 1 else render_overlay(runs))
     mark = "•" if (sys.stdout.encoding or "").lower().startswith("utf") else "*"
     for name, each in runs.items():
         curve = text_curve([row["step"] for row in each], [row.get("reward/mean") for row in each], mark=mark)
@@ -84,10 +85,21 @@ def report(run_dirs: list[str], svg: str | None = None, out: str | None = None) 
         if last is not None:
             print(f"reward/mean over the last eighth of the steps: {last:.3f}")
     if svg is not None:
-        Path(svg).write_text(learning_curve_svg(rows))
+        _write(Path(svg), learning_curve_svg(rows))
         print(f"learning curve: {svg}")
     print(f"report: {page}")
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """The file, whole or not at all; folders that are missing are made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, "utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written: {error.strerror}; give another file") from None
 
 
 def _rows(run_dir: str) -> Rows:
@@ -130,7 +142,9 @@ def render(run_dir: str, rows: Rows) -> str:
             groups.append(f'<h2>{group.title}</h2><p>{group.text}</p><div class="grid">{panels}</div>')
     config = Path(run_dir) / "config.yaml"
     worst = read_worst(Path(run_dir), rows[-max(1, len(rows) // 8)]["step"], WORST)
-    config_text = escape(config.read_text()) if config.is_file() else "no config.yaml in this folder"
+    config_text = (
+        escape(config.read_text("utf-8", errors="replace")) if config.is_file() else "no config.yaml in this folder"
+    )
     body = (
         f"<h1>{escape(str(run_dir))}</h1>{_tiles(rows)}{''.join(groups)}{_worst(worst)}"
         f"<h2>Summary</h2><p>Over all steps; end is the mean of the last eighth.</p>{_summary(rows)}"

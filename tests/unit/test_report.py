@@ -21,6 +21,7 @@ from megarl.observe.worst import read_worst, write_worst
 from megarl.report import curves
 from megarl.report.html import last_eighth, learning_curve_svg, render, report
 from megarl.report.panels import GROUPS
+from megarl.train import rates
 
 
 def every_key(step: int) -> dict[str, Any]:
@@ -255,3 +256,38 @@ def test_report_of_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="no whole line yet"):
         report([str(tmp_path)])
+
+
+def test_fault_16_the_page_makes_the_folder_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    assert report([str(tmp_path)], svg=str(tmp_path / "a" / "curve.svg"), out=str(tmp_path / "b" / "c" / "x.html")) == 0
+    assert (tmp_path / "a" / "curve.svg").is_file() and (tmp_path / "b" / "c" / "x.html").is_file()
+    with pytest.raises(UserError, match="metrics.jsonl/x.html' cannot be written: .*; give another file"):
+        report([str(tmp_path)], out=str(tmp_path / "metrics.jsonl" / "x.html"))
+
+
+def test_fault_22_rows_survive_whatever_a_crash_leaves(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = ['{"step": 1, "reward/mean": NaN}', '{"step": 2, "note": "a\u2028b"}', '{"step": 2, "note": "c\u2028d"}']
+    path.write_bytes(
+        "\n".join([*whole, "3", "null", '{"reward/mean": 1}', '{"step": "4"}']).encode() + b'\n{"a": "\xc3'
+    )
+    rows = read_metrics(tmp_path)
+    assert (
+        [row["step"] for row in rows] == [1, 2] and rows[1]["note"] == "c\u2028d" and math.isnan(rows[0]["reward/mean"])
+    )
+
+
+def test_a_line_of_worst_tokens_after_one_cut_short_is_whole(tmp_path: Path) -> None:
+    token = {"difference": 1.0, "rollout": -1.0, "trainer": -2.0, "before": [1], "token": [2], "after": [3]}
+    write_worst(tmp_path, 1, [token], str)
+    path = tmp_path / "rollouts" / "worst.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "tok')
+    write_worst(tmp_path, 2, [token], str)
+    assert [row["step"] for row in read_worst(tmp_path, 1, 9)] == [1, 2]
+
+
+def test_fault_22_a_step_without_update_trains_no_tokens() -> None:
+    metrics: Any = {"response/tokens": 700.0, "time/update_s": 1e-4}
+    assert "throughput/train_tokens_per_s" not in rates(metrics, 2.0)
+    assert rates(metrics | {"optim/grad_norm": 1.0}, 2.0)["throughput/train_tokens_per_s"] == pytest.approx(7e6)
