@@ -33,12 +33,12 @@ class Tokens:
     advantages: Tensor
     seq_ids: Tensor
 
-    @cached_property
+    @property  # not kept: memory costs more than one subtraction
     def log_ratio(self) -> Tensor:
         """log r = log pi_theta - log pi_old [R]: the staleness."""
         return self.logprobs - self.old_logprobs
 
-    @cached_property
+    @property
     def log_rho(self) -> Tensor:
         """log rho = log pi_old - log mu [R]: the training-inference discrepancy."""
         return self.old_logprobs - self.rollout_logprobs
