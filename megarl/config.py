@@ -329,7 +329,7 @@ class Config(Section):
 
     @property
     def replay_mode(self) -> Literal["none", "R2", "R3"]:
-        """replay.mode, or its default for the degree of off-policiness N (spec/objective.md, "Mini-batches")."""
+        """replay.mode, or its default for the degree of off-policiness N (docs/objective.md, "Mini-batches")."""
         if self.replay.mode is not None:
             return self.replay.mode
         return {1: "none", 2: "R2"}.get(self.batch.minibatches, "R3")  # type: ignore[return-value]

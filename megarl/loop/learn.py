@@ -1,4 +1,4 @@
-"""One batch of rollouts into optimizer steps: the pi_old pass, the N updates, and their metrics (spec/objective.md)."""
+"""One batch of rollouts into optimizer steps: the pi_old pass, the N updates, and their metrics (docs/objective.md)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def finish(reduced: Sums) -> dict[str, float]:
 
 def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, is_cap: float) -> Sums:
     """The training-inference discrepancy rho = pi_old/mu over response
-    tokens: mismatch/* of spec/objective.md. All [T].
+    tokens: mismatch/* of docs/objective.md. All [T].
 
     k1 = log mu - log pi_old and k3 = rho - 1 - log rho, both means over
     mu's samples of KL(mu || pi_old). Call it once a global batch.

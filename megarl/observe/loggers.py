@@ -29,7 +29,7 @@ class Logger(Protocol):
     def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> None: ...
 
     def log(self, step: int, scalars: Scalars) -> None:
-        """All finite scalars of one step, under the names of spec/objective.md; lists come as name/0, name/1, ..."""
+        """All finite scalars of one step, under the names of docs/objective.md; lists come as name/0, name/1, ..."""
 
     def close(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, under the names of spec/objective.md; the same scalars for other loggers."""
+"""metrics.jsonl: one JSON object a step, under the names of docs/objective.md; the same scalars for other loggers."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def replay(case: Case) -> str | None:
 
 
 def unreplayable(model: dict[str, Any]) -> str | None:
-    """Routers whose choice cannot be replayed (spec/routing.md, trap
+    """Routers whose choice cannot be replayed (docs/routing.md, trap
     3). `model`: Megatron's TransformerConfig keywords.
     """
     faults = (

@@ -1,5 +1,5 @@
 """Routes as arrays: routes[row, moe_layer, k] holds the experts that
-row's input token went to (spec/routing.md, "Contract").
+row's input token went to (docs/routing.md, "Contract").
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Compared:
 
 def figures(responses: list[Compared], which: str, is_cap: float) -> Figures | None:
     """Metrics of one pass ("live" or "replayed") over all response
-    tokens; None if it did not run. Keys as in spec/objective.md.
+    tokens; None if it did not run. Keys as in docs/objective.md.
 
     mismatch/ratio_mean: mean of pi/mu. routing/gap_*: median and ninth
     decile of the score gap over the (token, layer) that differ.

@@ -1,4 +1,4 @@
-"""Which charts a report shows: the metrics of spec/objective.md by
+"""Which charts a report shows: the metrics of docs/objective.md by
 family. Mismatch and staleness are never in one chart.
 """
 

@@ -12,8 +12,8 @@ import numpy as np
 class Response:
     """One sampled continuation. T = len(tokens), L = MoE layers in global order, K = experts a token.
 
-    logprobs: log mu at the sampling temperature over the whole vocabulary (spec/objective.md).
-    routes: row t holds the experts chosen when token t was the input; the last token has no row (spec/routing.md).
+    logprobs: log mu at the sampling temperature over the whole vocabulary (docs/objective.md).
+    routes: row t holds the experts chosen when token t was the input; the last token has no row (docs/routing.md).
     """
 
     tokens: np.ndarray  # int32 [T], prompt and response; an end-of-sequence token that was sampled is included

@@ -1,5 +1,5 @@
 """The binary body of our HTTP answers: arrays travel as raw bytes, never as JSON lists
-(spec/routing.md, "Transport").
+(docs/routing.md, "Transport").
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
         command += ["--load-format", "dummy"]
     command += ["--host", here, "--port", str(port), "--dtype", dtype, "--tensor-parallel-size", str(rollout.tp)]
     command += ["--max-model-len", str(length), "--max-num-seqs", str(rollout.max_num_seqs), "--enable-prefix-caching"]
-    # A request with a seed kills the engine where prefill is chunked (spec/engines.md): every prompt goes in at once.
+    # A request with a seed kills the engine where prefill is chunked (docs/engines.md): every prompt goes in at once.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 4096))]
     command += [
         "--logprobs-mode",

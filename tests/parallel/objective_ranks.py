@@ -119,7 +119,7 @@ def measure(config: Config) -> dict[str, Any]:
 def _judge_packs_with_routes(
     learner: Learner, config: Config, values: dict[int, torch.Tensor], reference: dict[int, torch.Tensor]
 ) -> None:
-    """Trap 14: critic and reference run with replay off, whatever routes a pack has."""
+    """docs/routing.md, trap 14: critic and reference run with replay off, whatever routes a pack has."""
     packs = lay_out(learner.engine, config, with_routes=True)
     assert all(pack.routes is not None for pack in packs)
     learner._judge(packs, _Times())

@@ -100,7 +100,7 @@ def quantized_shards(model: str) -> None:
 
 def exchanged_rows(model: str) -> None:
     """Each rank receives exactly the rows of its own tokens and layers,
-    and those rows are the right ones (traps 9, 11).
+    and those rows are the right ones (docs/routing.md, traps 9 and 11).
     """
     for keys in (LAYOUT, ["parallel.tp=2"], ["parallel.cp=2", "parallel.tp=2"], ["parallel.pp=2"], []):
         engine = build_engine(load_config(None, [f"model.path={model}", *keys]))
@@ -188,7 +188,7 @@ def replay_is_a_no_op(model: str) -> None:
     replayed = run("replay", recorded[2])
     for other in (recorded, replayed):
         assert torch.equal(plain[0], other[0]) and all(torch.equal(a, b) for a, b in zip(plain[1], other[1]))
-    flipped = run("replay", recorded[2].flip(-1))  # a set, not a row: trap 18
+    flipped = run("replay", recorded[2].flip(-1))  # a set, not a row: docs/routing.md, trap 18
     torch.testing.assert_close(flipped[0], plain[0], atol=1e-5, rtol=1e-5)
     other_routes = run("replay", (recorded[2] + 1) % engine.model.weight_map.num_experts)
     assert (other_routes[0] - plain[0]).abs().max() > 1e-3  # replay does change something where it should

@@ -1,4 +1,4 @@
-"""The facts of spec/objective.md where every expectation is exact: all 27 sequences of
+"""The facts of docs/objective.md where every expectation is exact: all 27 sequences of
 a vocabulary of 3 and length 3, a logit of its own for every prefix. An expectation over
 mu is a sum over the sequences with their probabilities, folded into the advantage.
 """

@@ -1,4 +1,4 @@
-"""policy_loss against spec/objective.md: every preset against PPO-style
+"""policy_loss against docs/objective.md: every preset against PPO-style
 surrogates written as loops, and the facts it lists.
 """
 

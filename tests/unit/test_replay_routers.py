@@ -1,7 +1,7 @@
 """Replay in megatron-core's own routers, in a world of one rank: softmax,
 pre-softmax, and sigmoid with bias, groups and a scaling factor.
 
-Traps are those of spec/routing.md. The formula of every gate is written here a second time, from the full live scores.
+Traps are those of docs/routing.md. The formula of every gate is written here a second time, from the full live scores.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def ours(data: Data, preset: str) -> tuple[Tensor, Metrics]:
 
 
 def plain(data: Data, preset: str) -> tuple[Tensor, Metrics]:
-    """MiniRL, arXiv 2512.01374 eq 7, and the metrics of spec/objective.md. `preset` is not looked at."""
+    """MiniRL, arXiv 2512.01374 eq 7, and the metrics of docs/objective.md. `preset` is not looked at."""
     logp, old, mu, adv, mask = (
         data[key] for key in ("logprobs", "old_logprobs", "rollout_logprobs", "advantages", "mask")
     )

@@ -5,7 +5,7 @@ several layouts. Prints a table; --json FILE writes the figures.
 
 The work: a Qwen3-MoE of 0.5M parameters (4 layers, hidden 64, 8 experts top-2, vocabulary 32, float32), 16 prompts of 8
 tokens, 8 responses each of at most 16 tokens, one update (two in dp2-n2), R3 on, every check on. With one update (N =
-1) pi_old is the update's own log-probability (spec/objective.md); dp2-n2 splits the same responses over two updates, so
+1) pi_old is the update's own log-probability (docs/objective.md); dp2-n2 splits the same responses over two updates, so
 it pays for a pi_old pass and a second optimizer step. Medians over --steps steps after 3.
 """
 

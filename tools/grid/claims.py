@@ -1,4 +1,4 @@
-"""The paper's claims C1 to C8 (spec/objective.md) as comparisons
+"""The paper's claims C1 to C8 (docs/objective.md) as comparisons
 between arms, paired by seed, and a verdict on each. Pure.
 """
 

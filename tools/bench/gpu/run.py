@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-# In order of importance; limits in seconds. Together below 13 minutes: a lent machine has 15, of which its start takes
-# one or two.
+# In order of importance; limits in seconds, together below a quarter of an hour.
 LIMITS = {
     "ceilings": 40,
     "correctness": 120,
