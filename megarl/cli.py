@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import megarl
 from megarl.commands.arguments import COMMANDS, Parser, parse
@@ -93,7 +94,9 @@ def _rollout(args: argparse.Namespace) -> int:
     from megarl.server.supervise import run_rollout
 
     host, _, port = config.launch.store.rpartition(":")
-    return run_rollout(config, host, int(port))
+    # a folder of its own: `megarl train` may start, and begin its logs anew, while this worker runs
+    log_dir = Path(args.log_dir or Path(config.run.dir) / "logs.rollout")
+    return run_rollout(config, host, int(port), log_dir)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -40,6 +40,11 @@ def _launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would start, start nothing")
 
 
+def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--log-dir", metavar="DIR", help="folder of the server's log (default run.dir/logs.rollout)")
+
+
 def _file_arguments(parser: argparse.ArgumentParser) -> None:
     _launch_arguments(parser)
     parser.add_argument("--input", required=True, metavar="JSONL")
@@ -90,7 +95,7 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "run": Command("trainer ranks and rollout workers on this host, supervised", _launch_arguments),
     "train": Command("trainer ranks only; rollout workers join through launch.store", _launch_arguments),
-    "rollout": Command("one rollout worker (a vLLM server) that joins a run through launch.store", _config_arguments),
+    "rollout": Command("one rollout worker (a vLLM server) that joins a run through launch.store", _rollout_arguments),
     "sft": Command("supervised fine-tuning on demonstrations: the cold start", _launch_arguments),
     "score": Command("log-probabilities, entropy and routes of given tokens, by the training engine", _file_arguments),
     "generate": Command("responses to given prompts, by the rollout engine", _file_arguments),

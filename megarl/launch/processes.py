@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megarl.config import Config
 from megarl.errors import UserError
-from megarl.launch.ports import free_port
+from megarl.launch.ports import reserve_port
 from megarl.launch.supervisor import Process
 
 WITH_ROLLOUTS = ("run", "generate", "compare")
@@ -74,7 +74,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     host, _, port = config.launch.store.rpartition(":")
     arguments = list(arguments)
     if port == "0":
-        arguments.append(f"launch.store={host}:{free_port(host)}")
+        arguments.append(f"launch.store={host}:{reserve_port(host)}")
     log_dir = Path(config.run.dir) / ("logs" if command in WRITES_RUN else f"logs.{command}")
     ranks = ranks_of(command, config)
     engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
@@ -85,7 +85,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     torchrun = [sys.executable, "-m", "megarl.launch.torchrun", str(log_dir), f"--nproc-per-node={ranks}"]
     torchrun += [
         "--master-addr=127.0.0.1",
-        f"--master-port={free_port('127.0.0.1')}",
+        f"--master-port={reserve_port('127.0.0.1')}",
         "-m",
         "megarl.launch.rank",
         str(log_dir),
@@ -100,7 +100,8 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     rollouts = [
         Process(
             name=f"rollout worker {i}",
-            argv=[config.launch.rollout_python or sys.executable, "-m", "megarl.cli", "rollout", *arguments],
+            argv=[config.launch.rollout_python or sys.executable, "-m", "megarl.cli", "rollout", *arguments]
+            + ["--log-dir", str(log_dir)],
             log=log_dir / f"worker_{i}.log",
             env={**env, **_visible(for_rollouts[i * config.rollout.tp :][: config.rollout.tp])},
         )

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from importlib.metadata import entry_points
@@ -23,7 +24,7 @@ from megarl.checkpoints import hf_files
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.lifeline import die_with_parent
-from megarl.launch.ports import free_port
+from megarl.launch.ports import reserve_port
 from megarl.rollout import registry
 from megarl.rollout.registry import WorkerInfo
 from megarl.server.plugin import BACKEND, OWN_SERVER
@@ -38,12 +39,12 @@ class _Stopped(Exception):
     """SIGTERM or SIGINT reached the supervisor."""
 
 
-def run_rollout(config: Config, store_host: str, store_port: int) -> int:
+def run_rollout(config: Config, store_host: str, store_port: int, log_dir: Path) -> int:
     """Runs until the trainers ask it to stop (returns 0), a signal
     comes (128 + its number), or the server or the store is lost (1).
 
-    What went wrong is one line on stderr, and in the store. Whoever
-    starts this should make it die with its parent (megarl.launch does).
+    What went wrong is one line on stderr, and in the store. The server's log is log_dir/rollout_N.log, N being the
+    worker's number. Whoever starts this should make it die with its parent (megarl.launch does).
     """
     check_installed()
 
@@ -53,9 +54,9 @@ def run_rollout(config: Config, store_host: str, store_port: int) -> int:
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     child = log = None
     try:
-        log = _open_log(config)
+        log = _open_log(log_dir)
         here = _address(store_host)
-        port = free_port(here)
+        port = reserve_port(here)
         child = start_server(config, here, port, store_host, log)
         return _supervise(config, child, log, f"http://{here}:{port}", store_host, store_port)
     except _Stopped as stopped:
@@ -259,10 +260,13 @@ def _failed(store: dist.Store, info: WorkerInfo, what: str) -> int:
     return 1
 
 
-def _open_log(config: Config) -> IO[bytes]:
-    folder = Path(config.run.dir) / "logs"
+def _open_log(folder: Path) -> IO[bytes]:
+    """A log of this worker alone until it has a number: hosts share the folder, and containers their process ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    return open(folder / f"rollout_pid{os.getpid()}.log", "wb")
+    descriptor, path = tempfile.mkstemp(".log", f"rollout_{socket.gethostname()}_{os.getpid()}_", folder)
+    os.fchmod(descriptor, 0o644)
+    os.close(descriptor)
+    return open(path, "ab")
 
 
 def _address(store_host: str) -> str:

@@ -289,6 +289,29 @@ def test_logs_of_the_start_before_are_kept_once(tmp_path: Path, run_yaml: Path) 
     assert (tmp_path / "run/logs.previous/torchrun.log").read_text() == "one\n"
 
 
+def test_fault_11_a_rollout_worker_and_a_trainer_on_one_run_dir_have_logs_of_their_own(
+    tmp_path: Path, run_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`megarl rollout` may come before `megarl train`, which begins its logs anew; a server that `megarl run` starts
+    writes beside the ranks. Containers that share run.dir may have the same process ids."""
+    from megarl import cli
+    from megarl.launch.local import _fresh
+    from megarl.server import supervise
+
+    chosen = []
+    monkeypatch.setattr(supervise, "run_rollout", lambda config, host, port, log_dir: chosen.append(log_dir) or 0)
+    planned = processes.make_plan("run", load_config(run_yaml), [str(run_yaml)])
+    for argv in ([str(run_yaml), "launch.store=127.0.0.1:29600"], planned.rollouts[0].argv[4:]):
+        assert cli.main(["rollout", *argv]) == 0
+    alone, beside = chosen
+    assert beside == planned.log_dir and alone != beside
+    one, other = supervise._open_log(alone), supervise._open_log(alone)
+    _fresh(planned.log_dir)
+    _fresh(planned.log_dir)
+    with one, other:
+        assert one.name != other.name and Path(one.name).is_file() and Path(other.name).is_file()
+
+
 def test_a_run_dir_in_use_is_refused(run_yaml: Path) -> None:
     from megarl.launch.local import _owned
 
