@@ -28,6 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except OSError as error:  # a file or a folder that cannot be read, made or written
+        if error.filename is None:
+            raise
+        print(f"megarl: error: {str(error.filename)!r}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _run(argv: list[str]) -> int:
@@ -130,8 +135,10 @@ def _doctor(args: argparse.Namespace) -> int:
         from megarl.config import load_config
         from megarl.refusals import check
 
-        check(load_config(args.config, args.overrides))
-        print(f"{args.config}: nothing to refuse")
+        config = load_config(args.config, args.overrides)
+        command = args.command_for or ("sft" if config.sft.data and not config.data.prompts else "run")
+        check(config, command)
+        print(f"{args.config}: nothing to refuse for megarl {command}")
     return status
 
 

@@ -90,6 +90,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="also check this configuration")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[])
+    parser.add_argument(
+        "--for",
+        dest="command_for",
+        choices=[name for name in COMMANDS if name not in ("report", "doctor")],
+        help="the command that CONFIG is for; else sft where sft.data is set and data.prompts is not, or run",
+    )
 
 
 COMMANDS = {

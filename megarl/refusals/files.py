@@ -174,13 +174,11 @@ def store(case: Case) -> str | None:
         return f"launch.store {store!r} is an IPv6 address, which is not supported; give a host's name or IPv4 address"
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         return f"launch.store {store!r} is not host:port; e.g. launch.store=127.0.0.1:29600"
-    if port == "0":
-        if case.command in ("train", "rollout"):
-            return (
-                f"launch.store {store!r}: port 0 is for megarl run, which starts both sides; give both the same port, "
-                f"e.g. {host}:29600"
-            )
-        return None
+    if port == "0" and case.command in ("train", "rollout"):
+        return (
+            f"launch.store {store!r}: port 0 is for megarl run, which starts both sides; give both the same port, "
+            f"e.g. {host}:29600"
+        )
     if case.command == "rollout" or int(os.environ.get("RANK", "0")) != 0:
         return None  # joins a store that another process owns
     try:

@@ -127,7 +127,13 @@ class SyncLeader:
         """Sets the version of all servers, which serve again from here on."""
         self._deadline = time.monotonic() + self.sending.timeout_s
         answers = self._await(self._post("commit", [{"version": version}] * len(self._servers)))
-        assert all(json.loads(answer)["version"] == version for answer in answers)
+        for server, answer in zip(self._servers, answers, strict=True):
+            held = json.loads(answer)["version"]
+            if held != version:
+                raise RolloutError(
+                    f"weight sync: rollout server {server.url} holds version {held} after the commit of {version}; "
+                    "does another run use it?"
+                )
 
     def turn(self, step: Literal["sleep", "wake"]) -> None:
         """All servers give their GPU memory up, or take it back, before this returns."""

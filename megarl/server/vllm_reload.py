@@ -74,5 +74,6 @@ def fingerprint_of_folder(vllm_config: VllmConfig, folder: str) -> dict[str, str
     known: Any = dict(layerwise.LAYERWISE_INFO)
     with set_current_vllm_config(config):
         model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
-    assert all(layerwise.LAYERWISE_INFO[layer] is info for layer, info in known.items())
+    if any(layerwise.LAYERWISE_INFO[layer] is not info for layer, info in known.items()):
+        raise RuntimeError("vLLM forgot how it loaded the serving model while another was loaded beside it")
     return fingerprint(model)

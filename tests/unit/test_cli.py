@@ -23,12 +23,15 @@ from megarl.commands.arguments import COMMANDS
         (["run"], "the following arguments are required: CONFIG; see megarl run --help"),
         (["run", "nowhere.yaml"], "config file 'nowhere.yaml' does not exist"),
         (["report", "nowhere"], "run folder 'nowhere' has no metrics.jsonl"),
+        (["run", "{yaml}", "run.dir=/proc/x/y"], "/proc/x"),
         (["score", "c.yaml"], "the following arguments are required: --input, --output"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(argv: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_line_and_status_2(
+    argv: list[str], message: str, run_yaml: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     try:
-        status = main(argv)
+        status = main([word.format(yaml=run_yaml) for word in argv])
     except SystemExit as exit:  # argparse's way
         status = exit.code
     err = capfd.readouterr().err
@@ -124,6 +127,25 @@ def test_doctor_finds_this_environment_ready(run_yaml: Path) -> None:
         and "\nready\n" in run.stdout
         and "nothing to refuse" in run.stdout
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "judged"), [([], "sft"), (["--for", "score"], "score"), (["data.prompts=/nowhere.jsonl"], None)]
+)
+def test_fault_16_doctor_judges_a_cold_start_as_one(
+    overrides: list[str],
+    judged: str | None,
+    run_yaml: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from megarl.report import doctor
+
+    monkeypatch.setattr(doctor, "doctor", lambda: 0)
+    status = main(["doctor", str(run_yaml), "data.prompts=", *overrides])
+    out, err = capfd.readouterr()
+    assert (status, out) == ((0, f"{run_yaml}: nothing to refuse for megarl {judged}\n") if judged else (2, ""))
+    assert judged or "data.prompts '/nowhere.jsonl' does not exist" in err
 
 
 def test_compare_starts_ranks_and_workers_on_the_prompts_it_is_given(

@@ -235,6 +235,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("store", "run", ["launch.store=here"], {}, ["launch.store 'here' is not host:port", "e.g."]),
     ("store", "run", ["launch.store=[fe80::1]:29600"], {}, ["launch.store '[fe80::1]:29600' is an IPv6", "IPv4"]),
     ("store", "rollout", ["launch.store=fe80::1:29600"], {}, ["is an IPv6 address", "give a host's name"]),
+    ("store", "run", ["launch.store=192.0.2.1:0"], {}, ["launch.store '192.0.2.1:0'", "address of this host"]),
     ("store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
     (
         "store",
