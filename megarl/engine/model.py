@@ -146,7 +146,7 @@ def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
     model.source = path
     with open_weights(path, model.weight_map) as reader, torch.no_grad():
         if not fresh:  # a critic's folder is the policy's, which has been checked
-            reader.carried(model.weight_map)  # names what is missing or unknown
+            reader.carried(model.weight_map)  # names what is missing, unknown or of another shape
         for param, tensor in model.params():
             tensor.zero_()
             for piece in param.pieces:

@@ -172,6 +172,7 @@ def split_and_lose(hf: Path) -> None:
     tensors = load_file(hf / "model.safetensors")
     names = list(tensors)
     save_file({name: tensors[name] for name in names[:5]}, hf / "a.safetensors")
+    (hf / "model.safetensors").unlink()
     where = dict.fromkeys(names[:5], "a.safetensors") | dict.fromkeys(names[5:], "b.safetensors")
     (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
@@ -183,7 +184,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "",
         "not a safetensors file",
     ),
-    "missing shard": (split_and_lose, "", "b.safetensors' is missing"),
+    "missing shard": (split_and_lose, "", "lacks b.safetensors, which its index names"),
     "missing tensor": (change(lambda t: t.pop("model.norm.weight")), "", "'model.norm.weight' is missing"),
     "unknown tensor": (change(lambda t: t.update(extra=torch.zeros(2))), "", "has not, first 'extra'"),
     "wrong shape": (

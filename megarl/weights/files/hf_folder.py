@@ -20,7 +20,8 @@ from megarl.weights.files.safetensors_file import SafetensorsWriter, Spec
 
 SHARD_BYTES = 4 * 2**30
 CARRIED_TENSORS = "carried.safetensors"  # in the hf/ folder of a Megatron checkpoint
-CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,14 @@ class ShardedWriter:
 
 
 def carry_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Config and tokenizer. dtype: of the weights beside which config.json will lie; its own key follows it."""
+    """Config, tokenizer, licence. dtype: of the weights beside which config.json will lie; its own key follows it."""
     for pattern in CARRIED:
         for file in sorted(source.glob(pattern)):
             if not file.name.endswith(".index.json"):
                 shutil.copyfile(file, target / file.name)
+    for name in CARRIED_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
     config = target / "config.json"
     if not config.is_file():
         return

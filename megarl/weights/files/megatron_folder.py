@@ -23,6 +23,7 @@ from megarl.errors import UserError
 from megarl.weights.files.hf_folder import CARRIED_TENSORS
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.safetensors_file import SafetensorsFile, Spec
+from megarl.weights.files.shapes import refuse_shape
 from megarl.weights.files.torch_dist import METADATA, TorchDistReader
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.relations import Piece
@@ -99,12 +100,21 @@ class MegatronReader:
     def _check(self, where: Global) -> None:
         if where.key not in self._stored.tensors:
             raise UserError(f"checkpoint {str(self.path)!r} lacks {where.key!r}; its config.json is of another model")
-        shape = self._stored.tensors[where.key].shape
-        padded = where.key in VOCABULARY and shape[1:] == where.shape[1:] and shape[0] >= where.shape[0]
-        if shape != where.shape and not padded:
-            raise UserError(
-                f"checkpoint {str(self.path)!r}: {where.key!r} has shape {shape}, config.json wants {where.shape}"
-            )
+        found = self._stored.tensors[where.key].shape
+        if where.key in VOCABULARY and self._padded(where.key, found, where.shape):
+            return
+
+        def shape_of(other: WeightMap) -> tuple[int, ...]:
+            return {there.key: there.shape for _, there in whole_params(other)}[where.key]
+
+        refuse_shape(str(self.path), where.key, found, where.shape, self.weight_map, shape_of)
+
+    def _padded(self, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """Whether `found` is `wanted` and rows of padding, which are zero and stay so in training."""
+        rows = found[0] - wanted[0]
+        if rows <= 0 or found[1:] != wanted[1:]:
+            return False
+        return not self._stored.read(key, [wanted[0], 0], [rows, found[1]]).any()
 
     def __enter__(self) -> MegatronReader:
         return self

@@ -1,0 +1,52 @@
+"""Shapes that files hold against those that config.json makes, and the keys of config.json that make them.
+
+A slice of a tensor that is too large reads without a word, and the model is another one: every reader compares whole
+shapes before it reads any slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megarl.errors import UserError
+from megarl.weights.map.relations import Shape
+from megarl.weights.map.weight_map import WeightMap
+
+UNSET = ("head_dim", "num_key_value_heads")  # keys with a default that follows other keys
+
+
+def refuse_shape(
+    source: str, name: str, found: Shape, wanted: Shape, weight_map: WeightMap, shape_of: Callable[[WeightMap], Shape]
+) -> None:
+    """Raises UserError unless found == wanted. shape_of: the shape of tensor `name` in a map."""
+    if found == wanted:
+        return
+    keys = ", ".join(keys_behind(weight_map, shape_of, found, wanted))
+    raise UserError(
+        f"model.path {source!r}: tensor {name!r} has shape {found}, config.json wants {wanted}"
+        f"{f' ({keys})' if keys else ''}; use the config.json that belongs to the weights"
+    )
+
+
+def keys_behind(
+    weight_map: WeightMap, shape_of: Callable[[WeightMap], Shape], found: Shape, wanted: Shape
+) -> list[str]:
+    """The keys of config.json, with their values, on which the axes depend in which `found` differs from `wanted`."""
+    hf = weight_map.hf
+    unset: dict[str, int] = {key: 0 for key in UNSET if not hf.get(key)}
+    sizes = {key: value for key, value in hf.items() if type(value) is int and value > 0} | unset
+    keys = []
+    for key, value in sizes.items():
+        other = _shape_with(hf, key, 2 * value or 7, shape_of)
+        if other and any(x != y and z != y for x, y, z in zip(found, wanted, other)):
+            keys.append(f"{key} {value}" if value else f"{key} is not given")
+    return keys
+
+
+def _shape_with(hf: dict[str, Any], key: str, value: int, shape_of: Callable[[WeightMap], Shape]) -> Shape | None:
+    """The tensor's shape if config.json said so; None where there is no such model or tensor."""
+    try:
+        return shape_of(WeightMap({**hf, key: value}))
+    except (UserError, KeyError, ArithmeticError):
+        return None
