@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megarl.config import Config
+if TYPE_CHECKING:
+    from megarl.config import Config
 
 # folder inside a checkpoint: config.json, tokenizer and the like, so that the checkpoint needs nothing else
 HF_FILES = "hf"

@@ -15,6 +15,15 @@ import megarl
 from megarl.commands.arguments import COMMANDS, Parser, parse
 from megarl.errors import UserError
 
+MODULES = {  # what every rank of a command runs: its main(arguments)
+    "run": "megarl.train",
+    "train": "megarl.train",
+    "sft": "megarl.commands.sft",
+    "score": "megarl.commands.score",
+    "generate": "megarl.commands.generate",
+    "compare": "megarl.commands.compare",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit status: 2 for a mistake of the user's, told in one line, 130 after Ctrl-C."""
@@ -77,11 +86,11 @@ def _launch(args: argparse.Namespace) -> int:
         world_size=int(world) if inside_torchrun and world else processes.ranks_of(args.command, config),
     )
     if inside_torchrun and not args.dry_run:
-        return importlib.import_module(processes.MODULES[args.command]).main([args.config, *args.overrides, *options])
+        return importlib.import_module(MODULES[args.command]).main([args.config, *args.overrides, *options])
     if args.command in ("run", "train") and (line := finished(config)):
         print(line)
         return 0
-    planned = processes.make_plan(args.command, config, [args.config, *args.overrides], options)
+    planned = processes.make_plan(args.command, MODULES[args.command], config, [args.config, *args.overrides], options)
     if args.dry_run:
         print(processes.describe(planned, config, args.command))
         return 0

@@ -158,15 +158,15 @@ def lane(queue: Path, folder: Path, out: Path, deadline: float) -> int:
     """
     from megarl.config import load_config
     from megarl.launch.local import launch
-    from megarl.launch.processes import MODULES, make_plan
+    from megarl.launch.processes import make_plan
 
     first = arms.Run(**{**(item := json.loads(queue.read_text())[0]), "arm": arms.Arm(**item["arm"])})
     for _ in range(RESTARTS):
         arguments = [str(arms.BASE), *first.overrides(out), "sync.quantize=none", f"run.dir={folder}"]
-        plan = make_plan("run", load_config(arguments[0], arguments[1:]), arguments)
+        plan = make_plan("run", "tools.grid.lane", load_config(arguments[0], arguments[1:]), arguments)
         argv = list(plan.trainer.argv)
-        at = argv.index(MODULES["run"])
-        argv[at : at + 1] = ["tools.grid.lane", str(queue), str(out), str(deadline)]
+        at = argv.index("tools.grid.lane") + 1
+        argv[at:at] = [str(queue), str(out), str(deadline)]
         plan = dataclasses.replace(plan, trainer=dataclasses.replace(plan.trainer, argv=argv))
         status = launch(plan, load_config(arguments[0], arguments[1:]))
         if status in (0, 130, 143):  # 128 + SIGINT, SIGTERM

@@ -19,14 +19,6 @@ from megarl.launch.supervisor import Process
 WITH_ROLLOUTS = ("run", "generate", "compare")
 ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # for the trainers; vLLM brings its own
 WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's logs alone
-MODULES = {
-    "run": "megarl.train",
-    "train": "megarl.train",
-    "sft": "megarl.commands.sft",
-    "score": "megarl.commands.score",
-    "generate": "megarl.commands.generate",
-    "compare": "megarl.commands.compare",
-}
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,10 @@ def ranks_of(command: str, config: Config) -> int:
     return 1 if command == "generate" else config.launch.trainers
 
 
-def make_plan(command: str, config: Config, arguments: list[str], options: list[str] = []) -> Plan:
-    """Plans `command`. `arguments` are CONFIG and its overrides, passed on; `options` follow them for the ranks."""
+def make_plan(command: str, module: str, config: Config, arguments: list[str], options: list[str] = []) -> Plan:
+    """Plans `command`, whose ranks run `module`.main. `arguments` are CONFIG and its overrides, passed on; `options`
+    follow them for the ranks.
+    """
     host, _, port = config.launch.store.rpartition(":")
     arguments = list(arguments)
     if port == "0":
@@ -92,7 +86,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     ]
     trainer = Process(
         name=f"trainer ({ranks} rank{'s' if ranks > 1 else ''})",
-        argv=[*torchrun, MODULES[command], *arguments, *options],
+        argv=[*torchrun, module, *arguments, *options],
         log=log_dir / "torchrun.log",
         env={**env, **_visible(gpus[:ranks]), **({} if gpus else ON_CPU), "PYTHONWARNINGS": "ignore"},
         stdout_to_terminal=True,
@@ -100,7 +94,7 @@ def make_plan(command: str, config: Config, arguments: list[str], options: list[
     rollouts = [
         Process(
             name=f"rollout worker {i}",
-            argv=[config.launch.rollout_python or sys.executable, "-m", "megarl.cli", "rollout", *arguments]
+            argv=[config.launch.rollout_python or sys.executable, "-m", "megarl", "rollout", *arguments]
             + ["--log-dir", str(log_dir)],
             log=log_dir / f"worker_{i}.log",
             env={**env, **_visible(for_rollouts[i * config.rollout.tp :][: config.rollout.tp])},

@@ -89,9 +89,9 @@ def _engines() -> list[str]:
     except Exception as error:  # whatever an import of a broken build raises
         problems.append(f"megatron-core does not import: {error}")
     try:
-        import vllm
+        from megarl.server.plugin import vllm_version
 
-        _line("rollout engine", f"vLLM {vllm.__version__}")
+        _line("rollout engine", f"vLLM {vllm_version()}")
     except Exception as error:
         problems.append(f"vLLM does not import: {error}")
     points = [

@@ -29,3 +29,10 @@ def register() -> None:
         from megarl.launch.lifeline import die_with_parent
 
         die_with_parent(parent.pid)  # vLLM's engine outlives an API server that is killed
+
+
+def vllm_version() -> str:
+    """Imports vLLM: raises whatever the import of a broken build raises."""
+    import vllm
+
+    return vllm.__version__

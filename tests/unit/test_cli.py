@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megarl import cli
 from megarl.cli import main
 from megarl.commands.arguments import COMMANDS
 
@@ -65,7 +66,7 @@ def test_a_dry_run_prints_all_and_starts_nothing(run_yaml: Path, capfd: pytest.C
         f"-m megarl.launch.rank {run_yaml.parent}/run/logs megarl.train {run_yaml} rollout.engines=2 "
         "launch.store=127.0.0.1:" in out
     )
-    assert "--nproc-per-node=4" in out and out.count("-m megarl.cli rollout") == 2 and "OMP_NUM_THREADS=" in out
+    assert "--nproc-per-node=4" in out and out.count("-m megarl rollout") == 2 and "OMP_NUM_THREADS=" in out
     assert not (run_yaml.parent / "run").exists()
 
 
@@ -86,11 +87,9 @@ def test_options_of_score_reach_the_ranks(run_yaml: Path, capfd: pytest.CaptureF
 def test_under_an_outer_torchrun_ranks_run_in_process(
     run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from megarl.launch import processes
-
     (tmp_path / "inner.py").write_text("def main(argv):\n    print(argv)\n    return 5\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(processes.MODULES, "sft", "inner")
+    monkeypatch.setitem(cli.MODULES, "sft", "inner")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert main(["sft", str(run_yaml), "launch.trainers=1"]) == 5  # launch.trainers is ignored
@@ -157,7 +156,7 @@ def test_compare_starts_ranks_and_workers_on_the_prompts_it_is_given(
     assert (
         "megarl.commands.compare" in out
         and f"--input {given}" in out
-        and out.count("-m megarl.cli rollout") == 1
+        and out.count("-m megarl rollout") == 1
         and "logs.compare" in out
     )
     assert "layout: tp 2" in out and "update:" not in out

@@ -182,11 +182,11 @@ def test_each_worker_sees_the_gpu_of_its_trainer_rank(run_yaml: Path, monkeypatc
     monkeypatch.setattr(processes, "has_gpu", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     keys = ["launch.trainers=2", "rollout.engines=2"]
-    made = processes.make_plan("run", load_config(run_yaml, [*keys, "launch.colocate=true"]), [str(run_yaml)])
+    made = processes.make_plan("run", "m", load_config(run_yaml, [*keys, "launch.colocate=true"]), [str(run_yaml)])
     assert made.trainer.env["CUDA_VISIBLE_DEVICES"] == "4,7"
     assert [worker.env["CUDA_VISIBLE_DEVICES"] for worker in made.rollouts] == ["4", "7"]
     with pytest.raises(UserError, match="need 4 GPUs, this host has 2"):
-        processes.make_plan("run", load_config(run_yaml, keys), [str(run_yaml)])
+        processes.make_plan("run", "m", load_config(run_yaml, keys), [str(run_yaml)])
 
 
 def test_the_server_is_started_with_sleep_and_a_cache_of_given_size(run_yaml: Path, monkeypatch):

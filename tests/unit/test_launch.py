@@ -191,7 +191,7 @@ def ranks(tmp_path: Path, run_yaml: Path):
 
     def start(what: str) -> subprocess.Popen[str]:
         code = (
-            "import sys; from megarl.launch import processes; from megarl.cli import main; processes.MODULES['sft'] "
+            "import sys; from megarl.cli import MODULES, main; MODULES['sft'] "
             "= 'ranks_module'; "
             f"sys.exit(main(['sft', {str(run_yaml)!r}, 'launch.trainers=2', 'parallel.pp=1', 'sft.out={what}']))"
         )
@@ -259,7 +259,7 @@ def test_the_first_cause_is_told_from_its_echoes(tmp_path: Path) -> None:
 
 def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
     config = load_config(run_yaml, ["rollout.engines=2"])
-    planned = processes.make_plan("run", config, [str(run_yaml), "rollout.engines=2"])
+    planned = processes.make_plan("run", "m", config, [str(run_yaml), "rollout.engines=2"])
     stores = {
         word
         for process in [planned.trainer, *planned.rollouts]
@@ -269,7 +269,7 @@ def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
     assert len(planned.rollouts) == 2 and len(stores) == 1 and "127.0.0.1:" in stores.pop()
     assert planned.trainer.env["TORCHDYNAMO_DISABLE"] == "1" and "TORCHDYNAMO_DISABLE" not in planned.rollouts[0].env
     assert planned.trainer.env["GLOO_SOCKET_IFNAME"] == "lo"
-    fixed = processes.make_plan("run", load_config(run_yaml, ["launch.store=10.0.0.1:29600"]), ["c.yaml"])
+    fixed = processes.make_plan("run", "m", load_config(run_yaml, ["launch.store=10.0.0.1:29600"]), ["c.yaml"])
     assert (
         not any(word.startswith("launch.store=") for word in fixed.trainer.argv)
         and "GLOO_SOCKET_IFNAME" not in fixed.trainer.env
@@ -279,7 +279,7 @@ def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
 def test_logs_of_the_start_before_are_kept_once(tmp_path: Path, run_yaml: Path) -> None:
     config = load_config(run_yaml)
     for word in ("one", "two"):
-        planned = processes.make_plan("sft", config, [str(run_yaml)])
+        planned = processes.make_plan("sft", "m", config, [str(run_yaml)])
         planned.trainer.argv[:] = [sys.executable, "-c", f"import sys; print('{word}', file=sys.stderr)"]
         child = os.fork()  # supervise() adopts orphans for the life of its process: not in pytest's own
         if child == 0:
@@ -300,7 +300,7 @@ def test_fault_11_a_rollout_worker_and_a_trainer_on_one_run_dir_have_logs_of_the
 
     chosen = []
     monkeypatch.setattr(supervise, "run_rollout", lambda config, host, port, log_dir: chosen.append(log_dir) or 0)
-    planned = processes.make_plan("run", load_config(run_yaml), [str(run_yaml)])
+    planned = processes.make_plan("run", "m", load_config(run_yaml), [str(run_yaml)])
     for argv in ([str(run_yaml), "launch.store=127.0.0.1:29600"], planned.rollouts[0].argv[4:]):
         assert cli.main(["rollout", *argv]) == 0
     alone, beside = chosen
