@@ -20,6 +20,17 @@ from torch import Tensor
 CACHE_BYTES = (
     2 << 20
 )  # of fc1's result: on a CPU more rows than that are taken a few experts at a time (a sixth faster at 12,000 rows)
+STRIDE_BYTES = 16  # torch's grouped_mm takes no other rows than multiples of these
+
+
+def uneven_width(hidden: int, width: int, itemsize: int) -> str | None:
+    """The width for which torch's grouped_mm cannot compute these experts, in words; None where it can.
+
+    width: of an expert on one rank; itemsize: bytes of a number.
+    """
+    sizes = {"hidden_size": hidden, "the experts' width on a rank": width}
+    bad = next((name for name, size in sizes.items() if size * itemsize % STRIDE_BYTES), None)
+    return f"{bad} {sizes[bad]} is no multiple of {STRIDE_BYTES // itemsize}" if bad else None
 
 
 class GroupedExperts(SequentialMLP):
@@ -41,6 +52,9 @@ class GroupedExperts(SequentialMLP):
                 "grouped experts are gated SiLU without bias, clamp, offset, latent size or fp8; use "
                 "engine.experts=sequential"
             )
+        weight = self._weights("linear_fc2")[0]
+        if uneven := uneven_width(*weight.shape, weight.element_size()):
+            raise ValueError(f"grouped experts: {uneven}; use engine.experts=sequential")
         for weights in (self._weights("linear_fc1"), self._weights("linear_fc2")):
             storage = torch.stack([weight.data for weight in weights])
             for weight, view in zip(weights, storage):

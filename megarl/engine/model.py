@@ -5,7 +5,7 @@ from a weight map and filled from a Hugging Face folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megarl.config import Config
 from megarl.engine.attention import RowRotary
+from megarl.engine.experts import uneven_width
 from megarl.engine.parallel import Parallel
 from megarl.engine.profile import Profile, choose_profile
 from megarl.engine.specs import layer_specs, profile_settings
@@ -79,9 +80,7 @@ def build_model(
     """GPTModel chunks of this rank, not yet filled and not yet wrapped
     for training. `head` makes another output layer than the usual.
     """
-    profile = choose_profile(
-        config.engine, parallel.device, latent=weight_map.model.get("multi_latent_attention", False)
-    )
+    profile = _profile(config, weight_map, parallel, say=head is None)
     transformer = _transformer_config(config, weight_map, parallel, profile)
     chunks = []
     for chunk in range(parallel.layout.vpp):
@@ -120,6 +119,20 @@ def build_model(
     else:
         model.chunks = list(chunks)
     return model
+
+
+def _profile(config: Config, weight_map: WeightMap, parallel: Parallel, *, say: bool) -> Profile:
+    """Of this process and model: experts of a width that our grouped ones cannot take are sequential, which is said."""
+    latent = weight_map.model.get("multi_latent_attention", False)
+    profile = choose_profile(config.engine, parallel.device, latent=latent)
+    if not weight_map.num_experts or profile.transformer_engine or not profile.grouped_experts:
+        return profile
+    width = weight_map.model["moe_ffn_hidden_size"] // parallel.layout.etp
+    itemsize = parallel.device.dtype(config.engine.dtype).itemsize
+    uneven = uneven_width(weight_map.model["hidden_size"], width, itemsize)
+    if uneven and say and parallel.is_main:
+        print(f"model.path: {uneven}: the experts are computed one after the other (engine.experts=sequential)")
+    return replace(profile, grouped_experts=False) if uneven else profile
 
 
 def _mark_parameters(model: Model) -> None:

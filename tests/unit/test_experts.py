@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megarl.engine import experts as module
-from megarl.engine.experts import GroupedExperts, _stack
+from megarl.engine.experts import GroupedExperts, _stack, uneven_width
 
 HIDDEN, WIDTH = 32, 24
 COUNTS = {
@@ -184,3 +184,26 @@ def test_what_grouped_experts_cannot_do_is_refused():
     with pytest.raises(ValueError, match="engine.experts=sequential"):
         make(GroupedExperts, activation_func_clamp_value=1.0)
     assert make(SequentialMLP, activation_func_clamp_value=1.0)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "itemsize", "says"),
+    [
+        (32, 24, 4, None),
+        (32, 24, 2, None),
+        (32, 22, 4, "the experts' width on a rank 22 is no multiple of 4"),
+        (32, 20, 2, "the experts' width on a rank 20 is no multiple of 8"),
+        (36, 24, 2, "hidden_size 36 is no multiple of 8"),
+    ],
+)
+def test_fault_13_widths_that_grouped_mm_takes(hidden, width, itemsize, says):
+    assert uneven_width(hidden, width, itemsize) == says
+    make_these = lambda: expert_layer(  # noqa: E731
+        GroupedExperts, 2, hidden, width, params_dtype={4: torch.float32, 2: torch.bfloat16}[itemsize]
+    )
+    if says:
+        with pytest.raises(ValueError, match=says):
+            make_these()
+    else:
+        x = torch.randn(5, hidden, dtype={4: torch.float32, 2: torch.bfloat16}[itemsize], requires_grad=True)
+        make_these()(x, torch.tensor([2, 3]), torch.ones(5))[0].sum().backward()

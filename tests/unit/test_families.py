@@ -58,6 +58,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family
         dict(top_k=1, changes=dict(n_group=1, topk_group=1, norm_topk_prob=False)),
     ),
     "glm4_moe, no QK norm, no QKV bias": ("glm4_moe", dict(changes=dict(use_qk_norm=False, attention_bias=False))),
+    "mixtral, widths that grouped_mm does not take": ("mixtral", dict(hidden=60, changes=dict(intermediate_size=90))),
     "llama, rope scaling of Llama 3.1": ("llama", dict(changes=dict(rope_parameters=LLAMA3))),
 }
 LAYOUTS = [
@@ -97,7 +98,7 @@ def scored(path: Path, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
 def judged(path: Path, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
     return [model(t[None]).logits[0, :-1].log_softmax(-1).gather(1, t[1:, None]).squeeze(1) for t in tokens]
 
 
@@ -125,6 +126,15 @@ def _to_the_older_keys(path: Path) -> None:
     before, after = WeightMap(new), WeightMap(old)
     assert (before.model, before.gpt, before.entries) == (after.model, after.gpt, after.entries)
     (path / "config.json").write_text(json.dumps(old))
+
+
+def test_fault_13_sequential_experts_are_said_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny(folder, "mixtral, widths that grouped_mm does not take")
+    engine = build_engine(load_config(None, [f"model.path={path}"]))
+    assert engine.model.profile.experts == "sequential"
+    destroy_parallel()
+    says = "the experts' width on a rank 90 is no multiple of 4: the experts are computed one after the other"
+    assert capsys.readouterr().out.count(says) == 1
 
 
 @pytest.mark.parametrize("name", MODELS)
