@@ -30,6 +30,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (files.architecture, ALL + PLAN),
     (files.block_fp8, ROLLOUT),
     (files.deepseek_router, ROLLOUT),
+    (files.glm_head_dim, ROLLOUT),
     (files.prompts, (*LOOP, "compare")),
     (files.eval_prompts, LOOP),
     (files.demonstrations, ("sft",)),

@@ -85,6 +85,14 @@ def deepseek_router(case: Case) -> str | None:
     )
 
 
+def glm_head_dim(case: Case) -> str | None:
+    """vLLM (glm4_moe.py) has no default for it, transformers and the trainer hidden_size / num_attention_heads."""
+    if case.hf.get("model_type") != "glm4_moe" or "head_dim" in case.hf:
+        return None
+    size = case.hf["hidden_size"] // case.hf["num_attention_heads"]
+    return f'model.path {case.config.model.path!r}: vLLM wants head_dim; add "head_dim": {size} to its config.json'
+
+
 def tokenizer(case: Case) -> str | None:
     folder = hf_files(case.config.model.path)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):

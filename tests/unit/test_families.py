@@ -4,8 +4,10 @@ and the engine computes what transformers computes.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,17 @@ REFUSED = [
         ),
         "'yarn' with mscale_all_dim 1.0",
     ),
+    (
+        "deepseek_v3",
+        dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.7)),
+        "'yarn' with mscale 0.7",
+    ),
+    ("deepseek_v3", dict(rope_parameters=dict(rope_type="yarn", partial_rotary_factor=0.5)), "'yarn' with factor None"),
+    ("deepseek_v3", dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    ("qwen3_moe", dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    ("llama", dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.25)), "partial_rotary_factor 0.25"),
+    ("qwen3_moe", dict(shared_expert_intermediate_size=64), "shared_expert_intermediate_size"),
+    ("qwen3", dict(rope_parameters=dict(full_attention=dict(rope_theta=1e6))), "rope_parameters of 'full_attention'"),
     ("deepseek_v3", dict(quantization_config=dict(quant_method="gptq")), "quant_method 'gptq'"),
     ("glm4_moe", dict(quantization_config=dict(quant_method="fp8")), "'fp8' without weight_block_size"),
 ]
@@ -225,6 +238,63 @@ def test_a_missing_key_is_named() -> None:
     del config["kv_lora_rank"]
     with pytest.raises(UserError, match="deepseek_v3 has no 'kv_lora_rank'"):
         WeightMap(config)
+
+
+def without(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """config.json without one of its keys, for every key, those of the rope in both generations included."""
+    config = {key: value for key, value in config.items() if key != "model_type"}
+    rope = config["rope_parameters"]
+    older = {key: value for key, value in config.items() if key != "rope_parameters"}
+    older |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor")}
+    older["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    for whole in (config, older):
+        for key in whole:
+            yield key, {other: value for other, value in whole.items() if other != key}
+        inner = "rope_parameters" if "rope_parameters" in whole else "rope_scaling"
+        for key in whole[inner]:
+            yield f"{inner}.{key}", {**whole, inner: {k: v for k, v in whole[inner].items() if k != key}}
+
+
+def resolved(family: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What transformers makes of a config.json; None where it refuses it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(family, **copy.deepcopy(config)).to_dict()
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fault_25_a_missing_key_is_the_default_of_transformers_or_refused(name: str) -> None:
+    """Whichever key a config.json lacks, megarl sees the model that transformers sees, or says what is missing."""
+    from megarl.errors import UserError
+
+    family, arguments = MODELS[name]
+    config = tiny_model.tiny_config(family, **arguments).to_dict()
+    family = config["model_type"]
+    taken, refused = set(), set()
+    for key, given in without(config):
+        theirs = resolved(family, given)
+        try:
+            mine = WeightMap({"model_type": family, **given})
+        except UserError:
+            refused.add(key)
+            continue
+        assert theirs is not None, f"{key}: transformers has no default, megarl took one"
+        want = WeightMap({**theirs, "model_type": family})
+        assert (mine.model, mine.gpt, mine.entries) == (want.model, want.gpt, want.entries), key
+        taken.add(key)
+    assert {"hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps"} <= refused
+    assert {"num_key_value_heads", "rope_parameters.rope_theta", "rope_theta"} <= taken
+
+
+def test_fault_25_deepseek_groups_by_default() -> None:
+    """n_group and topk_group are 8 and 4 where config.json names none."""
+    config = tiny_model.tiny_config("deepseek_v3", experts=16, top_k=8).to_dict()
+    del config["n_group"], config["topk_group"]
+    model = WeightMap(config).model
+    assert (model["moe_router_num_groups"], model["moe_router_group_topk"]) == (8, 4)
 
 
 def test_rope_parameters_have_one_form() -> None:

@@ -245,7 +245,14 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         ["launch.store '192.0.2.1:29600'", "cannot listen", "address of this host"],
     ),
 ]
-APART = {"colocate", "deepseek_router", "loader", "model_weights", "tokenizer"}  # tests of their own below
+APART = {
+    "colocate",
+    "deepseek_router",
+    "glm_head_dim",
+    "loader",
+    "model_weights",
+    "tokenizer",
+}  # tests of their own below
 
 
 @pytest.mark.parametrize(
@@ -329,6 +336,18 @@ def test_a_deepseek_router_that_vllm_would_guess(run_yaml: Path) -> None:
         UserError,
         match='vLLM would route otherwise than the trainer; add "scoring_func": "sigmoid" to its config.json$',
     ):
+        refusals.check(config)
+    refusals.check(config, "sft")
+
+
+def test_fault_25_a_head_size_that_vllm_does_not_guess(run_yaml: Path) -> None:
+    path = run_yaml.parent / "model" / "config.json"
+    said = tiny_config("glm4_moe").to_dict()
+    config = load_config(run_yaml, ["parallel.ep=1"])
+    path.write_text(json.dumps(said))
+    refusals.check(config)
+    path.write_text(json.dumps({key: value for key, value in said.items() if key != "head_dim"}))
+    with pytest.raises(UserError, match='vLLM wants head_dim; add "head_dim": 16 to its config.json$'):
         refusals.check(config)
     refusals.check(config, "sft")
 

@@ -91,6 +91,7 @@ class WeightMap:
         if model_type not in FAMILIES:
             raise UserError(f"model_type {model_type!r} has no weight map; supported: {', '.join(sorted(FAMILIES))}")
         module = importlib.import_module(FAMILIES[model_type])
+        hf = {**module.DEFAULTS, **hf}
         try:
             if sentence := module.refuse(hf):
                 raise UserError(sentence)

@@ -26,13 +26,12 @@ def head_dim(hf: Hf) -> int:
 
 
 def kv_heads(hf: Hf) -> int:
-    return hf.get("num_key_value_heads") or hf["num_attention_heads"]
+    return hf["num_key_value_heads"] or hf["num_attention_heads"]
 
 
 def sparse_step_layers(hf: Hf) -> list[int]:
     """Qwen's MoE layers: every decoder_sparse_step-th, except mlp_only_layers."""
-    dense = set(hf.get("mlp_only_layers") or [])
-    step = hf.get("decoder_sparse_step", 1)
+    dense, step = set(hf["mlp_only_layers"] or []), hf["decoder_sparse_step"]
     return [i for i in range(hf["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
 
 
@@ -73,10 +72,10 @@ def sigmoid_router(hf: Hf) -> dict[str, Any]:
     megatron-core ranks a group by the sum of its best top_k // group_topk
     experts, the model by its best two: equal where that is two.
     """
-    groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    groups, kept = hf["n_group"] or 1, hf["topk_group"] or 1
     width = hf["moe_intermediate_size"]
     limit = dict(moe_router_num_groups=groups, moe_router_group_topk=kept) if kept < groups else {}
-    shared = (hf.get("n_shared_experts") or 0) * width
+    shared = (hf["n_shared_experts"] or 0) * width
     return dict(
         num_moe_experts=num_experts(hf),
         moe_ffn_hidden_size=width,
@@ -91,12 +90,12 @@ def sigmoid_router(hf: Hf) -> dict[str, Any]:
 
 
 def rope_parameters(hf: Hf) -> dict[str, Any]:
-    """rope_type, rope_theta and the rest, whichever generation of keys
-    holds them; rope_theta and partial_rotary_factor may be missing.
+    """rope_type, rope_theta and the rest, whichever generation of keys holds them; rope_theta and
+    partial_rotary_factor may be missing. Which key wins where several say it: as in transformers
+    (modeling_rope_utils.py).
     """
     found = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if hf.get(key) is not None}
-    found |= hf.get("rope_scaling") or {}
-    found |= hf.get("rope_parameters") or {}
+    found |= hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     return {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
 
 
@@ -218,7 +217,7 @@ def sigmoid_experts(hf: Hf) -> tuple[Entry, ...]:
     """What `sigmoid_router` routes to: its bias, routed experts, the
     shared experts as one MLP, and the dense first layers.
     """
-    width, shared = hf["moe_intermediate_size"], hf.get("n_shared_experts") or 0
+    width, shared = hf["moe_intermediate_size"], hf["n_shared_experts"] or 0
     bias = {"mlp.gate.e_score_correction_bias": (num_experts(hf),)}
     return (
         *experts(hf, width),

@@ -11,6 +11,15 @@ from megarl.weights.map.families.common import Hf, row
 from megarl.weights.map.relations import Replicated, Split
 from megarl.weights.map.weight_map import Entry, Family
 
+DEFAULTS = dict(
+    num_key_value_heads=128,
+    q_lora_rank=1536,
+    n_shared_experts=1,
+    n_group=8,
+    topk_group=4,
+    norm_topk_prob=True,
+)
+
 
 def refuse(hf: Hf) -> str | None:
     halves = unsupported.fault(
@@ -34,10 +43,11 @@ def _latent_attention(hf: Hf) -> dict[str, Any]:
     rope = common.rope_parameters(hf)
     yarn: dict[str, Any] = {}
     if rope["rope_type"] == "yarn":
-        original = rope["original_max_position_embeddings"]
         yarn = dict(
-            rotary_scaling_factor=rope.get("factor") or hf["max_position_embeddings"] / original,
-            original_max_position_embeddings=original,
+            rotary_scaling_factor=rope["factor"],
+            original_max_position_embeddings=rope.get(
+                "original_max_position_embeddings", hf["max_position_embeddings"]
+            ),
             beta_fast=rope.get("beta_fast") or 32,
             beta_slow=rope.get("beta_slow") or 1,
             mscale=rope.get("mscale") or 1.0 if rope.get("mscale_all_dim") else 1.0,
@@ -47,7 +57,7 @@ def _latent_attention(hf: Hf) -> dict[str, Any]:
         multi_latent_attention=True,
         num_query_groups=hf["num_attention_heads"],
         kv_channels=hf["v_head_dim"],
-        q_lora_rank=hf.get("q_lora_rank"),
+        q_lora_rank=hf["q_lora_rank"],
         kv_lora_rank=hf["kv_lora_rank"],
         qk_head_dim=hf["qk_nope_head_dim"],
         qk_pos_emb_head_dim=hf["qk_rope_head_dim"],
@@ -63,7 +73,7 @@ def _attention(hf: Hf) -> tuple[Entry, ...]:
     hidden, heads, lora = hf["hidden_size"], hf["num_attention_heads"], hf["kv_lora_rank"]
     query, rotary = heads * (hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]), hf["qk_rope_head_dim"]
     key_value, value = heads * (hf["qk_nope_head_dim"] + hf["v_head_dim"]), heads * hf["v_head_dim"]
-    if (rank := hf.get("q_lora_rank")) is None:
+    if (rank := hf["q_lora_rank"]) is None:
         queries = [row("self_attention.linear_q_proj.weight", Split(0), {"self_attn.q_proj.weight": (query, hidden)})]
     else:
         queries = [

@@ -8,13 +8,23 @@ from megarl.weights.map.families import common, unsupported
 from megarl.weights.map.families.common import Hf
 from megarl.weights.map.weight_map import Family
 
+DEFAULTS = dict(
+    num_key_value_heads=8,
+    n_shared_experts=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    attention_bias=False,
+    use_qk_norm=False,
+)
+
 
 def refuse(hf: Hf) -> str | None:
-    return unsupported.anywhere(hf, biased_output=None) or unsupported.sigmoid_router(hf)
+    return unsupported.anywhere(hf, biased_output=None, partial=True) or unsupported.sigmoid_router(hf)
 
 
 def family(hf: Hf) -> Family:
-    bias, norm = bool(hf.get("attention_bias", False)), bool(hf.get("use_qk_norm", False))
+    bias, norm = bool(hf["attention_bias"]), bool(hf["use_qk_norm"])
     return Family(
         model={**common.transformer(hf), **common.sigmoid_router(hf), "add_qkv_bias": bias, "qk_layernorm": norm},
         gpt=common.gpt(hf, partial=0.5),

@@ -6,6 +6,8 @@ from megarl.weights.map.families import common, unsupported
 from megarl.weights.map.families.common import Hf
 from megarl.weights.map.weight_map import Family
 
+DEFAULTS = dict(num_key_value_heads=None)
+
 
 def refuse(hf: Hf) -> str | None:
     return unsupported.anywhere(hf, scalings=("llama3",))

@@ -9,6 +9,7 @@ from megarl.weights.map.families.common import Hf
 from megarl.weights.map.relations import Replicated
 from megarl.weights.map.weight_map import Family
 
+DEFAULTS = dict(num_key_value_heads=8)
 MOE = "block_sparse_moe."
 
 

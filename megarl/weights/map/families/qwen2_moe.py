@@ -9,6 +9,15 @@ from megarl.weights.map.families.common import Hf
 from megarl.weights.map.relations import Replicated
 from megarl.weights.map.weight_map import Family
 
+DEFAULTS = dict(
+    num_key_value_heads=16,
+    decoder_sparse_step=1,
+    mlp_only_layers=None,
+    norm_topk_prob=False,
+    qkv_bias=True,
+    use_sliding_window=False,
+)
+
 
 def refuse(hf: Hf) -> str | None:
     return unsupported.anywhere(hf) or unsupported.softmax_router(hf)
@@ -16,10 +25,8 @@ def refuse(hf: Hf) -> str | None:
 
 def family(hf: Hf) -> Family:
     width, shared = hf["moe_intermediate_size"], hf["shared_expert_intermediate_size"]
-    bias = hf.get("qkv_bias", True)
-    router = common.softmax_router(
-        hf, common.sparse_step_layers(hf), width, renormalised=hf.get("norm_topk_prob", False)
-    )
+    bias = hf["qkv_bias"]
+    router = common.softmax_router(hf, common.sparse_step_layers(hf), width, renormalised=hf["norm_topk_prob"])
     gate = {"mlp.shared_expert_gate.weight": (1, hf["hidden_size"])}
     return Family(
         model={

@@ -8,16 +8,28 @@ from megarl.weights.map.families import common, unsupported
 from megarl.weights.map.families.common import Hf
 from megarl.weights.map.weight_map import Family
 
+DEFAULTS = dict(
+    num_key_value_heads=4,
+    decoder_sparse_step=1,
+    mlp_only_layers=None,
+    norm_topk_prob=False,
+    use_sliding_window=False,
+)
+
 
 def refuse(hf: Hf) -> str | None:
-    return unsupported.anywhere(hf) or unsupported.softmax_router(hf)
+    shared = unsupported.fault(
+        (
+            hf.get("shared_expert_intermediate_size") and "shared_expert_intermediate_size",
+            "transformers ignores it in this family, vLLM does not; remove it from config.json",
+        )
+    )
+    return unsupported.anywhere(hf) or unsupported.softmax_router(hf) or shared
 
 
 def family(hf: Hf) -> Family:
     width = hf["moe_intermediate_size"]
-    router = common.softmax_router(
-        hf, common.sparse_step_layers(hf), width, renormalised=hf.get("norm_topk_prob", False)
-    )
+    router = common.softmax_router(hf, common.sparse_step_layers(hf), width, renormalised=hf["norm_topk_prob"])
     return Family(
         model={**common.transformer(hf), **router, "qk_layernorm": True},
         gpt=common.gpt(hf),

@@ -7,11 +7,17 @@ from typing import Any
 from megarl.weights.map.families.common import Hf, rope_parameters
 
 
-def anywhere(hf: Hf, *, biased_output: str | None = "attention_bias", scalings: tuple[str, ...] = ()) -> str | None:
+def anywhere(
+    hf: Hf,
+    *,
+    biased_output: str | None = "attention_bias",
+    scalings: tuple[str, ...] = (),
+    partial: bool = False,
+) -> str | None:
     """One line for what megarl cannot train, or None.
 
-    biased_output: the key that, when true, gives the attention's output
-    a bias. scalings: kinds of rope scaling that the family has.
+    biased_output: the key that, when true, gives the attention's output a bias. scalings: kinds of
+    rope scaling that the family has. partial: whether it may rotate a part of the head only.
     """
     full = "set it to false (or null) in config.json to train with full attention"
     return fault(
@@ -27,6 +33,10 @@ def anywhere(hf: Hf, *, biased_output: str | None = "attention_bias", scalings: 
         (hf.get("mlp_bias") and "mlp_bias true", "use a checkpoint without biases in its MLPs"),
         (_window(hf), full),
         (_rope_fault(hf, scalings), "remove it from config.json to train within the original context"),
+        (
+            not partial and _partial_rotation(hf),
+            "transformers ignores it in this family, vLLM does not; remove it from config.json",
+        ),
         (_quantization_fault(hf), "dequantise the checkpoint first"),
     )
 
@@ -38,7 +48,7 @@ def fault(*pairs: tuple[Any, str]) -> str | None:
 
 def softmax_router(hf: Hf) -> str | None:
     """megatron-core refuses the softmax of one logit."""
-    one = hf.get("num_experts_per_tok") == 1 and hf.get("norm_topk_prob", hf["model_type"] == "mixtral")
+    one = hf["num_experts_per_tok"] == 1 and (hf["model_type"] == "mixtral" or hf["norm_topk_prob"])
     return fault(
         (
             one and "num_experts_per_tok 1 with renormalised gates",
@@ -48,9 +58,9 @@ def softmax_router(hf: Hf) -> str | None:
 
 
 def sigmoid_router(hf: Hf) -> str | None:
-    groups, kept, top_k = hf.get("n_group") or 1, hf.get("topk_group") or 1, hf["num_experts_per_tok"]
+    groups, kept, top_k = hf["n_group"] or 1, hf["topk_group"] or 1, hf["num_experts_per_tok"]
     ranked = kept < groups and top_k // kept != 2
-    plain = hf.get("norm_topk_prob", True) == (top_k == 1)
+    plain = hf["norm_topk_prob"] == (top_k == 1)
     return fault(
         (
             hf.get("scoring_func", "sigmoid") != "sigmoid" and f"scoring_func {hf.get('scoring_func')!r}",
@@ -62,7 +72,7 @@ def sigmoid_router(hf: Hf) -> str | None:
         ),
         (hf.get("moe_layer_freq", 1) != 1 and f"moe_layer_freq {hf.get('moe_layer_freq')}", "only 1 is"),
         (
-            plain and f"norm_topk_prob {hf.get('norm_topk_prob', True)} with {top_k} experts a token",
+            plain and f"norm_topk_prob {hf['norm_topk_prob']} with {top_k} experts a token",
             "megatron-core renormalises from two on",
         ),
         (
@@ -82,6 +92,8 @@ def _window(hf: Hf) -> str | None:
 
 def _rope_fault(hf: Hf, scalings: tuple[str, ...]) -> str | None:
     rope = rope_parameters(hf)
+    if nested := next((key for key, value in rope.items() if isinstance(value, dict)), None):
+        return f"rope_parameters of {nested!r} alone"
     kind = rope["rope_type"]
     if kind != "default" and kind not in scalings:
         return f"rope scaling {kind!r}"
@@ -90,12 +102,20 @@ def _rope_fault(hf: Hf, scalings: tuple[str, ...]) -> str | None:
         wrong = next((key for key, value in fixed.items() if rope.get(key) != value), None)
     elif (
         kind == "yarn"
-    ):  # attention_factor and truncate have no place in megatron-core; its mscale alone is another formula
+    ):  # attention_factor and truncate have no place in megatron-core; one mscale alone is no formula that all have
         wrong = next((key for key in ("attention_factor", "truncate") if rope.get(key) is not None), None)
-        wrong = wrong or ("mscale_all_dim" if rope.get("mscale_all_dim") and not rope.get("mscale") else None)
+        scale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+        wrong = wrong or ("mscale_all_dim" if all_dim and not scale else None)
+        wrong = wrong or ("mscale" if scale not in (None, 1) and not all_dim else None)
+        wrong = wrong or ("factor" if not rope.get("factor") else None)
     else:
         wrong = None
     return f"rope scaling {kind!r} with {wrong} {rope.get(wrong)!r}" if wrong else None
+
+
+def _partial_rotation(hf: Hf) -> str | None:
+    part = rope_parameters(hf).get("partial_rotary_factor")
+    return f"partial_rotary_factor {part}" if part not in (None, 1) else None
 
 
 def _quantization_fault(hf: Hf) -> str | None:
