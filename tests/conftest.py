@@ -1,10 +1,11 @@
 """What all tests share: one thread a process, and a configuration whose
-checkpoint has no weights, for checks that read none.
+checkpoint has headers of weights without content, for checks that read no more.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ HF_CONFIG: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
     "intermediate_size": 128,
     "moe_intermediate_size": 32,
     "num_experts": 8,
@@ -48,6 +49,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
     return ByServer(config, log)
 
 
+def write_weights(folder: Path, hf: dict[str, Any]) -> None:
+    """model.safetensors that fits config.json; its content is a hole in the file."""
+    from megarl.weights.map.weight_map import WeightMap
+
+    header, end = {}, 0
+    for name, shape in WeightMap(hf).hf_shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 @pytest.fixture
 def hf_config() -> dict[str, Any]:
     """config.json of a small Qwen3-MoE; a copy that a test may change."""
@@ -56,12 +71,12 @@ def hf_config() -> dict[str, Any]:
 
 @pytest.fixture
 def run_yaml(tmp_path: Path, hf_config: dict[str, Any]) -> Path:
-    """A configuration nothing is wrong with: TP2 x PP2 x EP2 on 4 ranks; its files exist, its weights are empty."""
+    """A configuration nothing is wrong with: TP2 x PP2 x EP2 on 4 ranks; its files exist, its weights are holes."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config))
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "model.safetensors").touch()
+    write_weights(folder, hf_config)
     for name in ("prompts.jsonl", "valid.jsonl", "demos.jsonl"):
         (tmp_path / name).write_text('{"prompt": "1", "answer": "1", "response": "1"}\n')
     text = f"""

@@ -41,8 +41,8 @@ def hf_to_megatron(hf: Path, out: Path, layout: Layout, file_bytes: int, verify:
     weight_map = WeightMap(load_hf_config(hf))
     with HfReader(hf) as reader:
         specs = reader.specs(weight_map)
-        if reader.left_aside:
-            print(reader.left_aside)
+        if reader.index.left_aside:
+            print(reader.index.left_aside)
         stored = _global_specs(weight_map, specs)
         files = _plan_files(weight_map, layout, specs, file_bytes)
         total = sum(file.nbytes for file in files)

@@ -8,12 +8,13 @@ through the family's table (megarl/weights/map/families/), under Megatron's name
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from megarl.config import Config
 from megarl.errors import UserError
-from megarl.refusals import files, gpu, layouts, work
+from megarl.refusals import files, gpu, layouts, model_folder, server, work
 from megarl.refusals.case import Case
 
 LOOP = ("run", "train")
@@ -23,14 +24,14 @@ ALL = (*ENGINE, "rollout", "generate")
 PLAN = ("plan",)  # looks at config.json and layouts alone
 
 REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
-    (files.model_path, ALL + PLAN),
-    (files.model_weights, ALL),
-    (files.tokenizer, ("run", "train", "sft", "rollout", "generate", "compare")),
-    (files.family, ALL + PLAN),
-    (files.architecture, ALL + PLAN),
-    (files.block_fp8, ROLLOUT),
-    (files.deepseek_router, ROLLOUT),
-    (files.glm_head_dim, ROLLOUT),
+    (model_folder.model_path, ALL + PLAN),
+    (model_folder.megatron_checkpoint, ALL),
+    (model_folder.tokenizer, ("run", "train", "sft", "rollout", "generate", "compare")),
+    (model_folder.family, ALL + PLAN),
+    (model_folder.architecture, ALL + PLAN),
+    (model_folder.block_fp8, ROLLOUT),
+    (model_folder.deepseek_router, ROLLOUT),
+    (model_folder.glm_head_dim, ROLLOUT),
     (files.prompts, (*LOOP, "compare")),
     (files.eval_prompts, LOOP),
     (files.demonstrations, ("sft",)),
@@ -58,7 +59,11 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (gpu.rollout_python, ("run", "generate", "compare")),
     (gpu.colocate, LOOP),
     (gpu.rollout_kernels, ROLLOUT),
-    (gpu.fp8_cache_on_a_cpu, ROLLOUT),
+    (server.heads_on_a_cpu, ROLLOUT),
+    (server.fp8_cache_on_a_cpu, ROLLOUT),
+    (server.kv_cache, ROLLOUT),
+    (model_folder.weights, ALL),
+    (model_folder.served_weights, ROLLOUT),
     (files.store, ROLLOUT),
 )
 
@@ -75,3 +80,6 @@ def check(
     for refusal, commands in REFUSALS:
         if command in commands and (sentence := refusal(case)):
             raise UserError(sentence)
+    if os.environ.get("RANK", "0") == "0":
+        for note in case.notes:
+            print(note, flush=True)

@@ -1,117 +1,14 @@
-"""Refusals of what a configuration points at: the model's folder, data, reward, the run's folder and its store."""
+"""Refusals of what a configuration points at: data, reward, loggers, the run's folder and its store."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 from pathlib import Path
 from typing import Literal
 
-from megarl.checkpoints import hf_files
 from megarl.refusals.case import Case
-
-
-def model_path(case: Case) -> str | None:
-    path = case.config.model.path
-    if not path:
-        return "model.path is empty; give a Hugging Face checkpoint folder, e.g. model.path=runs/tiny"
-    if not (hf_files(path) / "config.json").is_file():
-        return (
-            f"model.path {path!r} has no config.json; give a Hugging Face checkpoint folder, or a run's "
-            "checkpoints/step_N"
-        )
-    try:
-        _ = case.hf
-    except ValueError as error:
-        return f"model.path {path!r}: config.json is not JSON ({error}); copy the checkpoint again"
-    return None
-
-
-def model_weights(case: Case) -> str | None:
-    folder = Path(case.config.model.path)
-    if hf_files(folder) != folder:
-        return _megatron_weights(case, folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        missing = sorted(
-            {name for name in json.loads(index.read_text())["weight_map"].values() if not (folder / name).is_file()}
-        )
-        return (
-            f"model.path {str(folder)!r} lacks {missing[0]}, which its index names; copy the checkpoint again"
-            if missing
-            else None
-        )
-    if not any(folder.glob("*.safetensors")):
-        return f"model.path {str(folder)!r} has no *.safetensors; save the checkpoint with safe_serialization"
-    return None
-
-
-def _megatron_weights(case: Case, folder: Path) -> str | None:
-    if not (folder / ".metadata").is_file():
-        return f"model.path {str(folder)!r} is not a whole checkpoint, it has no .metadata; give another"
-    if case.command in ("generate", "compare"):
-        hint = f"python checkpoints_conversion/megatron_to_hf.py --megatron {folder} --out DIR"
-        return (
-            f"model.path {str(folder)!r} is a Megatron checkpoint, which {case.command} cannot give to vLLM; convert "
-            f"it first: {hint}"
-        )
-    return None
-
-
-def block_fp8(case: Case) -> str | None:
-    if not case.hf.get("quantization_config"):
-        return None
-    path = case.config.model.path
-    return (
-        f"model.path {path!r} is quantised (quantization_config): vLLM would keep it so, but is sent bfloat16; "
-        "convert it first: "
-        f"python checkpoints_conversion/hf_to_megatron.py --hf {path} --out DIR, then model.path=DIR"
-    )
-
-
-def deepseek_router(case: Case) -> str | None:
-    """The trainer knows no other router for this family; vLLM
-    (deepseek_v2.py) takes another where config.json does not say which.
-    """
-    needed = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    missing = [f'"{key}": "{value}"' for key, value in needed.items() if key not in case.hf]
-    if case.hf.get("model_type") != "deepseek_v3" or not missing:
-        return None
-    return (
-        f"model.path {case.config.model.path!r}: vLLM would route otherwise than the trainer; add "
-        f"{', '.join(missing)} to its config.json"
-    )
-
-
-def glm_head_dim(case: Case) -> str | None:
-    """vLLM (glm4_moe.py) has no default for it, transformers and the trainer hidden_size / num_attention_heads."""
-    if case.hf.get("model_type") != "glm4_moe" or "head_dim" in case.hf:
-        return None
-    size = case.hf["hidden_size"] // case.hf["num_attention_heads"]
-    return f'model.path {case.config.model.path!r}: vLLM wants head_dim; add "head_dim": {size} to its config.json'
-
-
-def tokenizer(case: Case) -> str | None:
-    folder = hf_files(case.config.model.path)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return None
-    return f"model.path {str(folder)!r} has no tokenizer.json; save the tokenizer beside the weights"
-
-
-def family(case: Case) -> str | None:
-    from megarl.weights.map.weight_map import FAMILIES
-
-    kind = case.hf.get("model_type", "?")
-    if kind not in FAMILIES:
-        return f"model.path: model_type {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-    return None
-
-
-def architecture(case: Case) -> str | None:
-    _ = case.model  # raises UserError: what the family refuses, by name
-    return None
 
 
 def _file(key: str, path: str | None, what: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 
 from megarl.launch.processes import has_gpu
 from megarl.refusals.case import Case
@@ -78,29 +77,6 @@ def rollout_kernels(case: Case) -> str | None:
             "rollout.kv_cache_dtype=auto"
         )
     return None
-
-
-def fp8_cache_on_a_cpu(case: Case) -> str | None:
-    """What vLLM 0.32 asks for (v1/attention/backends/cpu_attn.py)."""
-    if case.config.rollout.kv_cache_dtype != "fp8" or has_gpu():
-        return None
-    size = (
-        case.model["kv_channels"]
-        if "kv_channels" in case.model
-        else case.model["hidden_size"] // case.model["num_attention_heads"]
-    )
-    if size % 32:
-        return (
-            f"rollout.kv_cache_dtype fp8 on a CPU needs heads of a multiple of 32, these are {size}; set "
-            "rollout.kv_cache_dtype=auto"
-        )
-    if "avx512f" not in _cpu_flags():
-        return "rollout.kv_cache_dtype fp8 on a CPU needs AVX-512, this one has none; set rollout.kv_cache_dtype=auto"
-    return None
-
-
-def _cpu_flags() -> set[str]:
-    return set(Path("/proc/cpuinfo").read_text().split())
 
 
 def rollout_python(case: Case) -> str | None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from megarl.convert import commands
 from megarl.errors import UserError
 from megarl.weights.files.hf_folder import carry_files
+from megarl.weights.files.hf_index import HfIndex
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader, open_weights
 from megarl.weights.map.layout import Layout
@@ -124,14 +125,14 @@ def split(folder: Path, to: Path, scale: float = 1.0) -> Path:
 def test_fault_09_model_safetensors_goes_before_an_index_as_in_transformers(tmp_path: Path, folder: Path) -> None:
     both = split(folder, tmp_path / "both", scale=0.5)
     before = read(both)
-    assert HfReader(both).left_aside is None
+    assert HfIndex(both).left_aside is None
     shutil.copyfile(folder / "model.safetensors", both / "model.safetensors")
     want, found = read(folder), read(both)
     for name, tensor in want.items():
         assert torch.equal(found[name].nan_to_num(), tensor.nan_to_num()), name
     assert any(not torch.equal(before[name].nan_to_num(), want[name].nan_to_num()) for name in want)
     assert "reads model.safetensors, as transformers does, and leaves model.safetensors.index.json aside" in str(
-        HfReader(both).left_aside
+        HfIndex(both).left_aside
     )
 
 

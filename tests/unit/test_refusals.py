@@ -4,8 +4,11 @@ line, and the table holds no refusal without a case here.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import socket
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,12 +19,20 @@ import pytest
 from megarl import refusals
 from megarl.config import load_config
 from megarl.errors import UserError
+from tests.conftest import write_weights
 from tools.tiny_model import tiny_config
 
 # refusal, command, overrides, changes of config.json, what the line must say (thing, value, fix)
 CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("model_path", "run", ["model.path="], {}, ["model.path is empty", "give"]),
-    ("model_path", "rollout", ["model.path=/nowhere"], {}, ["model.path '/nowhere' has no config.json", "give"]),
+    (
+        "model_path",
+        "rollout",
+        ["model.path=Qwen/Qwen3-30B-A3B"],
+        {},
+        ["model.path 'Qwen/Qwen3-30B-A3B' does not exist; nothing is fetched from a hub", "a local folder"],
+    ),
+    ("model_path", "run", ["model.path=/tmp"], {}, ["model.path '/tmp' has no config.json", "give"]),
     ("family", "run", [], {"model_type": "gpt2"}, ["model_type 'gpt2' is not supported", "qwen3_moe"]),
     ("architecture", "sft", [], {"tie_word_embeddings": True}, ["tie_word_embeddings true", "lm_head.weight"]),
     ("architecture", "run", [], {"rope_scaling": {"rope_type": "yarn"}}, ["rope scaling 'yarn'", "remove"]),
@@ -100,9 +111,24 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         "fp8_cache_on_a_cpu",
         "run",
         ["rollout.kv_cache_dtype=fp8"],
-        {},
-        ["kv_cache_dtype fp8", "a multiple of 32, these are 16"],
+        {"head_dim": 80},
+        ["kv_cache_dtype fp8", "a multiple of 32, these are 80"],
     ),
+    (
+        "heads_on_a_cpu",
+        "run",
+        [],
+        {"head_dim": 16},
+        ["head_dim 16 is none", "vLLM's attention on a CPU", "(32, 64, 80"],
+    ),
+    (
+        "kv_cache",
+        "run",
+        ["rollout.kv_cache_gib=0.0001"],
+        {},
+        ["rollout.kv_cache_gib 0.0001 cannot hold", "64 + max_new_tokens 64 = 128 tokens", "raise it to 0.00031"],
+    ),
+    ("weights", "score", [], {"vocab_size": 31}, ["(32, 64), config.json wants (31, 64) (vocab_size 31)", "use the"]),
     ("run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
     ("run_dir", "run", ["run.dir=/dev/null/x"], {}, ["'/dev/null' is a file", "give"]),
     (
@@ -250,7 +276,8 @@ APART = {
     "deepseek_router",
     "glm_head_dim",
     "loader",
-    "model_weights",
+    "megatron_checkpoint",
+    "served_weights",
     "tokenizer",
 }  # tests of their own below
 
@@ -275,7 +302,7 @@ def test_refusal(
     assert "\n" not in line
     for words in says:
         assert words in line, line
-    if name not in ("reward", "loggers", "architecture"):  # which raise by themselves
+    if name not in ("reward", "loggers", "architecture", "weights"):  # which raise by themselves
         case = refusals.Case(command, config, config.launch.trainers)
         assert next(refusal for refusal, _ in refusals.REFUSALS if refusal.__name__ == name)(case) == line
 
@@ -292,7 +319,9 @@ def test_nothing_is_refused_where_nothing_is_wrong(run_yaml: Path, command: str)
 def test_a_dense_model_has_replay_off_and_is_refused_expert_parallelism(
     run_yaml: Path, hf_config: dict[str, Any]
 ) -> None:
-    (run_yaml.parent / "model" / "config.json").write_text(json.dumps({**hf_config, "model_type": "qwen3"}))
+    dense = {**hf_config, "model_type": "qwen3"}
+    (run_yaml.parent / "model" / "config.json").write_text(json.dumps(dense))
+    write_weights(run_yaml.parent / "model", dense)
     refusals.check(load_config(run_yaml, ["parallel.ep=1"]))  # four mini-batches, which is R3 where there are experts
     with pytest.raises(UserError, match="replay.mode R3 needs a MoE model"):
         refusals.check(load_config(run_yaml, ["parallel.ep=1", "replay.mode=R3"]))
@@ -310,6 +339,45 @@ def test_weights_that_are_missing(run_yaml: Path) -> None:
     )
     with pytest.raises(UserError, match="lacks model-00001-of-00002.safetensors, which its index names"):
         refusals.check(load_config(run_yaml), "score")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="is not an index of safetensors"):
+        refusals.check(load_config(run_yaml), "score")
+
+
+def test_fault_14_a_file_that_was_cut_short(run_yaml: Path) -> None:
+    file = run_yaml.parent / "model" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    for command in ("run", "rollout", "sft", "generate"):
+        with pytest.raises(UserError, match=r"model.safetensors' is truncated: \d+ of \d+ bytes; copy the checkpoint"):
+            refusals.check(load_config(run_yaml, ["launch.store=127.0.0.1:1"]), command)
+
+
+def test_fault_09_vllm_would_read_what_the_trainer_leaves_aside(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_yaml.parent / "model"
+    shutil.copyfile(folder / "model.safetensors", folder / "old.safetensors")
+    vllm = r"reads model.safetensors, as transformers does, but vLLM reads old.safetensors"
+    refusals.check(load_config(run_yaml), "score")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=f"{vllm} too; move what is stale out of the folder"):
+        refusals.check(load_config(run_yaml), "generate")
+    index = {"weight_map": {"model.norm.weight": "old.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refusals.check(load_config(run_yaml), "sft")
+    assert "reads model.safetensors, as transformers does, and leaves" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"{vllm} by model.safetensors.index.json"):
+        refusals.check(load_config(run_yaml), "run")
+
+
+def test_fault_14_the_heads_that_vllm_has_on_a_cpu() -> None:
+    """Where it is the CPU's build that is installed: its list is ours."""
+    where = importlib.util.find_spec("vllm")
+    if where is None or not where.origin:
+        pytest.skip("vLLM is not installed")
+    text = (Path(where.origin).parent / "v1/attention/backends/cpu_attn.py").read_text()
+    found = re.search(r"def get_supported_head_sizes.*?return \[([\d, ]+)\]", text, re.DOTALL)
+    assert found and tuple(map(int, found[1].split(","))) == refusals.server.CPU_HEADS
 
 
 def test_a_tokenizer_that_is_missing(run_yaml: Path) -> None:
@@ -330,6 +398,7 @@ def test_a_deepseek_router_that_vllm_would_guess(run_yaml: Path) -> None:
     said = tiny_config("deepseek_v3").to_dict()
     config = load_config(run_yaml, ["parallel.ep=1"])
     path.write_text(json.dumps(said))
+    write_weights(path.parent, said)
     refusals.check(config)
     path.write_text(json.dumps({key: value for key, value in said.items() if key != "scoring_func"}))
     with pytest.raises(
@@ -345,8 +414,11 @@ def test_fault_25_a_head_size_that_vllm_does_not_guess(run_yaml: Path) -> None:
     said = tiny_config("glm4_moe").to_dict()
     config = load_config(run_yaml, ["parallel.ep=1"])
     path.write_text(json.dumps(said))
+    write_weights(path.parent, said)
     refusals.check(config)
-    path.write_text(json.dumps({key: value for key, value in said.items() if key != "head_dim"}))
+    unsaid = {key: value for key, value in said.items() if key != "head_dim"}
+    path.write_text(json.dumps(unsaid))
+    write_weights(path.parent, unsaid)
     with pytest.raises(UserError, match='vLLM wants head_dim; add "head_dim": 16 to its config.json$'):
         refusals.check(config)
     refusals.check(config, "sft")
@@ -367,7 +439,7 @@ def test_an_fp8_cache_needs_avx512_on_a_cpu(
     run_yaml: Path, hf_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, flags: set[str], refused: bool
 ) -> None:
     (run_yaml.parent / "model" / "config.json").write_text(json.dumps(hf_config | {"head_dim": 32}))
-    monkeypatch.setattr(refusals.gpu, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(refusals.server, "_cpu_flags", lambda: flags)
     with (
         pytest.raises(UserError, match="needs AVX-512, this one has none; set rollout.kv_cache_dtype=auto")
         if refused

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megarl.weights.files.hf_extras import exported_config
-from megarl.weights.files.hf_reader import INDEX
+from megarl.weights.files.hf_index import INDEX
 from megarl.weights.files.safetensors_file import SafetensorsWriter, Spec
 
 SHARD_BYTES = 4 * 2**30

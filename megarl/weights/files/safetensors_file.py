@@ -1,8 +1,7 @@
 """Safetensors files, read and written by rectangle: memory for one tensor, whatever the size of the file.
 
-The library maps whole files and writes whole dictionaries; a conversion may do neither. Format: 8 bytes little-endian
-length of the header, a JSON header {name: {dtype, shape, data_offsets: [begin, end] behind the header}}, the tensors'
-bytes without gaps (safetensors README).
+The library maps whole files and writes whole dictionaries; a conversion may do neither. The format is told in
+safetensors_header.py.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megarl.errors import UserError
+from megarl.weights.files.safetensors_header import Entry, read_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,7 +34,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 @dataclass(frozen=True)
@@ -109,34 +108,14 @@ class RawFile:
 class SafetensorsFile:
     """`tensors` maps names to Spec. Raises UserError where the file is no whole safetensors file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Entry] | None = None) -> None:
+        """header: of the file, where it is known."""
+        self._entries = read_header(path) if header is None else header
+        self.tensors = {name: Spec(DTYPES[entry.dtype], entry.shape) for name, entry in self._entries.items()}
         self._file = RawFile(path)
-        try:
-            self.tensors, self._offsets = self._header()
-        except (ValueError, KeyError, TypeError):
-            self._file.close()
-            raise UserError(f"{str(path)!r} is not a safetensors file; copy the checkpoint again") from None
-
-    def _header(self) -> tuple[dict[str, Spec], dict[str, int]]:
-        length = int.from_bytes(self._file.read_bytes(0, 8), "little")
-        if not 2 <= length <= LONGEST_HEADER:
-            raise ValueError("length of the header")
-        header = json.loads(self._file.read_bytes(8, length))
-        header.pop("__metadata__", None)
-        tensors = {name: Spec(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if self._file.size < end:
-            raise UserError(
-                f"{str(self._file.path)!r} is truncated: {self._file.size} of {end} bytes; copy the checkpoint again"
-            )
-        for name, spec in tensors.items():
-            begin, stop = header[name]["data_offsets"]
-            if stop - begin != spec.nbytes:
-                raise ValueError(name)
-        return tensors, {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return self._file.read(self._offsets[name], self.tensors[name], start, shape)
+        return self._file.read(self._entries[name].offset, self.tensors[name], start, shape)
 
     def close(self) -> None:
         self._file.close()
