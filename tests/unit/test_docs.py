@@ -1,0 +1,62 @@
+"""What the pages point to is there: links, anchors, files; and the project speaks of itself alone."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+FILES = TRACKED or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]  # an unpacked archive
+PAGES = [name for name in FILES if name.endswith(".md")]
+SOURCES = [name for name in FILES if name.endswith((".py", ".sh", ".md", ".yaml", ".toml"))]
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+ONE_MACHINE = re.compile(r"/work/(?!runs\b)|/tmp/wt|\blent\b|\b(this|another) session\b|closing note")
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them from headings."""
+    lines = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).splitlines()
+    titles = [line.lstrip("#").strip() for line in lines if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_anchors_are_there(page: str) -> None:
+    here = ROOT / page
+    for match in LINK.finditer(CODE.sub("", here.read_text())):
+        target = match[1] or match[2]
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (here.parent / path).resolve() if path else here
+        assert file.exists(), f"{page}: {target} is not there"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page}: {target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_code_marks_are_there(page: str) -> None:
+    """`tests/unit/test_x.py`, or short for a file under megarl/: `engine/model.py`, `loop/`."""
+    for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)):
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/([\w-]+\.(py|sh|md|yaml|svg))?", span) and not span.startswith("runs/"):
+            places = [ROOT / span, ROOT / "megarl" / span, (ROOT / page).parent / span]
+            inside_a_run = re.match(r"(checkpoints|rollouts|logs|tensorboard|wandb|hf|step_N)/", span)
+            assert inside_a_run or any(place.exists() for place in places), f"{page}: `{span}` is not there"
+
+
+def test_pages_named_in_sources_are_there() -> None:
+    for name in SOURCES:
+        for page in re.findall(r"\b(?:docs|spec)/[\w-]+\.md\b", (ROOT / name).read_text()):
+            assert (ROOT / page).is_file() or name == "tests/unit/test_docs.py", f"{name}: {page} is not there"
+
+
+def test_nothing_is_said_about_one_machine() -> None:
+    for name in SOURCES:
+        if name != "tests/unit/test_docs.py":
+            said = ONE_MACHINE.search((ROOT / name).read_text())
+            assert said is None, f"{name}: {said and said[0]!r} is of one machine, not of the project"
