@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything CI checks: lint (the Dockerfile too), types, the configuration reference, all tests. Arguments go to pytest, whose closing line is the last one.
+# Everything CI checks: lint (the Dockerfile too), types, the generated references, all tests. Arguments go to pytest, whose closing line is the last one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,4 +16,5 @@ export OMP_NUM_THREADS=1
 .venv/bin/hadolint Dockerfile
 .venv/bin/mypy
 .venv/bin/python tools/config_docs.py --check
+.venv/bin/python tools/api_docs.py --check
 exec .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"  # two cores; the longest first
