@@ -22,6 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megarl", "megarl.*"]),
+    package_data={"megarl.report": ["assets/*", "assets/uplot/*"]},
     install_requires=[
         "aiohttp==3.14.5",
         "math-verify==0.9.0",

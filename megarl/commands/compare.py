@@ -28,6 +28,7 @@ from megarl.engine.step import Routes
 from megarl.errors import UserError
 from megarl.loop.collect import Batch, Collector
 from megarl.report.mismatch import Compared, Pass, figures, render, text_table, worst_tokens
+from megarl.report.verdict import precision_of
 from megarl.rollout.fleet import Fleet
 
 FIELDS = ("tokens", "labels", "mask", "rollout_logprobs", "routes", "present", "own", "gap")
@@ -113,11 +114,16 @@ def describe(config: Config, engine: Engine, batch: Batch, responses: list[Compa
     layout, cap = engine.model.parallel.layout, config.objective.is_cap
     sizes = [f"{name} {size}" for name, size in config.parallel.model_dump(exclude_none=True).items()]
     trained = str(engine.model.parallel.device.dtype(config.engine.dtype)).removeprefix("torch.")
+    rolled_out = trained if config.rollout.dtype == "auto" else config.rollout.dtype
+    resolved = config.model_dump(mode="json")
+    resolved["engine"]["dtype"], resolved["rollout"]["dtype"] = trained, rolled_out
     return {
         "model": config.model.path,
         "layout": ", ".join([*sizes, f"dp {layout.dp}"]),
         "engine_dtype": trained,
-        "rollout_dtype": trained if config.rollout.dtype == "auto" else config.rollout.dtype,
+        "rollout_dtype": rolled_out,
+        "precision": precision_of(resolved, []),
+        "replay": config.replay_mode,
         "temperature": config.rollout.temperature,
         "is_cap": cap,
         "prompts": config.batch.prompts,
@@ -144,7 +150,7 @@ def write(folder: Path, report: dict[str, Any], responses: list[Compared]) -> Pa
     texts = {
         "compare.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
         "compare.json": json.dumps(report, indent=1) + "\n",
-        "compare.html": render(report, responses),
+        "compare.html": render(report, responses, folder),
     }
     for name, text in texts.items():
         partial = folder / f".{name}.partial"

@@ -1,14 +1,14 @@
-"""Curves without a plotting library: SVG as text, coloured by CSS variables, and the same line for a terminal."""
+"""Curves where no script runs: pictures of a README, as SVG coloured by CSS variables, and a line for a terminal."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 8, 24
 MAX_POINTS = 400
-HEAT_COLUMNS, HEAT_ROWS, HEAT_LEVELS = 80, 48, 12
 
 COLOURS_LIGHT = ("#2563c9", "#d9660a", "#1a8a5a", "#a8388e", "#6d6a63", "#b59a00")
 COLOURS_DARK = ("#6ea8ff", "#ff9d4d", "#4fcb94", "#e583cd", "#a9a59c", "#e0c83f")
@@ -26,19 +26,24 @@ class Series:
     dash: int = 0
 
 
-def css(selector: str) -> str:
-    """The colours of the charts, for a light and for a dark background, as rules on `selector`."""
+def colours(selector: str) -> str:
+    """The colours of charts and pages as CSS variables of `selector`, for a light and for a dark background."""
     light = "--ink:#1d1c1a;--soft:#6d6a63;--rule:#e3e1db;--paper:#fff;" + "".join(
         f"--c{i}:{c};" for i, c in enumerate(COLOURS_LIGHT)
     )
     dark = "--ink:#eceae6;--soft:#a9a59c;--rule:#3a3935;--paper:#1c1b19;" + "".join(
         f"--c{i}:{c};" for i, c in enumerate(COLOURS_DARK)
     )
-    lines = "".join(f".s{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}" for i in range(len(COLOURS_LIGHT)))
+    return f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}"
+
+
+def css(selector: str) -> str:
+    """The style of a picture: its colours, as rules on `selector`, and its lines."""
+    lines = "".join(f".s{i}{{stroke:var(--c{i})}}" for i in range(len(COLOURS_LIGHT)))
     return (
-        f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}{lines}"
-        ".line{fill:none;stroke-width:1.6;stroke-linejoin:round}.faint{opacity:.28;stroke-width:1}.area{opacity:.75}"
-        ".d1{stroke-dasharray:5 3}.d2{stroke-dasharray:1.5 2.5}.d3{stroke-dasharray:7 2 1.5 2}.heat{fill:var(--c1)}"
+        f"{colours(selector)}{lines}"
+        ".line{fill:none;stroke-width:1.6;stroke-linejoin:round}.faint{opacity:.28;stroke-width:1}"
+        ".d1{stroke-dasharray:5 3}.d2{stroke-dasharray:1.5 2.5}.d3{stroke-dasharray:7 2 1.5 2}"
         ".rule{stroke:var(--rule);stroke-width:1}.tick{fill:var(--soft);font:11px system-ui,sans-serif}"
     )
 
@@ -149,62 +154,20 @@ def line_chart(
     return "".join(parts)
 
 
+def learning_curve_svg(rows: list[dict[str, Any]]) -> str:
+    """The reward as a picture that stands alone, light or dark as the reader's page is."""
+    steps, values = [row["step"] for row in rows], [row.get("reward/mean") for row in rows]
+    inside = line_chart(steps, [Series("reward", values)], low=0.0, high=1.0)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 18}" width="{2 * WIDTH}" role="img">'
+        f"<title>Mean reward by step</title><style>{css('svg')}</style>"
+        f'<text class="tick" x="{LEFT}" y="13">mean reward by step</text>'
+        f'<g transform="translate(0 16)">{inside}</g></svg>\n'
+    )
+
+
 def colour_of(series: Series, place: int) -> int:
     return (place if series.colour is None else series.colour) % len(COLOURS_LIGHT)
-
-
-def area_chart(steps: list[int], series: list[Series]) -> str:
-    """The inside of an SVG: the series stacked, the first at the bottom; a missing value counts as 0."""
-    steps, series = thin(steps, series)
-    totals = [sum(s.values[i] or 0.0 for s in series) for i in range(len(steps))]
-    if not series or max(totals) <= 0:
-        return ""
-    axes = Axes(steps, 0.0, max(totals), log=False)
-    parts, below = [axes.frame()], [0.0] * len(steps)
-    for i, one in enumerate(series):
-        above = [b + (v or 0.0) for b, v in zip(below, one.values)]
-        edge = [f"{axes.x(s):.1f},{axes.y(v):.1f}" for s, v in zip(steps, above)]
-        back = [f"{axes.x(s):.1f},{axes.y(v):.1f}" for s, v in zip(reversed(steps), reversed(below))]
-        parts.append(f'<polygon class="area f{i}" points="{" ".join(edge + back)}"/>')
-        below = above
-    return "".join(parts)
-
-
-def heat_map(steps: list[int], rows: list[list[float]]) -> str:
-    """The inside of an SVG: rows[step][layer], steps to the right, layers upwards; the darker a cell, the further below
-    1.
-
-    Neighbouring steps (layers) are averaged into at most HEAT_COLUMNS
-    (HEAT_ROWS) cells. The scale goes from 1 to the lowest cell.
-    """
-    columns = _blocks(len(rows), HEAT_COLUMNS)
-    layers = _blocks(len(rows[0]), HEAT_ROWS)
-    cells = [
-        [sum(sum(row[b]) for row in rows[a]) / ((a.stop - a.start) * (b.stop - b.start)) for b in layers]
-        for a in columns
-    ]
-    lowest = min(min(column) for column in cells)
-    axes = Axes(steps, 0.0, float(len(rows[0])), log=False)
-    wide, tall = (WIDTH - LEFT - RIGHT) / len(columns), (HEIGHT - TOP - BOTTOM) / len(layers)
-    levels: list[list[str]] = [[] for _ in range(HEAT_LEVELS + 1)]
-    for x, column in enumerate(cells):
-        for y, value in enumerate(column):
-            level = math.ceil((1 - value) / (1 - lowest) * HEAT_LEVELS - 1e-9) if value < 1 else 0
-            at = f"M{LEFT + x * wide:.1f} {HEIGHT - BOTTOM - (y + 1) * tall:.1f}h{wide:.1f}v{tall:.1f}h-{wide:.1f}z"
-            levels[level].append(at)
-    parts = [axes.frame()]
-    for level, paths in enumerate(levels):
-        if paths and level:
-            parts.append(f'<path class="heat" fill-opacity="{level / HEAT_LEVELS:.2f}" d="{"".join(paths)}"/>')
-    parts.append(
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{TOP + 10}" text-anchor="end">darkest: {label(lowest, 1e-4)}</text>'
-    )
-    return "".join(parts)
-
-
-def _blocks(count: int, most: int) -> list[slice]:
-    size = -(-count // most)
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def _path(axes: Axes, steps: list[int], values: list[float | None], classes: str) -> str:

@@ -4,10 +4,10 @@ its figures, as a table for a terminal, and as one page.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ import torch
 
 from megarl.objective import finish, mismatch_metrics
 from megarl.replay.routes import agreement
-from megarl.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Axes, Series, label, line_chart, nice
-from megarl.report.html import figure, html_page, tile_row, token_table
+from megarl.report.charts import Chart, Line, figure
+from megarl.report.page import capital, page, table_of, tiles, token_table, verdict_box
+from megarl.report.thresholds import PRECISIONS, RULES
+from megarl.report.verdict import Finding, judge_figures, show
 
 WORST = 24
 BEFORE, AFTER = 24, 8  # tokens of context around a worst token
@@ -145,13 +147,31 @@ def table(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def text_table(report: dict[str, Any]) -> str:
-    """The same for a terminal, under one line that says what was compared."""
+    """For a terminal: what was compared, the verdict, the figures."""
     rows = table(report)
     head = ["live routing", "routes replayed"][: len(rows[0][1])]
     width = max(len(name) for name, _ in rows)
     lines = [" " * width + "".join(f"{name:>18}" for name in head)]
     lines += [f"{name:{width}}" + "".join(f"{value:>18}" for value in values) for name, values in rows]
-    return f"{subject(report)}\n\n" + "\n".join(lines)
+    heading, findings = verdict(report)
+    told = "\n".join([f"verdict: {heading}", *(f"  {finding.line}" for finding in findings)])
+    return f"{subject(report)}\n{told}\n\n" + "\n".join(lines)
+
+
+def verdict(report: dict[str, Any]) -> tuple[str, list[Finding]]:
+    """(one line, what is out of line) of the pass that a run would train on: under R3 the one with routes replayed."""
+    live, replayed, precision = report["live"], report["replayed"], report["precision"]
+    judged = replayed if replayed is not None and report["replay"] == "R3" else live
+    findings = judge_figures(judged, precision)
+    limit = next(rule for rule in RULES if rule.key == "mismatch/kl_k3").level_at(precision)
+    k3 = judged["mismatch/kl_k3"]
+    name = "low precision" if precision == PRECISIONS[-1] else precision
+    text = "out of line" if findings else "healthy"
+    text += f": k3 {show(k3)}, of which {name} bears {show(limit)}"
+    if replayed is not None and live["mismatch/kl_k3"] > 0:
+        share = 1 - replayed["mismatch/kl_k3"] / live["mismatch/kl_k3"]
+        text += f"; replaying routes takes {max(0.0, share):.0%} out of it"
+    return text, findings
 
 
 def subject(report: dict[str, Any]) -> str:
@@ -162,40 +182,39 @@ def subject(report: dict[str, Any]) -> str:
     )
 
 
-STYLE = ".narrow{max-width:720px}"
+def render(report: dict[str, Any], responses: list[Compared], where: Path) -> str:
+    """The page: verdict, figures, histogram of the log-ratio, agreement by layer, the worst tokens in their text.
 
-
-def render(report: dict[str, Any], responses: list[Compared]) -> str:
-    """The page: figures, the histogram of the log-ratio, agreement by layer, and the worst tokens in their text."""
+    where: the folder it will lie in.
+    """
     live, ran = report["live"], [which for which in PASSES if report[which] is not None]
-    tiles = [(f"KL k3, {which}", f"{report[which]['mismatch/kl_k3']:.2e}") for which in ran]
-    tiles += [("largest |log pi - log mu|, live", f"{live['mismatch/abs_logprob_diff_max']:.2e}")]
+    named = [(f"KL k3, {which}", f"{report[which]['mismatch/kl_k3']:.2e}") for which in ran]
+    named += [("largest |log pi - log mu|, live", f"{live['mismatch/abs_logprob_diff_max']:.2e}")]
     if live.get("routing/agree_rollout_old") is not None:
-        tiles += [("routing agreement, live", f"{live['routing/agree_rollout_old']:.4%}")]
-    keys = "".join(f'<span><i style="background:var(--c{i})"></i>{which}</span>' for i, which in enumerate(ran))
-    ratios = {
-        w: np.concatenate([getattr(r, w).logprobs.astype(np.float64) - r.rollout for r in responses]) for w in ran
-    }
-    charts = figure("Tokens by log pi - log mu", keys, "", histogram(list(ratios.values())))
+        named += [("routing agreement, live", f"{live['routing/agree_rollout_old']:.4%}")]
+    ratios = {w: np.concatenate([getattr(r, w).logprobs.astype(float) - r.rollout for r in responses]) for w in ran}
+    charts = [histogram(ratios)]
     if layers := live.get("routing/layer_agreement"):
-        series = [Series(which, list(report[which]["routing/layer_agreement"])) for which in ran]
-        charts += figure(
-            "Routing agreement by MoE layer", keys, "", line_chart(list(range(len(layers))), series, high=1.0)
+        lines = [Line(which, list(report[which]["routing/layer_agreement"]), i) for i, which in enumerate(ran)]
+        x = [float(layer) for layer in range(len(layers))]
+        charts.append(
+            Chart("Routing agreement by MoE layer", ["routing/layer_agreement"], "line", lines, x, "layer", high=1.0)
         )
-    head = "".join(f"<th>{name}</th>" for name in ("", "live routing", "routes replayed")[: 1 + len(ran)])
-    body = "".join(
-        f"<tr><td>{name}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>" for name, values in table(report)
+    heading, findings = verdict(report)
+    figures_table = table_of(
+        ["", "live routing", "routes replayed"][: 1 + len(ran)], [[name, *values] for name, values in table(report)]
     )
-    return html_page(
-        f"{report['model']}: mismatch",
+    body = (
         f"<h1>Training engine against rollout engine: {escape(report['model'])}</h1><p>{escape(subject(report))}. "
         "The same weights, two engines: pi of the trainer against mu of the rollout. Zero is perfect.</p>"
-        f'{tile_row(tiles)}<div class="grid">{charts}</div><h2>Figures</h2>'
-        f'<div class="scroll narrow"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        "<h2>Worst tokens</h2><p>By |log pi - log mu| with live routing; layers are MoE layers whose experts are not "
-        "the rollout's.</p>"
-        f"{_worst(report['worst'], len(ran) > 1)}",
-        STYLE,
+        f"{verdict_box(capital(heading), findings, where, {})}{tiles(named)}"
+        f'<div class="grid">{"".join(figure(chart, i) for i, chart in enumerate(charts))}</div><h2>Figures</h2>'
+        f'<div class="narrow">{figures_table}</div><h2>Worst tokens</h2><p>By |log pi - log mu| with live routing; '
+        "layers are MoE layers whose experts are not the rollout's.</p>"
+        f"{_worst(report['worst'], len(ran) > 1)}"
+    )
+    return page(
+        f"{report['model']}: mismatch", body, {"steps": [], "charts": [chart.data() for chart in charts], "samples": []}
     )
 
 
@@ -209,33 +228,20 @@ def _worst(rows: list[dict[str, Any]], replayed: bool) -> str:
     return token_table(rows, names, cells)
 
 
-def histogram(series: list[np.ndarray]) -> str:
-    """The inside of an SVG: tokens a bin on a logarithmic scale, one
-    outline a series, all over the same bins, symmetric about 0.
-    """
-    edge = max(float(np.abs(values).max()) for values in series) or 1e-9
-    counts = [np.histogram(values, BINS, (-edge, edge))[0] for values in series]
-    axes = Axes([0, BINS], 0.5, max(int(c.max()) for c in counts), log=True)
-    floor = HEIGHT - BOTTOM
-    parts = []
-    for value, text in axes.ticks():
-        if value >= 1:
-            parts.append(
-                f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axes.y(value):.1f}" y2="{axes.y(value):.1f}"/>'
-            )
-            parts.append(
-                f'<text class="tick" x="{LEFT - 5}" y="{axes.y(value) + 4:.1f}" text-anchor="end">{text}</text>'
-            )
-    step = nice(edge / 2)
-    for n in range(-math.floor(edge / step), math.floor(edge / step) + 1):
-        x = axes.x((n * step / edge + 1) / 2 * BINS)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{label(n * step, step)}</text>'
-        )
-    for i, count in enumerate(counts):
-        heights = [axes.y(float(c)) if c else floor for c in count]
-        corners = [f"{axes.x(x):.1f},{y:.1f}" for n, y in enumerate(heights) for x in (n, n + 1)]
-        parts.append(
-            f'<polyline class="line s{i}" points="{LEFT},{floor} {" ".join(corners)} {WIDTH - RIGHT},{floor}"/>'
-        )
-    return "".join(parts)
+def histogram(ratios: dict[str, np.ndarray]) -> Chart:
+    """Tokens a bin of log pi - log mu: an outline a pass, over the same bins, symmetric about 0."""
+    edge = max(float(np.abs(values).max()) for values in ratios.values()) or 1e-9
+    lines, edges = [], np.linspace(-edge, edge, BINS + 1)
+    for i, (name, values) in enumerate(ratios.items()):
+        counts = [float(count) for count in np.histogram(values, edges)[0]]
+        lines.append(Line(name, [*counts, counts[-1]], i))  # the last bin's right edge
+    return Chart(
+        "Tokens by log pi - log mu",
+        [],
+        "stairs",
+        lines,
+        [float(x) for x in edges],
+        "log pi - log mu",
+        log=True,
+        low=0.0,
+    )

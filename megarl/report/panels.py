@@ -1,6 +1,4 @@
-"""Which charts a report shows: the metrics of docs/objective.md by
-family. Mismatch and staleness are never in one chart.
-"""
+"""Which charts a report shows, by family: the metrics of docs/metrics.md. Mismatch and staleness share no chart."""
 
 from __future__ import annotations
 
@@ -10,7 +8,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: metric key -> the name it is shown under."""
+    """One chart: metric key -> the name it is shown under. low, high: what its axis shows at least.
+
+    kind  line   a line a key
+          area   the keys stacked; of several runs a line of `total` each
+          heat   the one key's list, a row a layer; of one run only
+    """
 
     title: str
     keys: dict[str, str]
@@ -18,6 +21,7 @@ class Panel:
     log: bool = False
     low: float | None = None
     high: float | None = None
+    total: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ GROUPS = [
             Panel("Truncated responses", {"response/truncated_frac": "share"}, low=0.0),
             Panel("Entropy, nats", {"policy/entropy": "mean over response tokens"}, low=0.0),
             Panel("Loss", {"loss/value": "value"}),
-            Panel("Gradient norm", {"optim/grad_norm": "before clipping"}, low=0.0),
+            Panel("Gradient norm", {"optim/grad_norm": "before clipping"}, log=True),
             Panel("Learning rate", {"optim/lr": "lr"}, low=0.0),
+            Panel("KL(pi_theta, reference)", {"policy/kl_reference": "k3"}, log=True),
         ],
     ),
     Group(
@@ -79,7 +84,7 @@ GROUPS = [
         [
             Panel(
                 "Agreement",
-                {"routing/agree_rollout_old": "rollout, pi_old", "routing/agree_old_current": "pi_old, pi_theta"},
+                {"routing/agree_rollout_old": "rollout and pi_old", "routing/agree_old_current": "pi_old and pi_theta"},
                 high=1.0,
             ),
             Panel("Tokens with a layer that differs", {"routing/any_layer_differs_frac": "share"}, low=0.0),
@@ -94,6 +99,37 @@ GROUPS = [
         ],
     ),
     Group(
+        "Batch",
+        "What was sampled, and what of it could be learnt from.",
+        [
+            Panel(
+                "Groups",
+                {
+                    "batch/groups": "trained on",
+                    "batch/equal_groups": "all rewards equal",
+                    "batch/refilled_groups": "refilled",
+                },
+                low=0.0,
+            ),
+            Panel(
+                "Left out",
+                {"batch/bad_samples": "bad samples", "batch/skipped_updates": "updates", "response/empty": "empty"},
+                low=0.0,
+            ),
+        ],
+    ),
+    Group(
+        "Critic",
+        "PPO's other half.",
+        [
+            Panel("Value loss", {"critic/loss": "loss"}, low=0.0),
+            Panel("Values and returns", {"critic/value_mean": "value", "critic/return_mean": "return"}),
+            Panel("Explained variance", {"critic/explained_variance": "share"}, high=1.0),
+            Panel("Clipped values", {"critic/clip_frac": "share"}, low=0.0),
+            Panel("Critic's gradient norm", {"critic/grad_norm": "before clipping"}, log=True),
+        ],
+    ),
+    Group(
         "Time",
         "Where a step goes.",
         [
@@ -102,11 +138,14 @@ GROUPS = [
                 {
                     "time/rollout_s": "rollout",
                     "time/old_logprob_s": "old log-probabilities",
+                    "time/reference_s": "reference",
+                    "time/values_s": "values",
                     "time/update_s": "update",
                     "time/sync_s": "weight sync",
                     "time/other_s": "other",
                 },
                 kind="area",
+                total="time/step_s",
             ),
             Panel(
                 "Tokens a second",

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-import re
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megarl.report.mismatch import BINS, Compared, Pass, figures, histogram, render, table, text_table, worst_tokens
+from megarl.report.mismatch import (
+    BINS,
+    Compared,
+    Pass,
+    figures,
+    histogram,
+    render,
+    table,
+    text_table,
+    verdict,
+    worst_tokens,
+)
+from tests.html_page import Page
 
 
 def decode(tokens: list[int]) -> str:
@@ -49,6 +59,8 @@ def report_of(responses: list[Compared]) -> dict[str, Any]:
         "layout": "tp 1, dp 1",
         "engine_dtype": "float32",
         "rollout_dtype": "bfloat16",
+        "precision": "bfloat16",
+        "replay": "R3",
         "temperature": 1.0,
         "prompts": 2,
         "responses": 2,
@@ -90,48 +102,49 @@ def test_the_table_and_the_page() -> None:
     assert ("KL(mu, pi), k1", ["3.333e-01", "1.667e-01"]) in table(report)
     assert ("score gap of a difference, median", ["2.50e-01", "-"]) in table(report)
     lines = text_table(report).splitlines()
-    assert "live routing" in lines[2] and "routes replayed" in lines[2] and len({len(line) for line in lines[2:]}) == 1
-    page = render(report, responses)
-    assert "&lt;&amp;a<mark>b</mark>" in page and "runs/&lt;tiny&gt;" in page and page.count("<mark>") == 3
-    assert not re.search(r"(src|href)=|url\(|@import|<script src|<link", page)
-    charts = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert len(charts) == 2 and all(ElementTree.fromstring(chart) is not None for chart in charts)
-    assert balanced(page)
+    figures_at = lines.index("") + 1
+    assert "live routing" in lines[figures_at] and "routes replayed" in lines[figures_at]
+    assert len({len(line) for line in lines[figures_at:]}) == 1
+    text = render(report, responses, Path())
+    page = Page(text)
+    assert "&lt;&amp;a<mark>b</mark>" in text and "runs/&lt;tiny&gt;" in text and text.count("<mark>") == 3
+    assert not [tag for tag, attrs in page.tags if tag in ("link", "img") or "src" in attrs]
+    assert [chart["kind"] for chart in page.data["charts"]] == ["stairs", "line"]
+
+
+def test_fault_22_compare_gives_a_verdict_on_the_pass_that_a_run_would_take() -> None:
+    report = report_of(compared())
+    lines = text_table(report).splitlines()
+    assert lines[1].startswith(
+        "verdict: out of line: k3 0.0355, of which bfloat16 bears 0.005; replaying routes takes 71%"
+    )
+    assert (
+        lines[2].startswith("  k3 0.0355 (above 0.005): ")
+        and "docs/stability.md#1-are-the-engines-the-same" in lines[2]
+    )
+    heading, findings = verdict(report | {"replay": "none"})
+    assert heading.startswith("out of line: k3 0.123") and [f.rule.key for f in findings] == [
+        "mismatch/kl_k3",
+        "routing/agree_rollout_old",
+    ]
+    sound = {**report, "precision": "low", "replay": "none", "live": report["live"] | {"mismatch/kl_k3": 0.02}}
+    sound["live"]["routing/agree_rollout_old"] = 0.9
+    assert verdict(sound)[0].startswith("healthy: k3 0.02, of which low precision bears 0.1")
+    assert "Healthy: k3" in Page(render(sound, compared(), Path())).text
 
 
 def test_without_routes_there_is_one_column_and_no_routing() -> None:
     responses = compared(routes=False)
     report = report_of(responses)
     assert report["replayed"] is None and all(len(values) == 1 and "rout" not in name for name, values in table(report))
-    page = render(report, responses)
-    assert page.count("<svg") == 1 and "replayed" not in page.split("</style>")[1] and balanced(page)
+    page = Page(render(report, responses, Path()))
+    assert len(page.data["charts"]) == 1 and "routes replayed" not in page.words
 
 
 def test_the_histogram_counts_every_token_once() -> None:
-    chart = histogram([np.array([-1.0, 0.0, 0.0, 1.0]), np.zeros(4)])
-    lines = re.findall(r'<polyline class="line s(\d)" points="([^"]*)"', chart)
-    assert [name for name, _ in lines] == ["0", "1"] and all(len(points.split()) == 2 * BINS + 2 for _, points in lines)
-    tops = [{float(point.split(",")[1]) for point in points.split()} for _, points in lines]
-    assert len(tops[0]) == 3 and len(tops[1]) == 2  # bins of 0, 1 and 2 tokens; bins of 0 and 4
-    assert histogram([np.zeros(3)])  # two engines that agree to the last bit
-
-
-def balanced(page: str) -> bool:
-    """Every tag that opens closes, in order."""
-    opened: list[str] = []
-    wrong: list[str] = []
-
-    class Tags(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: Any) -> None:
-            if tag not in ("meta", "line", "br"):
-                opened.append(tag)
-
-        def handle_startendtag(self, tag: str, attrs: Any) -> None:
-            pass
-
-        def handle_endtag(self, tag: str) -> None:
-            if not opened or opened.pop() != tag:
-                wrong.append(tag)
-
-    Tags().feed(page)
-    return not opened and not wrong
+    chart = histogram({"live": np.array([-1.0, 0.0, 0.0, 1.0]), "replayed": np.zeros(4)})
+    live, replayed = chart.lines
+    assert chart.x is not None and len(chart.x) == len(live.values) == BINS + 1 and chart.x[0] == -1 == -chart.x[-1]
+    assert [value for value in live.values[:-1] if value] == [1, 2, 1] and sum(v or 0 for v in replayed.values) == 4
+    assert replayed.values[BINS // 2] == 4 and chart.log
+    assert histogram({"live": np.zeros(3)}).data()  # two engines that agree to the last bit

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import math
-import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +16,8 @@ from megarl.observe.progress import Progress, count, duration
 from megarl.observe.samples import Sample, write_samples
 from megarl.observe.worst import read_worst, write_worst
 from megarl.report import curves
-from megarl.report.html import last_eighth, learning_curve_svg, render, report
-from megarl.report.panels import GROUPS
+from megarl.report.html import last_eighth, learning_curve_svg, report
 from megarl.train import rates
-
-
-def every_key(step: int) -> dict[str, Any]:
-    """A row with every key that the page shows."""
-    row: dict[str, Any] = {"time/step_s": 4.0}
-    for group in GROUPS:
-        for panel in group.panels:
-            row |= {key: 0.1 + 0.01 * step for key in panel.keys if key != "time/other_s"}
-    return row | {"routing/layer_agreement": [1.0, 0.99]}
 
 
 def test_rows_are_written_one_a_step_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
@@ -113,54 +100,6 @@ def test_samples_are_readable(tmp_path: Path) -> None:
     )
 
 
-class Page(HTMLParser):
-    """Collects what the tests ask of a page, and that its tags nest."""
-
-    VOID = {"meta", "line", "circle", "polyline", "polygon", "br"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def test_the_page_holds_every_panel_and_needs_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("run: {dir: <b>&}\n")
-    text = render(str(tmp_path), [{"step": step, **every_key(step)} for step in range(1, 30)])
-    page = Page(text)
-    titles = {panel.title for group in GROUPS for panel in group.panels} | {group.title for group in GROUPS}
-    assert titles <= set(page.words) and "run: {dir: <b>&}\n" in page.words
-    assert not re.search(r"https?://|<link|<img|@import|url\(", text)
-    assert "prefers-color-scheme:dark" in text and "width=device-width" in text
-    data = [json.loads(attrs["data-at"] or "") for tag, attrs in page.tags if tag == "figure" and "data-at" in attrs]
-    assert all(len(values) == len(chart["steps"]) for chart in data for values in chart["values"])
-    assert "nan" not in text.lower().replace("nanos", "")
-
-
-def test_missing_keys_leave_their_panels_out(tmp_path: Path) -> None:
-    rows = [{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": None, "loss/value": 0.1}]
-    words = Page(render(str(tmp_path), rows)).words
-    assert "Reward" in words and "Loss" in words and "Routing" not in words and "Entropy, nats" not in words
-    Page(render(str(tmp_path), [{"step": 1}]))
-
-
 @pytest.mark.parametrize(
     "values", [[0.0] * 5, [1.0] * 5, [None, 0.5, None, None, 2.0], [1e-12, 1e-3, 5.0, 0.0, -1.0], [1e9, 2e9, 0, 0, 1]]
 )
@@ -176,54 +115,6 @@ def test_charts_are_well_formed_and_inside_their_frame(values: list[float | None
     if inside:
         labels = [text.text for text in root.iter("text") if text.attrib["text-anchor"] == "end"]
         assert 1 <= len(labels) <= 8 and len(set(labels)) == len(labels), labels
-
-
-def test_stacked_times_reach_their_sum() -> None:
-    parts = [curves.Series("a", [1.0, 2.0]), curves.Series("b", [3.0, None])]
-    root = ElementTree.fromstring(f"<svg>{curves.area_chart([1, 2], parts)}</svg>")
-    tops = [[float(point.split(",")[1]) for point in area.attrib["points"].split()] for area in root.iter("polygon")]
-    assert tops[1][0] == curves.TOP and tops[1][1] == tops[0][1]
-
-
-def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
-    rows = [{"step": step, **every_key(step)} for step in range(1, 5001)]
-    assert len(render(str(tmp_path), rows)) < 1_500_000
-    steps, thin = curves.thin(list(range(1, 5001)), [curves.Series("x", [float(i) for i in range(5000)])])
-    assert len(steps) <= curves.MAX_POINTS and steps[-1] == 5000 and len(thin[0].values) == len(steps)
-
-
-def test_a_heat_map_is_darkest_where_agreement_is_lowest() -> None:
-    rows = [[1.0, 0.9] if step < 5 else [1.0, 0.8] for step in range(10)]
-    root = ElementTree.fromstring(f"<svg>{curves.heat_map(list(range(10)), rows)}</svg>")
-    cells = {path.attrib["fill-opacity"]: path.attrib["d"].count("M") for path in root.iter("path")}
-    assert cells == {"0.50": 5, "1.00": 5}  # and the cells at 1 are bare paper
-    assert "darkest: 0.8000" in [text.text for text in root.iter("text")]
-    assert len(curves.heat_map(list(range(5000)), [[0.9 + step / 1e5] * 94 for step in range(5000)])) < 200_000
-
-
-def test_several_runs_in_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, steps in (("a", 8), ("b", 16)):
-        logger = MetricsLogger(tmp_path / name)
-        for step in range(1, steps + 1):
-            logger.log(step, {**every_key(step), "reward/mean": step / steps})
-        logger.close()
-    assert report([str(tmp_path / "a"), str(tmp_path / "b")], out=str(tmp_path / "both.html")) == 0
-    page = Page((tmp_path / "both.html").read_text())
-    charts = [json.loads(attrs["data-at"] or "") for tag, attrs in page.tags if tag == "figure" and "data-at" in attrs]
-    assert charts[0]["steps"] == list(range(1, 17)) and "a, mean" in page.words and "b, mean" in page.words
-    reward_a, reward_b = charts[0]["values"][0], charts[0]["values"][2]
-    assert reward_a[7] == 1.0 and reward_a[8] is None and reward_b[15] == 1.0
-    assert f"report: {tmp_path}/both.html" in capsys.readouterr().out
-
-
-def test_the_worst_tokens_come_with_their_text(tmp_path: Path) -> None:
-    token = {"rollout": -1.0, "trainer": -1.5, "before": [1, 2], "token": [3], "after": [4]}
-    decode = lambda tokens: "".join(f"<{t}>" for t in tokens)
-    for step, differences in ((1, [9.0]), (2, [0.5, 0.25]), (2, [0.75]), (3, [0.1])):  # step 2 was done again
-        write_worst(tmp_path, step, [token | {"difference": d} for d in differences], decode)
-    assert [(row["step"], row["difference"]) for row in read_worst(tmp_path, 2, 5)] == [(2, 0.75), (3, 0.1)]
-    words = Page(render(str(tmp_path), [{"step": 1, "reward/mean": 0.5}])).words
-    assert "<1><2>" in words and "<3>" in words and "<4>" in words
 
 
 def test_the_curve_in_the_terminal_rises_where_the_reward_does() -> None:
