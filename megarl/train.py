@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megarl.announce import announce
 from megarl.checkpoints import whole_checkpoints
 from megarl.config import Config, dump_config, load_config
 from megarl.data import Prompt, PromptStream, load_prompts, load_tokenizer
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
 
 def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     """One run, from its beginning or its last whole checkpoint. `connect`: how the rollout workers are found."""
+    announce(f"loading the weights of {config.model.path}")
     engine = build_engine(
         config, optimizer_steps=config.train.steps * config.batch.minibatches, temperature=config.rollout.temperature
     )
@@ -59,6 +61,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     refit = Refit(config, engine, fleet)
     try:
+        announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)
         while step < config.train.steps:
             start = time.perf_counter()
@@ -138,6 +141,7 @@ class Output:
 
     def close(self) -> None:
         self.logger.close()
+        self.progress.close()
         stop_trace()
 
 

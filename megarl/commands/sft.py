@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.announce import announce
 from megarl.config import Config, dump_config, load_config
 from megarl.data import PromptStream, load_demonstrations, load_tokenizer
 from megarl.data.loader import StepPlan, batches, planner
@@ -28,9 +29,11 @@ from megarl.observe.progress import Progress
 
 def main(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
+    announce(f"loading the weights of {config.model.path}")
     engine = build_engine(config, optimizer_steps=config.train.steps)
     parallel = engine.model.parallel
     run_dir = Path(config.run.dir)
+    announce(f"tokenising {config.sft.data}")
     shards = tokenise(config, run_dir / "shards", main=parallel.is_main)
     stream = PromptStream(len(shards), config.run.seed, config.data.shuffle)
     plans = planner(stream.next, config.sft.batch, config.train.steps, shards, lambda rows: mine(rows, engine, config))
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config))
         logger = MetricsLogger(run_dir, config.run.loggers, settings=config.model_dump(mode="json"))
-        progress = Progress(config.train.steps)
+        progress = Progress(config.train.steps, every_s=10)
     start = time.perf_counter()
     for step, (plan, tokens) in enumerate(loaded, 1):
         results, norms = engine.update(lay_out(plan, tokens, shards, engine), "off", partial(nll, plan.targets))
@@ -54,9 +57,11 @@ def main(argv: list[str]) -> int:
                 **norms,
             }
             logger.log(step, row)
-            if step % 20 == 0 or step == config.train.steps:
-                progress.update(step, row)
+            progress.update(step, row)
+    if progress:
+        progress.close()
     out = Path(config.sft.out) if config.sft.out else run_dir / "hf"
+    announce(f"writing {out}")
     export_hf(engine.model, config.model.path, out)
     if logger:
         logger.close()

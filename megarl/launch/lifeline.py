@@ -4,10 +4,12 @@ parent, a parent that inherits every orphan below it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
-from pathlib import Path
+
+import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -34,21 +36,10 @@ def adopt_orphans() -> None:
 
 def descendants(pid: int) -> list[int]:
     """The pids below `pid`, zombies left out, in no order."""
-    children: dict[int, list[int]] = {}
-    alive: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            state, ppid = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):  # it ended while we looked
-            continue
-        children.setdefault(int(ppid), []).append(int(entry.name))
-        if state != "Z":
-            alive.add(int(entry.name))
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += [child for child in below if child in alive]
-        todo += below
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended while we looked
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child.pid)
     return found

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megarl.announce import announce, plural
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.processes import Plan
@@ -26,6 +27,8 @@ def launch(plan: Plan, config: Config) -> int:
     """
     with _owned(Path(config.run.dir), f".{plan.log_dir.name}.lock"):
         _fresh(plan.log_dir)
+        workers = f" and {plural(len(plan.rollouts), 'rollout worker')}" if plan.rollouts else ""
+        announce(f"starting {plural(plan.ranks, 'trainer rank')}{workers}; logs in {plan.log_dir}")
         return supervise(plan.trainer, plan.rollouts, explain=lambda: explain_trainer(plan.log_dir))
 
 

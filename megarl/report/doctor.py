@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import warnings
-from pathlib import Path
+
+import psutil
 
 
 def doctor() -> int:
@@ -62,10 +63,9 @@ def _machine() -> list[str]:
     import torch
 
     _line("cores", len(os.sched_getaffinity(0)))
-    memory = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
-    _line("memory", f"{memory['MemTotal'] / 2**20:.1f} GiB, {memory['MemAvailable'] / 2**20:.1f} available")
-    shm = os.statvfs("/dev/shm")
-    _line("/dev/shm", f"{shm.f_bavail * shm.f_frsize / 2**30:.1f} GiB free")
+    memory = psutil.virtual_memory()
+    _line("memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} available")
+    _line("/dev/shm", f"{psutil.disk_usage('/dev/shm').free / 2**30:.1f} GiB free")
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         _line("profile", f"CUDA, NCCL, bfloat16: {names}")

@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megarl.announce import announce, plural
 from megarl.errors import UserError
 
 BEAT_S = 1.0
@@ -91,12 +92,14 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[Worker
     UserError when they do not all come.
     """
     workers: dict[int, WorkerInfo] = {}
+    announce(f"waiting for {plural(n, 'rollout server')}")
     deadline = time.monotonic() + timeout_s
     while True:
         for index in range(store.add("rollout/count", 0)):
             _raise_if_failed(store, index)
             if index not in workers and store.check([f"rollout/{index}/info"]):
                 workers[index] = WorkerInfo(**json.loads(store.get(f"rollout/{index}/info")))
+                announce(f"rollout server {workers[index].url} answers, {len(workers)} of {n}")
         if len(workers) >= n:
             return [workers[index] for index in sorted(workers)][:n]
         if time.monotonic() > deadline:

@@ -219,7 +219,7 @@ def ranks(tmp_path: Path, run_yaml: Path):
 def test_ranks_under_torchrun(ranks, tmp_path: Path, what: str, status: int, message: str) -> None:
     run = ranks(what)
     out, err = run.communicate(timeout=60)
-    assert (run.returncode, out) == (status, "rank 0\n")
+    assert (run.returncode, out) == (status, f"starting 2 trainer ranks; logs in {tmp_path}/run/logs\nrank 0\n")
     assert (
         err.startswith(message)
         and (what != "raise" or "ValueError: boom" in err)
@@ -232,7 +232,7 @@ def test_ranks_under_torchrun(ranks, tmp_path: Path, what: str, status: int, mes
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_no_rank_outlives_the_command(ranks, tmp_path: Path, signum: signal.Signals) -> None:
     run = ranks("wait")
-    assert run.stdout is not None and run.stdout.readline() == "rank 0\n"
+    assert run.stdout is not None and "logs in" in run.stdout.readline() and run.stdout.readline() == "rank 0\n"
     second = ranks("wait")
     assert second.wait(timeout=60) == 2
     assert second.stderr is not None and f"is in use by process {run.pid}; stop that one" in second.stderr.read()

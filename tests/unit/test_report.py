@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megarl.errors import UserError
+from megarl.observe import progress
 from megarl.observe.metrics import MetricsLogger, read_metrics
 from megarl.observe.progress import Progress, count, duration
 from megarl.observe.samples import Sample, write_samples
@@ -75,14 +76,29 @@ def test_the_live_line_rewrites_itself_on_a_terminal_only() -> None:
         "throughput/tokens_per_s": 1900.0,
     }
     for stream in (plain, live):
-        progress = Progress(20, stream)
-        progress.update(1, row)
-        progress.update(2, row | {"eval/mean_at_k": 0.25})
-        progress.update(20, {"reward/mean": None})
+        shown = Progress(20, stream)
+        shown.update(1, row)
+        shown.update(2, row | {"eval/mean_at_k": 0.25})
+        shown.update(20, {"reward/mean": None})
     lines = plain.getvalue().splitlines()
     assert lines[0] == "step  1/20  reward 0.500  kl 1.2e-10  agree 1.0000  1.9k tok/s"  # one line tells no speed yet
     assert "eval mean@k 0.250" in lines[1] and lines[2] == "step 20/20  0:00 left"
-    assert live.getvalue().count("\r") == 3 and live.getvalue().count("\n") == 2
+    written = live.getvalue()
+    assert len(lines) == 3 and written.count("\n") == 3  # two lines stay, and the bar's own goes before the last
+    assert "\x1b[2K" in written and all(line.split("  ")[0] in written for line in lines)
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")  # the cursor is back, whatever ends the process
+
+
+def test_fault_17_rows_that_are_done_are_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no terminal is there to see a bar: a line every ten seconds, and the last."""
+    now = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    stream = io.StringIO()
+    rows = progress.Rows("scored", 8, stream)
+    for _ in range(8):
+        rows.add(1)
+    lines = stream.getvalue().splitlines()
+    assert lines[-1] == "scored 8/8  0:00 left" and 2 <= len(lines) < 8
 
 
 def test_numbers_for_people() -> None:

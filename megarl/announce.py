@@ -1,0 +1,16 @@
+"""One plain line for each phase of a command that takes more than a moment: what it waits for now."""
+
+from __future__ import annotations
+
+import os
+
+
+def announce(text: str) -> None:
+    """Prints `text`, on the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def plural(count: int, noun: str) -> str:
+    """1 rank, 2 ranks."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
