@@ -87,7 +87,7 @@ METRICS: dict[str, Metric] = {
     "loss/value": Metric(
         "The surrogate loss. Its weights are constants, so its gradient counts, not its level.",
         "reward",
-        "near 0 and without a trend that means anything",
+        "near 0; neither level nor trend says whether the policy learns",
         "-sum of sg[weight x mask] A log pi_theta, over the objective's denominator; docs/objective.md",
     ),
     "loss/weight_mean": Metric(
