@@ -179,15 +179,43 @@ class SyncConfig(Section):
 
 
 class DataConfig(Section):
-    prompts: str = Field("", description="Training prompts, JSONL: {messages | prompt, answer}.")
+    prompts: str = Field(
+        "",
+        description=(
+            "Training prompts: JSONL (.gz too), Parquet, or a folder saved by datasets; {messages | prompt, answer} or "
+            "a shape of docs/your_own_data.md."
+        ),
+    )
+    columns: dict[Literal["prompt", "answer", "response", "tools"], str] = Field(
+        {},
+        description=(
+            "Where your rows have them, e.g. {prompt: text, answer: reward_model.ground_truth}; else the keys of "
+            "docs/your_own_data.md."
+        ),
+    )
     reward: str = Field(
-        "exact_match", description="digit_sum, exact_match, math_verify, or a dotted path module.function."
+        "exact_match",
+        description=(
+            "digit_sum, exact_match, math_verify, or a dotted path module.function; called by parameter names "
+            "(docs/your_own_data.md)."
+        ),
+    )
+    thinking_tags: list[str] = Field(
+        ["<think>", "</think>"],
+        description="What opens and closes thoughts: an answer inside them does not count; empty: there are none.",
+    )
+    pass_threshold: float = Field(
+        1.0, description="A response passes (pass@g, pass@k) if its reward is at least this much."
     )
     reward_workers: int = Field(
         2, ge=1, description="Processes a data-parallel replica that run math_verify or a reward of one's own."
     )
     reward_timeout_s: float = Field(
-        30, gt=0, description="Time limit of one such reward, in seconds; see train.on_bad_batch."
+        15, gt=0, description="Time limit of one such reward, in seconds; see train.on_bad_batch."
+    )
+    reward_env: list[str] = Field(
+        [],
+        description="Environment variables that these processes see besides PATH, HOME, PYTHONPATH and the like.",
     )
     overlong_buffer: int = Field(
         0, ge=0, description="Tokens before rollout.max_new_tokens over which a length penalty grows; 0 is off."
@@ -205,6 +233,13 @@ class DataConfig(Section):
         ),
     )
     shuffle: bool = Field(True, description="Shuffle the prompts anew each epoch, seeded by run.seed.")
+
+    @field_validator("thinking_tags")
+    @classmethod
+    def _two_tags(cls, value: list[str]) -> list[str]:
+        if value and (len(value) != 2 or not all(value)):
+            raise ValueError("give the opening and the closing tag, or []")
+        return value
 
 
 class EvalConfig(Section):

@@ -82,6 +82,8 @@ def type_name(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if typing.get_origin(annotation) is list:
         return f"list of {type_name(arguments[0])}"
+    if typing.get_origin(annotation) is dict:
+        return f"{type_name(arguments[0])}: {type_name(arguments[1])}"
     if arguments:
         return ", ".join(type_name(argument) for argument in arguments if argument is not type(None))
     return {"int": "integer", "float": "number", "str": "text", "bool": "true, false"}.get(

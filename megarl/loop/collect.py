@@ -24,7 +24,8 @@ from megarl.objective import advantages, denominators, informative, overlong_pen
 from megarl.observe.samples import Sample
 from megarl.observe.trace import phase
 from megarl.replay.routes import accept_routes
-from megarl.reward.pool import Scorer
+from megarl.reward.inputs import Texts
+from megarl.reward.pool import Score, Scorer
 from megarl.rollout.client import RolloutClient
 from megarl.rollout.response import Response
 
@@ -62,6 +63,7 @@ class Collector:
     def __init__(self, config: Config, engine: Engine, client: RolloutClient | None, tokenizer: Any) -> None:
         self.config, self.engine, self.client, self.tokenizer = config, engine, client, tokenizer
         self.parallel = engine.model.parallel
+        self.texts = Texts(tokenizer, config.data.thinking_tags)
         self.scorer = Scorer(config.data) if client is not None and self.parallel.is_ingest else None
         self.routes = route_shape(engine.model) if config.wants_routes and engine.model.weight_map.moe_layers else None
 
@@ -160,14 +162,14 @@ class Collector:
         stop = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return self.client.generate(tokens, n, temperature, self.config.rollout.max_new_tokens, stop, seed=seed)
 
-    def _score(self, pairs: list[tuple[Prompt, Response]]) -> list[tuple[float, str]]:
+    def _score(self, pairs: list[tuple[Prompt, Response]]) -> list[Score]:
         if self.scorer is None:
             return []
-        texts = [
-            self.tokenizer.decode(response.tokens[response.prompt_len :], skip_special_tokens=True)
-            for _, response in pairs
+        samples = [
+            self.texts.input(r.tokens, r.prompt_len, p.text, p.answer, p.row, r.finish_reason == "length")
+            for p, r in pairs
         ]
-        return self.scorer.score([(text, prompt.answer, prompt.text) for text, (prompt, _) in zip(texts, pairs)])
+        return self.scorer.score(samples, stop_at_first=self.config.train.on_bad_batch == "stop")
 
     def _meta(self, group: int, prompt: Prompt, response: Response, reward: float, fault: str, steps_done: int) -> Meta:
         unsound = np.flatnonzero(~np.isfinite(response.logprobs))

@@ -1,11 +1,12 @@
 """A process that computes rewards for megarl.reward.pool: `python -m megarl.reward.worker NAME PARENT_PID`.
 
-Reads one JSON list (response, answer, prompt) a line, answers one
-{"value"} or {"fault"} a line, the first line of all being {}.
+Its first line says which arguments the reward takes, {"required", "optional", "everything"}, or {"fault"} where there
+is no such reward. Then it reads one JSON object of arguments a line and answers one {"value"} or {"fault"} a line.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -17,13 +18,20 @@ from megarl.reward import get_reward
 
 def main(name: str, parent: int) -> None:
     die_with_parent(parent)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a reward prints must not be taken for an answer
-    reward = get_reward(name)
-    print("{}", file=answers, flush=True)
-    for line in sys.stdin:
+    # What a reward prints or reads must not be taken for an answer or a question.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        reward = get_reward(name)
+    except UserError as error:
+        print(json.dumps({"fault": str(error)}), file=answers, flush=True)
+        return
+    print(json.dumps(dataclasses.asdict(reward.wanted)), file=answers, flush=True)
+    for line in questions:
         try:
-            answer: dict[str, object] = {"value": reward(*json.loads(line))}
+            answer: dict[str, object] = {"value": reward.value(json.loads(line))}
         except UserError as error:
             answer = {"fault": str(error)}
         except Exception as error:  # a user's reward may raise anything

@@ -13,58 +13,123 @@ import pytest
 
 from megarl.config import DataConfig
 from megarl.errors import UserError
-from megarl.reward.pool import RewardPool, Scorer
+from megarl.reward import RewardInput
+from megarl.reward.pool import RewardPool, Score, Scorer, try_reward
 
 REWARDS = """
-import os, time
-def wild(response, answer, prompt):
+import os, subprocess, sys, time
+def wild(response, prompt):
     print("noise on standard output")
     if response == "hang": time.sleep(60)
+    if response == "close": os.closerange(3, 100); time.sleep(60)
     if response == "die": os._exit(3)
     if response == "raise": raise ValueError("no\\nsuch thing")
+    if response == "read": return len(sys.stdin.read())
+    if response == "child": return subprocess.Popen(["sleep", "60"]).pid
+    if response == "secrets": return sum(key in os.environ for key in ("A_KEY", "A_TOKEN", "PATH"))
     return {"nan": float("nan"), "text": "much", "long": len(prompt)}.get(response, 0.5)
+def of_a_row(response, level): return level
 """
 
 
-@pytest.fixture
-def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardPool]:
+def samples(*responses: str, prompt: str = "", **row: object) -> list[RewardInput]:
+    return [RewardInput(response, "answer", prompt, row=row) for response in responses]
+
+
+@pytest.fixture(autouse=True)
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wild_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
     )
+
+
+@pytest.fixture
+def pool() -> Iterator[RewardPool]:
     pool = RewardPool("wild_rewards.wild", workers=2, timeout_s=2.0)
     yield pool
     pool.close()
 
 
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def test_a_fault_belongs_to_its_sample(pool: RewardPool) -> None:
-    responses = ["fine", "raise", "hang", "nan", "die", "fine", "text", "long"]
-    found = pool.score([(response, "answer", "p" * 300_000) for response in responses])
+    given = samples("fine", "raise", "hang", "nan", "die", "fine", "text", "long", "read", prompt="p" * 300_000)
+    found = pool.score(given)
     values, faults = [value for value, _ in found], [fault for _, fault in found]
-    assert values[0] == values[5] == 0.5 and values[7] == 300_000 and faults[0] == faults[5] == faults[7] == ""
+    assert values[0] == values[5] == 0.5 and values[7] == 300_000 and values[8] == 0
+    assert [i for i, fault in enumerate(faults) if not fault] == [0, 5, 7, 8]
     assert all(math.isnan(values[i]) for i in (1, 2, 3, 4, 6))
     assert faults[1] == "data.reward 'wild_rewards.wild' raised ValueError: no such thing"
     assert faults[2] == "data.reward 'wild_rewards.wild' took longer than data.reward_timeout_s 2"
-    assert "gave nan for prompt" in faults[3] and "gave 'much' for prompt" in faults[6]
+    assert "gave nan for response 'nan'" in faults[3] and "gave 'much' for response 'text'" in faults[6]
     assert faults[4] == "data.reward 'wild_rewards.wild' ended its process (status 3)"
     pids = [worker.process.pid for worker in pool.workers]
-    assert pool.score([("fine", "", "")]) == [(0.5, "")]  # those that were lost have been replaced
+    assert pool.score(samples("fine")) == [(0.5, "")]  # those that were lost have been replaced
     pool.close()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(alive(pid) for pid in pids)
 
 
-def test_a_worker_that_cannot_start_is_an_error() -> None:
+def test_fault_16_the_first_fault_is_enough_where_the_run_stops(pool: RewardPool) -> None:
+    found = pool.score(samples(*["hang"] * 20), stop_at_first=True)
+    late = "data.reward 'wild_rewards.wild' took longer than data.reward_timeout_s 2"
+    assert 1 <= [fault for _, fault in found].count(late) <= 2
+    assert pool.score(samples("fine", "fine")) == [(0.5, "")] * 2  # nothing of those before is mistaken for these
+
+
+def test_fault_16_a_worker_that_closes_its_output_is_not_waited_for(pool: RewardPool) -> None:
+    [score] = pool.score(samples("close"))
+    assert score.fault == "data.reward 'wild_rewards.wild' closed the output of its process"
+
+
+def test_fault_16_what_a_reward_starts_ends_with_its_worker(pool: RewardPool) -> None:
+    [score] = pool.score(samples("child"))
+    assert alive(int(score.value))
+    pool.close()
+    assert not alive(int(score.value))
+
+
+def test_fault_16_a_reward_sees_no_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "1")
+    monkeypatch.setenv("A_TOKEN", "1")
+    data = DataConfig(reward="wild_rewards.wild")
+    assert try_reward(data, samples("secrets")[0]) == 1  # PATH
+    assert try_reward(data.model_copy(update={"reward_env": ["A_KEY"]}), samples("secrets")[0]) == 2
+
+
+def test_fault_08_a_row_that_lacks_what_a_reward_asks_for_is_a_fault_of_its_sample() -> None:
+    pool = RewardPool("wild_rewards.of_a_row", workers=1, timeout_s=20)
+    found = pool.score([*samples("a", level=3), *samples("b", other=1), *samples("c", level=4)])
+    pool.close()
+    assert [found[0], found[2]] == [Score(3.0), Score(4.0)]
+    assert "the parameter 'level'" in found[1].fault and "key of the row (other)" in found[1].fault
+
+
+def test_a_reward_that_cannot_be_imported_is_an_error() -> None:
     pool = RewardPool("no_such_module.reward", workers=1, timeout_s=2.0)
-    with pytest.raises(UserError, match="'no_such_module.reward': its worker process could not start"):
-        pool.score([("a", "b", "c")])
+    with pytest.raises(UserError, match="data.reward 'no_such_module.reward': importing 'no_such_module' failed"):
+        pool.score(samples("a"))
     pool.close()
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text("import os\nos._exit(1)\n")
+    with pytest.raises(UserError, match="'dying.reward': its worker process could not start"):
+        try_reward(DataConfig(reward="dying.reward"), samples("a")[0])
 
 
 def test_fast_rewards_stay_here_and_math_verify_does_not() -> None:
     scorer = Scorer(DataConfig(reward="exact_match"))
-    assert scorer.score([("1", "1", ""), ("2", "1", "")]) == [(1.0, ""), (0.0, "")] and scorer._pool is None
+    given = [RewardInput(response, "1", "", response) for response in ("1", "2")]
+    assert scorer.score(given) == [(1.0, ""), (0.0, "")] and scorer._pool is None
     scorer.close()
     scorer = Scorer(DataConfig(reward="math_verify", reward_workers=1, reward_timeout_s=60))
-    assert scorer.score([("\\boxed{2/4}", "0.5", ""), ("3", "4", "")]) == [(1.0, ""), (0.0, "")]
+    given = [RewardInput("", "0.5", "", "\\boxed{2/4}"), RewardInput("", "4", "", "3")]
+    assert scorer.score(given) == [(1.0, ""), (0.0, "")]
     scorer.close()

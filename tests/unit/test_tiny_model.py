@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megarl.data import load_demonstrations, load_prompts
-from megarl.reward import get_reward
+from megarl.reward import RewardInput, get_reward
 from tools.digit_sum import write_task
 from tools.tiny_model import CHARACTERS, make_tiny_model, make_tokenizer
 
@@ -73,7 +73,11 @@ def test_digit_sum_files(tmp_path: Path) -> None:
     assert not {row["prompt"] for row in rows} & {p.text for p in valid}
     reward = get_reward("digit_sum")
     share = (
-        sum(reward(row["response"], str(sum(map(int, row["prompt"][:-1])) % 10), row["prompt"]) for row in rows) / 500
+        sum(
+            reward(RewardInput(row["response"], str(sum(map(int, row["prompt"][:-1])) % 10), row["prompt"]))
+            for row in rows
+        )
+        / 500
     )
     assert 0.3 < share < 0.6  # four steps with a slip in five each, and the few wrong paths that end right
     assert {len(row["response"]) for row in rows} == {1, 2, 3, 4}
