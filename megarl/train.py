@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megarl.announce import announce
 from megarl.checkpoints import whole_checkpoints
 from megarl.config import Config, dump_config, load_config
-from megarl.data import Prompt, PromptStream, load_prompts, load_tokenizer
+from megarl.data import Prompt, PromptStream, load_tokenizer, prompts_of
 from megarl.engine.build import build_engine
 from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.parallel import destroy_parallel
@@ -104,12 +104,14 @@ def rates(metrics: Values, seconds: float) -> Values:
 def load_data(config: Config, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
     """Training and validation prompts; the latter empty where evaluation is off."""
 
+    def say(line: str) -> None:
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+
     def load(path: str) -> list[Prompt]:
-        prompts, bad = load_prompts(
-            path, tokenizer, max_tokens=config.rollout.max_prompt_tokens, on_bad_line=config.data.on_bad_line
-        )
-        if bad and dist.get_rank() == 0:
-            print(f"{path}: skipped {bad} bad lines, kept {len(prompts)}")
+        prompts, bad = prompts_of(config, path, tokenizer, say=say)
+        if bad:
+            say(f"{path}: skipped {bad} bad lines, kept {len(prompts)}")
         return prompts
 
     return load(config.data.prompts), load(config.eval.prompts)[

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megarl.commands.arguments import parse
 from megarl.commands.score import WholePack, encode_npy, gather_packs
 from megarl.config import Config, load_config
-from megarl.data import Prompt, load_prompts, load_tokenizer
+from megarl.data import Prompt, load_tokenizer, prompts_of
 from megarl.engine.build import Engine, build_engine
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Routes
@@ -70,8 +70,7 @@ def main(argv: list[str]) -> int:
 
 def _prompts(config: Config, tokenizer: Any, given: str | None) -> list[Prompt]:
     """All prompts of the file `given`, or the first batch.prompts of data.prompts."""
-    limit, on_bad = config.rollout.max_prompt_tokens, config.data.on_bad_line
-    prompts, _ = load_prompts(given or config.data.prompts, tokenizer, max_tokens=limit, on_bad_line=on_bad)
+    prompts, _ = prompts_of(config, given or config.data.prompts, tokenizer)
     return prompts if given else prompts[: config.batch.prompts]
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megarl.commands.arguments import parse
 from megarl.commands.score import encode_npy
 from megarl.config import load_config
-from megarl.data import load_prompts, load_tokenizer
+from megarl.data import load_tokenizer, prompts_of
 from megarl.rollout.fleet import Fleet
 
 
@@ -26,9 +26,7 @@ def main(argv: list[str]) -> int:
     args = parse("generate", argv)
     config = load_config(args.config, args.overrides)
     tokenizer = load_tokenizer(config.model.path)
-    prompts, _ = load_prompts(
-        args.input, tokenizer, max_tokens=config.rollout.max_prompt_tokens, on_bad_line=config.data.on_bad_line
-    )
+    prompts, _ = prompts_of(config, args.input, tokenizer, needs_answer=False)
     dist.init_process_group("gloo")
     fleet = Fleet(config, torch.device("cpu"), is_ingest=True)
     assert fleet.client is not None

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 def read_rows(path: Path, config: Config, weight_map: WeightMap) -> list[dict[str, Any]]:
     """The input's rows, routes decoded; UserError names the first wrong line."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # not at U+2028
         if not line.strip():
             continue
         try:

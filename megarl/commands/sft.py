@@ -75,7 +75,9 @@ def tokenise(config: Config, folder: Path, *, main: bool) -> Shards:
     if main:
         longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
         tokenizer = load_tokenizer(config.model.path)
-        write_shards(load_demonstrations(config.sft.data, tokenizer, longest, config.data.on_bad_line), folder)
+        data = config.data
+        rows = load_demonstrations(config.sft.data, tokenizer, longest, data.on_bad_line, data.columns, say=print)
+        write_shards(rows, folder)
     dist.barrier()
     return Shards(folder)
 

@@ -1,7 +1,7 @@
-"""Prompts and demonstrations from JSONL files, and the order in which a run sees them."""
+"""Prompts and demonstrations from data files, and the order in which a run sees them."""
 
-from megarl.data.prompts import Prompt, load_demonstrations, load_prompts
+from megarl.data.prompts import Prompt, load_demonstrations, load_prompts, prompts_of
 from megarl.data.stream import PromptStream
 from megarl.data.tokenizer import load_tokenizer
 
-__all__ = ["Prompt", "PromptStream", "load_demonstrations", "load_prompts", "load_tokenizer"]
+__all__ = ["Prompt", "PromptStream", "load_demonstrations", "load_prompts", "load_tokenizer", "prompts_of"]

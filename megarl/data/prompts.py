@@ -1,15 +1,30 @@
-"""JSONL in, token ids out. Every bad line is named by file and number."""
+"""Rows in, token ids out: prompts with their answers, and demonstrations. Every bad row is named by file and number."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from megarl.config import Config
+from megarl.data.rows import BadLine, read_rows
+from megarl.data.shapes import (
+    DEMONSTRATION_ROW,
+    PROMPT_ROW,
+    Columns,
+    Question,
+    answer_of,
+    question_of,
+    response_of,
+)
+from megarl.data.tokenizer import has_chat_template, token_counter
 from megarl.errors import UserError
+from megarl.reward import answer_fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,174 +32,261 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OnBadLine = Literal["error", "skip"]
-PROMPT_ROW = '{"messages" | "prompt", "answer"}'
-DEMONSTRATION_ROW = '{"messages" | "prompt", "response"}'
-ROLES = ("system", "user", "assistant", "tool")
+AnswerFault = Callable[[str], str]
+PROMPT_LIMIT = "rollout.max_prompt_tokens"
+WHOLE_LIMIT = "rollout.max_prompt_tokens + rollout.max_new_tokens ="
 
 
 @dataclass
 class Prompt:
-    """tokens: what the model is given; text: the same before tokenization; line: 1-based number in the file."""
+    """tokens: what the model is given; text: the same before tokenization; line: 1-based number in the file; row: all
+    of the row, for rewards that ask for it.
+    """
 
     tokens: list[int]
     answer: str
     text: str
     line: int
+    row: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
-class BadLine(Exception):
-    """What is wrong with a row and how to mend it; the file and the line are added where it is caught."""
+def prompts_of(
+    config: Config,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needs_answer: bool = True,
+    say: Callable[[str], object] | None = None,
+) -> tuple[list[Prompt], int]:
+    """load_prompts as the keys of `config` have it, the answers judged by what data.reward can read."""
+    return load_prompts(
+        path,
+        tokenizer,
+        max_tokens=config.rollout.max_prompt_tokens,
+        on_bad_line=config.data.on_bad_line,
+        columns=config.data.columns,
+        fault_of_answer=partial(answer_fault, config.data.reward),
+        needs_answer=needs_answer,
+        say=say,
+    )
 
 
 def load_prompts(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, on_bad_line: OnBadLine
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    on_bad_line: OnBadLine,
+    columns: Columns = {},
+    fault_of_answer: AnswerFault | None = None,
+    needs_answer: bool = True,
+    say: Callable[[str], object] | None = None,
 ) -> tuple[list[Prompt], int]:
-    """(prompts, number of bad lines) from rows {"messages": [...]} or
-    {"prompt": text}, with "answer": text or a number.
+    """(prompts, number of bad rows) from rows of any shape that megarl.data.shapes knows.
 
-    With a chat template both forms go through it, "prompt" as one user message, and the turn of the assistant is
-    opened; without one,
-    "prompt" is encoded as it is. Blank lines are no rows. A prompt of more than `max_tokens` tokens is a bad line.
-    Raises UserError, one line, for a missing or empty file, and for the first bad line if `on_bad_line` is "error".
+    With a chat template every prompt goes through it, a plain text as one user message, and the turn of the assistant
+    is opened; without one a plain text is encoded as it is. An assistant's turn that ends a row's messages is left out.
+    A prompt of more than `max_tokens` tokens is a bad row, and so is an answer of which `fault_of_answer` says
+    something. say: is told once which keys were read, where they are not "prompt" or "messages" and "answer".
+    Raises UserError, one line, for a missing or empty file, and for the first bad row if `on_bad_line` is "error".
     """
     prompts: list[Prompt] = []
+    shapes: Counter[str] = Counter()
     bad = 0
-    for line, raw in _lines(path, PROMPT_ROW):
+    for line, row in read_rows(path, PROMPT_ROW):
         try:
-            row = _parse(raw, PROMPT_ROW)
-            tokens, text = _encode_prompt(row, tokenizer, max_tokens)
-            prompts.append(Prompt(tokens, _answer(row), text, line))
+            row = _sound(row)
+            question = question_of(row, columns)
+            tokens, text = encode_prompt(question, tokenizer)
+            _check_length(len(tokens), max_tokens, PROMPT_LIMIT)
+            answer, where = _answer(row, columns, fault_of_answer) if needs_answer else ("", "")
+            prompts.append(Prompt(tokens, answer, text, line, row))
+            shapes[_shape(question, "the answer from", where, "left out")] += 1
         except BadLine as error:
             bad += _bad_line(path, line, error, on_bad_line)
     _refuse_nothing(path, len(prompts), bad)
+    _tell(path, shapes, say)
     return prompts, bad
 
 
 def load_demonstrations(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, on_bad_line: OnBadLine
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    on_bad_line: OnBadLine,
+    columns: Columns = {},
+    say: Callable[[str], object] | None = None,
 ) -> list[tuple[list[int], int]]:
-    """(prompt + response + eos, length of the prompt) from rows {"messages" | "prompt", "response": text}.
+    """(prompt + response + end, length of the prompt) from rows with a prompt and a response, as load_prompts.
 
-    `max_tokens` bounds the whole; otherwise as load_prompts. Skipped lines are counted in one log line.
+    The response is a key of the row or the assistant's turn that ends its messages; earlier turns are prompt.
+    `max_tokens` bounds the whole. Skipped rows are counted in one log line.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no eos token, so a response could not end; set eos_token in tokenizer_config.json"
         )
     demonstrations: list[tuple[list[int], int]] = []
+    shapes: Counter[str] = Counter()
     bad = 0
-    for line, raw in _lines(path, DEMONSTRATION_ROW):
+    for line, row in read_rows(path, DEMONSTRATION_ROW):
         try:
-            row = _parse(raw, DEMONSTRATION_ROW)
-            tokens, _ = _encode_prompt(row, tokenizer, max_tokens)
-            response = [*tokenizer.encode(_response(row), add_special_tokens=False), tokenizer.eos_token_id]
-            _check_length(len(tokens) + len(response), max_tokens)
-            demonstrations.append((tokens + response, len(tokens)))
+            row = _sound(row)
+            question = question_of(row, columns)
+            response, where = response_of(row, columns, question)
+            prompt, _ = encode_prompt(question, tokenizer)
+            tokens = prompt + ended(_encode(tokenizer, response), [tokenizer.eos_token_id])
+            _check_length(len(tokens), max_tokens, WHOLE_LIMIT)
+            demonstrations.append((tokens, len(prompt)))
+            shapes[_shape(question, "the response from", where, "")] += 1
         except BadLine as error:
             bad += _bad_line(path, line, error, on_bad_line)
     _refuse_nothing(path, len(demonstrations), bad)
+    _tell(path, shapes, say)
     if bad:
         log.warning("%s: skipped %d bad lines, kept %d", path, bad, len(demonstrations))
     return demonstrations
 
 
-def check_lines(path: str | Path, kind: Literal["prompts", "demonstrations"]) -> None:
-    """Raises UserError for the first line that is no row, judged
-    without a tokenizer: what can be told before any process starts.
+def check_rows(config: Config, path: str | Path, kind: Literal["prompts", "demonstrations"]) -> None:
+    """Raises UserError as loading the file would, for what shows before any process starts:
+    shapes, answers, a chat template that is missing, and texts that are too long whatever a template adds.
     """
-    shape = PROMPT_ROW if kind == "prompts" else DEMONSTRATION_ROW
-    for line, raw in _lines(path, shape):
+    shape, limit = (PROMPT_ROW, PROMPT_LIMIT) if kind == "prompts" else (DEMONSTRATION_ROW, WHOLE_LIMIT)
+    rollout, columns = config.rollout, config.data.columns
+    longest = rollout.max_prompt_tokens + (rollout.max_new_tokens if kind == "demonstrations" else 0)
+    count, template = token_counter(config.model.path), has_chat_template(config.model.path)
+    kept = bad = 0
+    for line, row in read_rows(path, shape):
         try:
-            row = _parse(raw, shape)
-            _source(row)
+            row = _sound(row)
+            question = question_of(row, columns)
             if kind == "prompts":
-                _answer(row)
+                _answer(row, columns, partial(answer_fault, config.data.reward))
+                response = ""
             else:
-                _response(row)
+                response, _ = response_of(row, columns, question)
+            if not template:
+                _needs_no_template(question)
+            users = [str(message["content"]) for message in question.messages if message["role"] == "user"]
+            text = max([*users, question.text or ""], key=len) + response
+            if count and len(text.encode()) > longest:  # a token is a byte or more
+                _check_length(count(text), longest, limit)
+            kept += 1
         except BadLine as error:
-            _bad_line(path, line, error, "error")
+            bad += _bad_line(path, line, error, config.data.on_bad_line)
+    _refuse_nothing(path, kept, bad)
 
 
-def _lines(path: str | Path, shape: str) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, line) of every line that is not blank."""
-    if not Path(path).is_file():
-        raise UserError(f"data file {str(path)!r} does not exist; give a JSONL file of rows {shape}")
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, 1):
-            if raw.strip():
-                yield line, raw.rstrip(b"\r\n")
+def first_prompt(config: Config, path: str | Path) -> tuple[dict[str, Any], str, str]:
+    """(row, text of its last message, answer) of the first usable row, which check_rows has found."""
+    for _, row in read_rows(path, PROMPT_ROW):
+        with contextlib.suppress(BadLine):
+            row = _sound(row)
+            question = question_of(row, config.data.columns)
+            answer, _ = _answer(row, config.data.columns, partial(answer_fault, config.data.reward))
+            return row, str(question.messages[-1]["content"]), answer
+    raise UserError(f"data file {str(path)!r} holds no usable row; give at least one")
 
 
-def _parse(raw: bytes, shape: str) -> dict[str, Any]:
-    try:
-        row = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadLine(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise BadLine(f"not JSON ({error.msg} at column {error.colno}); write one row {shape} a line") from None
-    if not isinstance(row, dict):
-        raise BadLine(f"holds a {type(row).__name__}; write one row {shape} a line")
-    return row
-
-
-def _encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[int], str]:
-    messages, prompt = _source(row)
+def encode_prompt(question: Question, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """(tokens, text) of what the model is given. Raises BadLine where the tokenizer cannot."""
     if tokenizer.chat_template:
-        try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # templates are programs: they raise what they like about a row
-            raise BadLine(
-                f"the tokenizer's chat template refuses it ({' '.join(str(error).split())}); mend 'messages'"
-            ) from None
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-    elif row.get("messages") is not None:
-        raise BadLine("has 'messages', but the tokenizer has no chat template; give 'prompt'")
+        text = _render(question, tokenizer, question.tools)
+        if question.tools and _ignores_tools(question, tokenizer, text):
+            raise BadLine("key 'tools': the tokenizer's chat template does not show them to the model; leave them out")
+        tokens = _encode(tokenizer, text)
     else:
-        text, tokens = str(prompt), tokenizer.encode(prompt)
-    _check_length(len(tokens), max_tokens)
+        text = _needs_no_template(question)
+        tokens = _encode(tokenizer, text, special=True)
+        while tokens and tokens[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+            tokens.pop()  # a post-processor's, which would end the response before it begins
+    if len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
+        tokens = tokens[1:]  # the text's and the template's, or the post-processor's
+    if not tokens:
+        raise BadLine(f"key {question.key!r} tokenises to nothing; give a text that the tokenizer knows")
     return tokens, text
 
 
-def _source(row: dict[str, Any]) -> tuple[list[dict[str, str]], Any]:
-    """(messages, prompt): a row's messages, or its prompt as one message of the user."""
-    messages, prompt = row.get("messages"), row.get("prompt")
-    if messages is not None:
-        _check_messages(messages)
-    elif isinstance(prompt, str) and prompt:
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        raise BadLine(f"key 'prompt' is {prompt!r}; give a text, or 'messages'")
-    return messages, prompt
+def _needs_no_template(question: Question) -> str:
+    if question.tools:
+        raise BadLine("key 'tools' needs a chat template, the tokenizer has none; leave it out, or add one")
+    if question.text is None:
+        raise BadLine(
+            f"has messages under {question.key!r}, but the tokenizer has no chat template; give a text under 'prompt', "
+            "or put chat_template.jinja into model.path"
+        )
+    return question.text
 
 
-def _response(row: dict[str, Any]) -> str:
-    if not isinstance(row.get("response"), str):
-        raise BadLine(f"key 'response' is {row.get('response')!r}; give a text")
-    return str(row["response"])
+def ended(response: list[int], ends: Sequence[int]) -> list[int]:
+    """The response with one end: the first of `ends`, where it has none of them yet."""
+    return response if response and response[-1] in ends else [*response, ends[0]]
 
 
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise BadLine(f"key 'messages' is {messages!r}; give a list of {{'role', 'content'}}")
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in ROLES
-            or not isinstance(message.get("content"), str)
-        ):
-            raise BadLine(f"message {message!r} is not {{'role': one of {', '.join(ROLES)}, 'content': text}}")
+def _render(question: Question, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(question.messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        )
+    except Exception as error:  # templates are programs: they raise what they like about a row
+        raise BadLine(
+            f"the tokenizer's chat template refuses it ({' '.join(str(error).split())}); mend {question.key!r}"
+        ) from None
 
 
-def _check_length(length: int, max_tokens: int) -> None:
+def _ignores_tools(question: Question, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    try:
+        return text == _render(question, tokenizer, None)
+    except BadLine:
+        return False
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=special))
+    except Exception as error:  # whatever a tokenizer raises about a text belongs to its row
+        raise BadLine(f"the tokenizer refuses it ({' '.join(str(error).split())[:160]}); mend the text") from None
+
+
+def _answer(row: dict[str, Any], columns: Columns, fault_of_answer: AnswerFault | None) -> tuple[str, str]:
+    answer, where = answer_of(row, columns)
+    if fault_of_answer and (fault := fault_of_answer(answer)):
+        raise BadLine(f"answer {answer!r}, from {where}: {fault}")
+    return answer, where
+
+
+def _sound(row: dict[str, Any] | BadLine) -> dict[str, Any]:
+    if isinstance(row, BadLine):
+        raise row
+    return row
+
+
+def _check_length(length: int, max_tokens: int, limit: str) -> None:
     if length > max_tokens:
-        raise BadLine(f"{length} tokens are more than {max_tokens}; shorten it or raise the limit")
+        raise BadLine(f"{length} tokens are more than {limit} {max_tokens}; shorten it or raise that key")
 
 
-def _answer(row: dict[str, Any]) -> str:
-    answer = row.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise BadLine(f"key 'answer' is {answer!r}; give a text or a number")
-    return str(answer)
+def _shape(question: Question, what: str, where: str, last: str) -> str:
+    """Which keys a row was read by; "" for megarl's own."""
+    turn = f", the assistant's last turn {last}" if last and question.last is not None else ""
+    if (
+        not turn
+        and where in ("", "'answer'", "'response'")
+        and (question.key, question.text is None)
+        in (
+            ("messages", True),
+            ("prompt", False),
+        )
+    ):
+        return ""
+    return f"the prompt from {question.key!r}{turn}" + (f", {what} {where}" if where else "")
+
+
+def _tell(path: str | Path, shapes: Counter[str], say: Callable[[str], object] | None) -> None:
+    for shape, rows in shapes.items():
+        if say and shape:
+            say(f"{path}: {rows} rows, {shape}")
 
 
 def _bad_line(path: str | Path, line: int, error: BadLine, on_bad_line: OnBadLine) -> int:

@@ -20,7 +20,9 @@ def write_shards(data: Sequence[tuple[list[int], int]], folder: Path, shard_toke
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.npy").unlink(missing_ok=True)
-    index, held, shard, at = [], [], 0, 0
+    index: list[tuple[int, int, int, int]] = []
+    held: list[np.ndarray] = []
+    shard = at = 0
     for tokens, prompt_len in data:
         if held and at + len(tokens) > shard_tokens:
             np.save(folder / f"tokens_{shard:05d}.npy", np.concatenate(held))

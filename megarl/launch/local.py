@@ -69,7 +69,8 @@ def explain_trainer(log_dir: Path) -> str | None:
     one that raised, then the earliest. None if no rank told one.
     """
     try:
-        failures: list[dict[str, Any]] = [json.loads(line) for line in (log_dir / FAILURES).read_text().splitlines()]
+        with (log_dir / FAILURES).open(encoding="utf-8") as file:
+            failures: list[dict[str, Any]] = [json.loads(line) for line in file]
     except FileNotFoundError:
         return None
     if not failures:

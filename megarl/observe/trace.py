@@ -62,5 +62,5 @@ def phase(name: str) -> Iterator[None]:
 
 def read_trace(run_dir: str | Path) -> list[dict[str, object]]:
     """The events of run_dir/trace.json."""
-    lines = (Path(run_dir) / TRACE_FILE).read_text("utf-8").splitlines()[1:]
+    lines = (Path(run_dir) / TRACE_FILE).read_text(encoding="utf-8").split("\n")[1:]
     return [json.loads(line.rstrip(",")) for line in lines if line.endswith(",")]

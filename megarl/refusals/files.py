@@ -8,47 +8,70 @@ import socket
 from pathlib import Path
 from typing import Literal
 
+from megarl.errors import UserError
 from megarl.refusals.case import Case
 
 
 def _file(key: str, path: str | None, what: str) -> str | None:
     if not path:
         return f"{key} is empty; give {what}, one JSON object a line"
-    if not Path(path).is_file():
+    if not Path(path).exists():
         return f"{key} {path!r} does not exist; give {what}, one JSON object a line"
-    if Path(path).stat().st_size == 0:
+    if not Path(path).is_dir() and Path(path).stat().st_size == 0:
         return f"{key} {path!r} is an empty file; give {what}, one JSON object a line"
     return None
 
 
 def prompts(case: Case) -> str | None:
     path = case.config.data.prompts
-    return _file("data.prompts", path, "a file of prompts") or _lines(case, path, "prompts")
+    return _file("data.prompts", path, "a file of prompts") or _rows(case, path, "prompts")
 
 
 def eval_prompts(case: Case) -> str | None:
     path = case.config.eval.prompts
     if path is None:
         return None
-    return _file("eval.prompts", path, "a file of prompts, or leave it unset") or _lines(case, path, "prompts")
+    return _file("eval.prompts", path, "a file of prompts, or leave it unset") or _rows(case, path, "prompts")
 
 
 def demonstrations(case: Case) -> str | None:
     path = case.config.sft.data
-    return _file("sft.data", path, "a file of demonstrations") or _lines(case, path, "demonstrations")
+    return _file("sft.data", path, "a file of demonstrations") or _rows(case, path, "demonstrations")
 
 
-def _lines(case: Case, path: str, kind: Literal["prompts", "demonstrations"]) -> None:
-    from megarl.data.prompts import check_lines
+def _rows(case: Case, path: str, kind: Literal["prompts", "demonstrations"]) -> str | None:
+    from megarl.data.prompts import check_rows
 
-    if case.config.data.on_bad_line == "error":
-        check_lines(path, kind)  # raises UserError, naming the line
+    check_rows(case.config, path, kind)  # raises UserError, naming the line
+    return None
 
 
 def reward(case: Case) -> str | None:
-    from megarl.reward import get_reward
+    """Raises UserError, naming the reward, where it does not exist or fails on the first prompt."""
+    from megarl.data.prompts import first_prompt
+    from megarl.reward import FAST, RewardInput, get_reward
+    from megarl.reward.pool import try_reward
 
-    get_reward(case.config.data.reward)  # raises UserError, naming the reward
+    data = case.config.data
+    if "." not in data.reward:
+        get_reward(data.reward)
+    if data.reward in FAST or os.environ.get("RANK", "0") != "0":  # under torchrun one rank tries it
+        return None
+    row, prompt, answer = first_prompt(case.config, data.prompts)
+    sample = RewardInput(
+        response=answer,
+        answer=answer,
+        prompt=prompt,
+        final_response=answer,
+        response_with_special_tokens=answer,
+        row=row,
+        tokens=range(8),
+        prompt_tokens=range(8),
+    )
+    try:
+        try_reward(data, sample)
+    except UserError as error:
+        return f"{error} (tried with the first row of {data.prompts}, its answer as the response)"
     return None
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+import sys
 from pathlib import Path
+from typing import Any
 
+import datasets
+import pyarrow.parquet
 import pytest
 
 from megarl.data import PromptStream, load_demonstrations, load_prompts
@@ -60,19 +65,31 @@ def test_chat_template(tmp_path: Path, chat) -> None:
 BAD = [
     ('{"prompt": "1=", "answer"', "not JSON (Expecting ':' delimiter at column 26)"),
     ("[1]", "holds a list"),
+    ("[", "begins a list; write one row"),
     (b'{"prompt": "\xff"}', "not UTF-8 at byte 12"),
-    ('{"answer": "1"}', "key 'prompt' is None"),
+    ('{"answer": "1"}', "has no prompt, its keys are 'answer'; give 'prompt' or 'messages'"),
     ('{"prompt": "", "answer": "1"}', "key 'prompt' is ''"),
-    ('{"prompt": "1="}', "key 'answer' is None"),
+    (
+        '{"prompt": "1=", "gold": "1"}',
+        "has no answer, its keys are 'prompt', 'gold'; give 'answer', or name its column",
+    ),
     ('{"prompt": "1=", "answer": true}', "key 'answer' is True"),
-    ('{"prompt": "123456789=", "answer": "5"}', "10 tokens are more than 9"),
+    ('{"prompt": "1=", "answer": NaN}', "key 'answer' is nan"),
+    ('{"prompt": "123456789=", "answer": "5"}', "10 tokens are more than rollout.max_prompt_tokens 9"),
     ('{"messages": [{"role": "user", "content": "1"}], "answer": "1"}', "no chat template"),
+    ('{"prompt": "1=", "tools": [{"type": "function"}], "answer": "1"}', "key 'tools' needs a chat template"),
     ('{"messages": [], "answer": "1"}', "key 'messages' is []"),
-    ('{"messages": [{"role": "usr", "content": "1"}], "answer": "1"}', "is not {'role'"),
+    ('{"messages": [{"role": "usr", "content": "1"}], "answer": "1"}', "{'role': one of system"),
+    ('{"messages": [{"role": "assistant", "content": "1"}], "answer": "1"}', "holds the assistant's turn alone"),
+    ('{"problem": "1=", "solution": "first\\nthen 3"}', "no \\boxed{...}; give the final answer as 'answer'"),
+    # faults 9: half a character, which no tokenizer takes
+    ('{"prompt": "1=\\ud83d", "answer": "1"}', "key 'prompt' holds '\\ud83d', half a character"),
+    ('{"prompt": "1=", "answer": "1", "notes": ["\\uDE00"]}', "key 'notes' holds '\\ude00', half a character"),
+    ('{"prompt": "1=", "answer": ' + "9" * 5000 + "}", "not JSON that Python reads"),
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), BAD)
+@pytest.mark.parametrize(("line", "message"), BAD, ids=range(len(BAD)))
 def test_a_bad_line_is_named(tmp_path: Path, tokenizer, line: str | bytes, message: str) -> None:
     path = write(tmp_path, {"prompt": "1=", "answer": "1"}, "", line)
     with pytest.raises(UserError) as caught:
@@ -88,6 +105,161 @@ def test_bad_lines_are_skipped_and_counted(tmp_path: Path, tokenizer) -> None:
     path = write(tmp_path, *(line for line, _ in BAD), good)
     prompts, bad = load_prompts(path, tokenizer, max_tokens=9, on_bad_line="skip")
     assert (len(prompts), bad, prompts[0].line) == (1, len(BAD), len(BAD) + 1)
+
+
+def test_fault_09_a_line_separator_inside_a_text_does_not_end_its_row(tmp_path: Path, tokenizer) -> None:
+    path = write(tmp_path, '{"prompt": "1\u2028+\u0085 1=", "answer": "2"}', {"prompt": "2=", "answer": "2"})
+    prompts, bad = load_prompts(path, tokenizer, max_tokens=9, on_bad_line="error")
+    assert ([p.line for p in prompts], bad) == ([1, 2], 0)
+
+
+def test_fault_09_an_assistants_turn_at_the_end_opens_no_second_one(tmp_path: Path, chat) -> None:
+    messages = [{"role": "user", "content": "2"}, {"role": "assistant", "content": "3"}]
+    path, said = write(tmp_path, {"messages": messages, "answer": "3"}), []
+    [prompt], _ = load_prompts(path, chat, max_tokens=64, on_bad_line="error", say=said.append)
+    assert prompt.text == "u:2\na:"
+    assert said == [
+        f"{path}: 1 rows, the prompt from 'messages', the assistant's last turn left out, the answer from 'answer'"
+    ]
+    [(tokens, length)] = load_demonstrations(path, chat, 64, "error")
+    assert chat.decode(tokens[:length]) == "u:2\na:".replace("u", "<unk>").replace("a", "<unk>")
+    assert chat.decode(tokens[length:]) == "3<eos>"
+
+
+def test_fault_09_tools_reach_the_chat_template_or_are_refused(tmp_path: Path, chat) -> None:
+    row = {"messages": [{"role": "user", "content": "1"}], "tools": [{"type": "function", "function": {"name": "7"}}]}
+    path = write(tmp_path, {**row, "answer": "1"}, {**row, "tools": json.dumps(row["tools"]), "answer": "1"})
+    with pytest.raises(UserError, match="line 1: key 'tools': the tokenizer's chat template does not show them"):
+        load_prompts(path, chat, max_tokens=64, on_bad_line="error")
+    showing = make_tokenizer()
+    showing.chat_template = "{% for t in tools %}{{ t.function.name }}{% endfor %}" + TEMPLATE
+    prompts, _ = load_prompts(path, showing, max_tokens=64, on_bad_line="error")
+    assert [p.text for p in prompts] == ["7u:1\na:"] * 2
+
+
+def test_fault_09_one_bos_and_no_eos_before_a_response_and_one_behind_it(tmp_path: Path) -> None:
+    made = make_tokenizer()
+    made.bos_token = "<pad>"
+    made.chat_template = "{{ bos_token }}{{ bos_token }}" + TEMPLATE
+    path = write(tmp_path, {"prompt": "1=", "answer": "1", "response": "2<eos>"})
+    [prompt], _ = load_prompts(path, made, max_tokens=64, on_bad_line="error")
+    assert prompt.tokens.count(made.bos_token_id) == 1
+    [(tokens, length)] = load_demonstrations(path, made, 64, "error")
+    assert made.decode(tokens[length:]) == "2<eos>"
+    from tokenizers.processors import TemplateProcessing
+
+    made.chat_template = None
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)]
+    )
+    [prompt], _ = load_prompts(path, made, max_tokens=64, on_bad_line="error")
+    assert made.decode(prompt.tokens) == "<pad>1="
+
+
+PEERS: list[dict[str, Any]] = [
+    {"row": {"question": "4 x 6?", "answer": "6 x 4 = 24.\n#### 1,024"}, "answer": "1024"},
+    {
+        "row": {
+            "data_source": "sums",
+            "prompt": [{"role": "user", "content": "2+3=?"}],
+            "reward_model": {"style": "rule", "ground_truth": "5"},
+            "extra_info": {"index": 0},
+        },
+        "answer": "5",
+    },
+    {"row": {"prompt": [{"role": "user", "content": "2+3=?"}], "solution": "\\boxed{5}"}, "answer": "5"},
+    {"row": {"prompt": "2+3=?", "label": "5"}, "answer": "5"},
+    {"row": {"input": "2+3=?", "label": "5"}, "answer": "5"},
+    {"row": {"problem": "2+3.", "solution": "We add: \\boxed{\\frac{5}{1}}.", "level": "1"}, "answer": "\\frac{5}{1}"},
+    {"row": {"problem": "2+3.", "solution": "long\ntext", "answer": 5}, "answer": "5"},
+    {
+        "row": {"messages": [{"role": "user", "content": "2+3=?"}, {"role": "assistant", "content": "5"}]},
+        "response": "5",
+    },
+    {"row": {"instruction": "Add.", "input": "2 and 3", "output": "5"}, "response": "5", "text": "u:Add.\n2 and 3\na:"},
+    {"row": {"prompt": "2+3=", "completion": "5"}, "response": "5"},
+    {
+        "row": {
+            "prompt": [{"role": "user", "content": "2+3="}],
+            "completion": [{"role": "assistant", "content": "5"}],
+        },
+        "response": "5",
+    },
+    {"row": {"question": "2+3", "answer": "5.\n#### 5"}, "response": "5.\n#### 5"},
+    {
+        "row": {"messages": [{"role": "user", "content": "1"}], "tools": [{"type": "f"}], "answer": "x"},
+        "error": "'tools'",
+    },
+    {"row": {"messages": [{"role": "user", "content": [{"type": "text"}]}], "answer": "x"}, "error": "content"},
+]
+
+
+@pytest.mark.parametrize("case", PEERS, ids=range(len(PEERS)))
+def test_fault_21_rows_as_people_have_them(tmp_path: Path, chat, case: dict[str, Any]) -> None:
+    path = write(tmp_path, case["row"])
+    if "error" in case:
+        with pytest.raises(UserError, match=f"rows.jsonl line 1: .*{case['error']}"):
+            load_prompts(path, chat, max_tokens=99, on_bad_line="error")
+    elif "answer" in case:
+        [prompt], _ = load_prompts(path, chat, max_tokens=99, on_bad_line="error")
+        assert prompt.answer == case["answer"] and prompt.row == case["row"]
+    else:
+        [(tokens, length)] = load_demonstrations(path, chat, 99, "error")
+        wanted = [*chat.encode(case["response"], add_special_tokens=False), chat.eos_token_id]
+        assert tokens[length:] == wanted
+        if "text" in case:
+            assert tokens[:length] == chat.encode(case["text"], add_special_tokens=False)
+
+
+def test_fault_21_columns_come_first_and_what_was_read_is_told(tmp_path: Path, tokenizer) -> None:
+    row = {"text": "1=", "prompt": "2=", "meta": {"gold": 3}, "answer": "4", "said": "5"}
+    columns, said = {"prompt": "text", "answer": "meta.gold", "response": "said"}, []
+    path = write(tmp_path, row, {"prompt": "2=", "answer": "4", "response": "6"})
+    loaded = dict(max_tokens=9, on_bad_line="error", columns=columns, say=said.append)
+    prompts, _ = load_prompts(path, tokenizer, **loaded)
+    assert [(p.text, p.answer) for p in prompts] == [("1=", "3"), ("2=", "4")]
+    assert said == [
+        f"{path}: 1 rows, the prompt from 'text', the answer from 'meta.gold'"
+    ]  # the second is megarl's own
+    [first, second] = load_demonstrations(path, tokenizer, 9, "error", columns)
+    assert (tokenizer.decode(first[0]), tokenizer.decode(second[0])) == ("1=5<eos>", "2=6<eos>")
+
+
+def test_fault_21_parquet_datasets_and_gzip(tmp_path: Path, chat) -> None:
+    rows = [case["row"] for case in PEERS[1:2]] * 3
+    plain = write(tmp_path, *rows)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    table = datasets.Dataset.from_list(rows)
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "rows.parquet")
+    table.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "splits"))
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet", "saved", "splits/test"):
+        prompts, _ = load_prompts(tmp_path / name, chat, max_tokens=99, on_bad_line="error")
+        assert [(p.text, p.answer, p.line, p.row["extra_info"]) for p in prompts] == [
+            ("u:2+3=?\na:", "5", line, {"index": 0}) for line in (1, 2, 3)
+        ], name
+    with pytest.raises(UserError, match=r"splits' holds the splits train, test; give one"):
+        load_prompts(tmp_path / "splits", chat, max_tokens=99, on_bad_line="skip")
+    with pytest.raises(UserError, match=r"has no state.json; give a JSONL file"):
+        load_prompts(tmp_path, chat, max_tokens=99, on_bad_line="skip")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cut.parquet' cannot be read as Parquet"):
+        load_prompts(tmp_path / "cut.parquet", chat, max_tokens=99, on_bad_line="skip")
+    (tmp_path / "cut.gz").write_bytes((tmp_path / "rows.jsonl.gz").read_bytes()[:40])
+    with pytest.raises(UserError, match=r"cut.gz' cannot be unpacked"):
+        load_prompts(tmp_path / "cut.gz", chat, max_tokens=99, on_bad_line="skip")
+
+
+@pytest.mark.parametrize(("name", "module"), [("rows.parquet", "pyarrow"), ("saved", "datasets")])
+def test_fault_21_what_needs_the_extra_says_so(
+    tmp_path: Path, chat, monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
+    table = datasets.Dataset.from_list([PEERS[0]["row"]])
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "rows.parquet")
+    table.save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"pip install 'megarl\[datasets\]'"):
+        load_prompts(tmp_path / name, chat, max_tokens=99, on_bad_line="skip")
 
 
 def test_a_template_that_refuses_a_row_is_a_bad_line(tmp_path: Path, chat) -> None:
@@ -109,7 +281,7 @@ def test_demonstrations(tmp_path: Path, tokenizer, caplog: pytest.LogCaptureFixt
     path = write(
         tmp_path, {"prompt": "12=", "response": "13"}, {"prompt": "12="}, {"prompt": "12=", "response": "12345"}
     )
-    with pytest.raises(UserError, match="line 2: key 'response' is None"):
+    with pytest.raises(UserError, match="line 2: has no response, its keys are 'prompt'; give 'response', or messages"):
         load_demonstrations(path, tokenizer, 8, "error")
     [(tokens, prompt_len)] = load_demonstrations(path, tokenizer, 8, "skip")
     assert prompt_len == 3 and tokenizer.decode(tokens) == "12=13<eos>" and tokens[-1] == tokenizer.eos_token_id

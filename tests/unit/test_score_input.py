@@ -26,7 +26,8 @@ def weight_map() -> WeightMap:
 
 def read(folder: Path, weight_map: WeightMap, *lines: Any, mode: str = "R3") -> list[dict[str, Any]]:
     path = folder / "rows.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text(text, encoding="utf-8")
     config: Config = load_config(None, [f"replay.mode={mode}"])
     return read_rows(path, config, weight_map)
 
@@ -40,6 +41,11 @@ def test_good_lines(tmp_path: Path, weight_map: WeightMap) -> None:
     with_routes, without = read(tmp_path, weight_map, row(), "", row(None))
     np.testing.assert_array_equal(with_routes["routes"], GOOD)
     assert "routes" not in without
+
+
+def test_fault_09_a_line_separator_inside_a_text_does_not_end_its_row(tmp_path: Path, weight_map: WeightMap) -> None:
+    text = json.dumps(row(None, text="a\u2028b"), ensure_ascii=False)
+    assert "\u2028" in text and len(read(tmp_path, weight_map, text, row(None))) == 2
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "missing"])  # score routes such a line live
