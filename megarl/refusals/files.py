@@ -55,19 +55,10 @@ def reward(case: Case) -> str | None:
     data = case.config.data
     if "." not in data.reward:
         get_reward(data.reward)
-    if data.reward in FAST or os.environ.get("RANK", "0") != "0":  # under torchrun one rank tries it
-        return None
+    if data.reward in FAST or not data.prompts or os.environ.get("RANK", "0") != "0":
+        return None  # nothing can fail, there is nothing to try it on, or rank 0 tries it
     row, prompt, answer = first_prompt(case.config, data.prompts)
-    sample = RewardInput(
-        response=answer,
-        answer=answer,
-        prompt=prompt,
-        final_response=answer,
-        response_with_special_tokens=answer,
-        row=row,
-        tokens=range(8),
-        prompt_tokens=range(8),
-    )
+    sample = RewardInput(answer, answer, prompt, row=row, tokens=range(8), prompt_tokens=range(8))
     try:
         try_reward(data, sample)
     except UserError as error:

@@ -38,8 +38,8 @@ class RewardInput:
     response: str
     answer: str
     prompt: str
-    final_response: str = ""
-    response_with_special_tokens: str = ""
+    final_response: str | None = None  # None: the whole response
+    response_with_special_tokens: str | None = None  # None: as response
     row: Mapping[str, Any] = field(default_factory=dict)
     tokens: Sequence[int] = ()
     prompt_tokens: Sequence[int] = ()
@@ -50,6 +50,8 @@ class RewardInput:
         name = {**VERL, **OLDER}.get(name, name)
         if name in OFFERED:
             value = getattr(self, name)
+            if value is None:
+                return self.response
             return list(value) if name in ("tokens", "prompt_tokens") else value
         return self.row[name] if name in self.row else WITHOUT_A_COLUMN[name]
 

@@ -25,8 +25,9 @@ ORDER = """
     weights.map weights.transport
     weights.files weights.reshard
     launch rollout
+    reward
     engine data
-    observe reward server
+    observe server
     report refusals estimate
     convert loop
     train
