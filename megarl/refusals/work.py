@@ -7,6 +7,8 @@ from typing import Any
 from megarl.objective.choices import CHOICES
 from megarl.refusals.case import Case
 
+LOWEST_TEMPERATURE = 0.01  # vllm.sampling_params._MAX_TEMP
+
 
 def objective(case: Case) -> str | None:
     config = case.config.objective
@@ -123,6 +125,43 @@ def lengths(case: Case) -> str | None:
             f"rollout max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = "
             f"{longest} is above "
             f"the model's max_position_embeddings {limit}; lower one of them"
+        )
+    return None
+
+
+def overlong(case: Case) -> str | None:
+    buffer, longest = case.config.data.overlong_buffer, case.config.rollout.max_new_tokens
+    if buffer > longest:
+        return (
+            f"data.overlong_buffer {buffer} is above rollout.max_new_tokens {longest}: even an empty response would be "
+            "penalised; lower it"
+        )
+    return None
+
+
+def temperature(case: Case) -> str | None:
+    value = case.config.rollout.temperature
+    if value < LOWEST_TEMPERATURE:
+        return (
+            f"rollout.temperature {value:g} is below {LOWEST_TEMPERATURE:g}, to which vLLM raises it while the trainer "
+            f"does not; set it to {LOWEST_TEMPERATURE:g} or more"
+        )
+    return None
+
+
+def evaluation(case: Case) -> str | None:
+    settings = case.config.eval
+    if settings.prompts is None:
+        return None
+    if 0 < settings.temperature < LOWEST_TEMPERATURE:
+        return (
+            f"eval.temperature {settings.temperature:g} is below {LOWEST_TEMPERATURE:g}, to which vLLM raises it; set "
+            "it to 0 for greedy sampling, or higher"
+        )
+    if settings.temperature == 0 and settings.samples > 1:
+        return (
+            f"eval.samples {settings.samples} with eval.temperature 0: greedy sampling gives the same response each "
+            "time; set eval.samples=1 or a temperature"
         )
     return None
 
