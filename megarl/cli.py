@@ -70,6 +70,7 @@ def _launch(args: argparse.Namespace) -> int:
         if args.command == "compare":
             config.data.prompts = args.input
         else:
+            _check_output(args.output, args.input)
             options += ["--output", args.output]
     world = os.environ.get("WORLD_SIZE")
     inside_torchrun = world is not None and "RANK" in os.environ
@@ -97,6 +98,17 @@ def _launch(args: argparse.Namespace) -> int:
     from megarl.launch.local import launch
 
     return launch(planned, config)
+
+
+def _check_output(path: str, given: str) -> None:
+    """Raises UserError where the file could not be written at the end of all work, or is the input."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise UserError(f"--output {path!r} is a folder; give a file")
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path!r}: {folder!r} is no folder that can be written to; make it or give another")
+    if os.path.exists(path) and os.path.samefile(path, given):
+        raise UserError(f"--output {path!r} is the --input; give another file")
 
 
 def _rollout(args: argparse.Namespace) -> int:

@@ -289,7 +289,7 @@ class SftConfig(Section):
     """`megarl sft`: the cold start. Optimizer keys are those of train.*; steps here are optimizer steps."""
 
     data: str = Field("", description="Demonstrations, JSONL: {messages | prompt, response}.")
-    out: str = Field("", description="Hugging Face folder the result is written to; unset is run.dir/hf.")
+    out: str = Field("", description="Hugging Face folder to write, which must not exist; unset is run.dir/hf.")
     batch: int = Field(64, ge=1, description="Demonstrations an optimizer step, over all data-parallel ranks.")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
+from megarl.folders import MARK, finish, refuse_output, unfinished
 
 PLAN = ".plan.json"
 
@@ -29,9 +30,8 @@ def output_folder(out: Path, plan: dict[str, Any], nbytes: int) -> Iterator[Path
     UserError where `out` exists, another conversion writes it, or the
     disk is full: what was written stays for the next call.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"--out {str(out)!r} already exists; remove it or give another folder")
-    partial = out.absolute().with_name(f".{out.name}.partial")
+    refuse_output("--out", out)
+    partial = unfinished(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,7 +49,7 @@ def output_folder(out: Path, plan: dict[str, Any], nbytes: int) -> Iterator[Path
             yield partial
             (partial / PLAN).unlink()
             _flush(partial)
-            partial.rename(out)
+            finish("--out", out)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -70,6 +70,7 @@ def _start(partial: Path, plan: dict[str, Any]) -> None:
     if not same:
         shutil.rmtree(partial)
         partial.mkdir()
+        (partial / MARK).touch()
         (partial / PLAN).write_text(json.dumps(plan))
 
 

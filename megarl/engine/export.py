@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 
 from megarl.checkpoints import hf_files
 from megarl.engine.model import Model
+from megarl.folders import begin, finish
 from megarl.weights.files.hf_folder import SHARD_BYTES, ShardedWriter, carry_files, plan_shards
 from megarl.weights.files.megatron_folder import open_weights
 from megarl.weights.files.safetensors_file import Spec
@@ -19,7 +19,7 @@ from megarl.weights.reshard.gather import gather_full, plan_gather
 def export_hf(
     model: Model, source: str, out: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes `out`, whole or not at all. Memory at rank 0: a bucket of weights.
+    """Writes `out`, which must not exist, whole or not at all. Memory at rank 0: a bucket of weights.
 
     source: the folder that the model was filled from: its config, its tokenizer and its multi-token prediction layers,
     which are not trained, are carried along.
@@ -28,9 +28,7 @@ def export_hf(
     dtype = dtype or model.config.params_dtype
     tensors = gather_full(plan, model.weight_map, model.params(), model.parallel.coord.rank, dtype)
     if model.parallel.is_main:
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = begin("the export's folder", out)
         wide, shapes = model.weight_map.hf_float32, model.weight_map.hf_shapes
         specs = {
             name: Spec(torch.float32, shape) for name, shape in shapes.items() if name in wide
@@ -47,8 +45,7 @@ def export_hf(
                 writer.write(name, reader.whole(name))
         writer.finish()
         carry_files(hf_files(source), partial, dtype)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        finish("the export's folder", out)
     else:
         for _ in tensors:
             pass

@@ -110,6 +110,8 @@ class Refit:
             self.fleet.check_digests(None)
             return
         folder = Path(self.config.run.dir).resolve() / ".weight_check"
+        if self.engine.model.parallel.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed at this point
         export_hf(self.engine.model, self.config.model.path, folder, self.rollout_dtype)
         try:
             self.fleet.check_digests(str(folder))

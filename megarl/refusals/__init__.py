@@ -38,6 +38,8 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (files.reward, (*LOOP, "compare")),
     (files.loggers, (*LOOP, "sft")),
     (files.run_dir, ALL),
+    (files.run_dir_of_another, (*LOOP, "sft")),
+    (files.sft_out, ("sft",)),
     (layouts.world, ENGINE + PLAN),
     (layouts.expert_world, ENGINE + PLAN),
     (layouts.heads, ENGINE + PLAN),

@@ -8,7 +8,9 @@ import socket
 from pathlib import Path
 from typing import Literal
 
+from megarl.checkpoints import NAME, STATE
 from megarl.errors import UserError
+from megarl.folders import refuse_output
 from megarl.refusals.case import Case
 
 
@@ -83,6 +85,42 @@ def run_dir(case: Case) -> str | None:
         return f"run.dir {str(path)!r}: {str(there)!r} is a file; give a folder"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"run.dir {str(path)!r} cannot be written; change its permissions or give another folder"
+    return None
+
+
+LOGS = ("torchrun.log", "worker_*.log", "trainer_*.log", "rollout_*.log", "failures.jsonl")
+RECORD = {"sync", "critic", "sft", "score"}  # sections of every config.yaml that a run wrote
+
+
+def run_dir_of_another(case: Case) -> str | None:
+    """What a run would move, remove or write over in its folder must be a run's."""
+    folder = Path(case.config.run.dir)
+    for logs in (folder / "logs", folder / "logs.previous"):
+        if logs.is_dir() and any(logs.iterdir()) and not any(any(logs.glob(name)) for name in LOGS):
+            return f"run.dir {str(folder)!r} holds a folder {logs.name} that is not a run's; give another folder"
+    for checkpoint in sorted(folder.glob("checkpoints/step_*")):
+        if NAME.match(checkpoint.name) and not (checkpoint / STATE).is_file():
+            return (
+                f"run.dir {str(folder)!r}: checkpoints/{checkpoint.name} is no checkpoint of a run, it has no {STATE}; "
+                "move it away"
+            )
+    record = folder / "config.yaml"
+    if record.is_file() and not RECORD <= {line.partition(":")[0] for line in record.read_text().splitlines()}:
+        return (
+            f"run.dir {str(folder)!r} holds a config.yaml that is not a run's record and would be written over; rename "
+            "it or give another folder"
+        )
+    return None
+
+
+def sft_out(case: Case) -> str | None:
+    out = case.config.sft.out
+    if out:
+        refuse_output("sft.out", Path(out))  # raises UserError
+        return None
+    out = str(Path(case.config.run.dir) / "hf")
+    if Path(out).exists():
+        return f"sft.out is unset and {out!r} already exists; remove it, or give sft.out or another run.dir"
     return None
 
 

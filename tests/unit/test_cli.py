@@ -49,6 +49,19 @@ def test_an_input_that_is_missing(run_yaml: Path, capfd: pytest.CaptureFixture[s
     assert "--input 'nowhere.jsonl' does not exist" in capfd.readouterr().err
 
 
+def test_fault_03_an_output_that_cannot_be_or_is_the_input(
+    run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run_yaml.parent)
+    for output, said in [
+        ("model", "--output 'model' is a folder; give a file"),
+        ("nowhere/o.jsonl", "nowhere' is no folder that can be written to"),
+        ("./prompts.jsonl", "--output './prompts.jsonl' is the --input; give another file"),
+    ]:
+        assert main(["score", str(run_yaml), "--input", "prompts.jsonl", "--output", output]) == 2
+        assert said in capfd.readouterr().err
+
+
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["--help"])

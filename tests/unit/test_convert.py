@@ -277,7 +277,11 @@ def test_out_that_exists_is_left_alone(folder: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "out").write_text("mine")
     assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "out"), "already exists")
     assert (tmp_path / "out").read_text() == "mine"
-    assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "out" / "inside"), "cannot be made")
+    assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "out" / "inside"), "out' is a file; give another")
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / "mine").touch()
+    assert_refused(capsys, lambda: to_megatron_(folder, tmp_path / "new"), "written under the name .*; move it away")
+    assert (tmp_path / ".new.partial" / "mine").exists()
 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])

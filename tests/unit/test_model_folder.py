@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megarl.convert import commands
 from megarl.errors import UserError
+from megarl.folders import begin, finish
 from megarl.weights.files.hf_folder import carry_files
 from megarl.weights.files.hf_index import HfIndex
 from megarl.weights.files.hf_reader import HfReader
@@ -154,3 +155,19 @@ def test_fault_09_what_a_conversion_carries(tmp_path: Path) -> None:
     carry_files(tmp_path / "from", tmp_path / "to")
     for name in names:
         assert (tmp_path / "to" / name).read_text() == (tmp_path / "from" / name).read_text(), name
+
+
+def test_fault_03_an_export_replaces_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begin("sft.out", out).joinpath("part").touch()
+    assert [file.name for file in begin("sft.out", out).iterdir()] == [".megarl"], "what was interrupted begins anew"
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(UserError, match=r"came into being meanwhile; .* is whole in '.*/\.out\.partial'"):
+        finish("sft.out", out)
+    assert (out / "mine").exists() and (tmp_path / ".out.partial").exists()
+    shutil.rmtree(out)
+    finish("sft.out", out)
+    assert out.is_dir() and not any(out.iterdir()) and not (tmp_path / ".out.partial").exists()
+    with pytest.raises(UserError, match="already exists"):
+        begin("sft.out", out)

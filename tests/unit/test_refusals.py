@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from megarl import refusals
-from megarl.config import load_config
+from megarl.config import dump_config, load_config
 from megarl.errors import UserError
 from tests.conftest import write_weights
 from tools.tiny_model import tiny_config
@@ -282,7 +282,9 @@ APART = {
     "glm_head_dim",
     "loader",
     "megatron_checkpoint",
+    "run_dir_of_another",
     "served_weights",
+    "sft_out",
     "tokenizer",
 }  # tests of their own below
 
@@ -427,6 +429,48 @@ def test_fault_25_a_head_size_that_vllm_does_not_guess(run_yaml: Path) -> None:
     with pytest.raises(UserError, match='vLLM wants head_dim; add "head_dim": 16 to its config.json$'):
         refusals.check(config)
     refusals.check(config, "sft")
+
+
+@pytest.mark.parametrize("out", ["there", ".", "link", "there/../there", "prompts.jsonl"])
+def test_fault_03_a_cold_start_writes_no_folder_that_is_there(
+    run_yaml: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(run_yaml.parent)
+    Path("there").mkdir()
+    Path("there/mine").write_text("1")
+    Path("link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"sft.out '{out}' already exists; remove it or give another folder"):
+        refusals.check(load_config(run_yaml, [f"sft.out={out}"]), "sft")
+    with pytest.raises(UserError, match="sft.out 'prompts.jsonl/x': '.*prompts.jsonl' is a file; give another folder"):
+        refusals.check(load_config(run_yaml, ["sft.out=prompts.jsonl/x"]), "sft")
+    Path(".new.partial").mkdir()
+    refusals.check(load_config(run_yaml, ["sft.out=new"]), "sft")
+    Path(".new.partial/mine").touch()
+    with pytest.raises(UserError, match="sft.out 'new' is written under the name '.*.new.partial', which is there"):
+        refusals.check(load_config(run_yaml, ["sft.out=new"]), "sft")
+    Path("run/hf").mkdir(parents=True)
+    with pytest.raises(UserError, match="sft.out is unset and '.*/run/hf' already exists"):
+        refusals.check(load_config(run_yaml), "sft")
+
+
+def test_fault_03_a_run_touches_nothing_in_its_folder_that_is_not_a_runs(run_yaml: Path) -> None:
+    run, config = run_yaml.parent / "run", load_config(run_yaml)
+    for name, said in [
+        ("logs/mine.txt", "a folder logs that is not a run's"),
+        ("logs.previous/mine.txt", "a folder logs.previous that is not a run's"),
+        ("checkpoints/step_3/mine.pt", "checkpoints/step_3 is no checkpoint of a run, it has no megarl.json"),
+        ("config.yaml", "a config.yaml that is not a run's record"),
+    ]:
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("train: {lr: 1}")
+        with pytest.raises(UserError, match=said):
+            refusals.check(config, "train")
+        shutil.rmtree(run)
+    for name in ("logs/torchrun.log", "logs.previous/rollout_0.log", "checkpoints/step_3/megarl.json"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).touch()
+    (run / "config.yaml").write_text(dump_config(config))
+    refusals.check(config, "run")
 
 
 def test_a_loader_that_is_not_installed(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
