@@ -293,12 +293,12 @@ def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
     mine = {}
     for pack, (logprobs, _) in zip(packs, scored):
         # pi_old is not pi: a fixed change that depends on the token only makes every branch of the loss count
-        pack.old_logprobs = logprobs + 0.1 * torch.sin(pack.labels.float() + pack.positions.float())
+        pack.passes.old_logprobs = logprobs + 0.1 * torch.sin(pack.labels.float() + pack.positions.float())
         mine |= {i: logprobs[s : s + sum(RESPONSES[i]) - 1] for i, s in zip(pack.responses, pack.starts)}
     if mode == "R2":
         for pack in packs:
-            pack.routes, pack.present = pack.own, None
-    sums = engine.gradients(packs, "record" if mode == "none" else "replay", learner._loss)
+            pack.passes.old_routes = pack.passes.live_routes
+    sums = engine.gradients(packs, {"none": "record", "R2": "replay_old", "R3": "replay"}[mode], learner._loss)
     loss = sum((float(part["loss/value:sum"]) for part in sums), 0.0) if at.coord.tp == at.coord.cp == 0 else 0.0
     everyone: list[Any] = [None] * at.layout.world
     dist.all_gather_object(everyone, (mine, loss, gradients(engine, config.engine.distributed_optimizer)))
@@ -346,11 +346,12 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
     for pack in packs:
         members = pack.responses
         prompt_lens = [prompts[i] for i in members]
-        pack.rollout_logprobs = scatter_rows(pack, [mu[i] for i in members], prompt_lens)
-        pack.denominators.fill_(len(RESPONSES))
+        pack.rollout.logprobs = scatter_rows(pack, [mu[i] for i in members], prompt_lens)
+        pack.rollout.denominators.fill_(len(RESPONSES))
         for start, i in zip(pack.starts, members):
             rows = slice(start, start + lengths[i] - 1)
-            pack.advantages[rows], pack.group_ids[rows] = advantage[i], i // 3
+            pack.rollout.rewards[rows] = pack.rollout.advantages[rows] = advantage[i]
+            pack.rollout.group_ids[rows] = i // 3
         if with_routes and weight_map.moe_layers:
             empty = torch.zeros(0, len(weight_map.moe_layers), weight_map.top_k)
             attach_routes(pack, torch.cat([routes[i] for i in members]) if members else empty, at, shape)

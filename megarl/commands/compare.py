@@ -19,19 +19,22 @@ import numpy as np
 import torch.distributed as dist
 
 from megarl.commands.arguments import parse
-from megarl.commands.score import WholePack, encode_npy, gather_packs
+from megarl.commands.score import HAS_ROUTE, LIVE_ROUTES, ROUTES, SCORE_GAP, WholePack, encode_npy, gather_packs
 from megarl.config import Config, load_config
 from megarl.data import Prompt, load_tokenizer, prompts_of
 from megarl.engine.build import Engine, build_engine
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Routes
 from megarl.errors import UserError
-from megarl.loop.collect import Batch, Collector
+from megarl.loop.batch import Batch, ScoredRollouts, build_batch
+from megarl.loop.sampler import Sampler
+from megarl.loop.scoring import RewardScorer
 from megarl.report.mismatch import Compared, Pass, figures, render, text_table, worst_tokens
 from megarl.report.verdict import precision_of
 from megarl.rollout.fleet import Fleet
 
-FIELDS = ("tokens", "labels", "mask", "rollout_logprobs", "routes", "present", "own", "gap")
+MU = "rollout.logprobs"
+FIELDS = ("tokens", "labels", "mask", MU, ROUTES, HAS_ROUTE, LIVE_ROUTES, SCORE_GAP)
 
 
 def main(argv: list[str]) -> int:
@@ -49,14 +52,18 @@ def main(argv: list[str]) -> int:
     config.replay.mode = config.replay_mode  # unset, it would follow batch.minibatches
     config.batch.prompts, config.batch.minibatches, config.batch.equal_groups = len(prompts), 1, "keep"
     fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest)
-    collector = Collector(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
+    sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
+    scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
     try:
+        rollouts = ScoredRollouts(config, parallel, steps_done=0)
         with fleet.watched():
-            batch = collector.collect(lambda k: prompts[:k], step=0, steps_done=0, to_learn=False)
+            sampled = sampler.sample(prompts, first_group=0, step=0)
+            rollouts.add(sampled, scorer.score(sampled.rollouts))
+        batch = build_batch(rollouts, engine, step=0, to_learn=False)
     finally:
-        collector.close()
+        scorer.close()
         fleet.close()
-    responses = compare(engine, batch, captured=collector.routes is not None)
+    responses = compare(engine, batch, captured=sampler.wants_routes)
     if parallel.is_main:
         report = describe(config, engine, batch, responses)
         report["worst"] = worst_tokens(responses, lambda tokens: str(tokenizer.decode(tokens)))
@@ -96,16 +103,16 @@ def _compared(live: WholePack, replayed: WholePack | None, span: slice) -> Compa
     return Compared(
         tokens=[*values["tokens"].tolist(), int(values["labels"][-1])],
         prompt_len=int(predicts.argmax()) + 1,
-        rollout=values["rollout_logprobs"][predicts],
-        routes=values["routes"] if "routes" in values and values["present"].all() else None,
+        rollout=values[MU][predicts],
+        routes=values[ROUTES] if ROUTES in values and values[HAS_ROUTE].all() else None,
         live=_pass(live, span, predicts),
         replayed=None if replayed is None else _pass(replayed, span, predicts),
     )
 
 
 def _pass(pack: WholePack, span: slice, predicts: np.ndarray) -> Pass:
-    values = {name: value[span][predicts] for name, value in pack.values.items() if name in ("logprobs", "own", "gap")}
-    return Pass(**values)
+    names = {"logprobs": "logprobs", "own": LIVE_ROUTES, "gap": SCORE_GAP}
+    return Pass(**{key: pack.values[name][span][predicts] for key, name in names.items() if name in pack.values})
 
 
 def describe(config: Config, engine: Engine, batch: Batch, responses: list[Compared]) -> dict[str, Any]:

@@ -14,13 +14,13 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megarl.commands.arguments import parse
 from megarl.config import Config, load_config
@@ -28,6 +28,7 @@ from megarl.engine.batch import Pack, assign, make_packs, router_rows
 from megarl.engine.build import Engine, build_engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.engine.parallel import destroy_parallel
+from megarl.engine.step import TokenScores
 from megarl.errors import UserError
 from megarl.replay.routes import accept_routes
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
@@ -107,10 +108,10 @@ def score(rows: list[dict[str, Any]], engine: Engine, config: Config) -> list[di
                 full = np.concatenate([none, *(rows[i]["routes"].astype(np.int16) for i in pack.responses)])
                 attach_routes(pack, torch.from_numpy(full), at, shape)
         scored = engine.logprobs(packs, "replay" if replay else "record")
-        for whole in gather_packs(engine, packs, scored, ("own",)):
-            own = whole.values.get("own", np.zeros((whole.rows, 0, shape.top_k)))  # a dense model has none
+        for whole in gather_packs(engine, packs, scored, (LIVE_ROUTES,)):
+            live = whole.values.get(LIVE_ROUTES, np.zeros((whole.rows, 0, shape.top_k)))  # a dense model has none
             for i, span in whole.spans():
-                routes = own[span] if rows[i].get("routes") is None else rows[i]["routes"]
+                routes = live[span] if rows[i].get("routes") is None else rows[i]["routes"]
                 results[i] = {
                     "logprobs": whole.values["logprobs"][span].tolist(),
                     "entropy": whole.values["entropy"][span].tolist(),
@@ -134,14 +135,16 @@ class WholePack:
             yield i, slice(start, end)
 
 
-_BY_LAYER = ("own", "gap", "routes", "present")
+LIVE_ROUTES, SCORE_GAP = "passes.live_routes", "passes.score_gap"
+ROUTES, HAS_ROUTE = "rollout.routes", "rollout.has_route"
+_BY_LAYER = (LIVE_ROUTES, SCORE_GAP, ROUTES, HAS_ROUTE)
 
 
 def gather_packs(
-    engine: Engine, packs: list[Pack], scored: list[tuple[Tensor, Tensor]], names: tuple[str, ...]
+    engine: Engine, packs: list[Pack], scored: list[TokenScores], names: tuple[str, ...]
 ) -> list[WholePack]:
     """The packs of all replicas on rank 0 (none elsewhere): log-probabilities
-    and entropy as `scored`, and the fields `names` of Pack.
+    and entropy as `scored`, and the fields `names` of Pack, dotted.
 
     Collective. Fields by layer come as [rows, all MoE layers, ...]; a field that no rank holds is left out.
     """
@@ -165,14 +168,14 @@ def gather_packs(
     return whole
 
 
-def _part(engine: Engine, pack: Pack, scored: tuple[Tensor, Tensor] | None, names: tuple[str, ...]) -> dict[str, Any]:
+def _part(engine: Engine, pack: Pack, scored: TokenScores | None, names: tuple[str, ...]) -> dict[str, Any]:
     """What this rank knows of one of its packs: its own rows and
     layers; on the last stage also what is the same on all its ranks.
     """
     at = engine.model.parallel
-    found = {name: value.cpu().numpy() for name in names if (value := getattr(pack, name)) is not None}
-    if "present" in found:  # one value a row, here as one a layer too
-        found["present"] = np.broadcast_to(found["present"][:, None], found["routes"].shape[:2])
+    found = {name: value.cpu().numpy() for name in names if (value := attrgetter(name)(pack)) is not None}
+    if HAS_ROUTE in found:  # one value a row, here as one a layer too
+        found[HAS_ROUTE] = np.broadcast_to(found[HAS_ROUTE][:, None], found[ROUTES].shape[:2])
     part: dict[str, Any] = {
         "responses": pack.responses,
         "starts": pack.starts,

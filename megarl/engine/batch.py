@@ -20,7 +20,7 @@ from megarl.weights.map.layout import Coord, Layout
 class Meta:
     """What every rank knows of every response: enough to assign it."""
 
-    prompt: int  # its group: place in the global batch, 0 .. B - 1, and on from there in refilled batches
+    group: int  # place in the global batch, 0 .. B - 1, and on from there in refilled batches
     prompt_len: int
     tokens: int  # prompt and response
     reward: float
@@ -37,11 +37,41 @@ class Meta:
 
 
 @dataclass
-class Pack:
-    """One micro-batch: the rows of some responses one after the other,
-    padded at the end to a whole number of `alignment`.
+class RolloutRows:
+    """What a pack's responses bring with them, in rows; megarl/engine/exchange.py fills it in. T rows of the pack,
+    R rows of this rank, L its MoE layers, K experts a token.
+    """
 
-    All [T] tensors are in rows. Arrays that depend on the rollout are filled by megarl/engine/exchange.py.
+    logprobs: Tensor  # float32 [T]: log mu
+    rewards: Tensor  # float32 [T]: the reward of the response, on each of its rows
+    advantages: Tensor  # float32 [T]: of the response in its group, on each of its rows; 0 where a critic makes them
+    group_ids: Tensor  # int64 [T]; -1 is padding
+    denominators: Tensor  # float32 [T]: what each token's loss is divided by (megarl.objective.denominators)
+    routes: Tensor | None = None  # int16 [R, L, K]
+    has_route: Tensor | None = None  # bool [R]; None where every row has one
+
+
+@dataclass
+class PassRows:
+    """What the passes over a pack leave behind, in rows; None until the pass has run. Values of tokens are on the last
+    stage. T rows of the pack, R rows of this rank, L its MoE layers, K experts a token.
+    """
+
+    old_logprobs: Tensor | None = None  # float32 [T]: log pi_old
+    logprobs: Tensor | None = None  # float32 [T]: log pi of the last update, detached
+    ref_logprobs: Tensor | None = None  # float32 [T]: of the reference model
+    old_values: Tensor | None = None  # float32 [T]: of the critic, before its first update on this batch
+    advantages: Tensor | None = None  # float32 [T]: GAE's
+    returns: Tensor | None = None  # float32 [T]: what the critic's values are trained to
+    live_routes: Tensor | None = None  # int16 [R, L, K]: the top-k of the live scores in the last pass that ran
+    old_routes: Tensor | None = None  # int16 [R, L, K]: the same of the pi_old pass
+    score_gap: Tensor | None = None  # float32 [R, L]: how far the given routes lie below the live choice, in score
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One micro-batch: the rows of some responses one after the other, padded at the end (see pack_lengths).
+    Its layout never changes; `rollout` is filled once, `passes` as the step goes on. All [T] are in rows.
     """
 
     responses: list[int]  # indices into the global batch, in order of rows
@@ -49,24 +79,12 @@ class Pack:
     rows: int  # without padding
     tokens: Tensor  # int64 [T]
     labels: Tensor  # int64 [T]; 0 where there is none
-    mask: Tensor  # float32 [T]; 1 where the row predicts a response token
+    mask: Tensor  # float32 [T]; 1 where the row predicts a response token that is learnt from
     seq_ids: Tensor  # int64 [T]: place in `responses`; -1 is padding
     positions: Tensor  # int64 [T]
     sequences: PackedSequences
-    rollout_logprobs: Tensor  # float32 [T]
-    advantages: Tensor  # float32 [T]
-    group_ids: Tensor  # int64 [T]: the prompt of the response; -1 is padding
-    denominators: Tensor  # float32 [T]: what each token's loss is divided by (megarl.objective.denominators)
-    old_logprobs: Tensor | None = None  # float32 [T], on the last stage; so are the next four
-    logprobs: Tensor | None = None  # of the last update, detached
-    ref_logprobs: Tensor | None = None  # of the reference model
-    old_values: Tensor | None = None  # of the critic, before its first update on this batch
-    returns: Tensor | None = None  # what its values are trained to
-    routes: Tensor | None = None  # int16 [rows of this rank, its MoE layers, K], the rollout's
-    present: Tensor | None = None  # bool [rows of this rank]
-    own: Tensor | None = None  # int16, shaped as routes: the top-k of the live scores in the last pass that ran
-    gap: Tensor | None = None  # float32 [rows of this rank, its MoE layers]: how far `routes` lie below the own choice
-    own_old: Tensor | None = None  # int16, `own` of the pi_old pass
+    rollout: RolloutRows
+    passes: PassRows
 
     @property
     def padded(self) -> int:
@@ -164,10 +182,14 @@ def make_pack(
         seq_ids=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [zeros - 1]),
         positions=torch.cat([torch.arange(n) for n in spans]),
         sequences=packed_sequences(spans, cp_spans(length, layout.cp), coord.cp),
-        rollout_logprobs=torch.zeros(length),
-        advantages=torch.zeros(length),
-        group_ids=torch.full((length,), -1),
-        denominators=torch.ones(length),
+        rollout=RolloutRows(
+            logprobs=torch.zeros(length),
+            rewards=torch.zeros(length),
+            advantages=torch.zeros(length),
+            group_ids=torch.full((length,), -1),
+            denominators=torch.ones(length),
+        ),
+        passes=PassRows(),
     )
 
 

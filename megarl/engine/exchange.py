@@ -51,44 +51,64 @@ class _Share:
     row: int
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss takes of each response, the same on all its tokens: tensors [responses of the batch].
+
+    masked: bool; a response whose tokens are not learnt from.
+    """
+
+    rewards: Tensor
+    advantages: Tensor
+    denominators: Tensor
+    masked: Tensor
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """packs: this rank's, filled. route_bytes: of the routes it received."""
+
+    packs: list[Pack]
+    route_bytes: int
+
+
 def exchange(
     assignment: list[list[list[int]]],
     metas: Sequence[Meta],
-    advantages: Tensor,
-    denominators: Tensor,
+    loss_inputs: LossInputs,
     responses: dict[int, Response],
     parallel: Parallel,
-    routes: RouteShape | None,
-) -> tuple[list[Pack], int]:
-    """This rank's packs, filled, and the bytes of routes it received.
+    route_shape: RouteShape | None,
+) -> Exchanged:
+    """Moves every response to the ranks that train it. Collective.
 
-    assignment: packs[replica][pack] -> indices into metas. advantages, denominators: [len(metas)]. responses: those
-    this rank fetched,
-    by the same index. routes: None if none travel.
+    assignment: packs[replica][pack] -> indices into metas. responses: those this rank fetched, by the same index.
+    route_shape: None if no routes travel.
     """
     layout, me = parallel.layout, parallel.coord
     outgoing = {}
     for rank in range(layout.world) if responses else []:
         there = layout.coord(rank)
-        outgoing[rank] = _encode(assignment[there.dp], metas, responses, layout, there, routes)
+        outgoing[rank] = _encode(assignment[there.dp], metas, responses, layout, there, route_shape)
     mine = assignment[me.dp]
-    shares = _shares(mine, metas, layout, me) if routes else []
+    shares = _shares(mine, metas, layout, me) if route_shape else []
     sizes = dict.fromkeys(sorted({meta.owner for meta in metas}), 0)
     for i in (i for pack in mine for i in pack):
         sizes[metas[i].owner] += 4 * metas[i].tokens + 4 * (metas[i].tokens - metas[i].prompt_len)
     for share in shares:
-        sizes[metas[share.response].owner] += _route_bytes(share, metas[share.response], me, routes)
+        sizes[metas[share.response].owner] += _route_bytes(share, metas[share.response], me, route_shape)
     incoming = _swap(outgoing, sizes, parallel)
-    packs, received = _fill(mine, shares, metas, incoming, parallel, routes)
-    for pack in packs:
-        for start, i in zip(pack.starts, pack.responses):
+    exchanged = _fill(mine, shares, metas, incoming, parallel, route_shape)
+    for pack in exchanged.packs:
+        for start, i in zip(pack.starts, pack.responses, strict=True):
             rows = slice(start, start + metas[i].rows)
-            pack.advantages[rows], pack.denominators[rows], pack.group_ids[rows] = (
-                advantages[i],
-                denominators[i],
-                metas[i].prompt,
-            )
-    return packs, received
+            pack.rollout.rewards[rows] = loss_inputs.rewards[i]
+            pack.rollout.advantages[rows] = loss_inputs.advantages[i]
+            pack.rollout.denominators[rows] = loss_inputs.denominators[i]
+            pack.rollout.group_ids[rows] = metas[i].group
+            if loss_inputs.masked[i]:
+                pack.mask[rows] = 0
+    return exchanged
 
 
 def _lengths(packs: list[list[int]], metas: Sequence[Meta], layout: Layout) -> list[int]:
@@ -117,7 +137,7 @@ def _encode(
     responses: dict[int, Response],
     layout: Layout,
     coord: Coord,
-    routes: RouteShape | None,
+    route_shape: RouteShape | None,
 ) -> bytes:
     """The message to the rank at `coord`: tokens and log-probabilities
     of its responses, then its shares of their routes.
@@ -125,21 +145,26 @@ def _encode(
     parts = []
     for i in (i for pack in packs for i in pack if i in responses):
         parts += [responses[i].tokens.astype(np.int32).tobytes(), responses[i].logprobs.astype(np.float32).tobytes()]
-    if routes is not None:
-        layers = list(routes.layers_of_stage[coord.pp])
+    if route_shape is not None:
+        layers = list(route_shape.layers_of_stage[coord.pp])
         for share in _shares(packs, metas, layout, coord):
             held = responses[share.response].routes if share.response in responses else None
             if held is not None:
                 parts.append(
-                    np.ascontiguousarray(held[share.first : share.last][:, layers], dtype=routes.dtype).tobytes()
+                    np.ascontiguousarray(held[share.first : share.last][:, layers], dtype=route_shape.dtype).tobytes()
                 )
     return b"".join(parts)
 
 
-def _route_bytes(share: _Share, meta: Meta, coord: Coord, routes: RouteShape | None) -> int:
-    if routes is None or not meta.has_routes:
+def _route_bytes(share: _Share, meta: Meta, coord: Coord, route_shape: RouteShape | None) -> int:
+    if route_shape is None or not meta.has_routes:
         return 0
-    return (share.last - share.first) * len(routes.layers_of_stage[coord.pp]) * routes.top_k * routes.dtype.itemsize
+    return (
+        (share.last - share.first)
+        * len(route_shape.layers_of_stage[coord.pp])
+        * route_shape.top_k
+        * route_shape.dtype.itemsize
+    )
 
 
 def _swap(outgoing: dict[int, bytes], sizes: dict[int, int], parallel: Parallel) -> dict[int, bytes]:
@@ -170,8 +195,8 @@ def _fill(
     metas: Sequence[Meta],
     incoming: dict[int, bytes],
     parallel: Parallel,
-    routes: RouteShape | None,
-) -> tuple[list[Pack], int]:
+    route_shape: RouteShape | None,
+) -> Exchanged:
     read = {owner: _Reader(data) for owner, data in incoming.items()}
     tokens: dict[int, Tensor] = {}
     logprobs: dict[int, Tensor] = {}
@@ -183,52 +208,52 @@ def _fill(
     for members, length in zip(packs, _lengths(packs, metas, parallel.layout)):
         prompt_lens = [metas[i].prompt_len for i in members]
         pack = make_pack(members, [tokens[i] for i in members], prompt_lens, length, parallel.layout, parallel.coord)
-        pack.rollout_logprobs = scatter_rows(pack, [logprobs[i] for i in members], prompt_lens)
+        pack.rollout.logprobs = scatter_rows(pack, [logprobs[i] for i in members], prompt_lens)
         filled.append(pack)
     total = 0
-    if routes is not None:
-        layers = len(routes.layers_of_stage[parallel.coord.pp])
+    if route_shape is not None:
+        layers = len(route_shape.layers_of_stage[parallel.coord.pp])
         pieces = []
         for share in shares:
             meta = metas[share.response]
             if meta.has_routes:
-                shape = (share.last - share.first, layers, routes.top_k)
-                raw = read[meta.owner].take(routes.dtype, int(np.prod(shape))).reshape(shape)
+                shape = (share.last - share.first, layers, route_shape.top_k)
+                raw = read[meta.owner].take(route_shape.dtype, int(np.prod(shape))).reshape(shape)
                 pieces.append((share, torch.from_numpy(raw.astype(np.int16))))
                 total += raw.nbytes
-        _place_routes(filled, pieces, parallel, routes, layers)
-    return filled, total
+        _place_routes(filled, pieces, parallel, route_shape, layers)
+    return Exchanged(filled, total)
 
 
 def _place_routes(
-    filled: list[Pack], pieces: list[tuple[_Share, Tensor]], parallel: Parallel, routes: RouteShape, layers: int
+    filled: list[Pack], pieces: list[tuple[_Share, Tensor]], parallel: Parallel, route_shape: RouteShape, layers: int
 ) -> None:
     for pack in filled:
-        _spread(pack, parallel, routes, layers)
+        _spread(pack, parallel, route_shape, layers)
     for share, piece in pieces:
         pack = filled[share.pack]
-        assert pack.routes is not None and pack.present is not None
-        pack.routes[share.row : share.row + len(piece)] = piece
-        pack.present[share.row : share.row + len(piece)] = True
+        assert pack.rollout.routes is not None and pack.rollout.has_route is not None
+        pack.rollout.routes[share.row : share.row + len(piece)] = piece
+        pack.rollout.has_route[share.row : share.row + len(piece)] = True
 
 
-def _spread(pack: Pack, parallel: Parallel, routes: RouteShape, layers: int) -> None:
+def _spread(pack: Pack, parallel: Parallel, route_shape: RouteShape, layers: int) -> None:
     rows = router_rows(pack.padded, parallel.layout, parallel.coord)
-    spread = spread_routes(len(rows), layers, routes.num_experts, routes.top_k, start=int(rows[0]))
-    pack.routes = spread.to(torch.int16)
-    pack.present = rows >= pack.rows  # padding replays its spread routes
+    spread = spread_routes(len(rows), layers, route_shape.num_experts, route_shape.top_k, start=int(rows[0]))
+    pack.rollout.routes = spread.to(torch.int16)
+    pack.rollout.has_route = rows >= pack.rows  # padding replays its spread routes
 
 
-def attach_routes(pack: Pack, full: Tensor, parallel: Parallel, routes: RouteShape) -> None:
+def attach_routes(pack: Pack, full: Tensor, parallel: Parallel, route_shape: RouteShape) -> None:
     """Gives a pack this rank's part of routes that every rank has: full is [rows without
     padding, all MoE layers, K].
     """
-    layers = list(routes.layers_of_stage[parallel.coord.pp])
-    _spread(pack, parallel, routes, len(layers))
-    assert pack.routes is not None and pack.present is not None
+    layers = list(route_shape.layers_of_stage[parallel.coord.pp])
+    _spread(pack, parallel, route_shape, len(layers))
+    assert pack.rollout.routes is not None and pack.rollout.has_route is not None
     rows = router_rows(pack.padded, parallel.layout, parallel.coord)
     real = rows < pack.rows
-    pack.routes[real], pack.present[real] = full[rows[real]][:, layers].to(torch.int16), True
+    pack.rollout.routes[real], pack.rollout.has_route[real] = full[rows[real]][:, layers].to(torch.int16), True
 
 
 class _Reader:
@@ -242,7 +267,7 @@ class _Reader:
 
 
 def gather_metas(mine: list[Meta], parallel: Parallel, fault: str | None = None) -> list[Meta]:
-    """The metas of all responses, on every rank, in prompt order (a prompt's responses stay in their owner's order).
+    """The metas of all responses, on every rank, in order of their groups; within one in their owner's order.
 
     Where a rank has a `fault`, every rank raises it as a UserError: none is left waiting for the one that found it.
     """
@@ -250,15 +275,15 @@ def gather_metas(mine: list[Meta], parallel: Parallel, fault: str | None = None)
     dist.all_gather_object(everyone, (mine, fault))
     if faults := [found for _, found in everyone if found]:
         raise UserError(faults[0])
-    return sorted((meta for metas, _ in everyone for meta in metas), key=lambda meta: meta.prompt)
+    return sorted((meta for metas, _ in everyone for meta in metas), key=lambda meta: meta.group)
 
 
 def minibatches(metas: Sequence[Meta], groups: Sequence[int], count: int) -> Iterator[list[int]]:
-    """Indices of each mini-batch: `groups` (values of Meta.prompt) in
+    """Indices of each mini-batch: `groups` (values of Meta.group) in
     order, cut into `count` parts of whole groups, as even as can be.
 
     With fewer groups than `count`, one mini-batch a group.
     """
     for part in np.array_split(np.array(groups), min(count, len(groups))) if len(groups) else []:
         chosen = set(part.tolist())
-        yield [i for i, meta in enumerate(metas) if meta.prompt in chosen]
+        yield [i for i, meta in enumerate(metas) if meta.group in chosen]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -24,12 +24,29 @@ from megarl.replay.context import Replay, replay_schedule
 
 Metrics = dict[str, Tensor]
 LossOfPack = Callable[..., tuple[Tensor, Metrics]]  # (pack, logprobs [T], entropy [T]) -> loss, metrics
-Taken = tuple[
-    Tensor, Tensor | None
-]  # own routes and gap of one chunk and pack, as megarl.replay.context.Recorded.stacked gives them
-Routes = Literal[
-    "off", "record", "replay"
-]  # no hooks; the router's own, recorded; pack.routes, replayed and the own recorded
+# no hooks; live routes, recorded; the rollout's replayed (R3), or those of the pi_old pass (R2), live ones recorded too
+Routes = Literal["off", "record", "replay", "replay_old"]
+
+
+class TokenScores(NamedTuple):
+    """Of all rows of a pack, float32 [T]."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class UpdateResult(NamedTuple):
+    """packs: the metrics of each pack, on the last stage. optimizer: optim/grad_norm and optim/lr of the step."""
+
+    packs: list[Metrics]
+    optimizer: dict[str, float]
+
+
+class LiveRoutes(NamedTuple):
+    """Of one chunk and one pack, as megarl.replay.context.Recorded.stacked gives them."""
+
+    routes: Tensor
+    score_gap: Tensor | None
 
 
 class Engine:
@@ -55,13 +72,11 @@ class Engine:
     def set_optimizer(self, optimizer: Any, scheduler: Any) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
 
-    def logprobs(
-        self, packs: list[Pack], routes: Routes, temperature: float | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """log pi and entropy in rows, float32 [T] a pack, on the last
-        stage (an empty list elsewhere). Records own routes and gap.
+    def logprobs(self, packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[TokenScores]:
+        """log pi and entropy, one a pack, on the last stage (an empty list elsewhere). Unless `routes` is off, live
+        routes and score gaps are left in pack.passes.
         """
-        return self.outputs(packs, routes, temperature)
+        return [TokenScores(*output) for output in self.outputs(packs, routes, temperature)]
 
     @torch.no_grad()
     def outputs(self, packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[Any]:
@@ -75,12 +90,9 @@ class Engine:
             chunk.train()
         return result
 
-    def update(self, packs: list[Pack], routes: Routes, loss: LossOfPack) -> tuple[list[Metrics], dict[str, float]]:
-        """One optimizer step over the packs.
-
-        Returns the metrics of each pack (last stage only) and optim/grad_norm, optim/lr of this step.
-        """
-        return self.gradients(packs, routes, loss), self.step()
+    def update(self, packs: list[Pack], routes: Routes, loss: LossOfPack) -> UpdateResult:
+        """One optimizer step over the packs."""
+        return UpdateResult(self.gradients(packs, routes, loss), self.step())
 
     def step(self) -> dict[str, float]:
         """One optimizer step with the gradients there are: optim/grad_norm and optim/lr of it."""
@@ -149,7 +161,7 @@ class Engine:
         forward_only: bool,
         temperature: float | None = None,
     ) -> list[Any]:
-        recorded: dict[tuple[int, int], Taken] = {}
+        recorded: dict[tuple[int, int], LiveRoutes] = {}
         at = self.model.parallel
         between: dict[str, Any] = {}
         if at.layout.pp > 1:
@@ -179,7 +191,7 @@ class Engine:
         routes: Routes,
         consume: Callable[..., Any],
         temperature: float,
-        recorded: dict[tuple[int, int], Taken],
+        recorded: dict[tuple[int, int], LiveRoutes],
         data: Iterator[tuple[int, Pack]],
         chunk: Any,
     ) -> tuple[Tensor, Callable[..., Any]]:
@@ -188,9 +200,12 @@ class Engine:
         device = self.model.parallel.device.device
         context: Any = nullcontext()
         if replay is not None:
-            target = None if pack.routes is None else pack.routes[:, self._layers[index]].to(device)
-            present = None if pack.present is None or pack.present.all() else pack.present.to(device)
-            context = replay.forward(index, target, present, replay=routes == "replay")
+            given, has_route = pack.rollout.routes, pack.rollout.has_route
+            if routes == "replay_old":
+                given, has_route = pack.passes.old_routes, None
+            target = None if given is None else given[:, self._layers[index]].to(device)
+            has_route = None if has_route is None or has_route.all() else has_route.to(device)
+            context = replay.forward(index, target, has_route, replay=routes in ("replay", "replay_old"))
         at = self.model.parallel
         mine = cp_rows(pack.padded, at.layout.cp, at.coord.cp)
         tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
@@ -199,15 +214,15 @@ class Engine:
         half = {"fp32_output": False} if self.model.config.bf16 else {}
         with context as record:
             out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences.to(device), **half)
-        if record is not None and record.own:
-            recorded[index, number] = record.stacked()
+        if record is not None and record.live:
+            recorded[index, number] = LiveRoutes(*record.stacked())
         return out, partial(consume, pack, temperature)
 
-    def _keep_routes(self, pack: Pack, taken: list[Taken]) -> None:
-        if taken:
-            pack.own = torch.cat([own for own, _ in taken], dim=1).cpu()
-            gaps = [gap for _, gap in taken if gap is not None]
-            pack.gap = torch.cat(gaps, dim=1).cpu() if gaps else None
+    def _keep_routes(self, pack: Pack, chunks: list[LiveRoutes]) -> None:
+        if chunks:
+            pack.passes.live_routes = torch.cat([chunk.routes for chunk in chunks], dim=1).cpu()
+            gaps = [chunk.score_gap for chunk in chunks if chunk.score_gap is not None]
+            pack.passes.score_gap = torch.cat(gaps, dim=1).cpu() if gaps else None
 
     def predicting_rows(self, pack: Pack) -> Tensor:
         """bool [rows of this rank]: rows that predict a response token, the ones that routing metrics count."""

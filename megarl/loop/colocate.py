@@ -17,7 +17,7 @@ from megarl.observe.trace import phase
 from megarl.rollout.fleet import Fleet
 
 
-class Turns:
+class MemoryTurns:
     """Made once the engines hold what they start from, before the
     servers are waited for; does nothing without launch.colocate.
     """

@@ -14,26 +14,24 @@ from megarl.objective import Sums, gae, value_loss
 from megarl.objective.metrics import mean, unmasked
 
 
-class Valuation:
+class CriticStep:
     """Owns the critic. Every rank calls every method; tensors of values exist on the last stage only."""
 
     def __init__(self, config: Config, policy: Engine) -> None:
         self.settings = config.critic
         self.critic = build_critic(config, policy.model.parallel, config.train.steps * config.batch.minibatches)
 
-    def judge(self, packs: list[Pack]) -> None:
-        """Values before the first update; pack.advantages, until now
-        the reward of each response, become GAE's, a token each.
-        """
-        for pack, values in zip(packs, self.critic.values(packs)):
-            pack.old_values = values.cpu()
-            pack.advantages, pack.returns = gae(
-                pack.advantages,
-                pack.old_values,
-                pack.mask,
-                pack.seq_ids,
-                gamma=self.settings.gamma,
-                lam=self.settings.gae_lambda,
+    def value(self, packs: list[Pack]) -> None:
+        """Values before the first update, and from them and the rewards GAE's advantages and returns, one a token."""
+        values = self.critic.values(packs)
+        if not self.critic.model.parallel.is_last_stage:
+            return
+        gamma, lam = self.settings.gamma, self.settings.gae_lambda
+        for pack, values_T in zip(packs, values, strict=True):
+            passes, old = pack.passes, values_T.cpu()
+            passes.old_values = old
+            passes.advantages, passes.returns = gae(
+                pack.rollout.rewards, old, pack.mask, pack.seq_ids, gamma=gamma, lam=lam
             )
 
     def gradients(self, packs: list[Pack]) -> list[Sums]:
@@ -47,8 +45,9 @@ class Valuation:
         count = max(float(tokens), 1.0)
 
         def loss(pack: Pack, values: Tensor) -> tuple[Tensor, Sums]:
-            assert pack.old_values is not None and pack.returns is not None
-            old, returns, mask = (x.to(values.device) for x in (pack.old_values, pack.returns, pack.mask))
+            passes = pack.passes
+            assert passes.old_values is not None and passes.returns is not None
+            old, returns, mask = (x.to(values.device) for x in (passes.old_values, passes.returns, pack.mask))
             total = value_loss(values, old, returns, mask, clip=self.settings.value_clip, denominator=1.0)
             return total / count, _metrics(
                 total, values.detach(), old, returns, unmasked(mask), self.settings.value_clip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,13 +14,52 @@ from megarl.engine.build import Engine, route_shape
 from megarl.engine.reference import Reference
 from megarl.engine.step import Routes
 from megarl.errors import UserError
-from megarl.loop.collect import Batch, Values
-from megarl.loop.critic_step import Valuation, explained
-from megarl.loop.reduce import Times, merge_all, reduce_sums, routing_values
+from megarl.loop.batch import Batch
+from megarl.loop.critic_step import CriticStep, explained
+from megarl.loop.reduce import Times, Values, merge_all, reduce_sums, routing_values
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.observe.trace import phase
 from megarl.observe.worst import Row, gather_worst, worst_of
 from megarl.replay.metrics import RoutingSums
+
+
+@dataclass(frozen=True)
+class Learned:
+    """metrics: on every rank. optimizer_steps: those of the policy; fewer than mini-batches where some were skipped.
+
+    worst: on rank 0 the tokens of the batch on which the engines differ most.
+    """
+
+    metrics: Values
+    optimizer_steps: int
+    worst: list[Row]
+
+
+@dataclass(frozen=True)
+class _Update:
+    """packs: the metrics of each pack, on the last stage. optimizer: what the step says; None where it was skipped."""
+
+    packs: list[Sums]
+    optimizer: dict[str, float] | None
+
+
+class _Routing:
+    """Agreement of the routes of one batch. old: the rollout's with pi_old's; new: pi_old's with pi_theta's."""
+
+    def __init__(self, moe_layers: int, columns: list[int]) -> None:
+        self.old, self.new = RoutingSums(moe_layers, columns), RoutingSums(moe_layers, columns)
+
+    def add_old(self, pack: Pack, rows: Tensor) -> None:
+        """After the pass that gives pi_old: its live routes against the rollout's. rows: bool, those that count."""
+        passes, rollout = pack.passes, pack.rollout
+        passes.old_routes = passes.live_routes
+        if passes.live_routes is not None and rollout.routes is not None and rollout.has_route is not None:
+            self.old.add(passes.live_routes, rollout.routes, rows & rollout.has_route, passes.score_gap)
+
+    def add_new(self, pack: Pack, rows: Tensor) -> None:
+        """After an update: its live routes against those of pi_old."""
+        if pack.passes.live_routes is not None and pack.passes.old_routes is not None:
+            self.new.add(pack.passes.live_routes, pack.passes.old_routes, rows)
 
 
 class Learner:
@@ -29,142 +70,151 @@ class Learner:
 
     def __init__(self, config: Config, engine: Engine) -> None:
         self.config, self.engine, self.parallel = config, engine, engine.model.parallel
-        self.mode = config.replay_mode
+        self.replay_mode = config.replay_mode if engine.model.weight_map.moe_layers else "none"
         self.moe_layers = len(engine.model.weight_map.moe_layers)
         self.columns = list(route_shape(engine.model).layers_of_stage[self.parallel.coord.pp])
-        self.worst: list[Row] = []  # rank 0: the tokens of the last batch on which the engines differ most
-        self.valuation = Valuation(config, engine) if config.objective.advantage == "gae" else None
+        self.critic_step = CriticStep(config, engine) if config.objective.advantage == "gae" else None
         self.critic_norm: dict[str, float] = {}
         self.reference = Reference(engine.model) if config.objective.kl_coef else None
+        self.unreplayed: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
         self._step, self._names = 0, [""]
-        self.live: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
 
     @property
     def critic(self) -> Engine | None:
-        return self.valuation.critic if self.valuation else None
+        return self.critic_step.critic if self.critic_step else None
 
-    def learn(self, batch: Batch, step: int) -> tuple[Values, int]:
-        """pi_old once for the whole batch, then one optimizer step a
-        mini-batch; (metrics, optimizer steps of the policy) on every rank.
+    def learn(self, batch: Batch, step: int) -> Learned:
+        """pi_old once for the whole batch, then one optimizer step a mini-batch. Collective.
 
         step: rollout steps done before this one. A batch without mini-batches has nothing to learn from.
         """
         times = Times()
         self._step, self._names = step + 1, batch.names
-        minibatches = batch.minibatches
-        packs = [pack for minibatch in minibatches for pack in minibatch]
-        old_routing, new_routing = (RoutingSums(self.moe_layers, self.columns) for _ in range(2))
-        warming = self.valuation is not None and step < self.config.critic.warmup_steps
+        packs = [pack for minibatch in batch.minibatches for pack in minibatch]
+        routing = _Routing(self.moe_layers, self.columns)
+        warming = self.critic_step is not None and step < self.config.critic.warmup_steps
         # With one mini-batch the weights do not move before its only update, whose own log-probability is pi_old: no
         # pass of its own.
-        separate = len(minibatches) > 1 or (warming and bool(packs))
-        if separate:
+        has_old_pass = len(batch.minibatches) > 1 or (warming and bool(packs))
+        if has_old_pass:
             with phase("old_logprob"):
-                self._old_pass(packs, old_routing)
+                self._old_pass(packs, routing)
         times.lap("time/old_logprob_s")
-        self._judge(packs, times)
+        self._reference_and_values(packs, times)
         sound = self._sound(self._first_bad(packs))
         sums: Sums = {}
-        norms: list[dict[str, float]] = []
-        for minibatch in minibatches if sound else []:
-            if self.valuation:
+        optimizer_steps: list[dict[str, float]] = []
+        for minibatch in batch.minibatches if sound else []:
+            if self.critic_step:
                 with phase("critic_update"):
                     sums = merge_all(sums, self._critic_update(minibatch))
             if warming:
                 continue
             with phase("update"):
-                parts, norm = self._policy_update(minibatch, separate)
-            sums, norms = merge_all(sums, parts), norms + norm
+                update = self._policy_update(minibatch, has_old_pass)
+            sums = merge_all(sums, update.packs)
+            if update.optimizer is not None:
+                optimizer_steps.append(update.optimizer)
             for pack in minibatch:
-                self._after_update(pack, old_routing, new_routing, separate)
-        for pack in packs:
-            if self.parallel.is_last_stage and pack.old_logprobs is not None:
-                cap = self.config.objective.is_cap
-                sums = merge(sums, mismatch_metrics(pack.old_logprobs.cpu(), pack.rollout_logprobs, pack.mask, cap))
+                rows = self.engine.predicting_rows(pack)
+                if not has_old_pass:
+                    routing.add_old(pack, rows)
+                routing.add_new(pack, rows)
+        sums = merge(sums, self._mismatch(packs))
         times.lap("time/update_s")
         values: Values = dict(explained(finish(reduce_sums(self.parallel, sums))))
-        if self.config.run.rollout_samples:
-            at = self.parallel
-            self.worst = gather_worst(worst_of(packs) if at.is_last_stage and at.coord.tp == at.coord.cp == 0 else [])
-        if packs and (self.live != "off" or self.mode != "none"):
-            values |= routing_values(self.parallel, old_routing, new_routing)
-        if norms:
-            values |= {
-                "optim/grad_norm": max(norm["optim/grad_norm"] for norm in norms),
-                "optim/lr": norms[-1]["optim/lr"],
-            }
+        if packs and (self.unreplayed != "off" or self.replay_mode != "none"):
+            values |= routing_values(self.parallel, routing.old, routing.new)
+        if optimizer_steps:
+            values["optim/grad_norm"] = max(optimizer["optim/grad_norm"] for optimizer in optimizer_steps)
+            values["optim/lr"] = optimizer_steps[-1]["optim/lr"]
         values |= {key.replace("optim", "critic"): value for key, value in self.critic_norm.items()}
-        values["batch/skipped_updates"] = float(0 if warming else len(minibatches) - len(norms))
-        return values | times.seconds, len(norms)
+        values["batch/skipped_updates"] = float(0 if warming else len(batch.minibatches) - len(optimizer_steps))
+        return Learned(values | times.seconds, len(optimizer_steps), self._worst(packs))
 
-    def _old_pass(self, packs: list[Pack], routing: RoutingSums) -> None:
-        results = self.engine.logprobs(
-            packs, "replay" if self.mode == "R3" else "record" if self.mode == "R2" else self.live
-        )
-        for pack, (logprobs, _) in zip(packs, results):
-            pack.old_logprobs = logprobs
+    def _old_pass(self, packs: list[Pack], routing: _Routing) -> None:
+        how: dict[str, Routes] = {"R3": "replay", "R2": "record", "none": self.unreplayed}
+        scores = self.engine.logprobs(packs, how[self.replay_mode])
+        if self.parallel.is_last_stage:
+            for pack, score in zip(packs, scores, strict=True):
+                pack.passes.old_logprobs = score.logprobs
         for pack in packs:
-            self._compare_with_rollout(pack, routing)
-            pack.own_old = pack.own
-            if self.mode == "R2":
-                pack.routes, pack.present = pack.own, None
+            routing.add_old(pack, self.engine.predicting_rows(pack))
 
-    def _judge(self, packs: list[Pack], times: Times) -> None:
-        """What the objective needs beside the policy's own log-probabilities: the
-        reference's, and the critic's values.
-        """
+    def _reference_and_values(self, packs: list[Pack], times: Times) -> None:
+        """What the objective needs beside the policy's own log-probabilities."""
         if self.reference and packs:
             with phase("reference"), self.reference.swapped_in():
-                for pack, (logprobs, _) in zip(packs, self.engine.logprobs(packs, "off")):
-                    pack.ref_logprobs = logprobs
+                scores = self.engine.logprobs(packs, "off")
+                if self.parallel.is_last_stage:
+                    for pack, score in zip(packs, scores, strict=True):
+                        pack.passes.ref_logprobs = score.logprobs
             times.lap("time/reference_s")
-        if self.valuation and packs:
+        if self.critic_step and packs:
             with phase("values"):
-                self.valuation.judge(packs)
+                self.critic_step.value(packs)
             times.lap("time/values_s")
 
-    def _policy_update(self, minibatch: list[Pack], separate: bool) -> tuple[list[Sums], list[dict[str, float]]]:
-        """(metrics of the packs, what the optimizer step says: nothing where it was skipped)."""
-        parts = self.engine.gradients(minibatch, self._update_routes(separate), self._loss)
-        fault = (
-            ""
-            if self.engine.finite_gradients()
-            else self._first_bad(minibatch) or "the gradient of an update is not finite"
-        )
-        return parts, [self.engine.step()] if self._sound(fault) else []
+    def _policy_update(self, minibatch: list[Pack], has_old_pass: bool) -> _Update:
+        # Without an old pass R2 would replay the very routes that the update takes.
+        replays = self.replay_mode == "R3" or (self.replay_mode == "R2" and has_old_pass)
+        how: Routes = self.unreplayed if not replays else "replay" if self.replay_mode == "R3" else "replay_old"
+        sums = self.engine.gradients(minibatch, how, self._loss)
+        fault = ""
+        if not self.engine.finite_gradients():
+            fault = self._first_bad(minibatch) or "the gradient of an update is not finite"
+        return _Update(sums, self.engine.step() if self._sound(fault) else None)
 
     def _critic_update(self, minibatch: list[Pack]) -> list[Sums]:
-        assert self.valuation is not None
-        parts = self.valuation.gradients(minibatch)
-        if self._sound("" if self.valuation.critic.finite_gradients() else "the critic's gradient is not finite"):
-            self.critic_norm = self.valuation.critic.step()
-        return parts
+        assert self.critic_step is not None
+        sums = self.critic_step.gradients(minibatch)
+        if self._sound("" if self.critic_step.critic.finite_gradients() else "the critic's gradient is not finite"):
+            self.critic_norm = self.critic_step.critic.step()
+        return sums
+
+    def _mismatch(self, packs: list[Pack]) -> Sums:
+        """Of pi_old against mu, on the last stage."""
+        sums: Sums = {}
+        for pack in packs:
+            old, rollout = pack.passes.old_logprobs, pack.rollout.logprobs
+            if self.parallel.is_last_stage and old is not None:
+                sums = merge(sums, mismatch_metrics(old.cpu(), rollout, pack.mask, self.config.objective.is_cap))
+        return sums
+
+    def _worst(self, packs: list[Pack]) -> list[Row]:
+        if not self.config.run.rollout_samples:
+            return []
+        parallel = self.parallel
+        speaks = parallel.is_last_stage and parallel.coord.tp == parallel.coord.cp == 0
+        return gather_worst(worst_of(packs) if speaks else [])
 
     def _first_bad(self, packs: list[Pack]) -> str:
-        """The first response on this rank with a NaN or infinite number
-        that the loss would take, named; "" if there is none.
+        """The first response on this rank with a NaN or infinite number that the loss would take, named; "" if there is
+        none.
         """
         for pack in packs:
             rows = pack.mask.bool()
             for what in ("logprobs", "old_logprobs", "ref_logprobs", "old_values"):
-                found: Tensor | None = getattr(pack, what)
-                bad = (~found.cpu().isfinite() & rows).nonzero().flatten() if found is not None else rows[:0].nonzero()
+                values: Tensor | None = getattr(pack.passes, what)
+                if values is None:
+                    continue
+                bad = (~values.cpu().isfinite() & rows).nonzero().flatten()
                 if len(bad):
                     response = pack.responses[int(pack.seq_ids[bad[0]])]
-                    return f"{what} of {self._names[response]} hold {float(found[bad[0]])}"  # type: ignore[index]
+                    return f"{what} of {self._names[response]} hold {float(values[bad[0]])}"
         return ""
 
     def _sound(self, fault: str) -> bool:
-        """Whether no rank has a fault (fault: this rank's, or "").
-        Under train.on_bad_batch stop all ranks raise the first one.
+        """Whether no rank has a fault (fault: this rank's, or ""). Under train.on_bad_batch stop all ranks raise the
+        first one.
         """
         flag = torch.tensor(float(bool(fault)), device=self.parallel.device.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if not flag:
             return True
-        everyone = [""] * self.parallel.layout.world
-        dist.all_gather_object(everyone, fault)
-        first = next(filter(None, everyone))
+        faults = [""] * self.parallel.layout.world
+        dist.all_gather_object(faults, fault)
+        first = next(filter(None, faults))
         if self.config.train.on_bad_batch == "stop":
             raise UserError(
                 f"step {self._step}: {first}; find the cause (train.lr?), or leave such updates out by "
@@ -174,39 +224,21 @@ class Learner:
             print(f"step {self._step}: an update was skipped: {first}", flush=True)
         return False
 
-    def _update_routes(self, separate: bool) -> Routes:
-        """R2 replays what the pi_old pass recorded; without that pass
-        its replay would be of the very routes the update takes.
-        """
-        return "replay" if self.mode == "R3" or (self.mode == "R2" and separate) else self.live
-
     def _loss(self, pack: Pack, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
-        if pack.old_logprobs is None:
-            pack.old_logprobs = logprobs.detach()
-        pack.logprobs = logprobs.detach()
-        device = logprobs.device
+        rollout, passes, device = pack.rollout, pack.passes, logprobs.device
+        if passes.old_logprobs is None:
+            passes.old_logprobs = logprobs.detach()
+        passes.logprobs = logprobs.detach()
         return policy_loss(
             logprobs,
-            pack.old_logprobs,
-            pack.rollout_logprobs.to(device),
-            pack.advantages.to(device),
+            passes.old_logprobs,
+            rollout.logprobs.to(device),
+            (rollout.advantages if passes.advantages is None else passes.advantages).to(device),
             pack.mask.to(device),
             pack.seq_ids.to(device),
             self.config.objective,
-            group_ids=pack.group_ids.to(device),
-            ref_logprobs=pack.ref_logprobs,
+            group_ids=rollout.group_ids.to(device),
+            ref_logprobs=passes.ref_logprobs,
             entropy=entropy,
-            denominator=pack.denominators.to(device),
+            denominator=rollout.denominators.to(device),
         )
-
-    def _after_update(self, pack: Pack, old: RoutingSums, new: RoutingSums, separate: bool) -> None:
-        if not separate:
-            self._compare_with_rollout(pack, old)
-            pack.own_old = pack.own
-        if pack.own is not None and pack.own_old is not None:
-            new.add(pack.own, pack.own_old, self.engine.predicting_rows(pack))
-
-    def _compare_with_rollout(self, pack: Pack, routing: RoutingSums) -> None:
-        if pack.own is not None and pack.routes is not None and pack.present is not None:
-            rows = self.engine.predicting_rows(pack) & pack.present
-            routing.add(pack.own, pack.routes, rows, pack.gap)

@@ -8,38 +8,39 @@ import torch
 import torch.distributed as dist
 
 from megarl.engine.parallel import Parallel
-from megarl.loop.collect import Values
 from megarl.objective import Sums, merge
 from megarl.replay.metrics import RoutingSums
 
+Values = dict[str, float | list[float]]  # metrics of a step: a number, or one a MoE layer
 
-def reduce_sums(at: Parallel, sums: Sums) -> Sums:
+
+def reduce_sums(parallel: Parallel, sums: Sums) -> Sums:
     """Adds (or maxes) over the data-parallel ranks of the last stage, then tells everyone."""
-    if at.coord.cp:  # every context-parallel rank computed the same loss
+    if parallel.coord.cp:  # every context-parallel rank computed the same loss
         sums = {key: value if key.endswith(":max") else torch.zeros_like(value) for key, value in sums.items()}
-    if at.is_last_stage and at.layout.dp * at.layout.cp > 1:
+    if parallel.is_last_stage and parallel.layout.dp * parallel.layout.cp > 1:
         for op, keys in _by_operation(sums):
-            joined = torch.stack([sums[key].double().to(at.device.device) for key in keys])
-            dist.all_reduce(joined, op=op, group=at.replica_group)
+            joined = torch.stack([sums[key].double().to(parallel.device.device) for key in keys])
+            dist.all_reduce(joined, op=op, group=parallel.replica_group)
             sums |= dict(zip(keys, joined))
-    told = [sums]
-    if at.layout.pp > 1:
-        dist.broadcast_object_list(told, src=at.layout.rank_of(tp=0, cp=0, dp=0, pp=at.layout.pp - 1))
-    return told[0]
+    reduced = [sums]
+    if parallel.layout.pp > 1:
+        dist.broadcast_object_list(reduced, src=parallel.layout.rank_of(tp=0, cp=0, dp=0, pp=parallel.layout.pp - 1))
+    return reduced[0]
 
 
-def routing_values(at: Parallel, old: RoutingSums, new: RoutingSums) -> Values:
+def routing_values(parallel: Parallel, old: RoutingSums, new: RoutingSums) -> Values:
     """routing/* over all ranks, whose routers saw other rows or other
     layers. old: rollout and pi_old; new: pi_old and pi_theta.
     """
-    device, layers = at.device.device, len(old.agree)
+    device, layers = parallel.device.device, len(old.agree)
     differs = (torch.cat(old.differs).double() if old.differs else torch.zeros(0, dtype=torch.float64)).to(device)
-    if at.layout.pp > 1:  # the stages hold different layers of the same rows
-        dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=at.pp_group)
+    if parallel.layout.pp > 1:  # the stages hold different layers of the same rows
+        dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=parallel.pp_group)
     differing = torch.tensor([float(differs.sum()), float(len(differs))], dtype=torch.float64)
     sums = torch.cat([old.agree, old.rows, new.agree, new.rows, differing]).to(device)
     worst = torch.tensor(old.worst_gap, dtype=torch.float64, device=device)
-    if at.layout.world > 1:
+    if parallel.layout.world > 1:
         dist.all_reduce(sums)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     agree, rows, agree_new, rows_new, pair = sums.split([layers] * 4 + [2])
@@ -51,6 +52,16 @@ def routing_values(at: Parallel, old: RoutingSums, new: RoutingSums) -> Values:
         values["routing/worst_gap"] = float(worst)
     if rows_new.sum():
         values["routing/agree_old_current"] = float(agree_new.sum() / rows_new.sum())
+    return values
+
+
+def rates(metrics: Values, seconds: float) -> Values:
+    """time/step_s and tokens a second: of the whole step, and of its updates alone, where it had one."""
+    tokens, update = metrics["response/tokens"], metrics["time/update_s"]
+    assert isinstance(tokens, float) and isinstance(update, float)
+    values: Values = {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds}
+    if "optim/grad_norm" in metrics:  # without an update, update_s is the time of doing nothing
+        values["throughput/train_tokens_per_s"] = tokens / update
     return values
 
 

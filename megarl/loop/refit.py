@@ -19,7 +19,7 @@ from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.engine.export import export_hf
 from megarl.errors import UserError
-from megarl.loop.collect import Values
+from megarl.loop.reduce import Values
 from megarl.observe.trace import phase
 from megarl.replay.routes import only_moe_layers
 from megarl.rollout.fleet import Fleet
@@ -42,7 +42,7 @@ class Refit:
     def __init__(self, config: Config, engine: Engine, fleet: Fleet) -> None:
         self.config, self.engine, self.fleet = config, engine, fleet
         model = engine.model
-        self.routes = route_shape(model) if config.wants_routes and model.weight_map.moe_layers else None
+        self.route_shape = route_shape(model) if config.wants_routes and model.weight_map.moe_layers else None
         generator = torch.Generator().manual_seed(0)
         self.canary = torch.randint(model.weight_map.hf["vocab_size"], (CANARY_TOKENS,), generator=generator)
         device = model.parallel.device
@@ -127,13 +127,13 @@ class Refit:
         worst = torch.zeros(len(answers[0]), dtype=torch.float64, device=at.device.device)
         for server, (logprobs, routes) in enumerate(answers[0]):
             (pack,) = make_packs([[0]], [self.canary], [1], at.layout, at.coord)
-            if routes is not None and self.routes is not None:
+            if routes is not None and self.route_shape is not None:
                 routes = only_moe_layers(routes, model.weight_map.moe_layers, model.weight_map.num_layers)
-                attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), at, self.routes)
+                attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), at, self.route_shape)
             packs = [pack] * (at.layout.pp if at.layout.vpp > 1 else 1)
-            scored = self.engine.logprobs(packs, "off" if pack.routes is None else "replay", temperature=1.0)
+            scored = self.engine.logprobs(packs, "off" if pack.rollout.routes is None else "replay", temperature=1.0)
             if scored:
-                ours = scored[0][0][: CANARY_TOKENS - 1].cpu()
+                ours = scored[0].logprobs[: CANARY_TOKENS - 1].cpu()
                 worst[server] = (ours - torch.from_numpy(logprobs.copy())).abs().max()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if not worst.max() <= self.tolerance:  # not (a <= b): NaN fails too

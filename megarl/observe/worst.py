@@ -28,10 +28,10 @@ def worst_of(packs: list[Pack]) -> list[Row]:
     """
     found: list[Row] = []
     for pack in packs:
-        if pack.old_logprobs is None or not pack.rows:
+        if pack.passes.old_logprobs is None or not pack.rows:
             continue
-        old = pack.old_logprobs.cpu().float()
-        difference = ((old - pack.rollout_logprobs).abs() * pack.mask).nan_to_num(posinf=torch.finfo(torch.float32).max)
+        old = pack.passes.old_logprobs.cpu().float()
+        difference = ((old - pack.rollout.logprobs).abs() * pack.mask).nan_to_num(posinf=torch.finfo(torch.float32).max)
         for value, row in zip(*difference.topk(min(COUNT, pack.padded))):
             if pack.mask[row] and (len(found) < COUNT or value > found[-1]["difference"]):
                 found.append(_row(pack, int(row), float(value), float(old[row])))
@@ -44,7 +44,7 @@ def _row(pack: Pack, row: int, difference: float, old: float) -> Row:
     same = (pack.seq_ids[row + 1 : row + 1 + AFTER] == pack.seq_ids[row]).sum()
     return {
         "difference": difference,
-        "rollout": float(pack.rollout_logprobs[row]),
+        "rollout": float(pack.rollout.logprobs[row]),
         "trainer": old,
         "before": pack.tokens[max(first, row + 1 - BEFORE) : row + 1].tolist(),
         "token": [int(pack.labels[row])],

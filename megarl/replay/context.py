@@ -25,21 +25,21 @@ class Router(Protocol):
 class Recorded:
     """What the routers of one chunk did for one micro-batch, rows in the order of this rank's slice.
 
-    own: a layer's top-k of the live scores of this pass, [rows, K]; under replay, given the replayed earlier layers.
+    live: a layer's top-k of the live scores of this pass, [rows, K]; under replay, given the replayed earlier layers.
     lowest: the least score among those, and among the replayed (or
     compared) experts, [rows]; empty where there are none.
     """
 
-    own: list[Tensor] = field(default_factory=list)
+    live: list[Tensor] = field(default_factory=list)
     lowest: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def stacked(self) -> tuple[Tensor, Tensor | None]:
-        """own int16 [rows, layers, K]; gap [rows, layers]: how far the replayed experts lie below the own in score."""
-        own = torch.stack(self.own, dim=1).to(torch.int16)
+        """live routes, int16 [rows, layers, K]; gap [rows, layers]: how far the replayed lie below them in score."""
+        live = torch.stack(self.live, dim=1).to(torch.int16)
         if not self.lowest:
-            return own, None
+            return live, None
         chosen, replayed = (torch.stack(layers, dim=1) for layers in zip(*self.lowest))
-        return own, (chosen - replayed).clamp_(min=0)
+        return live, (chosen - replayed).clamp_(min=0)
 
 
 class _Hook:
@@ -47,7 +47,7 @@ class _Hook:
 
     def __init__(self) -> None:
         self.target: Tensor | None = None
-        self.present: Tensor | None = None
+        self.has_route: Tensor | None = None
         self.replay = False
         self.record: Recorded | None = None  # set while a micro-batch's forward runs; None means activation recompute
         self.used: deque[Tensor] = deque()
@@ -70,16 +70,16 @@ class _Hook:
             return scores.gather(1, chosen), chosen
         assert default_compute_topk is not None
         values, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        self.record.own.append(chosen)
+        self.record.live.append(chosen)
         if self.target is not None:
             if len(self.target) != len(scores):
                 raise RuntimeError(f"{len(self.target)} rows of routes for {len(scores)} rows of tokens")
             replayed = scores.gather(1, self.target)
             self.record.lowest.append((values.detach().amin(1), replayed.detach().amin(1)))
-            if self.replay and self.present is None:
+            if self.replay and self.has_route is None:
                 values, chosen = replayed, self.target
-            elif self.replay and self.present is not None:
-                chosen = torch.where(self.present[:, None], self.target, chosen)
+            elif self.replay and self.has_route is not None:
+                chosen = torch.where(self.has_route[:, None], self.target, chosen)
                 values = scores.gather(1, chosen)
         self.used.append(chosen)
         return values, chosen
@@ -90,7 +90,7 @@ class Replay:
 
     chunks: for each model chunk of this rank, its routers in layer order. Use:
         with replay_schedule(chunks) as replay:
-            ... for each micro-batch, in the forward step: with replay.forward(chunk, routes, present, replay=True) as
+            ... for each micro-batch, in the forward step: with replay.forward(chunk, routes, has_route, replay=True) as
             recorded: model(...)
     """
 
@@ -110,13 +110,13 @@ class Replay:
 
     @contextmanager
     def forward(
-        self, chunk: int, routes: Tensor | None, present: Tensor | None = None, *, replay: bool
+        self, chunk: int, routes: Tensor | None, has_route: Tensor | None = None, *, replay: bool
     ) -> Iterator[Recorded]:
         """One micro-batch through one chunk.
 
         routes: integer [rows, layers of the chunk, K] to replay (or, with replay=False, only to compare with); None for
         neither.
-        present: bool [rows]; a row that is not present is routed live. None: all are present.
+        has_route: bool [rows]; a row without one is routed live. None: every row has one.
         """
         recorded = Recorded()
         targets = (
@@ -124,12 +124,12 @@ class Replay:
         )
         for i, hook in enumerate(self._hooks[chunk]):
             hook.target = None if targets is None else targets[i]
-            hook.present, hook.replay, hook.record = present, replay, recorded
+            hook.has_route, hook.replay, hook.record = has_route, replay, recorded
         try:
             yield recorded
         finally:
             for hook in self._hooks[chunk]:
-                hook.target = hook.present = hook.record = None
+                hook.target = hook.has_route = hook.record = None
 
 
 @contextmanager

@@ -22,9 +22,9 @@ class RoutingSums:
         self.differs: list[Tensor] = []  # bool [rows] a pack: some layer of this rank differs
         self.worst_gap = 0.0  # of a row that disagrees, in score
 
-    def add(self, own: Tensor, other: Tensor, rows: Tensor, gap: Tensor | None = None) -> None:
-        """own, other: [rows of the pack here, layers here, K]; rows: bool, the ones that count."""
-        agree = agreement(own[rows], other[rows])
+    def add(self, live: Tensor, other: Tensor, rows: Tensor, gap: Tensor | None = None) -> None:
+        """live, other: [rows of the pack here, layers here, K]; rows: bool, the ones that count."""
+        agree = agreement(live[rows], other[rows])
         self.agree[self.columns] += agree.double().sum(0)
         self.rows[self.columns] += float(rows.sum())
         self.differs.append((agree < 1).any(1))

@@ -2,7 +2,7 @@
 trainer and the real vLLM: stopped, named, resumed, skipped, counted.
 
 Batches that teach nothing, refills, penalties and masks are in
-tests/unit/test_collect.py: the real collector and trainer, a made-up vLLM.
+tests/unit/test_loop_batch.py: the real sampler and trainer, a made-up vLLM.
 """
 
 from __future__ import annotations

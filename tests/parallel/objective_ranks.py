@@ -23,7 +23,7 @@ from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.critic import VALUE_HEAD
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
-from megarl.loop.collect import Batch
+from megarl.loop.batch import Batch
 from megarl.loop.learn import Learner
 from tools.equality import RESPONSES, gradients, lay_out
 
@@ -86,24 +86,24 @@ def joined(parts: list[dict[int, torch.Tensor]]) -> torch.Tensor:
 def measure(config: Config) -> dict[str, Any]:
     engine = build_engine(config, optimizer_steps=4, temperature=0.9)
     learner = Learner(config, engine)
-    assert learner.valuation is not None and learner.reference is not None
-    critic, sharded = learner.valuation.critic, config.engine.distributed_optimizer
+    assert learner.critic_step is not None and learner.reference is not None
+    critic, sharded = learner.critic_step.critic, config.engine.distributed_optimizer
     move(critic, 0.02)
     packs = lay_out(engine, config, with_routes=False)
     start = by_response(packs, [logprobs for logprobs, _ in engine.logprobs(packs, "off")])
     move(engine, 0.01)
     moved = [tensor.clone() for _, tensor in engine.model.params()]
     for pack, (logprobs, _) in zip(packs, engine.logprobs(packs, "off")):
-        pack.old_logprobs = logprobs + 0.1 * torch.sin(pack.labels.float() + pack.positions.float())
-    learner._judge(packs, _Times())
+        pack.passes.old_logprobs = logprobs + 0.1 * torch.sin(pack.labels.float() + pack.positions.float())
+    learner._reference_and_values(packs, _Times())
     assert all(torch.equal(a, b) for a, (_, b) in zip(moved, engine.model.params()))  # swapped back, bitwise
-    reference = by_response(packs, [pack.ref_logprobs for pack in packs if pack.ref_logprobs is not None])
+    reference = by_response(packs, [pack.passes.ref_logprobs for pack in packs if pack.passes.ref_logprobs is not None])
     for i, logprobs in reference.items():
         assert torch.equal(logprobs, start[i])  # the reference is the start, bitwise
-    values = by_response(packs, [pack.old_values for pack in packs if pack.old_values is not None])
+    values = by_response(packs, [pack.passes.old_values for pack in packs if pack.passes.old_values is not None])
     _judge_packs_with_routes(learner, config, values, reference)
-    advantages = by_response(packs, [pack.advantages for pack in packs]) if values else {}
-    learner.valuation.gradients(packs)
+    advantages = by_response(packs, [pack.passes.advantages for pack in packs]) if values else {}
+    learner.critic_step.gradients(packs)
     value_grad, parts = whole(critic, (values, advantages), sharded)
     engine.gradients(packs, "off", learner._loss)
     policy_grad, _ = whole(engine, None, sharded)
@@ -121,10 +121,10 @@ def _judge_packs_with_routes(
 ) -> None:
     """docs/routing.md, trap 14: critic and reference run with replay off, whatever routes a pack has."""
     packs = lay_out(learner.engine, config, with_routes=True)
-    assert all(pack.routes is not None for pack in packs)
-    learner._judge(packs, _Times())
+    assert all(pack.rollout.routes is not None for pack in packs)
+    learner._reference_and_values(packs, _Times())
     for name, want in (("old_values", values), ("ref_logprobs", reference)):
-        found = by_response(packs, [getattr(pack, name) for pack in packs if getattr(pack, name) is not None])
+        found = by_response(packs, [value for pack in packs if (value := getattr(pack.passes, name)) is not None])
         assert all(torch.equal(found[i], want[i]) for i in want), f"trap 14: {name} came from replayed routes"
 
 
@@ -157,23 +157,23 @@ def learned(config: Config, folder: Path) -> None:
     learner = Learner(config, engine)
     assert learner.critic is not None
     policy, critic = weights(engine), weights(learner.critic)
-    metrics, updates = learner.learn(batch(engine), 0)
-    assert updates == 0 and same(policy, weights(engine)) and not same(critic, weights(learner.critic))
-    metrics, updates = learner.learn(batch(engine), 1)
-    assert updates == 2 and not same(policy, weights(engine))
+    learned = learner.learn(batch(engine), 0)
+    assert learned.optimizer_steps == 0 and same(policy, weights(engine)) and not same(critic, weights(learner.critic))
+    learned = learner.learn(batch(engine), 1)
+    assert learned.optimizer_steps == 2 and not same(policy, weights(engine))
     assert {
         "critic/loss",
         "critic/explained_variance",
         "critic/grad_norm",
         "policy/kl_reference",
         "policy/entropy",
-    } <= metrics.keys()
+    } <= learned.metrics.keys()
     path = save_checkpoint(engine, folder, 2, {"optimizer_steps": 2}, keep=1, critic=learner.critic)
-    metrics, _ = learner.learn(batch(engine), 2)
+    metrics = learner.learn(batch(engine), 2).metrics
     again = build_engine(config, optimizer_steps=8)
     resumed = Learner(config, again)
     load_checkpoint(again, path, resumed.critic)
-    same_metrics, _ = resumed.learn(batch(again), 2)
+    same_metrics = resumed.learn(batch(again), 2).metrics
     assert (
         resumed.critic is not None
         and same(weights(engine), weights(again))
@@ -185,12 +185,13 @@ def learned(config: Config, folder: Path) -> None:
     before = weights(engine)
     spoilt = batch(engine)
     if dist.get_rank() == dist.get_world_size() - 1:
-        spoilt.minibatches[1][0].advantages.fill_(float("nan"))  # the reward of one replica's responses
+        spoilt.minibatches[1][0].rollout.rewards.fill_(float("nan"))  # the reward of one replica's responses
     config.train.on_bad_batch = "skip"
-    metrics, updates = learner.learn(spoilt, 3)
+    learned = learner.learn(spoilt, 3)
+    updates = learned.optimizer_steps
     assert (
         updates < 2
-        and metrics["batch/skipped_updates"] == 2 - updates
+        and learned.metrics["batch/skipped_updates"] == 2 - updates
         and all(x.isfinite().all() for x in weights(engine))
     )
     assert updates or same(before, weights(engine))

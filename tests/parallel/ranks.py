@@ -17,7 +17,7 @@ from megarl.engine.adam_fixes import parts_of
 from megarl.engine.batch import Meta, Pack, make_packs, router_rows
 from megarl.engine.build import build_engine, route_shape
 from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
-from megarl.engine.exchange import exchange, gather_metas
+from megarl.engine.exchange import LossInputs, exchange, gather_metas
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine
 from megarl.rollout.response import Response
@@ -109,14 +109,16 @@ def exchanged_rows(model: str) -> None:
         owners = [at.ingest_rank(dp) for dp in range(at.layout.dp)]
         held = {i: r for i, r in everything.items() if owners[i % len(owners)] == at.coord.rank}
         metas = gather_metas([_meta(i, r, at.coord.rank) for i, r in held.items()], at)
-        assert [meta.prompt for meta in metas] == list(range(7))
+        assert [meta.group for meta in metas] == list(range(7))
         members = [[[0, 3], [6]], [[1, 2], [4, 5]]] if at.layout.dp > 1 else [[[0, 3, 6], [1, 2], [4, 5]]]
         members += [[[], []]] * (at.layout.dp - len(members))
-        packs, received = exchange(members, metas, torch.arange(7.0), torch.ones(7), held, at, shape)
+        numbers, none = torch.arange(7.0), torch.zeros(7, dtype=torch.bool)
+        inputs = LossInputs(numbers, numbers, torch.ones(7), none)
+        exchanged = exchange(members, metas, inputs, held, at, shape)
         expected = 0
-        for pack in packs:
+        for pack in exchanged.packs:
             expected += _check_pack(pack, everything, engine)
-        assert received == expected, (received, expected)
+        assert exchanged.route_bytes == expected, (exchanged.route_bytes, expected)
 
 
 def _response(i: int, engine: Engine) -> Response:
@@ -143,19 +145,19 @@ def _check_pack(pack: Pack, everything: dict[int, Response], engine: Engine) -> 
     at, shape = engine.model.parallel, route_shape(engine.model)
     layers = list(shape.layers_of_stage[at.coord.pp])
     rows = router_rows(pack.padded, at.layout, at.coord)
-    assert pack.routes is not None and pack.present is not None and pack.present.all()
+    assert pack.rollout.routes is not None and pack.rollout.has_route is not None and pack.rollout.has_route.all()
     count = 0
     for i, start in zip(pack.responses, pack.starts):
         response = everything[i]
         n = len(response.tokens) - 1
         assert pack.tokens[start : start + n].tolist() == response.tokens[:-1].tolist()
-        assert pack.rollout_logprobs[start + response.prompt_len - 1 : start + n].tolist() == response.logprobs.tolist()
-        assert pack.advantages[start] == float(i)
+        assert pack.rollout.logprobs[start + response.prompt_len - 1 : start + n].tolist() == response.logprobs.tolist()
+        assert pack.rollout.advantages[start] == float(i)
         mine = (rows >= start) & (rows < start + n)
         want = torch.from_numpy(response.routes[rows[mine].numpy() - start][:, layers].astype(np.int16))
-        assert torch.equal(pack.routes[mine], want)
+        assert torch.equal(pack.rollout.routes[mine], want)
         count += int(mine.sum())
-    padding = pack.routes[rows >= pack.rows]
+    padding = pack.rollout.routes[rows >= pack.rows]
     assert (padding.sort(-1).values.diff(dim=-1) > 0).all()  # distinct experts
     return count * len(layers) * shape.top_k * shape.dtype.itemsize
 
@@ -171,7 +173,7 @@ def replay_is_a_no_op(model: str) -> None:
 
     def run(routes: Any, replayed: Any = None) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         (pack,) = make_packs([[0, 1, 2]], tokens, [2, 3, 1], at.layout, at.coord)
-        pack.routes = replayed
+        pack.rollout.routes = replayed
         kept = []
 
         def loss(
@@ -182,7 +184,7 @@ def replay_is_a_no_op(model: str) -> None:
 
         engine.gradients([pack], routes, loss)
         grads = [tensor.main_grad.clone() for _, tensor in engine.model.params()]
-        return kept[0], grads, pack.own
+        return kept[0], grads, pack.passes.live_routes
 
     plain, recorded = run("off"), run("record")
     replayed = run("replay", recorded[2])

@@ -21,8 +21,10 @@ from megarl.data import Prompt, load_tokenizer
 from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
-from megarl.loop.collect import Collector
+from megarl.loop.batch import Batch, ScoredRollouts, build_batch
 from megarl.loop.learn import Learner
+from megarl.loop.sampler import Sampler
+from megarl.loop.scoring import RewardScorer
 from megarl.rollout.response import Response
 
 ROWS, LAYERS, EXPERTS, TOP_K = 9, 4, 8, 2
@@ -86,12 +88,21 @@ def main(model: str, case: str | None) -> None:
     engine = build_engine(config, optimizer_steps=2)
     given, rank = Given(), engine.model.parallel.coord.rank
     client: Any = given if engine.model.parallel.is_ingest else None
-    collector = Collector(config, engine, client, load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    sampler = Sampler(config, engine, client, tokenizer)
+    scorer = RewardScorer(config, tokenizer, fetches=client is not None)
     prompts = [Prompt([line, 5, 6], "1", f"digits {line}", line) for line in range(1, 5)]
+
+    def roll_out(to_learn: bool = True) -> Batch:
+        rollouts = ScoredRollouts(config, engine.model.parallel, steps_done=0)
+        sampled = sampler.sample(prompts, 0, 0)
+        rollouts.add(sampled, scorer.score(sampled.rollouts))
+        return build_batch(rollouts, engine, 0, to_learn=to_learn)
+
     for name, (spoil, says) in CASES.items() if case is None else [(case, CASES[case])]:
         given.spoil = spoil
         try:
-            collector.collect(lambda count: prompts[:count], 0, 0)
+            roll_out()
         except UserError as error:
             line = str(error)
             assert (
@@ -104,8 +115,8 @@ def main(model: str, case: str | None) -> None:
         else:
             raise AssertionError(f"{name}: not noticed on rank {rank}")
     given.spoil = lambda routes: routes
-    batch = collector.collect(lambda count: prompts[:count], 0, 0, to_learn=False)  # all rewards are equal
-    values, _ = Learner(config, engine).learn(batch, 0)
+    batch = roll_out(to_learn=False)  # all rewards are equal
+    values = Learner(config, engine).learn(batch, 0).metrics
     assert values["routing/agree_rollout_old"] is not None
     print(f"rank {rank}: ok {' '.join(CASES)}", flush=True)
     destroy_parallel()

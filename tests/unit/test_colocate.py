@@ -21,7 +21,7 @@ from megarl.engine.offload import TrainingMemory
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
 from megarl.launch import processes
-from megarl.loop.colocate import Turns
+from megarl.loop.colocate import MemoryTurns
 from megarl.rollout import fleet as fleet_module
 from megarl.rollout.fleet import Fleet
 from megarl.server import supervise
@@ -113,7 +113,7 @@ class Recorder:
 
 def test_the_two_never_hold_their_memory_together():
     recorder = Recorder()
-    turns = Turns(load_config(None, []), [])
+    turns = MemoryTurns(load_config(None, []), [])
     turns._memory = recorder
     with turns.training(recorder):
         recorder.calls.append("train")
@@ -134,7 +134,7 @@ def test_a_server_is_woken_when_every_rank_has_released_its_memory(monkeypatch):
 
 
 def test_without_the_key_nothing_happens():
-    turns = Turns(load_config(None, []), [])
+    turns = MemoryTurns(load_config(None, []), [])
     with turns.training(None):
         pass
 

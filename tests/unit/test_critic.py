@@ -13,7 +13,7 @@ from megarl.config import load_config
 from megarl.engine.batch import make_packs
 from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
-from megarl.loop.critic_step import Valuation, explained
+from megarl.loop.critic_step import CriticStep, explained
 from megarl.objective import finish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,15 +28,15 @@ def test_the_critic_comes_to_explain_a_batch_it_sees_again_and_again(tmp_path: P
         None, [f"model.path={make_tiny_model(tmp_path / 'model', layers=2)}", "objective.preset=ppo", "critic.lr=3e-3"]
     )
     policy = build_engine(config, optimizer_steps=1)
-    valuation, at = Valuation(config, policy), policy.model.parallel
+    valuation, at = CriticStep(config, policy), policy.model.parallel
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(3, 20, (p + r,), generator=generator) for p, r in zip(PROMPTS, RESPONSES)]
     packs = make_packs([[0, 1, 2], [3, 4, 5]], tokens, PROMPTS, at.layout, at.coord)
     found = []
     for _ in range(ROUNDS):
         for pack in packs:
-            pack.advantages = torch.tensor(REWARDS)[[pack.responses[i] for i in pack.seq_ids]]
-        valuation.judge(packs)
+            pack.rollout.rewards = torch.tensor(REWARDS)[[pack.responses[i] for i in pack.seq_ids]]
+        valuation.value(packs)
         first, second = valuation.gradients(packs)
         valuation.critic.step()
         found.append(explained(finish({key: first[key] + second[key] for key in first}))["critic/explained_variance"])
@@ -44,7 +44,7 @@ def test_the_critic_comes_to_explain_a_batch_it_sees_again_and_again(tmp_path: P
         for start, i in zip(
             pack.starts, pack.responses
         ):  # at every response token, the last one among them: nothing is shifted by a row
-            values = pack.old_values[start + PROMPTS[i] - 1 : start + PROMPTS[i] + RESPONSES[i] - 1]
+            values = pack.passes.old_values[start + PROMPTS[i] - 1 : start + PROMPTS[i] + RESPONSES[i] - 1]
             torch.testing.assert_close(values, torch.full((RESPONSES[i],), REWARDS[i]), atol=0.1, rtol=0)
     assert found[0] < 0.1 and found[-1] > 0.95
     destroy_parallel()

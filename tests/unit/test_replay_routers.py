@@ -238,7 +238,7 @@ def test_trap_03_a_fused_router_would_never_ask_the_hook(monkeypatch):
     monkeypatch.setattr(
         moe_utils, "fused_topk_with_score_function", lambda logits, **_: (logits, logits > 0), raising=False
     )
-    assert not route(router, make_input(), random_routes())[2].own
+    assert not route(router, make_input(), random_routes())[2].live
 
 
 @every_kind

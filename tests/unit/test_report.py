@@ -18,7 +18,7 @@ from megarl.observe.samples import Sample, write_samples
 from megarl.observe.worst import read_worst, write_worst
 from megarl.report import curves
 from megarl.report.html import last_eighth, learning_curve_svg, report
-from megarl.train import rates
+from megarl.loop.reduce import rates
 
 
 def test_rows_are_written_one_a_step_and_what_is_not_finite_is_null(tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ def test_the_worst_tokens_of_packs() -> None:
     tokens = [torch.arange(10, 20), torch.arange(30, 60)]
     packs = make_packs([[0, 1], []], tokens, [3, 5], layout, layout.coord(0))
     for pack in packs:
-        pack.old_logprobs = pack.rollout_logprobs - 1
+        pack.passes.old_logprobs = pack.rollout.logprobs - 1
     (pack, _) = packs
-    assert pack.old_logprobs is not None
-    pack.old_logprobs[0] = -9.0  # predicts a prompt token: does not count
-    pack.old_logprobs[8] = -5.0  # the last token of the first response
-    pack.old_logprobs[9 + 20] = float("nan")  # a NaN is no difference that sorts; the loss refuses it elsewhere
-    pack.old_logprobs[9 + 10] = float("-inf")
+    assert pack.passes.old_logprobs is not None
+    pack.passes.old_logprobs[0] = -9.0  # predicts a prompt token: does not count
+    pack.passes.old_logprobs[8] = -5.0  # the last token of the first response
+    pack.passes.old_logprobs[9 + 20] = float("nan")  # a NaN is no difference that sorts; the loss refuses it elsewhere
+    pack.passes.old_logprobs[9 + 10] = float("-inf")
     first, second, *rest = worst_of(packs)
     assert (first["token"], first["before"][-1], first["before"][0], first["after"]) == (
         [41],

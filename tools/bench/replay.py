@@ -63,14 +63,15 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    from megarl.commands.score import gather_packs
+    from megarl.commands.score import LIVE_ROUTES, gather_packs
     from megarl.config import load_config
-    from megarl.data import Prompt, load_tokenizer
+    from megarl.data import Prompt
     from megarl.engine.build import build_engine
-    from megarl.engine.exchange import gather_metas
     from megarl.engine.parallel import destroy_parallel
-    from megarl.loop.collect import Batch, Collector
+    from megarl.loop.batch import Batch, ScoredRollouts, move
     from megarl.loop.learn import Learner
+    from megarl.loop.sampler import Rollout, Sampled
+    from megarl.reward.pool import Score
 
     keys = [
         f"model.path={folder / 'model'}",
@@ -82,42 +83,33 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     config = load_config(None, [*keys, *overrides])
     engine = build_engine(config, optimizer_steps=4, temperature=1.0)
     at = engine.model.parallel
-    collector = Collector(config, engine, None, load_tokenizer(config.model.path))
     learners = {mode: Learner(config, engine) for mode in ("R3", "none")}
-    learners["none"].mode = "none"
-    held = _responses(engine) if at.is_ingest else []
+    learners["none"].replay_mode = "none"
     prompt = Prompt([], "", "", 0)
-    metas = gather_metas(
-        [
-            collector._meta(group, prompt, response, float(n % 3 == 0), "", 0)
-            for n, (group, response) in enumerate(held)
-        ],
-        at,
-    )
-    groups = sorted({meta.prompt for meta in metas})
-    owned = dict(
-        zip([n for n, meta in enumerate(metas) if meta.owner == at.coord.rank], (response for _, response in held))
-    )
+    fetched = [Rollout(group, prompt, response) for group, response in (_responses(engine) if at.is_ingest else [])]
+    rollouts = ScoredRollouts(config, at, steps_done=0)
+    rollouts.add(Sampled(fetched), [Score(float(n % 3 == 0), "") for n in range(len(fetched))])
+    groups = sorted({meta.group for meta in rollouts.metas})
 
     if routes == "recorded":
-        minibatches, _ = collector._lay_out(metas, groups, owned)
-        packs = [pack for minibatch in minibatches for pack in minibatch]
-        found = {}
-        for pack in gather_packs(engine, packs, engine.logprobs(packs, "record"), ("own",)):
-            found |= {i: pack.values["own"][span].astype(np.uint8) for i, span in pack.spans()}
-        told = [found]
-        dist.broadcast_object_list(told, src=0)
-        for i, response in owned.items():
-            response.routes = told[0][i]
+        packs = [pack for minibatch in move(rollouts, groups, engine).minibatches for pack in minibatch]
+        live = {}
+        for pack in gather_packs(engine, packs, engine.logprobs(packs, "record"), (LIVE_ROUTES,)):
+            live |= {i: pack.values[LIVE_ROUTES][span].astype(np.uint8) for i, span in pack.spans()}
+        on_all_ranks = [live]
+        dist.broadcast_object_list(on_all_ranks, src=0)
+        for n, rollout in zip(rollouts.numbers(), fetched, strict=True):
+            rollout.response.routes = on_all_ranks[0][n]
 
     parts: dict[str, list[dict[str, float]]] = {mode: [] for mode in learners}
 
     def one(mode: str) -> Seconds:
         dist.barrier()
         start, cpu = time.perf_counter(), time.process_time()
-        minibatches, _ = collector._lay_out(metas, groups, owned)
+        minibatches = move(rollouts, groups, engine).minibatches
         middle = time.perf_counter()
-        values, _ = learners[mode].learn(Batch(minibatches, [""] * len(metas), {}, []), 0)
+        names = [""] * len(rollouts.metas)
+        values = learners[mode].learn(Batch(minibatches, names, {}, []), 0).metrics
         dist.barrier()
         end = time.perf_counter()
         parts[mode].append(

@@ -91,9 +91,12 @@ def packs_of(engine: Engine, tokens: int, sequence: int) -> list[Any]:
     vocabulary, count = engine.model.weight_map.hf["vocab_size"], max(1, tokens // sequence)
     drawn = [torch.randint(vocabulary, (min(sequence, tokens) + 1,), generator=generator) for _ in range(count)]
     [pack] = make_packs([list(range(count))], drawn, [1] * count, at.layout, at.coord)
-    pack.advantages = torch.where(pack.seq_ids % 2 == 0, 1.0, -1.0)
-    pack.rollout_logprobs = torch.full_like(pack.rollout_logprobs, -float(torch.tensor(float(vocabulary)).log()))
-    pack.group_ids, pack.denominators = pack.seq_ids // 2, torch.full_like(pack.denominators, float(count))
+    pack.rollout.advantages = torch.where(pack.seq_ids % 2 == 0, 1.0, -1.0)
+    pack.rollout.logprobs = torch.full_like(pack.rollout.logprobs, -float(torch.tensor(float(vocabulary)).log()))
+    pack.rollout.group_ids, pack.rollout.denominators = (
+        pack.seq_ids // 2,
+        torch.full_like(pack.rollout.denominators, float(count)),
+    )
     return [pack]
 
 

@@ -27,8 +27,8 @@ def outcome(dtype: str, experts: str, routes: torch.Tensor | None) -> dict[str, 
     packs = packs_of(engine, 256, 96)
     if routes is None:
         engine.logprobs(packs, "record")
-        routes = packs[0].own
-    packs[0].routes = routes
+        routes = packs[0].passes.live_routes
+    packs[0].rollout.routes = routes
     [(logprobs, entropy)] = engine.logprobs(packs, "replay")
     engine.gradients(packs, "replay", _loss)
     grads = {param.name: tensor.main_grad.detach().float().cpu() for param, tensor in engine.model.params()}
@@ -37,13 +37,13 @@ def outcome(dtype: str, experts: str, routes: torch.Tensor | None) -> dict[str, 
         "logprobs": logprobs.cpu(),
         "entropy": entropy.cpu(),
         "routes": routes,
-        "own": packs[0].own,
+        "own": packs[0].passes.live_routes,
         "grads": grads,
     }
 
 
 def _loss(pack: Any, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    weight = (pack.advantages * pack.mask / pack.rows).to(logprobs.device)
+    weight = (pack.rollout.advantages * pack.mask / pack.rows).to(logprobs.device)
     return -(logprobs * weight).sum() + 0.01 * entropy.mean(), {}
 
 

@@ -85,10 +85,10 @@ def _depth(
     packs = packs_of(engine, tokens, sequence)
     engine.logprobs(packs, "record")
     [pack] = packs
-    pack.routes = pack.own
-    assert pack.routes is not None
+    pack.rollout.routes = pack.passes.live_routes
+    assert pack.rollout.routes is not None
     counts = torch.stack(
-        [pack.routes[:, layer].flatten().long().bincount(minlength=hf["num_experts"]) for layer in range(depth)]
+        [pack.rollout.routes[:, layer].flatten().long().bincount(minlength=hf["num_experts"]) for layer in range(depth)]
     ).float()
     learner = Learner(config, engine)
     repeats, warm_up = (1, 1) if smoke else (7, 3)

@@ -17,13 +17,15 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megarl.config import load_config  # noqa: E402
+from megarl.config import Config, load_config  # noqa: E402
 from megarl.data import Prompt, load_tokenizer  # noqa: E402
 from megarl.engine.build import Engine, build_engine  # noqa: E402
 from megarl.engine.parallel import destroy_parallel  # noqa: E402
 from megarl.errors import UserError  # noqa: E402
-from megarl.loop.collect import Batch, Collector  # noqa: E402
+from megarl.loop.batch import Batch, ScoredRollouts, build_batch  # noqa: E402
 from megarl.loop.learn import Learner  # noqa: E402
+from megarl.loop.sampler import Sampler  # noqa: E402
+from megarl.loop.scoring import RewardScorer  # noqa: E402
 from megarl.rollout.response import Response  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
@@ -61,7 +63,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     destroy_parallel()
 
 
-def build(folder: Path, answers: list[list[str]], *keys: str) -> tuple[Engine, Collector, Scripted]:
+class Loop:
+    """The part of megarl.train that makes one batch."""
+
+    def __init__(self, engine: Engine, config: Config, client: Scripted, tokenizer: Any) -> None:
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
+        self.sampler = Sampler(config, engine, client, tokenizer)  # type: ignore[arg-type]
+        self.scorer = RewardScorer(config, tokenizer, fetches=True)
+
+
+def build(folder: Path, answers: list[list[str]], *keys: str) -> tuple[Engine, Loop, Scripted]:
     config = load_config(
         None,
         [
@@ -77,25 +88,30 @@ def build(folder: Path, answers: list[list[str]], *keys: str) -> tuple[Engine, C
     engine = build_engine(config, optimizer_steps=4)
     tokenizer = load_tokenizer(str(folder))
     client = Scripted(tokenizer, answers)
-    return engine, Collector(config, engine, client, tokenizer), client  # type: ignore[arg-type]
+    return engine, Loop(engine, config, client, tokenizer), client
 
 
-def collect(collector: Collector) -> tuple[Batch, list[int]]:
+def collect(loop: Loop) -> tuple[Batch, list[int]]:
+    """The batch, and the lines of the prompts drawn for it."""
     drawn: list[int] = []
-
-    def draw(k: int) -> list[Prompt]:
-        lines = range(len(drawn) + 1, len(drawn) + k + 1)
+    rollouts = ScoredRollouts(loop.config, loop.engine.model.parallel, steps_done=0)
+    while wanted := rollouts.wanted():
+        lines = range(len(drawn) + 1, len(drawn) + wanted + 1)
         drawn.extend(lines)
-        return [Prompt(collector.tokenizer.encode("12="), "3", "12=", line) for line in lines]
-
-    return collector.collect(draw, 0, 0), drawn
+        prompts = [Prompt(loop.tokenizer.encode("12="), "3", "12=", line) for line in lines]
+        sampled = loop.sampler.sample(prompts, rollouts.groups, 0)
+        rollouts.add(sampled, loop.scorer.score(sampled.rollouts))
+    return build_batch(rollouts, loop.engine, 0), drawn
 
 
 MIXED, ALL, NONE = ["123", "124", "3", "4"], ["3", "13", "123", "3"], ["4", "14", "124", "4"]
 
 
 def groups_of(batch: Batch) -> list[list[int]]:
-    return [sorted({int(g) for pack in part for g in pack.group_ids.tolist() if g >= 0}) for part in batch.minibatches]
+    return [
+        sorted({int(g) for pack in part for g in pack.rollout.group_ids.tolist() if g >= 0})
+        for part in batch.minibatches
+    ]
 
 
 def test_equal_groups_are_kept_dropped_or_replaced(folder: Path) -> None:
@@ -125,11 +141,12 @@ def test_equal_groups_are_kept_dropped_or_replaced(folder: Path) -> None:
 def test_a_batch_that_teaches_nothing_is_skipped_and_still_has_its_row(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine, collector, _ = build(folder, [ALL, NONE, ALL, ALL])
+    engine, loop, _ = build(folder, [ALL, NONE, ALL, ALL])
     before = [tensor.detach().clone() for _, tensor in engine.model.params()]
-    batch, _ = collect(collector)
-    metrics, updates = Learner(collector.config, engine).learn(batch, 0)
-    assert updates == 0 and batch.metrics["reward/mean"] == 0.75 and metrics["batch/skipped_updates"] == 0
+    batch, _ = collect(loop)
+    learned = Learner(loop.config, engine).learn(batch, 0)
+    assert learned.optimizer_steps == 0 and learned.metrics["batch/skipped_updates"] == 0
+    assert batch.metrics["reward/mean"] == 0.75
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, engine.model.params()))
     assert "step 1: nothing to learn, in each of 4 groups all rewards are equal; no update" in capsys.readouterr().out
     _, with_kl, _ = build(folder, [ALL, NONE, ALL, ALL], "objective.entropy_coef=0.1")
@@ -138,41 +155,41 @@ def test_a_batch_that_teaches_nothing_is_skipped_and_still_has_its_row(
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 def test_a_nan_log_probability_is_named(folder: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, collector, client = build(folder, [MIXED] * 4, f"train.on_bad_batch={mode}")
+    _, loop, client = build(folder, [MIXED] * 4, f"train.on_bad_batch={mode}")
     client.nan = (2, 1)
     named = (
         "step 1: response 1 to the prompt on line 3 of train.jsonl: the rollout's log-probability of its token 2 is nan"
     )
     if mode == "stop":
         with pytest.raises(UserError, match=named):
-            collect(collector)
+            collect(loop)
     else:
-        batch, _ = collect(collector)
+        batch, _ = collect(loop)
         assert batch.minibatches == [] and batch.metrics["batch/bad_samples"] == 1
         assert named.removeprefix("step 1: ") in capsys.readouterr().out
 
 
 def test_truncated_responses_leave_the_loss_and_empty_ones_count(folder: Path) -> None:
-    engine, collector, _ = build(
+    engine, loop, _ = build(
         folder, [["", "3", "1234567", "3"], *[MIXED] * 3], "batch.mask_truncated=true", "objective=dapo"
     )
-    batch, _ = collect(collector)
+    batch, _ = collect(loop)
     (packs,) = batch.minibatches
     trained = sum(float(pack.mask.sum()) for pack in packs)
     assert batch.metrics["response/empty"] == 1 and batch.metrics["response/tokens"] == trained + 7
     assert all(
-        float(pack.denominators[pack.mask.bool()][0]) == trained for pack in packs
+        float(pack.rollout.denominators[pack.mask.bool()][0]) == trained for pack in packs
     )  # dapo divides by the tokens of the loss
-    metrics, updates = Learner(collector.config, engine).learn(batch, 0)
-    assert updates == 1 and metrics["optim/grad_norm"] > 0
+    learned = Learner(loop.config, engine).learn(batch, 0)
+    assert learned.optimizer_steps == 1 and learned.metrics["optim/grad_norm"] > 0
 
 
 def test_the_overlong_penalty_reaches_the_advantages_and_not_the_reported_reward(folder: Path) -> None:
     keys = ("data.overlong_buffer=4", "data.overlong_penalty=0.5", "rollout.max_new_tokens=6", "objective=minirl")
-    _, collector, _ = build(folder, [["3", "1113", "111113", "3"], *[ALL] * 3], *keys)
-    batch, _ = collect(collector)
+    _, loop, _ = build(folder, [["3", "1113", "111113", "3"], *[ALL] * 3], *keys)
+    batch, _ = collect(loop)
     assert batch.metrics["reward/mean"] == 1.0
     (pack,) = batch.minibatches[0]
-    found = {n: pack.advantages[start].item() for n, start in zip(pack.responses, pack.starts) if n < 4}
+    found = {n: pack.rollout.advantages[start].item() for n, start in zip(pack.responses, pack.starts) if n < 4}
     shaped = np.array([1.0, 0.75, 0.5, 1.0])  # 0, 4 - 2 = 2 of 4, 4 of 4 tokens into the buffer
     assert [found[n] for n in range(4)] == pytest.approx((shaped - shaped.mean()).tolist())

@@ -1,0 +1,278 @@
+"""Scored rollouts into a batch: which groups teach, their advantages, packs balanced over replicas, and the move of
+every tensor to the ranks that train it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.config import Config
+from megarl.engine.batch import Meta, Pack, assign
+from megarl.engine.build import Engine, route_shape
+from megarl.engine.exchange import LossInputs, exchange, gather_metas, minibatches
+from megarl.engine.parallel import Parallel
+from megarl.errors import UserError
+from megarl.loop.reduce import Values
+from megarl.loop.sampler import Rollout, Sampled
+from megarl.reward.pool import Score
+from megarl.objective import advantages, denominators, informative, overlong_penalty
+from megarl.observe.samples import Sample
+from megarl.weights.map.layout import Layout
+
+
+@dataclass
+class Batch:
+    """minibatches: this rank's packs of each optimizer step, none where there is nothing to learn or something is bad.
+
+    names: how to name response i of the batch (Pack.responses) to a user. samples: some of this rank's, to read.
+    """
+
+    minibatches: list[list[Pack]]
+    names: list[str]
+    metrics: Values
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Numbers of groups, in order. trained: those that updates see. dull: those that teach nothing."""
+
+    trained: list[int]
+    dull: list[int]
+
+
+class ScoredRollouts:
+    """What has been sampled and scored for one step so far: `metas` of all responses, the same on every rank, and the
+    `rollouts` that this rank fetched. steps_done: optimizer steps before this step's first.
+    """
+
+    def __init__(self, config: Config, parallel: Parallel, steps_done: int) -> None:
+        self.config, self.parallel, self.steps_done = config, parallel, steps_done
+        self.metas: list[Meta] = []
+        self.rollouts: list[Rollout] = []
+        self.groups = 0  # sampled so far
+        self.seconds = 0.0
+        self._start = time.perf_counter()
+        self._calls = 0
+
+    def wanted(self) -> int:
+        """How many groups to sample now: the batch at first; then, under batch.equal_groups refill, as many as teach
+        nothing, batch.max_refills times; else 0.
+        """
+        batch = self.config.batch
+        calls = 1 + (batch.max_refills if batch.equal_groups == "refill" else 0)
+        if self._calls == calls or any(meta.fault for meta in self.metas):
+            return 0
+        return batch.prompts - len(teaching_groups(self.metas, self.config).trained)
+
+    def add(self, sampled: Sampled, scores: list[Score]) -> None:
+        """Tells every rank of what each has fetched. Collective. UserError where a rank has wrong routes."""
+        metas = [self._meta(rollout, score) for rollout, score in zip(sampled.rollouts, scores, strict=True)]
+        gathered = gather_metas(metas, self.parallel, sampled.wrong_routes)
+        self.metas += gathered
+        self.rollouts += sampled.rollouts
+        self.groups += len({meta.group for meta in gathered})
+        self._calls += 1
+        self.seconds = time.perf_counter() - self._start
+
+    def numbers(self) -> list[int]:
+        """For each of `rollouts` its place in `metas`."""
+        return [n for n, meta in enumerate(self.metas) if meta.owner == self.parallel.coord.rank]
+
+    def _meta(self, rollout: Rollout, score: Score) -> Meta:
+        response, fault = rollout.response, score.fault
+        unsound = np.flatnonzero(~np.isfinite(response.logprobs))
+        if not fault and len(unsound):
+            fault = f"the rollout's log-probability of its token {unsound[0]} is {response.logprobs[unsound[0]]}"
+        return Meta(
+            group=rollout.group,
+            prompt_len=response.prompt_len,
+            tokens=len(response.tokens),
+            reward=score.value,
+            version=min((span["version"] for span in response.weight_versions), default=self.steps_done),
+            owner=self.parallel.coord.rank,
+            has_routes=response.routes is not None,
+            truncated=response.finish_reason == "length",
+            line=rollout.prompt.line,
+            fault=fault,
+        )
+
+
+def build_batch(rollouts: ScoredRollouts, engine: Engine, step: int, *, to_learn: bool = True) -> Batch:
+    """Lays the rollouts out for training and moves them. Collective. step: rollout steps done before this one.
+
+    Groups that teach nothing stay or go (batch.equal_groups). reward/* and response/* are of everything that was
+    sampled. to_learn: leave out a batch of which nothing can be learnt. UserError for a bad sample under
+    train.on_bad_batch stop.
+    """
+    config, metas, parallel = rollouts.config, rollouts.metas, rollouts.parallel
+    bad = _bad_samples(metas, config, step, parallel)
+    groups = teaching_groups(metas, config)
+    trained = [] if bad else groups.trained
+    learns_without_advantages = config.objective.kl_coef or config.objective.entropy_coef
+    if not bad and to_learn and len(groups.dull) == rollouts.groups and not learns_without_advantages:
+        trained = []
+        if parallel.is_main:
+            print(
+                f"step {step + 1}: nothing to learn, in each of {rollouts.groups} groups all rewards are equal; "
+                "no update",
+                flush=True,
+            )
+    moved = move(rollouts, trained, engine)
+    metrics = rollout_metrics(metas, rollouts.steps_done) | {
+        "time/rollout_s": rollouts.seconds,
+        "batch/groups": float(len(trained)),
+        "batch/equal_groups": float(len(groups.dull)),
+        "batch/refilled_groups": float(rollouts.groups - config.batch.prompts),
+        "batch/bad_samples": float(bad),
+    }
+    if moved.route_bytes is not None:
+        metrics |= _route_metrics(rollouts, moved.route_bytes)
+    samples = [
+        _sample(rollout, metas[n].reward) for n, rollout in zip(rollouts.numbers(), rollouts.rollouts, strict=True)
+    ]
+    names = [response_name(metas, n, config) for n in range(len(metas))]
+    return Batch(moved.minibatches, names, metrics, samples[: config.run.rollout_samples])
+
+
+@dataclass(frozen=True)
+class Moved:
+    """minibatches: this rank's packs of each. route_bytes: of the routes that came to it; None if none travel."""
+
+    minibatches: list[list[Pack]]
+    route_bytes: int | None
+
+
+def move(rollouts: ScoredRollouts, groups: list[int], engine: Engine) -> Moved:
+    """Lays `groups` out and sends every tensor to the ranks that train it. Collective."""
+    config, parallel = rollouts.config, rollouts.parallel
+    laid_out = lay_out(rollouts.metas, groups, config, parallel.layout)
+    responses = {n: rollout.response for n, rollout in zip(rollouts.numbers(), rollouts.rollouts, strict=True)}
+    routes = route_shape(engine.model) if config.wants_routes and engine.model.weight_map.moe_layers else None
+    exchanged = exchange(laid_out.assignment, rollouts.metas, laid_out.loss_inputs, responses, parallel, routes)
+    edges = np.cumsum([0, *laid_out.packs_of_minibatch])
+    minibatches = [exchanged.packs[first:last] for first, last in zip(edges[:-1], edges[1:], strict=True)]
+    return Moved(minibatches, exchanged.route_bytes if routes is not None else None)
+
+
+def teaching_groups(metas: Sequence[Meta], config: Config) -> Groups:
+    """Which groups teach, and which updates see."""
+    teaches = informative(shaped_rewards(metas, config), group_ids(metas), config.objective)
+    dull = sorted({meta.group for meta, useful in zip(metas, teaches.tolist(), strict=True) if not useful})
+    dropped = set(dull if config.batch.equal_groups != "keep" else [])
+    return Groups(sorted({meta.group for meta in metas} - dropped), dull)
+
+
+def group_ids(metas: Sequence[Meta]) -> Tensor:
+    """int64 [n]: the group of each response."""
+    return torch.tensor([meta.group for meta in metas], dtype=torch.long)
+
+
+def shaped_rewards(metas: Sequence[Meta], config: Config) -> Tensor:
+    """What advantages are made of, float64 [n]. A long response's reward is penalised (data.overlong_buffer)."""
+    data = config.data
+    rewards = torch.tensor([meta.reward for meta in metas], dtype=torch.float64)
+    if data.overlong_buffer:
+        lengths = torch.tensor([meta.tokens - meta.prompt_len for meta in metas])
+        rewards += overlong_penalty(lengths, config.rollout.max_new_tokens, data.overlong_buffer, data.overlong_penalty)
+    return rewards
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """assignment: packs[replica][pack] -> indices of responses. packs_of_minibatch: how many packs each replica has."""
+
+    assignment: list[list[list[int]]]
+    packs_of_minibatch: list[int]
+    loss_inputs: LossInputs
+
+
+def lay_out(metas: Sequence[Meta], groups: list[int], config: Config, layout: Layout) -> LaidOut:
+    """One deterministic assignment response -> (mini-batch, replica, pack), for the pi_old pass and all updates."""
+    rewards, of_group = shaped_rewards(metas, config), group_ids(metas)
+    trained = torch.isin(of_group, torch.tensor(groups, dtype=torch.long))
+    advantage = torch.zeros(len(metas), dtype=torch.float64)
+    advantage[trained] = advantages(rewards[trained], of_group[trained], config.objective)
+    masked = torch.tensor([config.batch.mask_truncated and meta.truncated for meta in metas], dtype=torch.bool)
+    lengths = torch.tensor([meta.tokens - meta.prompt_len for meta in metas]).where(~masked, 0)
+    denominator = torch.ones(len(metas), dtype=torch.float64)
+    assignment: list[list[list[int]]] = [[] for _ in range(layout.dp)]
+    counts = []
+    multiple = layout.pp if layout.vpp > 1 else 1
+    for members in minibatches(metas, groups, config.batch.minibatches):
+        chosen = torch.tensor(members)
+        denominator[chosen] = denominators(lengths[chosen], of_group[chosen], config.objective)
+        rows = [metas[i].rows for i in members]
+        packed = assign(rows, layout.dp, config.engine.micro_batch_tokens, multiple)
+        counts.append(len(packed[0]))
+        for replica, packs in enumerate(packed):
+            assignment[replica] += [[members[i] for i in pack] for pack in packs]
+    return LaidOut(assignment, counts, LossInputs(rewards, advantage, denominator, masked))
+
+
+def response_name(metas: Sequence[Meta], number: int, config: Config) -> str:
+    """How to name response `number` of the batch to a user."""
+    nth, line = number % config.batch.group, metas[number].line
+    return f"response {nth} to the prompt on line {line} of {config.data.prompts}"
+
+
+def rollout_metrics(metas: Sequence[Meta], steps_done: int) -> Values:
+    """reward/*, response/* and the lag, of everything that was sampled."""
+    rewards = np.array([meta.reward for meta in metas])
+    groups = np.array([meta.group for meta in metas])
+    lengths = np.array([meta.tokens - meta.prompt_len for meta in metas])
+    passed = [rewards[groups == group].max() > 0 for group in np.unique(groups)]
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/pass_at_g": float(np.mean(passed)),
+        "response/length_mean": float(lengths.mean()),
+        "response/truncated_frac": float(np.mean([meta.truncated for meta in metas])),
+        "response/tokens": float(lengths.sum()),
+        "response/empty": float((lengths == 0).sum()),
+        "version/rollout_lag_max": float(steps_done - min(meta.version for meta in metas)),
+    }
+
+
+def _bad_samples(metas: Sequence[Meta], config: Config, step: int, parallel: Parallel) -> int:
+    """How many samples cannot be used. Under train.on_bad_batch stop every rank raises UserError, naming the first."""
+    faults = [f"{response_name(metas, n, config)}: {meta.fault}" for n, meta in enumerate(metas) if meta.fault]
+    if faults and config.train.on_bad_batch == "stop":
+        raise UserError(f"step {step + 1}: {faults[0]}; mend it, or leave such steps out by train.on_bad_batch=skip")
+    if faults and parallel.is_main:
+        print(f"step {step + 1}: no update, {len(faults)} samples are bad, the first: {faults[0]}", flush=True)
+    return len(faults)
+
+
+def _route_metrics(rollouts: ScoredRollouts, received: int) -> Values:
+    """received: bytes of routes that came to this rank. Collective."""
+    fetched = sum(r.response.routes.nbytes for r in rollouts.rollouts if r.response.routes is not None)
+    device = rollouts.parallel.device.device
+    total = torch.tensor([fetched, received], dtype=torch.float64, device=device)
+    most = total[1:].clone()
+    dist.all_reduce(total)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return {
+        "routing/bytes_ingested": float(total[0]),
+        "routing/bytes_received_per_rank": float(most),
+        "routing/missing_rows": float(sum(meta.rows for meta in rollouts.metas if not meta.has_routes)),
+    }
+
+
+def _sample(rollout: Rollout, reward: float) -> Sample:
+    response, prompt = rollout.response, rollout.prompt
+    return Sample(
+        prompt=prompt.text,
+        tokens=response.tokens[response.prompt_len :].tolist(),
+        answer=prompt.answer,
+        reward=reward,
+        finish_reason=response.finish_reason,
+        version=response.weight_versions[-1]["version"] if response.weight_versions else 0,
+    )

@@ -1,0 +1,36 @@
+"""The prompts of a run, read by every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megarl.config import Config
+from megarl.data import Prompt, prompts_of
+
+
+@dataclass(frozen=True)
+class RunPrompts:
+    """validation: empty where evaluation is off."""
+
+    train: list[Prompt]
+    validation: list[Prompt]
+
+
+def load_run_prompts(config: Config, tokenizer: Any) -> RunPrompts:
+    """data.prompts and eval.prompts. UserError as prompts_of; rank 0 says how rows were read and which were skipped."""
+
+    def say(line: str) -> None:
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+
+    def load(path: str) -> list[Prompt]:
+        prompts, bad = prompts_of(config, path, tokenizer, say=say)
+        if bad:
+            say(f"{path}: skipped {bad} bad lines, kept {len(prompts)}")
+        return prompts
+
+    validation = load(config.eval.prompts)[: config.eval.max_prompts] if config.eval.prompts else []
+    return RunPrompts(load(config.data.prompts), validation)

@@ -1,0 +1,111 @@
+"""Prompts to the rollout servers, responses back with their log-probabilities, routes and weight versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megarl.config import Config
+from megarl.data import Prompt
+from megarl.engine.build import Engine
+from megarl.observe.trace import phase
+from megarl.replay.routes import accept_routes
+from megarl.rollout.client import RolloutClient
+from megarl.rollout.response import Response
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response. group: the place of its prompt in the batch; the responses of one group have one number."""
+
+    group: int
+    prompt: Prompt
+    response: Response
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """rollouts: those this rank fetched, group by group. wrong_routes: what is wrong with the first bad routes, in one
+    line that names the response; None if nothing is.
+    """
+
+    rollouts: list[Rollout]
+    wrong_routes: str | None = None
+
+
+class Sampler:
+    """Every rank calls every method; only ingest ranks (one a data-parallel replica) hold a client and talk to the
+    servers.
+    """
+
+    def __init__(self, config: Config, engine: Engine, client: RolloutClient | None, tokenizer: Any) -> None:
+        self.config, self.client, self.tokenizer = config, client, tokenizer
+        self.parallel, self.weight_map = engine.model.parallel, engine.model.weight_map
+        self.wants_routes = config.wants_routes and bool(self.weight_map.moe_layers)
+
+    def sample(self, prompts: list[Prompt], first_group: int, step: int) -> Sampled:
+        """batch.group responses to each prompt; a replica asks for its share. prompts: the same on every rank.
+
+        first_group: number of the first prompt's group. step: rollout steps done before this one; it seeds the draw.
+        """
+        config, mine = self.config, self._share(len(prompts))
+        seed = (config.run.seed * 1_000_003 + step) * 1_000_003 % 2**31
+        seed += (first_group + int(mine[0]) if len(mine) else 0) * config.batch.group
+        with phase("rollout"):
+            groups = self.generate(
+                [prompts[i] for i in mine], config.batch.group, config.rollout.temperature, seed=seed
+            )
+        rollouts = [
+            Rollout(first_group + int(i), prompts[i], response)
+            for i, group in zip(mine, groups, strict=self.client is not None)
+            for response in group
+        ]
+        return Sampled(rollouts, self._check_routes(rollouts))
+
+    def sample_for_evaluation(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Rollout]:
+        """`samples` responses to each prompt of this replica's share; their routes are not looked at."""
+        mine = self._share(len(prompts))
+        groups = self.generate([prompts[i] for i in mine], samples, temperature, seed=self.config.run.seed)
+        return [
+            Rollout(int(i), prompts[i], response)
+            for i, group in zip(mine, groups, strict=self.client is not None)
+            for response in group
+        ]
+
+    def generate(self, prompts: list[Prompt], n: int, temperature: float, seed: int) -> list[list[Response]]:
+        """n responses to each prompt, whatever the other ranks ask for; nothing on a rank without a client."""
+        if self.client is None or not prompts:
+            return []
+        tokens = [prompt.tokens for prompt in prompts]
+        stop = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return self.client.generate(tokens, n, temperature, self.config.rollout.max_new_tokens, stop, seed=seed)
+
+    def _share(self, count: int) -> np.ndarray:
+        return np.array_split(np.arange(count), self.parallel.layout.dp)[self.parallel.coord.dp]
+
+    def _check_routes(self, rollouts: list[Rollout]) -> str | None:
+        """Reduces the responses' routes to MoE layers; what is wrong with the first bad ones."""
+        if not self.wants_routes:
+            return None
+        needed = self.config.replay_mode == "R3" and self.config.replay.on_missing == "error"
+        size = self.weight_map
+        seen: dict[int, int] = {}
+        for rollout in rollouts:
+            number = seen[rollout.group] = seen.get(rollout.group, -1) + 1
+            response = rollout.response
+            try:
+                if response.routes is not None:
+                    rows = len(response.tokens) - 1
+                    response.routes = accept_routes(
+                        response.routes, rows, size.moe_layers, size.num_layers, size.num_experts, size.top_k
+                    )
+                elif needed:
+                    raise ValueError(
+                        "none, which replay.mode R3 needs; check the worker, or set replay.on_missing=live"
+                    )
+            except ValueError as wrong:
+                name = f"response {number} to the prompt on line {rollout.prompt.line} ({rollout.prompt.text[-40:]!r})"
+                return f"routes of {name}: {wrong}; does the rollout worker serve the trainer's model?"
+        return None
