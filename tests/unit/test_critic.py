@@ -28,7 +28,7 @@ def test_the_critic_comes_to_explain_a_batch_it_sees_again_and_again(tmp_path: P
         None, [f"model.path={make_tiny_model(tmp_path / 'model', layers=2)}", "objective.preset=ppo", "critic.lr=3e-3"]
     )
     policy = build_engine(config, optimizer_steps=1)
-    valuation, at = CriticStep(config, policy), policy.model.parallel
+    critic_step, at = CriticStep(config, policy), policy.model.parallel
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(3, 20, (p + r,), generator=generator) for p, r in zip(PROMPTS, RESPONSES)]
     packs = make_packs([[0, 1, 2], [3, 4, 5]], tokens, PROMPTS, at.layout, at.coord)
@@ -36,9 +36,9 @@ def test_the_critic_comes_to_explain_a_batch_it_sees_again_and_again(tmp_path: P
     for _ in range(ROUNDS):
         for pack in packs:
             pack.rollout.rewards = torch.tensor(REWARDS)[[pack.responses[i] for i in pack.seq_ids]]
-        valuation.value(packs)
-        first, second = valuation.gradients(packs)
-        valuation.critic.step()
+        critic_step.value(packs)
+        first, second = critic_step.gradients(packs)
+        critic_step.critic.step()
         found.append(explained(finish({key: first[key] + second[key] for key in first}))["critic/explained_variance"])
     for pack in packs:
         for start, i in zip(
