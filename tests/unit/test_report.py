@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megarl.errors import UserError
+from megarl.loop.reduce import rates
 from megarl.observe import progress
 from megarl.observe.metrics import MetricsLogger, read_metrics
 from megarl.observe.progress import Progress, count, duration
@@ -18,7 +19,6 @@ from megarl.observe.samples import Sample, write_samples
 from megarl.observe.worst import read_worst, write_worst
 from megarl.report import curves
 from megarl.report.html import last_eighth, learning_curve_svg, report
-from megarl.loop.reduce import rates
 
 
 def test_rows_are_written_one_a_step_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
