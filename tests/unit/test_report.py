@@ -107,8 +107,10 @@ def test_numbers_for_people() -> None:
 
 
 def test_samples_are_readable(tmp_path: Path) -> None:
-    sample = Sample(prompt="sum 1 2", response="3;3", answer="3", reward=1.0, tokens=4, finish_reason="stop", version=8)
-    text = write_samples(tmp_path, 7, [sample, sample]).read_text()
+    sample = Sample(prompt="sum 1 2", tokens=[3, 9, 3, 0], answer="3", reward=1.0, finish_reason="stop", version=8)
+    text = write_samples(
+        tmp_path, 7, [sample, sample], lambda tokens: "3;3" if tokens == [3, 9, 3, 0] else ""
+    ).read_text()
     assert (tmp_path / "rollouts" / "step_000007.txt").is_file()
     assert (
         "=== 2: reward 1, answer '3', 4 tokens, ended by stop, weights 8\n--- prompt\nsum 1 2\n--- response\n3;3\n"
