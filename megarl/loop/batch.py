@@ -21,9 +21,9 @@ from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
 from megarl.loop.reduce import Values
 from megarl.loop.sampler import Rollout, Sampled
-from megarl.reward.pool import Score
 from megarl.objective import advantages, denominators, informative, overlong_penalty
 from megarl.observe.samples import Sample
+from megarl.reward.pool import Score
 from megarl.weights.map.layout import Layout
 
 
