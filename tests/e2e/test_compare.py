@@ -74,7 +74,8 @@ def test_the_figures_are_those_of_generate_and_score(bench: Bench) -> None:
     worst = report["worst"][0]
     np.testing.assert_allclose(worst["difference"], live["mismatch/abs_logprob_diff_max"], rtol=1e-6)
     page = (folder / "compare.html").read_text()
-    assert "http" not in page.replace("http://www.w3.org", "") and page.count("<mark>") == len(report["worst"])
+    assert page.count("https:") == page.count("https://github.com/leeoniya/uPlot") == 1
+    assert page.count("<mark>") == len(report["worst"]) and "verdict: " in command.out
     print(command.out)
 
 

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megarl.config import Config  # noqa: E402
 from megarl.errors import UserError  # noqa: E402
-from megarl.refusals import check, gpu  # noqa: E402
+from megarl.refusals import check, server  # noqa: E402
 from megarl.rollout.registry import WorkerInfo  # noqa: E402
 from tools.grid import arms, claims, lane, results  # noqa: E402
 from tools.grid.page import write_report  # noqa: E402
@@ -144,7 +144,7 @@ def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(
 def test_no_run_of_the_full_grid_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tools.tiny_model import make_tiny_model
 
-    monkeypatch.setattr(gpu, "_cpu_flags", lambda: {"avx512f"})  # an fp8 cache asks for it
+    monkeypatch.setattr(server, "_cpu_flags", lambda: {"avx512f"})  # an fp8 cache asks for it
 
     for cold in arms.COLD_STARTS:
         make_tiny_model(tmp_path / "task" / cold, layers=1, hidden=32)
