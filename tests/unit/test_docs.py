@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -53,6 +54,21 @@ def test_pages_named_in_sources_are_there() -> None:
     for name in SOURCES:
         for page in re.findall(r"\b(?:docs|spec)/[\w-]+\.md\b", (ROOT / name).read_text()):
             assert (ROOT / page).is_file() or name == "tests/unit/test_docs.py", f"{name}: {page} is not there"
+
+
+def test_a_commit_is_checked_by_what_ci_checks() -> None:
+    """.pre-commit-config.yaml has every quick check of tools/test.sh, with the same commands."""
+    script = (ROOT / "tools/test.sh").read_text()
+    checks = re.findall(r"^\.venv/bin/((?:ruff|mypy|python tools/).*?)(?: \.)?$", script, re.MULTILINE)
+    hooks = [
+        hook
+        for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        for hook in repo["hooks"]
+    ]
+    entries = " ".join(hook["entry"] for hook in hooks)
+    assert len(checks) >= 6
+    for check in checks:
+        assert check.replace(" --check --quiet", "") in entries, f"no pre-commit hook runs {check}"
 
 
 def test_nothing_is_said_about_one_machine() -> None:
