@@ -10,10 +10,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import megarl
 from megarl.commands.arguments import COMMANDS, Parser, parse
 from megarl.errors import UserError
+
+if TYPE_CHECKING:
+    from megarl.config import Config
 
 MODULES = {  # what every rank of a command runs: its main(arguments)
     "run": "megarl.train",
@@ -55,13 +59,22 @@ def _run(argv: list[str]) -> int:
     return RUNNERS[name](parse(name, argv[1:]))
 
 
+def _config(args: argparse.Namespace) -> Config:
+    """The command's configuration; UserError for a key that is unknown, or that the command line gives in vain."""
+    from megarl.config import load_config
+    from megarl.refusals.keys import refuse_ignored
+
+    config = load_config(args.config, args.overrides)
+    refuse_ignored(args.command, args.overrides)
+    return config
+
+
 def _launch(args: argparse.Namespace) -> int:
     """run, train, sft, score, generate, compare: starts the ranks, or is one where an outer torchrun started us."""
     from megarl.checkpoints import finished
-    from megarl.config import load_config
     from megarl.refusals import check
 
-    config = load_config(args.config, args.overrides)
+    config = _config(args)
     options = []
     if getattr(args, "input", None) is not None:
         if not os.path.isfile(args.input):
@@ -112,10 +125,9 @@ def _check_output(path: str, given: str) -> None:
 
 
 def _rollout(args: argparse.Namespace) -> int:
-    from megarl.config import load_config
     from megarl.refusals import check
 
-    config = load_config(args.config, args.overrides)
+    config = _config(args)
     check(config, "rollout")
     from megarl.server.supervise import run_rollout
 
@@ -132,10 +144,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from megarl.config import load_config
     from megarl.refusals import check
 
-    config = load_config(args.config, args.overrides)
+    config = _config(args)
     world = config.launch.trainers if args.world is None else args.world
     for name, value in (("--world", world), ("--rollout-ep", args.rollout_ep), ("--gpus-per-host", args.gpus_per_host)):
         if value < 1:

@@ -3,7 +3,8 @@ engine's responses, before any training: the mismatch report.
 
 The prompts are answered by the rollout engine, batch.group times each, as the first step of a run
 would; the training engine, in the configured layout, scores the responses teacher-forced at the same
-temperature, with its routing live and with the rollout's replayed. Writes run.dir/compare.html,
+temperature, with its routing live and with the rollout's replayed. The servers read model.path; under sync.quantize,
+or from a checkpoint of a run, the trainer sends them the weights as a run does. Writes run.dir/compare.html,
 compare.json, and compare.jsonl, the responses as `megarl generate` writes them.
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from megarl.announce import announce, plural
+from megarl.checkpoints import hf_files
 from megarl.commands.arguments import parse
 from megarl.commands.score import HAS_ROUTE, LIVE_ROUTES, ROUTES, SCORE_GAP, WholePack, encode_npy, gather_packs
 from megarl.config import Config, load_config
@@ -27,6 +30,7 @@ from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Routes
 from megarl.errors import UserError
 from megarl.loop.batch import Batch, ScoredRollouts, build_batch
+from megarl.loop.refit import Refit
 from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
 from megarl.report.mismatch import Compared, Pass, figures, render, text_table, worst_tokens
@@ -40,6 +44,7 @@ FIELDS = ("tokens", "labels", "mask", MU, ROUTES, HAS_ROUTE, LIVE_ROUTES, SCORE_
 def main(argv: list[str]) -> int:
     args = parse("compare", argv)
     config = load_config(args.config, args.overrides)
+    announce(f"loading the weights of {config.model.path}")
     engine = build_engine(config, temperature=config.rollout.temperature)
     parallel = engine.model.parallel
     tokenizer = load_tokenizer(config.model.path)
@@ -55,6 +60,10 @@ def main(argv: list[str]) -> int:
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
     try:
+        if must_send(config):
+            announce("sending the weights to the rollout servers")
+            Refit(config, engine, fleet).sync(0)
+        announce(f"sampling {plural(len(prompts) * config.batch.group, 'response')}")
         rollouts = ScoredRollouts(config, parallel, steps_done=0)
         with fleet.watched():
             sampled = sampler.sample(prompts, first_group=0, step=0)
@@ -63,6 +72,7 @@ def main(argv: list[str]) -> int:
     finally:
         scorer.close()
         fleet.close()
+    announce("scoring them")
     responses = compare(engine, batch, captured=sampler.wants_routes)
     if parallel.is_main:
         report = describe(config, engine, batch, responses)
@@ -73,6 +83,11 @@ def main(argv: list[str]) -> int:
     dist.barrier()
     destroy_parallel()
     return 0
+
+
+def must_send(config: Config) -> bool:
+    """Whether vLLM cannot read from model.path the weights that a run would sample from."""
+    return config.sync.quantize != "none" or hf_files(config.model.path) != Path(config.model.path)
 
 
 def _prompts(config: Config, tokenizer: Any, given: str | None) -> list[Prompt]:
@@ -130,6 +145,7 @@ def describe(config: Config, engine: Engine, batch: Batch, responses: list[Compa
         "rollout_dtype": rolled_out,
         "precision": precision_of(resolved, []),
         "replay": config.replay_mode,
+        "quantize": config.sync.quantize,
         "temperature": config.rollout.temperature,
         "is_cap": cap,
         "prompts": config.batch.prompts,

@@ -69,6 +69,8 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
     arguments = list(arguments)
     if port == "0":
         arguments.append(f"launch.store={host}:{reserve_port(host)}")
+    if config.launch.colocate and command != "run":
+        arguments.append("launch.colocate=false")  # the others have no turns to take
     log_dir = Path(config.run.dir) / ("logs" if command in WRITES_RUN else f"logs.{command}")
     ranks = ranks_of(command, config)
     engines = config.rollout.engines if command in WITH_ROLLOUTS else 0

@@ -52,6 +52,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (work.group, LOOP),
     (work.sft_batch, ("sft",)),
     (work.replay, (*LOOP, "score", "compare")),
+    (work.quantize, ("generate",)),
     (work.lag, ROLLOUT),
     (work.lengths, ROLLOUT),
     (work.overlong, LOOP),

@@ -37,7 +37,7 @@ def megatron_checkpoint(case: Case) -> str | None:
         return None
     if not (folder / ".metadata").is_file():
         return f"model.path {str(folder)!r} is not a whole checkpoint, it has no .metadata; give another"
-    if case.command in ("generate", "compare"):
+    if case.command == "generate":
         hint = f"python checkpoints_conversion/megatron_to_hf.py --megatron {folder} --out DIR"
         return (
             f"model.path {str(folder)!r} is a Megatron checkpoint, which {case.command} cannot give to vLLM; convert "

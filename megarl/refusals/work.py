@@ -111,6 +111,17 @@ def unreplayable(model: dict[str, Any]) -> str | None:
     return None
 
 
+def quantize(case: Case) -> str | None:
+    """In the file it may serve a run, whose rollouts are then other than these."""
+    how = case.config.sync.quantize
+    if how == "none":
+        return None
+    return (
+        f"sync.quantize {how}: megarl {case.command} serves the weights of model.path as they are, nothing is sent to "
+        "its servers; set sync.quantize=none, or use megarl compare"
+    )
+
+
 def lag(case: Case) -> str | None:
     lag = case.config.rollout.max_lag
     return f"rollout.max_lag {lag}: asynchronous rollouts are not supported yet; set rollout.max_lag=0" if lag else None

@@ -177,7 +177,8 @@ def verdict(report: dict[str, Any]) -> tuple[str, list[Finding]]:
 def subject(report: dict[str, Any]) -> str:
     return (
         f"{report['responses']} responses to {report['prompts']} prompts, {report['tokens']} tokens, "
-        f"temperature {report['temperature']:g}; rollout in {report['rollout_dtype']}, "
+        f"temperature {report['temperature']:g}; rollout in {report['rollout_dtype']}"
+        f"{'' if report['quantize'] == 'none' else ', weights sent in ' + report['quantize']}, "
         f"training in {report['engine_dtype']}, {report['layout']}"
     )
 

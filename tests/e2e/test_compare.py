@@ -19,6 +19,7 @@ TP2_DP2 = {"parallel": {"tp": 2, "ep": 2}, "launch": {"trainers": 4}}
 
 
 def test_the_figures_are_those_of_generate_and_score(bench: Bench) -> None:
+    """Fault 6: under sync.quantize, which once was ignored, the rollouts are those of the quantised weights."""
     config: dict[str, Any] = {
         **TP2_DP2,
         "model": {"path": str(bench.folder / "model")},
@@ -26,6 +27,7 @@ def test_the_figures_are_those_of_generate_and_score(bench: Bench) -> None:
         "batch": {"prompts": 16, "group": 4, "minibatches": 4},
         "engine": {"micro_batch_tokens": 128},
         "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 12, "temperature": TEMPERATURE, "dtype": "bfloat16"},
+        "sync": {"quantize": "int4"},
         "score": {"temperature": TEMPERATURE},
     }
     command = bench.finish("compare", "compare", config)
@@ -67,6 +69,7 @@ def test_the_figures_are_those_of_generate_and_score(bench: Bench) -> None:
     np.testing.assert_allclose(report["live"]["routing/any_layer_differs_frac"], (agree < 1).any(1).mean(), atol=1e-6)
 
     live, replayed = report["live"], report["replayed"]
+    assert live["mismatch/kl_k3"] > 1e-4 and "weights sent in int4" in command.out  # bfloat16 alone: 1e-6
     assert live["routing/agree_rollout_old"] < 1 and live["routing/worst_gap"] > 0, (
         "bfloat16 rollouts route some tokens otherwise"
     )

@@ -59,6 +59,7 @@ def report_of(responses: list[Compared]) -> dict[str, Any]:
         "layout": "tp 1, dp 1",
         "engine_dtype": "float32",
         "rollout_dtype": "bfloat16",
+        "quantize": "int4",
         "precision": "bfloat16",
         "replay": "R3",
         "temperature": 1.0,

@@ -248,6 +248,13 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         {},
         ["sft.batch 1 cannot feed 4", "raise sft.batch"],
     ),
+    (
+        "quantize",
+        "generate",
+        ["sync.quantize=int4"],
+        {},
+        ["sync.quantize int4", "megarl generate serves the weights", "set sync.quantize=none"],
+    ),
     ("lag", "run", ["rollout.max_lag=2"], {}, ["rollout.max_lag 2", "set rollout.max_lag=0"]),
     (
         "lengths",

@@ -1,0 +1,66 @@
+"""Which keys each command reads. One YAML file serves all commands, so keys of others may stand in it; an override on
+the command line is meant for this command, and one that it would ignore is refused.
+"""
+
+from __future__ import annotations
+
+import yaml
+
+from megarl.config import Config, walk
+from megarl.errors import UserError
+
+# A word is a section or a key; one with a minus takes back what a section before it gave.
+ENGINE = "model parallel engine run.dir run.seed launch.trainers launch.interface"
+SERVERS = """
+    model rollout -rollout.max_lag engine.dtype replay.mode replay.metrics batch.minibatches
+    data.on_bad_line data.reward data.reward_workers data.reward_timeout_s sync.quantize run.dir run.seed
+    launch.store launch.rollout_python launch.interface
+"""
+TRAINING = "model parallel engine replay objective batch rollout sync data -data.loader eval train critic run launch"
+READS = {
+    "run": TRAINING,
+    "train": TRAINING,
+    "rollout": TRAINING,  # one command line for both sides: a worker is told what the trainers are told
+    "sft": f"{ENGINE} train -train.on_bad_batch sft data.on_bad_line data.loader data.shuffle"
+    " rollout.max_prompt_tokens rollout.max_new_tokens run.loggers",
+    "score": f"{ENGINE} -engine.distributed_optimizer score replay.mode batch.minibatches",
+    "generate": f"{SERVERS} batch.group",
+    "compare": f"{ENGINE} -engine.distributed_optimizer {SERVERS} sync batch -batch.equal_groups -batch.max_refills"
+    " replay data.prompts objective.is_cap train.on_bad_batch",
+    "plan": "model parallel engine rollout.engines rollout.tp rollout.dtype launch.trainers",
+}
+
+
+def reads(command: str, key: str) -> bool:
+    """Whether `command` reads `key`, a dotted name; a section's name alone counts as any of its keys."""
+    section = key.partition(".")[0]
+    words = READS[command].split()
+    if f"-{key}" in words:
+        return False
+    return key in words or section in words or (key == section and any(word.startswith(f"{key}.") for word in words))
+
+
+def refuse_ignored(command: str, overrides: list[str]) -> None:
+    """Raises UserError for the first override, key=value, that `command` would ignore."""
+    for item in overrides:
+        key, _, text = item.partition("=")
+        for given in _keys(key, text):
+            if not reads(command, given):
+                others = [name for name in READS if name not in ("train", "rollout") and reads(name, given)]
+                raise UserError(
+                    f"override {item!r}: megarl {command} does not read {given}, megarl {' and '.join(others)} does; "
+                    "leave it out (in CONFIG it may stay)"
+                )
+
+
+def _keys(key: str, text: str) -> list[str]:
+    """The dotted names that one override sets: batch={group: 2} is batch.group."""
+    if key in Config.model_fields and isinstance(tree := yaml.safe_load(text or "null"), dict):
+        return [f"{key}.{name}" for name in tree]
+    return [key]
+
+
+def all_keys() -> list[str]:
+    objective = Config.model_fields["objective"].annotation
+    names = [name for name, _, _ in walk() if name != "objective"]
+    return [*names, "objective", *(f"objective.{name}" for name in objective.model_fields)]  # type: ignore[union-attr]
