@@ -13,7 +13,8 @@ from megarl.errors import UserError
 ENGINE = "model parallel engine run.dir run.seed launch.trainers launch.interface"
 SERVERS = """
     model rollout -rollout.max_lag engine.dtype replay.mode replay.metrics batch.minibatches
-    data.on_bad_line data.reward data.reward_workers data.reward_timeout_s sync.quantize run.dir run.seed
+    data.on_bad_line data.columns data.reward data.thinking_tags data.pass_threshold data.reward_workers
+    data.reward_timeout_s data.reward_env sync.quantize run.dir run.seed
     launch.store launch.rollout_python launch.interface
 """
 TRAINING = "model parallel engine replay objective batch rollout sync data -data.loader eval train critic run launch"
@@ -21,7 +22,7 @@ READS = {
     "run": TRAINING,
     "train": TRAINING,
     "rollout": TRAINING,  # one command line for both sides: a worker is told what the trainers are told
-    "sft": f"{ENGINE} train -train.on_bad_batch sft data.on_bad_line data.loader data.shuffle"
+    "sft": f"{ENGINE} train -train.on_bad_batch sft data.on_bad_line data.columns data.loader data.shuffle"
     " rollout.max_prompt_tokens rollout.max_new_tokens run.loggers",
     "score": f"{ENGINE} -engine.distributed_optimizer score replay.mode batch.minibatches",
     "generate": f"{SERVERS} batch.group",
