@@ -18,6 +18,7 @@ from megarl.errors import UserError
 from megarl.rollout.client import RolloutClient, RolloutError
 from megarl.rollout.registry import WorkerInfo, check_workers, open_store, request_shutdown, wait_for_workers
 from megarl.rollout.sync_leader import Canary, Sending, SyncLeader
+from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.reshard.pack import Manifest
 from megarl.weights.transport.send import Outgoing, WeightSender
 
@@ -58,9 +59,9 @@ class Fleet:
         """Turns a broken connection into the worker's own account of its death, where it left one."""
         try:
             yield
-        except RolloutError:
+        except RolloutError as error:
             if self._store is not None:
-                check_workers(self._store, self.workers, wait_s=5.0)
+                check_workers(self._store, self.workers, wait_s=60.0 if ENGINE_DIED in str(error) else 5.0)
             raise
 
     def check(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+ENGINE_DIED = "vLLM's engine died; the worker's log says why"  # a server's answer while it goes down
+
 
 def encode(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     """Little-endian: uint32 length of the JSON header, the header, then

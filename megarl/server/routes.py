@@ -28,8 +28,9 @@ from vllm.engine.protocol import EngineClient
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from megarl.rollout.wire import encode
+from megarl.rollout.wire import ENGINE_DIED, encode
 
 PREFIX = "/megarl/"
 DIRTY = (
@@ -71,9 +72,7 @@ class RolloutEndpoint:
         gone.cancel()
         if not work.done():
             work.cancel()
-            await _respond(
-                send, 500, json.dumps({"error": "vLLM's engine process died; the worker's log says why"}).encode()
-            )
+            await _respond(send, 500, json.dumps({"error": ENGINE_DIED}).encode())
             return
         status, body = work.result()
         await _respond(send, status, body)
@@ -93,6 +92,8 @@ class RolloutEndpoint:
             if path == "score":
                 return 200, await self._score(engine, **request)
             return 404, json.dumps({"error": f"no route {PREFIX}{path}"}).encode()
+        except EngineDeadError:  # its own words point at a stack trace that the user does not see
+            return 500, json.dumps({"error": ENGINE_DIED}).encode()
         except Exception as error:
             return 500, json.dumps({"error": " ".join(str(error).split()) or type(error).__name__}).encode()
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 TAIL_LINES = 15
+LONGEST = 400  # characters of a cause
 _NOISE = re.compile(
     r"nanobind|^ - leaked|^ - \.\.\.|resource_tracker|warnings\.warn|^\s*$"
 )  # what a dying vLLM prints last
-_ERROR = re.compile(r"(?:^|ERROR .*?\] )((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
+_LINE = re.compile(r"((?:\([^()]*pid=\d+\) )*)(?:([A-Z]+) \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?(.*)")
+_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception)(?:: .+)?$")
+_FATAL = re.compile(r"EngineCore (?:failed|encountered)|WorkerProc (?:failed|hit)")
+# exceptions that only say that another process failed
+_ECHO = re.compile(r"EngineDeadError|See root cause above|background process|CancelledError|Connection closed by peer")
+_NO_MESSAGE_LINE = re.compile(r"\s*$|Traceback |During handling|The above exception|[A-Z]+: |Process \w+:")
+
+
+@dataclass(frozen=True)
+class _Line:
+    source: str  # the process and the level, alike for the lines of one message
+    text: str
 
 
 def log_tail(path: Path, lines: int = TAIL_LINES) -> str:
@@ -21,7 +34,50 @@ def log_tail(path: Path, lines: int = TAIL_LINES) -> str:
         )
 
 
-def first_error(path: Path) -> str | None:
-    """The first exception in the log, in one line: vLLM's last one only says that another process failed."""
-    found = _ERROR.search(path.read_text(errors="replace"))
-    return found.group(1) if found else None
+def cause(path: Path) -> str | None:
+    """The exception that ended the server, in one line; None where the log has none.
+
+    The last one of the traceback under the first report of a process that died, and not what other processes say of it;
+    without such a report, the last one of the log. vLLM's warnings are no cause. An exception without a message comes
+    with the code that raised it.
+    """
+    lines = [line for raw in path.read_text(errors="replace").splitlines() if (line := _parse(raw)) is not None]
+    fatal = next((i for i, line in enumerate(lines) if _FATAL.match(line.text)), None)
+    if fatal is not None:
+        end = next((i for i in range(fatal, len(lines)) if lines[i].source != lines[fatal].source), len(lines))
+        if found := _last_exception(lines[fatal:end]):
+            return found
+    return _last_exception(lines)
+
+
+def _parse(raw: str) -> _Line | None:
+    match = _LINE.match(raw)
+    assert match is not None
+    process, level, text = match.groups()
+    if level in ("INFO", "WARNING", "DEBUG") or (process and not level):
+        return None
+    return _Line(f"{process}{level or ''}", text)
+
+
+def _last_exception(lines: list[_Line]) -> str | None:
+    found = [i for i, line in enumerate(lines) if _EXCEPTION.match(line.text)]
+    told = [i for i in found if not _ECHO.search(lines[i].text)]
+    if not found:
+        return next((line.text for line in reversed(lines) if ": error: " in line.text), None)
+    at = (told or found)[-1]
+    message = lines[at].text if ": " in lines[at].text else f"{lines[at].text}, {_code(lines[:at])}"
+    for line in lines[at + 1 : at + 4]:
+        if line.source != lines[at].source or _NO_MESSAGE_LINE.match(line.text):
+            break
+        message += " " + line.text.strip()
+    return message[:LONGEST]
+
+
+def _code(before: list[_Line]) -> str:
+    """The line of code at the end of a traceback, and where it stands."""
+    frames = [i for i, line in enumerate(before) if line.text.startswith('  File "')]
+    if not frames:
+        return "of which the log says no more"
+    where = re.match(r'  File ".*?([^/"]+)", line (\d+)', before[frames[-1]].text)
+    code = before[frames[-1] + 1].text.strip() if frames[-1] + 1 < len(before) else ""
+    return f"{code} ({where[1]}:{where[2]})" if where else code

@@ -28,7 +28,7 @@ from megarl.launch.ports import reserve_port
 from megarl.rollout import registry
 from megarl.rollout.registry import WorkerInfo
 from megarl.server.plugin import BACKEND, OWN_SERVER
-from megarl.server.serverlog import first_error, log_tail
+from megarl.server.serverlog import cause, log_tail
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 CANARY_TOKENS = 64  # a weight sync is checked by scoring this many tokens: the server's context holds them and one more
@@ -96,7 +96,7 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     command += ["--host", here, "--port", str(port), "--dtype", dtype, "--tensor-parallel-size", str(rollout.tp)]
     command += ["--max-model-len", str(length), "--max-num-seqs", str(rollout.max_num_seqs), "--enable-prefix-caching"]
     # A request with a seed kills the engine where prefill is chunked (docs/engines.md): every prompt goes in at once.
-    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 4096))]
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 4096, rollout.max_num_seqs))]
     command += [
         "--logprobs-mode",
         "processed_logprobs",
@@ -249,11 +249,9 @@ def _join(config: Config, child: subprocess.Popen[bytes], host: str, port: int) 
 
 
 def _failed(store: dist.Store, info: WorkerInfo, what: str) -> int:
-    cause = first_error(Path(info.log))
-    line = (
-        f"rollout worker {info.index} (pid {info.pid} on {info.host}): the vLLM server "
-        f"{what}{f': {cause}' if cause else ''}"
-    )
+    why = cause(Path(info.log))
+    line = f"rollout worker {info.index} (pid {info.pid} on {info.host}): the vLLM server {what}"
+    line += f": {why}" if why else ""
     text = f"{line}; last lines of {info.log}:\n{log_tail(Path(info.log))}"
     registry.report_failure(store, info.index, text)
     print(f"megarl: error: {text}", file=sys.stderr)

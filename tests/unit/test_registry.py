@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,6 @@ from megarl.rollout.registry import (
     request_shutdown,
     wait_for_workers,
 )
-from megarl.server.serverlog import first_error, log_tail
 
 
 def worker(index: int) -> WorkerInfo:
@@ -77,20 +75,3 @@ def test_a_store_that_cannot_be_had_is_one_line() -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="run store 127.0.0.1:9: nothing answered within 1 s"):
         open_store("127.0.0.1", 9, is_master=False, timeout_s=1)
-
-
-def test_the_first_error_of_a_log_and_its_last_lines(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(
-        "(APIServer pid=1) WARNING [x.py:1] may cause errors like `OSError: too many`\n"
-        "(EngineCore pid=2) ERROR 11-23 18:30:13 [core.py:1510] ValueError: weights missing: {'a'}\n"
-        "ValueError: weights missing: {'a'}\nRuntimeError: Engine core initialization failed.\n\n"
-        'nanobind: leaked 3 functions!\n - leaked function "f"\n'
-    )
-    assert first_error(log) == "ValueError: weights missing: {'a'}"
-    assert log_tail(log, 2).splitlines() == [
-        "ValueError: weights missing: {'a'}",
-        "RuntimeError: Engine core initialization failed.",
-    ]
-    log.write_text("fine\n")
-    assert first_error(log) is None
