@@ -110,6 +110,14 @@ def test_every_room_has_a_place_in_the_order() -> None:
     assert {room_of(module) for module in FILES if module != "megarl"} == set(LEVEL)
 
 
+def test_every_room_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for room in LEVEL:
+        place = PACKAGE / room.replace(".", "/")
+        name = f"{room.replace('.', '/')}/" if place.is_dir() else f"{room}.py"
+        assert f"`{name}`" in page or room == "__main__", f"docs/architecture.md does not say what {name} is for"
+
+
 def test_arrows_point_down_so_there_are_no_cycles() -> None:
     wrong = [
         f"{module}:{line} imports {name}"
