@@ -35,11 +35,12 @@ KV_CACHE_BLOCKS = 64  # of 32 tokens: so few that a test can make the scheduler 
 KV_BYTES = 4 * 2 * 2 * 32 * 4  # of a token in the models of these tests: layers, K and V, heads, their width, float32
 START_S = 900  # limit for a server's start on two very busy cores
 SUPERVISOR = (
-    "import sys; from megarl.config import load_config; from megarl.rollout import server; command = "
-    "server.server_command; "
+    "import sys; from pathlib import Path; from megarl.config import load_config; from megarl.server import supervise; "
+    "command = supervise.server_command; "
     "faulty = {'megarl.server.worker_extension.WorkerExtension': 'tests.engine.faults.FaultyExtension'}; "
-    "server.server_command = lambda *args: [faulty.get(word, word) for word in command(*args)]; "
-    "sys.exit(server.run_rollout(load_config(None, sys.argv[2:]), '127.0.0.1', int(sys.argv[1])))"
+    "supervise.server_command = lambda *args: [faulty.get(word, word) for word in command(*args)]; "
+    "config = load_config(None, sys.argv[2:]); logs = Path(config.run.dir) / 'logs'; "
+    "sys.exit(supervise.run_rollout(config, '127.0.0.1', int(sys.argv[1]), logs))"
 )
 
 
