@@ -300,7 +300,9 @@ class RunConfig(Section):
         0, ge=0, description="Checkpoint every this many steps, and at the end; 0 is only at the end."
     )
     keep: int = Field(2, ge=1, description="Whole checkpoints kept; older ones are deleted.")
-    rollout_samples: int = Field(4, ge=0, description="Responses written to rollouts/ each step, for reading.")
+    rollout_samples: int = Field(
+        4, ge=0, description="Responses written to rollouts/ each step, for reading and for the report."
+    )
     loggers: list[str] = Field(
         ["tensorboard"],
         description=(

@@ -28,6 +28,7 @@ from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
 from megarl.observe.output import Output
 from megarl.observe.trace import phase
+from megarl.report.live import LivePage
 from megarl.rollout.fleet import Fleet
 
 
@@ -55,7 +56,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
         stream.load_state_dict(state["stream"])
 
     turns = MemoryTurns(config, [engine, *([learner.critic] if learner.critic else [])])
-    output = Output(config, step, tokenizer) if parallel.is_main else None
+    output = Output(config, step, tokenizer, LivePage(Path(config.run.dir))) if parallel.is_main else None
     fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest)
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
@@ -83,7 +84,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
                 with phase("evaluate"), fleet.watched():
                     metrics |= evaluate(sampler, scorer, prompts.validation, config.eval)
             if output:
-                output.write(step, metrics, batch.samples, learned.worst)
+                output.write(step, metrics, batch.samples, learned.notes)
             if last or (config.run.save_every and step % config.run.save_every == 0):
                 state = {"optimizer_steps": done, "stream": stream.state_dict()}
                 with phase("checkpoint"), turns.training(fleet):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.observe.metrics import MetricsLogger
+from megarl.observe.samples import Sample
 from megarl.observe.token_samples import write_token_samples
 from megarl.observe.worst import write_worst
 
@@ -79,23 +80,22 @@ def row(step: int, steps: int, noise: random.Random, *, precision: str, minibatc
     return values
 
 
-def sample(step: int, noise: random.Random, reward: float) -> dict[str, Any]:
+def sample(step: int, number: int, noise: random.Random, reward: float) -> Sample:
     """A response of digit sums as the quickstart samples them; one digit a token."""
     digits = [noise.randrange(10) for _ in range(6)]
     sums = [sum(digits[: i + 1]) % 10 for i in range(6)]
     if noise.random() > reward:
         sums[-1] = (sums[-1] + 1) % 10
-    mu = [-abs(noise.gauss(0, 0.5)) for _ in sums]
-    return {
-        "prompt": f"<b>sum</b> {''.join(map(str, digits))}=",
-        "answer": str(sum(digits) % 10),
-        "reward": float(sums[-1] == sum(digits) % 10),
-        "finish_reason": "stop",
-        "version": step,
-        "tokens": [ord(str(digit)) for digit in sums],
-        "rollout": mu,
-        "trainer": [value + noise.gauss(0, 0.2) for value in mu],
-    }
+    return Sample(
+        prompt=f"<b>sum</b> {''.join(map(str, digits))}=",
+        tokens=[ord(str(digit)) for digit in sums],
+        answer=str(sum(digits) % 10),
+        reward=float(sums[-1] == sum(digits) % 10),
+        finish_reason="stop",
+        version=step,
+        rollout=[-abs(noise.gauss(0, 0.5)) for _ in sums],
+        number=number,
+    )
 
 
 def write_run(
@@ -119,8 +119,9 @@ def write_run(
         token = {"difference": abs(noise.gauss(0, 0.5)), "rollout": -1.0, "trainer": -1.1, "before": "3;<b>4</b>;" * 6}
         write_worst(folder, step, [token | {"token": "7", "after": ";\nend"}], lambda text: text)  # type: ignore[arg-type, return-value]
         if step % 5 == 0:
-            rows = [sample(step, noise, values["reward/mean"]) for _ in range(4)]
-            write_token_samples(folder, step, rows, lambda tokens: "".join(map(chr, tokens)))
+            shown = [sample(step, number, noise, values["reward/mean"]) for number in range(4)]
+            old = {s.number: [value + noise.gauss(0, 0.2) for value in s.rollout] for s in shown}
+            write_token_samples(folder, step, shown, old, lambda tokens: "".join(map(chr, tokens)))
     logger.close()
     quantize = "int4" if precision == "int4" else "none"
     config = {

@@ -32,12 +32,14 @@ class Batch:
     """minibatches: this rank's packs of each optimizer step, none where there is nothing to learn or something is bad.
 
     names: how to name response i of the batch (Pack.responses) to a user. samples: some of this rank's, to read.
+    sampled: the numbers of rank 0's samples, on every rank.
     """
 
     minibatches: list[list[Pack]]
     names: list[str]
     metrics: Values
     samples: list[Sample]
+    sampled: list[int]
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,11 @@ def build_batch(rollouts: ScoredRollouts, engine: Engine, step: int, *, to_learn
     }
     if moved.route_bytes is not None:
         metrics |= _route_metrics(rollouts, moved.route_bytes)
-    samples = [
-        _sample(rollout, metas[n].reward) for n, rollout in zip(rollouts.numbers(), rollouts.rollouts, strict=True)
-    ]
+    shown = list(zip(rollouts.numbers(), rollouts.rollouts, strict=True))[: config.run.rollout_samples]
+    samples = [_sample(rollout, metas[n].reward, n) for n, rollout in shown]
+    sampled = [n for n, meta in enumerate(metas) if meta.owner == 0][: config.run.rollout_samples]
     names = [response_name(metas, n, config) for n in range(len(metas))]
-    return Batch(moved.minibatches, names, metrics, samples[: config.run.rollout_samples])
+    return Batch(moved.minibatches, names, metrics, samples, sampled)
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def _route_metrics(rollouts: ScoredRollouts, received: int) -> Values:
     }
 
 
-def _sample(rollout: Rollout, reward: float) -> Sample:
+def _sample(rollout: Rollout, reward: float, number: int) -> Sample:
     response, prompt = rollout.response, rollout.prompt
     return Sample(
         prompt=prompt.text,
@@ -275,4 +277,6 @@ def _sample(rollout: Rollout, reward: float) -> Sample:
         reward=reward,
         finish_reason=response.finish_reason,
         version=response.weight_versions[-1]["version"] if response.weight_versions else 0,
+        rollout=response.logprobs.tolist(),
+        number=number,
     )

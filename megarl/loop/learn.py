@@ -19,7 +19,7 @@ from megarl.loop.critic_step import CriticStep, explained
 from megarl.loop.reduce import Times, Values, merge_all, reduce_sums, routing_values
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.observe.trace import phase
-from megarl.observe.worst import Row, gather_worst, worst_of
+from megarl.observe.worst import TokenNotes, gather_notes, take_notes
 from megarl.replay.metrics import RoutingSums
 
 
@@ -27,12 +27,12 @@ from megarl.replay.metrics import RoutingSums
 class Learned:
     """metrics: on every rank. optimizer_steps: those of the policy; fewer than mini-batches where some were skipped.
 
-    worst: on rank 0 the tokens of the batch on which the engines differ most.
+    notes: on rank 0 what is kept of single tokens; nothing elsewhere.
     """
 
     metrics: Values
     optimizer_steps: int
-    worst: list[Row]
+    notes: TokenNotes
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Learner:
             values["optim/lr"] = optimizer_steps[-1]["optim/lr"]
         values |= {key.replace("optim", "critic"): value for key, value in self.critic_norm.items()}
         values["batch/skipped_updates"] = float(0 if warming else len(batch.minibatches) - len(optimizer_steps))
-        return Learned(values | times.seconds, len(optimizer_steps), self._worst(packs))
+        return Learned(values | times.seconds, len(optimizer_steps), self._notes(packs, batch.sampled))
 
     def _old_pass(self, packs: list[Pack], routing: _Routing) -> None:
         how: dict[str, Routes] = {"R3": "replay", "R2": "record", "none": self.unreplayed}
@@ -181,12 +181,12 @@ class Learner:
                 sums = merge(sums, mismatch_metrics(old.cpu(), rollout, pack.mask, self.config.objective.is_cap))
         return sums
 
-    def _worst(self, packs: list[Pack]) -> list[Row]:
+    def _notes(self, packs: list[Pack], sampled: list[int]) -> TokenNotes:
         if not self.config.run.rollout_samples:
-            return []
+            return TokenNotes()
         parallel = self.parallel
         speaks = parallel.is_last_stage and parallel.coord.tp == parallel.coord.cp == 0
-        return gather_worst(worst_of(packs) if speaks else [])
+        return gather_notes(take_notes(packs, sampled) if speaks else TokenNotes())
 
     def _first_bad(self, packs: list[Pack]) -> str:
         """The first response on this rank with a NaN or infinite number that the loss would take, named; "" if there is

@@ -9,7 +9,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sample:
-    """One response. tokens: its token ids, without the prompt's. version: the weight version of the last one."""
+    """One response. tokens: its token ids, without the prompt's. rollout: log mu of each. version: the weight version
+    of the last one. number: of the response in its batch.
+    """
 
     prompt: str
     tokens: list[int]
@@ -17,6 +19,8 @@ class Sample:
     reward: float
     finish_reason: str
     version: int
+    rollout: list[float]
+    number: int
 
 
 def write_samples(run_dir: str | Path, step: int, samples: list[Sample], decode: Callable[[list[int]], str]) -> Path:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megarl.observe.samples import Sample
 
 TOKENS = 1024  # of a response; the rest is counted
 JOINED = 8  # tokens at most that make one piece, where each alone is no whole character
@@ -35,37 +39,48 @@ def pieces(tokens: Sequence[int], decode: Decode) -> tuple[list[str], list[int]]
     return texts, sizes
 
 
-def write_token_samples(run_dir: Path, step: int, samples: list[dict[str, Any]], decode: Decode) -> None:
-    """samples: each with prompt, answer, reward, finish_reason, version, tokens (the response's ids), rollout (log mu
-    of each) and trainer (log pi_old of each, or None where it was not computed). A file of the same step is replaced.
+def write_token_samples(
+    run_dir: Path, step: int, samples: list[Sample], old_logprobs: Mapping[int, list[float]], decode: Decode
+) -> None:
+    """old_logprobs: number of a sample -> log pi_old of its tokens, where it was computed. A file of the same step is
+    replaced.
     """
     folder = run_dir / "rollouts"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [_row(sample, decode) for sample in samples]
+    rows = [_row(sample, old_logprobs.get(sample.number), decode) for sample in samples]
     (folder / f"step_{step:06}.json").write_text(json.dumps({"step": step, "samples": rows}), "utf-8")
 
 
-def _row(sample: dict[str, Any], decode: Decode) -> dict[str, Any]:
-    tokens, mu, old = sample["tokens"][:TOKENS], sample["rollout"], sample["trainer"]
-    texts, sizes = pieces(tokens, decode)
-    rollout: list[float] = []
-    difference: list[float] = []
-    at = 0
-    for size in sizes:  # of a piece of several tokens, that one where the engines differ most
-        span = range(at, at + size)
-        chosen = max(span, key=lambda t: abs(old[t] - mu[t])) if old is not None else at
-        rollout.append(round(float(mu[chosen]), 4))
-        if old is not None:
-            difference.append(float(f"{old[chosen] - mu[chosen]:.3g}"))
-        at += size
+def _row(sample: Sample, old: list[float] | None, decode: Decode) -> dict[str, Any]:
+    shown = sample.tokens[:TOKENS]
+    texts, sizes = pieces(shown, decode)
+    ends = list(itertools.accumulate(sizes))
+    chosen = [end - size for end, size in zip(ends, sizes, strict=True)]
+    difference = None
+    if old is not None and len(old) == len(sample.tokens):
+        away = [_finite(a - b) for a, b in zip(old, sample.rollout, strict=True)]
+        # of a piece of several tokens, that one where the engines differ most
+        chosen = [
+            max(range(end - size, end), key=lambda t: abs(away[t])) for end, size in zip(ends, sizes, strict=True)
+        ]
+        difference = [float(f"{away[t]:.3g}") for t in chosen]
     return {
-        **{key: sample[key] for key in ("prompt", "answer", "reward", "finish_reason", "version")},
-        "tokens": len(sample["tokens"]),
-        "cut": len(sample["tokens"]) - len(tokens),
+        "prompt": sample.prompt,
+        "answer": sample.answer,
+        "reward": _finite(sample.reward),
+        "finish_reason": sample.finish_reason,
+        "version": sample.version,
+        "tokens": len(sample.tokens),
+        "cut": len(sample.tokens) - len(shown),
         "pieces": texts,
-        "rollout": rollout,
-        "difference": difference if old is not None else None,
+        "rollout": [round(_finite(sample.rollout[t]), 4) for t in chosen],
+        "difference": difference,
     }
+
+
+def _finite(value: float) -> float:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else math.copysign(1e30, value)
 
 
 def read_token_samples(run_dir: Path, most: int) -> list[dict[str, Any]]:

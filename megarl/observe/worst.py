@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,32 @@ COUNT = 8  # tokens a step
 BEFORE, AFTER = 24, 8  # tokens of context around each
 FILE = "rollouts/worst.jsonl"
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TokenNotes:
+    """What a step keeps of single tokens. worst: those on which the engines differ most, largest first. sampled: number
+    of a response that is shown to people -> log pi_old of its tokens.
+    """
+
+    worst: list[Row] = field(default_factory=list)
+    sampled: dict[int, list[float]] = field(default_factory=dict)
+
+
+def take_notes(packs: list[Pack], sampled: list[int]) -> TokenNotes:
+    """Of this rank's packs, after a pass for pi_old. sampled: the responses to show."""
+    return TokenNotes(worst_of(packs), logprobs_of(packs, set(sampled)))
+
+
+def logprobs_of(packs: list[Pack], responses: set[int]) -> dict[int, list[float]]:
+    """log pi_old of the tokens that are learnt from, for each of these responses that lies in these packs."""
+    found = {}
+    for pack in packs:
+        for place, response in enumerate(pack.responses):
+            if response in responses and pack.passes.old_logprobs is not None:
+                rows = (pack.seq_ids == place) & (pack.mask > 0)
+                found[response] = pack.passes.old_logprobs.cpu().float()[rows.cpu()].tolist()
+    return found
 
 
 def worst_of(packs: list[Pack]) -> list[Row]:
@@ -52,11 +79,12 @@ def _row(pack: Pack, row: int, difference: float, old: float) -> Row:
     }
 
 
-def gather_worst(mine: list[Row]) -> list[Row]:
-    """All ranks' rows at rank 0, the largest COUNT of them; nothing elsewhere. Every rank must call it."""
+def gather_notes(mine: TokenNotes) -> TokenNotes:
+    """All ranks' notes at rank 0, of the worst tokens COUNT; nothing elsewhere. Every rank must call it."""
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone, dst=0)
-    return sorted((row for rows in everyone or [] for row in rows), key=lambda row: -row["difference"])[:COUNT]
+    worst = sorted((row for notes in everyone or [] for row in notes.worst), key=lambda row: -row["difference"])
+    return TokenNotes(worst[:COUNT], {n: values for notes in everyone or [] for n, values in notes.sampled.items()})
 
 
 def write_worst(run_dir: Path, step: int, rows: list[Row], decode: Callable[[list[int]], str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megarl.observe.token_samples import read_token_samples
 from megarl.observe.trace import read_trace
 from megarl.observe.worst import read_worst
 from tests.e2e.conftest import DP2, TP2_PP2_EP2, Bench, Command
@@ -106,6 +107,13 @@ def test_engines_agree_after_every_sync_with_r3(whole: list[dict[str, Any]], ben
             and worst[0]["difference"] >= row["mismatch/abs_logprob_diff_max"] * (1 - 1e-6)
             and "=" in worst[0]["before"]
         )
+    samples = read_token_samples(bench.folder / "whole", 4 * STEPS)
+    assert [sample["step"] for sample in samples] == [step for step in range(1, STEPS + 1) for _ in range(4)]
+    for sample in samples:  # what both engines said of every token of a response stands beside it
+        assert len(sample["pieces"]) == len(sample["difference"]) == sample["tokens"] > 0
+        assert max(map(abs, sample["difference"])) <= 1e-4 and sample["reward"] in (0.0, 1.0)
+    page = (bench.folder / "whole" / "report.html").read_text()
+    assert f"{STEPS} of {STEPS}" in page
     assert sorted(path.name for path in (bench.folder / "whole" / "checkpoints").iterdir()) == ["step_10", "step_8"]
     phases = Counter(event["name"] for event in read_trace(bench.folder / "whole"))
     assert (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 
 from megarl.errors import UserError
 from megarl.observe.metrics import MetricsLogger
+from megarl.observe.samples import Sample
 from megarl.observe.token_samples import TOKENS, pieces, read_token_samples, write_token_samples
 from megarl.observe.worst import read_worst, write_worst
 from megarl.report.charts import MAX_POINTS, run_charts
 from megarl.report.html import load_runs, render, report
+from megarl.report.live import LivePage
 from megarl.report.page import ASSETS
 from megarl.report.panels import GROUPS
 from tests.html_page import Page
@@ -191,15 +194,11 @@ def test_fault_22_samples_come_token_by_token(tmp_path: Path) -> None:
         return b"".join(parts).decode(errors="replace").removeprefix(" ")
 
     assert pieces([1, 0, 4, 5, 6, 2], decode) == ([" b", "a", "€", "\u2028"], [1, 1, 3, 1])
-    one = {"prompt": "p", "answer": "x", "reward": 1.0, "finish_reason": "length", "version": 3}
     tokens = [1, 0, 4, 5, 6, 2, 3] + [0] * TOKENS
-    mu = [-1.0] * len(tokens)
     old = [-1.0, -1.25, -1.0, -2.0, -1.0, -1.0, -1.0] + [-1.0] * TOKENS
-    rows = [
-        one | {"tokens": tokens, "rollout": mu, "trainer": old},
-        one | {"tokens": [0], "rollout": [-2.0], "trainer": None},
-    ]
-    write_token_samples(tmp_path, 7, rows, decode)
+    first_one = Sample("p", tokens, "x", 1.0, "length", 3, [-1.0] * len(tokens), number=5)
+    second_one = Sample("p", [0], "x", math.nan, "stop", 3, [-2.0], number=8)
+    write_token_samples(tmp_path, 7, [first_one, second_one], {5: old}, decode)
     (tmp_path / "rollouts" / "step_000003.json").write_text('{"step": 3, "samp')
     first, second = read_token_samples(tmp_path, 10)
     assert first["pieces"][:5] == [" b", "a", "€", "\u2028", "</script>"] and first["cut"] == 7
@@ -210,10 +209,8 @@ def test_fault_22_samples_come_token_by_token(tmp_path: Path) -> None:
 
 
 def test_samples_of_a_page_are_spread_over_the_run(tmp_path: Path) -> None:
-    import random
-
     for step in range(1, 101):
-        write_token_samples(tmp_path, step, [sample(step, random.Random(step), 0.5)] * 4, str)
+        write_token_samples(tmp_path, step, [sample(step, 0, random.Random(step), 0.5)] * 4, {}, str)
     steps = [row["step"] for row in read_token_samples(tmp_path, 48)]
     assert len(steps) == 48 and len(set(steps)) == 12 and steps[0] == 1 and steps[-1] == 100
 
@@ -230,3 +227,29 @@ def test_a_folder_without_rows_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="b': metrics.jsonl has no whole line yet; wait for the first step"):
         report([str(tmp_path / "a"), str(tmp_path / "b")], out=str(tmp_path / "x.html"))
     assert not (tmp_path / "x.html").exists()
+
+
+def test_fault_22_a_run_makes_its_page_beside_its_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", steps=20, of=40)
+    page = LivePage(run, every_s=1e9)
+    page.refresh()
+    page.refresh()  # one is being made, or was made and another is not due
+    page.wait()
+    written = (run / "report.html").stat().st_mtime_ns
+    assert "20 of 40" in Page((run / "report.html").read_text()).words
+    page.refresh()
+    page.wait()
+    assert (run / "report.html").stat().st_mtime_ns == written
+    page.close()
+    assert (run / "report.html").stat().st_mtime_ns > written
+    assert capsys.readouterr().out == f"verdict: healthy\nreport: {run}/report.html\n"
+
+
+def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = LivePage(tmp_path / "gone", every_s=0)
+    for _ in range(2):
+        page.refresh()
+        page.wait()
+    page.close()
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.count("\n") == 1 and "gone/report.html could not be made: " in out.err

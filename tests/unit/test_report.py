@@ -107,7 +107,16 @@ def test_numbers_for_people() -> None:
 
 
 def test_samples_are_readable(tmp_path: Path) -> None:
-    sample = Sample(prompt="sum 1 2", tokens=[3, 9, 3, 0], answer="3", reward=1.0, finish_reason="stop", version=8)
+    sample = Sample(
+        prompt="sum 1 2",
+        tokens=[3, 9, 3, 0],
+        answer="3",
+        reward=1.0,
+        finish_reason="stop",
+        version=8,
+        rollout=[-1.0] * 4,
+        number=0,
+    )
     text = write_samples(
         tmp_path, 7, [sample, sample], lambda tokens: "3;3" if tokens == [3, 9, 3, 0] else ""
     ).read_text()

@@ -6,7 +6,7 @@ import torch
 
 from megarl.engine.batch import make_packs
 from megarl.engine.build import DEVICE  # noqa: F401  sets the device up before megatron-core is imported
-from megarl.observe.worst import AFTER, COUNT, worst_of
+from megarl.observe.worst import AFTER, COUNT, logprobs_of, worst_of
 from megarl.weights.map.layout import Layout
 
 
@@ -36,3 +36,15 @@ def test_the_worst_tokens_of_packs() -> None:
         -5.0,
     )
     assert len(rest) == COUNT - 2 and all(row["difference"] == 1 for row in rest)
+
+
+def test_the_log_probabilities_of_the_responses_that_are_shown() -> None:
+    layout = Layout(world=1)
+    tokens = [torch.arange(10, 20), torch.arange(30, 60), torch.arange(5)]
+    packs = make_packs([[2, 0], [1]], tokens, [3, 5, 4], layout, layout.coord(0))
+    for pack in packs:
+        pack.passes.old_logprobs = -pack.labels.float()
+    found = logprobs_of(packs, {0, 2})
+    assert found == {0: [-float(token) for token in range(13, 20)], 2: [-4.0]}
+    packs[0].passes.old_logprobs = None  # another stage
+    assert logprobs_of(packs, {0, 2}) == {}
