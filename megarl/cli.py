@@ -80,9 +80,9 @@ def _launch(args: argparse.Namespace) -> int:
         if not os.path.isfile(args.input):
             raise UserError(f"--input {args.input!r} does not exist; give a JSONL file")
         options = ["--input", args.input]
-        if args.command == "compare":
+        if args.command in ("compare", "generate"):
             config.data.prompts = args.input
-        else:
+        if args.command != "compare":
             _check_output(args.output, args.input)
             options += ["--output", args.output]
     world = os.environ.get("WORLD_SIZE")

@@ -28,6 +28,12 @@ class ModelConfig(Section):
         "",
         description="What the run starts from: a Hugging Face folder, or a run's checkpoints/step_N (of any layout).",
     )
+    trust_remote_code: bool = Field(
+        False,
+        description=(
+            "Run Python files of that folder where its tokenizer is one of them (Moonlight, Kimi); vLLM is told too."
+        ),
+    )
 
 
 class ParallelConfig(Section):
@@ -105,6 +111,13 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; all three policies use it.")
     max_prompt_tokens: int = Field(1024, ge=1, description="A longer prompt is a bad line (data.on_bad_line).")
     max_new_tokens: int = Field(256, ge=1, description="Longest response in tokens.")
+    stop_token_ids: list[int] = Field(
+        [],
+        description=(
+            "Tokens that end a response besides the model's own: eos_token_id of generation_config.json (else of "
+            "config.json) and the tokenizer's."
+        ),
+    )
     max_lag: int = Field(
         0, ge=0, description="Largest allowed lag of a token's weights in optimizer steps; 0 is synchronous."
     )

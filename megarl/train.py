@@ -44,7 +44,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     optimizer_steps = config.train.steps * config.batch.minibatches
     engine = build_engine(config, optimizer_steps=optimizer_steps, temperature=config.rollout.temperature)
     parallel = engine.model.parallel
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model)
     prompts = load_run_prompts(config, tokenizer)
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle)
     learner = Learner(config, engine)

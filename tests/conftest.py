@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tools.tiny_model import character_tokenizer
+
 HF_CONFIG: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_hidden_layers": 4,
@@ -30,6 +32,7 @@ HF_CONFIG: dict[str, Any] = {
     "vocab_size": 32,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
+    "eos_token_id": 1,
 }
 
 
@@ -75,7 +78,7 @@ def run_yaml(tmp_path: Path, hf_config: dict[str, Any]) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config))
-    (folder / "tokenizer.json").write_text("{}")
+    character_tokenizer().save(str(folder / "tokenizer.json"))
     write_weights(folder, hf_config)
     for name in ("prompts.jsonl", "valid.jsonl", "demos.jsonl"):
         (tmp_path / name).write_text('{"prompt": "1", "answer": "1", "response": "1"}\n')

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -143,12 +144,9 @@ def _of_family(family: str, experts: int, top_k: int, width: int, head_dim: int)
     }[family]
 
 
-def make_tokenizer(vocab_size: int = 32) -> PreTrainedTokenizerFast:
-    """A transformers fast tokenizer: one token a character of
-    CHARACTERS, padded with <x0>, <x1>, ... to `vocab_size`; no BOS.
-    """
+def character_tokenizer(vocab_size: int = 32) -> Tokenizer:
+    """One token a character of CHARACTERS, padded with <x0>, <x1>, ... to `vocab_size`; no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     words = [*SPECIAL, *CHARACTERS]
     if vocab_size < len(words):
@@ -157,8 +155,15 @@ def make_tokenizer(vocab_size: int = 32) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def make_tokenizer(vocab_size: int = 32) -> PreTrainedTokenizerFast:
+    """`character_tokenizer` as transformers has it."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=character_tokenizer(vocab_size),
         eos_token="<eos>",
         pad_token="<pad>",
         unk_token="<unk>",

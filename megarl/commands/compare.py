@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     announce(f"loading the weights of {config.model.path}")
     engine = build_engine(config, temperature=config.rollout.temperature)
     parallel = engine.model.parallel
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model)
     prompts = _prompts(config, tokenizer, args.input)
     if len(prompts) < parallel.layout.dp:
         raise UserError(

@@ -18,21 +18,21 @@ import torch.distributed as dist
 from megarl.commands.arguments import parse
 from megarl.commands.score import encode_npy
 from megarl.config import load_config
-from megarl.data import load_tokenizer, prompts_of
+from megarl.data import load_tokenizer, prompts_of, vocabulary_of
 from megarl.rollout.fleet import Fleet
 
 
 def main(argv: list[str]) -> int:
     args = parse("generate", argv)
     config = load_config(args.config, args.overrides)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model)
     prompts, _ = prompts_of(config, args.input, tokenizer, needs_answer=False)
     dist.init_process_group("gloo")
     fleet = Fleet(config, torch.device("cpu"), is_ingest=True)
     assert fleet.client is not None
     try:
         with fleet.watched():
-            stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            stop = list(vocabulary_of(config, tokenizer).ends)
             tokens = [prompt.tokens for prompt in prompts]
             rollout = config.rollout
             groups = fleet.client.generate(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megarl.announce import announce
 from megarl.config import Config, dump_config, load_config
-from megarl.data import PromptStream, load_demonstrations, load_tokenizer
+from megarl.data import PromptStream, demonstrations_of, load_tokenizer
 from megarl.data.loader import StepPlan, batches, planner
 from megarl.data.shards import Shards, write_shards
 from megarl.engine.batch import Pack, assign, make_packs
@@ -73,11 +73,7 @@ def main(argv: list[str]) -> int:
 def tokenise(config: Config, folder: Path, *, main: bool) -> Shards:
     """The demonstrations as shards, written by rank 0. Collective."""
     if main:
-        longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-        tokenizer = load_tokenizer(config.model.path)
-        data = config.data
-        rows = load_demonstrations(config.sft.data, tokenizer, longest, data.on_bad_line, data.columns, say=print)
-        write_shards(rows, folder)
+        write_shards(demonstrations_of(config, load_tokenizer(config.model), say=print), folder)
     dist.barrier()
     return Shards(folder)
 

@@ -22,9 +22,11 @@ from megarl.data.shapes import (
     question_of,
     response_of,
 )
-from megarl.data.tokenizer import has_chat_template, token_counter
+from megarl.data.tokenizer import has_chat_template, highest_token, quick_encoder
+from megarl.data.vocabulary import Vocabulary, vocabulary_of
 from megarl.errors import UserError
 from megarl.reward import answer_fault
+from megarl.weights.map.weight_map import load_hf_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +70,22 @@ def prompts_of(
         fault_of_answer=partial(answer_fault, config.data.reward),
         needs_answer=needs_answer,
         say=say,
+        vocabulary=vocabulary_of(config, tokenizer),
+    )
+
+
+def demonstrations_of(
+    config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], object] | None = None
+) -> list[tuple[list[int], int]]:
+    """load_demonstrations as the keys of `config` have it."""
+    return load_demonstrations(
+        config.sft.data,
+        tokenizer,
+        config.rollout.max_prompt_tokens + config.rollout.max_new_tokens,
+        config.data.on_bad_line,
+        config.data.columns,
+        say=say,
+        vocabulary=vocabulary_of(config, tokenizer),
     )
 
 
@@ -81,6 +99,7 @@ def load_prompts(
     fault_of_answer: AnswerFault | None = None,
     needs_answer: bool = True,
     say: Callable[[str], object] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[list[Prompt], int]:
     """(prompts, number of bad rows) from rows of any shape that megarl.data.shapes knows.
 
@@ -88,8 +107,10 @@ def load_prompts(
     is opened; without one a plain text is encoded as it is. An assistant's turn that ends a row's messages is left out.
     A prompt of more than `max_tokens` tokens is a bad row, and so is an answer of which `fault_of_answer` says
     something. say: is told once which keys were read, where they are not "prompt" or "messages" and "answer".
+    vocabulary: the model's; None is the tokenizer's own.
     Raises UserError, one line, for a missing or empty file, and for the first bad row if `on_bad_line` is "error".
     """
+    vocabulary = vocabulary or _own(tokenizer)
     prompts: list[Prompt] = []
     shapes: Counter[str] = Counter()
     bad = 0
@@ -98,6 +119,7 @@ def load_prompts(
             row = _sound(row)
             question = question_of(row, columns)
             tokens, text = encode_prompt(question, tokenizer)
+            _check_ids(tokens, vocabulary.size, tokenizer.convert_ids_to_tokens)
             _check_length(len(tokens), max_tokens, PROMPT_LIMIT)
             answer, where = _answer(row, columns, fault_of_answer) if needs_answer else ("", "")
             prompts.append(Prompt(tokens, answer, text, line, row))
@@ -116,16 +138,14 @@ def load_demonstrations(
     on_bad_line: OnBadLine,
     columns: Columns = {},
     say: Callable[[str], object] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> list[tuple[list[int], int]]:
     """(prompt + response + end, length of the prompt) from rows with a prompt and a response, as load_prompts.
 
     The response is a key of the row or the assistant's turn that ends its messages; earlier turns are prompt.
     `max_tokens` bounds the whole. Skipped rows are counted in one log line.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no eos token, so a response could not end; set eos_token in tokenizer_config.json"
-        )
+    vocabulary = vocabulary or _own(tokenizer)
     demonstrations: list[tuple[list[int], int]] = []
     shapes: Counter[str] = Counter()
     bad = 0
@@ -135,7 +155,8 @@ def load_demonstrations(
             question = question_of(row, columns)
             response, where = response_of(row, columns, question)
             prompt, _ = encode_prompt(question, tokenizer)
-            tokens = prompt + ended(_encode(tokenizer, response), [tokenizer.eos_token_id])
+            tokens = prompt + ended(_encode(tokenizer, response), vocabulary.ends)
+            _check_ids(tokens, vocabulary.size, tokenizer.convert_ids_to_tokens)
             _check_length(len(tokens), max_tokens, WHOLE_LIMIT)
             demonstrations.append((tokens, len(prompt)))
             shapes[_shape(question, "the response from", where, "")] += 1
@@ -148,34 +169,55 @@ def load_demonstrations(
     return demonstrations
 
 
-def check_rows(config: Config, path: str | Path, kind: Literal["prompts", "demonstrations"]) -> None:
-    """Raises UserError as loading the file would, for what shows before any process starts:
-    shapes, answers, a chat template that is missing, and texts that are too long whatever a template adds.
+def check_rows(
+    config: Config, path: str | Path, kind: Literal["prompts", "demonstrations"], *, needs_answer: bool = True
+) -> None:
+    """Raises UserError as loading the file would, for what shows before any process starts: shapes, answers, a chat
+    template that is missing, tokens that the model has not, and texts that are too long whatever a template adds.
     """
     shape, limit = (PROMPT_ROW, PROMPT_LIMIT) if kind == "prompts" else (DEMONSTRATION_ROW, WHOLE_LIMIT)
     rollout, columns = config.rollout, config.data.columns
     longest = rollout.max_prompt_tokens + (rollout.max_new_tokens if kind == "demonstrations" else 0)
-    count, template = token_counter(config.model.path), has_chat_template(config.model.path)
+    template = has_chat_template(config.model.path)
+    check_tokens = _quick_check(config.model.path, longest, limit)
     kept = bad = 0
     for line, row in read_rows(path, shape):
         try:
             row = _sound(row)
             question = question_of(row, columns)
-            if kind == "prompts":
-                _answer(row, columns, partial(answer_fault, config.data.reward))
-                response = ""
-            else:
+            response = ""
+            if kind == "demonstrations":
                 response, _ = response_of(row, columns, question)
+            elif needs_answer:
+                _answer(row, columns, partial(answer_fault, config.data.reward))
             if not template:
                 _needs_no_template(question)
-            users = [str(message["content"]) for message in question.messages if message["role"] == "user"]
-            text = max([*users, question.text or ""], key=len) + response
-            if count and len(text.encode()) > longest:  # a token is a byte or more
-                _check_length(count(text), longest, limit)
+            check_tokens([message.get("content") for message in question.messages], response)
             kept += 1
         except BadLine as error:
             bad += _bad_line(path, line, error, config.data.on_bad_line)
     _refuse_nothing(path, kept, bad)
+
+
+def _quick_check(path: str, longest: int, limit: str) -> Callable[[Sequence[Any], str], None]:
+    """A check of the texts of a row, by tokenizer.json alone. It encodes only what may be wrong: a token is a byte or
+    more, and most tokenizers have no token that the model lacks.
+    """
+    encode, highest = quick_encoder(path), highest_token(path)
+    size = load_hf_config(path)["vocab_size"]
+
+    def check(contents: Sequence[Any], response: str) -> None:
+        texts = [text for text in contents if isinstance(text, str)]
+        if encode is None:
+            return
+        if highest is not None and highest >= size:
+            for text in (*texts, response):
+                _check_ids(encode(text), size, lambda token, text=text: f"in {text[-40:]!r}")
+        text = max(texts, key=len, default="") + response
+        if len(text.encode()) > longest:
+            _check_length(len(encode(text)), longest, limit)
+
+    return check
 
 
 def first_prompt(config: Config, path: str | Path) -> tuple[dict[str, Any], str, str]:
@@ -199,8 +241,11 @@ def encode_prompt(question: Question, tokenizer: PreTrainedTokenizerBase) -> tup
     else:
         text = _needs_no_template(question)
         tokens = _encode(tokenizer, text, special=True)
-        while tokens and tokens[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+        plain = _encode(tokenizer, text)
+        while tokens and tokens[-1] == tokenizer.eos_token_id and plain[-1:] != tokens[-1:]:
             tokens.pop()  # a post-processor's, which would end the response before it begins
+        if tokens and tokens[-1] == tokenizer.eos_token_id:
+            raise BadLine(f"key {question.key!r} ends with {tokenizer.eos_token!r}, which ends a response; take it off")
     if len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
         tokens = tokens[1:]  # the text's and the template's, or the post-processor's
     if not tokens:
@@ -260,6 +305,20 @@ def _sound(row: dict[str, Any] | BadLine) -> dict[str, Any]:
     if isinstance(row, BadLine):
         raise row
     return row
+
+
+def _own(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos token, so a response could not end; give rollout.stop_token_ids=[ID]")
+    return Vocabulary(len(tokenizer), (tokenizer.eos_token_id,))
+
+
+def _check_ids(tokens: Sequence[int], size: int, name: Callable[[int], Any]) -> None:
+    if tokens and (token := max(tokens)) >= size:
+        raise BadLine(
+            f"token {token} of the tokenizer ({name(token)}) is not below config.json's vocab_size {size}; resize the "
+            "model's embeddings to the tokenizer, or take the token out"
+        )
 
 
 def _check_length(length: int, max_tokens: int, limit: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megarl.config import Config
-from megarl.data import Prompt
+from megarl.data import Prompt, vocabulary_of
 from megarl.engine.build import Engine
 from megarl.observe.trace import phase
 from megarl.replay.routes import accept_routes
@@ -41,7 +41,8 @@ class Sampler:
     """
 
     def __init__(self, config: Config, engine: Engine, client: RolloutClient | None, tokenizer: Any) -> None:
-        self.config, self.client, self.tokenizer = config, client, tokenizer
+        self.config, self.client = config, client
+        self.stop = list(vocabulary_of(config, tokenizer).ends)
         self.parallel, self.weight_map = engine.model.parallel, engine.model.weight_map
         self.wants_routes = config.wants_routes and bool(self.weight_map.moe_layers)
 
@@ -79,8 +80,7 @@ class Sampler:
         if self.client is None or not prompts:
             return []
         tokens = [prompt.tokens for prompt in prompts]
-        stop = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        return self.client.generate(tokens, n, temperature, self.config.rollout.max_new_tokens, stop, seed=seed)
+        return self.client.generate(tokens, n, temperature, self.config.rollout.max_new_tokens, self.stop, seed=seed)
 
     def _share(self, count: int) -> np.ndarray:
         return np.array_split(np.arange(count), self.parallel.layout.dp)[self.parallel.coord.dp]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.config import Config
+from megarl.data import vocabulary_of
 from megarl.loop.sampler import Rollout
 from megarl.observe.trace import phase
 from megarl.reward.inputs import RewardInput, Texts
@@ -15,7 +16,7 @@ class RewardScorer:
     """Every rank has one; only a rank that fetches responses starts reward processes."""
 
     def __init__(self, config: Config, tokenizer: Any, *, fetches: bool) -> None:
-        self._texts = Texts(tokenizer, config.data.thinking_tags)
+        self._texts = Texts(tokenizer, config.data.thinking_tags, vocabulary_of(config, tokenizer).ends)
         self._scorer = Scorer(config.data) if fetches else None
         self._stops = config.train.on_bad_batch == "stop"
 

@@ -29,6 +29,14 @@ def prompts(case: Case) -> str | None:
     return _file("data.prompts", path, "a file of prompts") or _rows(case, path, "prompts")
 
 
+def prompts_to_answer(case: Case) -> str | None:
+    """Those of `generate`, which need no answers."""
+    from megarl.data.prompts import check_rows
+
+    check_rows(case.config, case.config.data.prompts, "prompts", needs_answer=False)  # raises UserError
+    return None
+
+
 def eval_prompts(case: Case) -> str | None:
     path = case.config.eval.prompts
     if path is None:

@@ -130,7 +130,29 @@ def glm_head_dim(case: Case) -> str | None:
 
 
 def tokenizer(case: Case) -> str | None:
-    folder = hf_files(case.config.model.path)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return None
-    return f"model.path {str(folder)!r} has no tokenizer.json; save the tokenizer beside the weights"
+    """Raises UserError for one that cannot be read."""
+    from megarl.data.tokenizer import code_alone, load_tokenizer, quick_encoder
+
+    model = case.config.model
+    folder = hf_files(model.path)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return f"model.path {str(folder)!r} has no tokenizer.json; save the tokenizer beside the weights"
+    if sentence := code_alone(model):
+        return sentence
+    if quick_encoder(model.path) is None:
+        load_tokenizer(model)  # imports transformers
+    return None
+
+
+def ends(case: Case) -> str | None:
+    """Raises UserError where no token would end a response."""
+    from megarl.data.tokenizer import load_tokenizer
+    from megarl.data.vocabulary import declared_ends, vocabulary_of
+
+    model, stops, size = case.config.model, case.config.rollout.stop_token_ids, case.hf["vocab_size"]
+    for token in stops:
+        if not 0 <= token < size:
+            return f"rollout.stop_token_ids {stops}: {token} is not below the model's vocab_size {size}; give its ids"
+    if not any(0 <= token < size for token in [*stops, *declared_ends(model.path)]):
+        vocabulary_of(case.config, load_tokenizer(model))  # imports transformers
+    return None

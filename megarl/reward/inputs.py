@@ -30,7 +30,8 @@ WITHOUT_A_COLUMN: dict[str, Any] = {"data_source": "", "extra_info": {}}  # verl
 class RewardInput:
     """One response and what it answers.
 
-    response: its text without special tokens, but with the tags of data.thinking_tags. final_response: what follows the
+    response: its text without special tokens and the token that ended it, but with the tags of data.thinking_tags.
+    final_response: what follows the
     thoughts, "" where they never end. row: the prompt's row of the data file. tokens: ids of the response, the end
     included. truncated: whether rollout.max_new_tokens cut it.
     """
@@ -110,8 +111,9 @@ def wanted_by(reward: str, function: Callable[..., Any]) -> Wanted:
 class Texts:
     """Tokens into a RewardInput: what is a special token, and what a tag that rewards see all the same."""
 
-    def __init__(self, tokenizer: Any, thinking_tags: Sequence[str]) -> None:
-        self.tokenizer, self.tags = tokenizer, tuple(thinking_tags)
+    def __init__(self, tokenizer: Any, thinking_tags: Sequence[str], ends: Sequence[int] = ()) -> None:
+        """ends: tokens that end a response."""
+        self.tokenizer, self.tags, self.ends = tokenizer, tuple(thinking_tags), frozenset(ends)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         shown = set(tokenizer.convert_tokens_to_ids(list(self.tags)))
@@ -122,10 +124,11 @@ class Texts:
     ) -> RewardInput:
         """tokens: prompt and response."""
         prompt_tokens, ids = [int(t) for t in tokens[:prompt_len]], [int(t) for t in tokens[prompt_len:]]
+        said = ids[:-1] if ids and not truncated and ids[-1] in self.ends else ids
         if self._hidden is None:
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = self.tokenizer.decode(said, skip_special_tokens=True)
         else:
-            text = self.tokenizer.decode([i for i in ids if i not in self._hidden])
+            text = self.tokenizer.decode([i for i in said if i not in self._hidden])
         return RewardInput(
             response=text,
             answer=answer,

@@ -109,6 +109,8 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     command += ["--middleware", "megarl.server.routes.RolloutEndpoint"]
     command += ["--worker-extension-cls", "megarl.server.worker_extension.WorkerExtension"]
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
+    if config.model.trust_remote_code:
+        command += ["--trust-remote-code"]
     if rollout.enforce_eager:
         command += ["--enforce-eager"]
     if rollout.quantization != "none":

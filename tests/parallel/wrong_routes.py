@@ -88,7 +88,7 @@ def main(model: str, case: str | None) -> None:
     engine = build_engine(config, optimizer_steps=2)
     given, rank = Given(), engine.model.parallel.coord.rank
     client: Any = given if engine.model.parallel.is_ingest else None
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(config.model)
     sampler = Sampler(config, engine, client, tokenizer)
     scorer = RewardScorer(config, tokenizer, fetches=client is not None)
     prompts = [Prompt([line, 5, 6], "1", f"digits {line}", line) for line in range(1, 5)]

@@ -86,7 +86,7 @@ def build(folder: Path, answers: list[list[str]], *keys: str) -> tuple[Engine, L
     )
     config.batch.prompts, config.batch.group = 4, GROUP
     engine = build_engine(config, optimizer_steps=4)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(config.model)
     client = Scripted(tokenizer, answers)
     return engine, Loop(engine, config, client, tokenizer), client
 

@@ -286,9 +286,11 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
 APART = {
     "colocate",
     "deepseek_router",
+    "ends",
     "glm_head_dim",
     "loader",
     "megatron_checkpoint",
+    "prompts_to_answer",
     "run_dir_of_another",
     "served_weights",
     "sft_out",
