@@ -17,6 +17,7 @@ from megarl.hints import meant
 from megarl.objective.presets import ObjectiveConfig, resolve_objective
 
 DType = Literal["auto", "float32", "bfloat16"]
+CANARY_TOKENS = 64  # a weight sync is checked by scoring so many
 
 
 class Section(BaseModel):
@@ -383,6 +384,13 @@ class Config(Section):
         if self.replay.mode is not None:
             return self.replay.mode
         return {1: "none", 2: "R2"}.get(self.batch.minibatches, "R3")  # type: ignore[return-value]
+
+    @property
+    def server_context(self) -> int:
+        """Tokens that a rollout server must hold for one request: the longest prompt and response, or the canary of a
+        weight sync and one more.
+        """
+        return max(self.rollout.max_prompt_tokens + self.rollout.max_new_tokens, CANARY_TOKENS + 1)
 
     @property
     def wants_routes(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,11 +69,14 @@ def highest_token(path: str) -> int | None:
 
 
 def _quick(path: str) -> Any:
+    file = Path(hf_files(path)) / "tokenizer.json"
+    return _read(file, file.stat().st_mtime_ns) if file.is_file() else None
+
+
+@functools.lru_cache(maxsize=1)
+def _read(file: Path, _: int) -> Any:
     from tokenizers import Tokenizer
 
-    file = Path(hf_files(path)) / "tokenizer.json"
-    if not file.is_file():
-        return None
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.checkpoints import hf_files
-from megarl.config import Config
+from megarl.config import CANARY_TOKENS, Config
 from megarl.engine.batch import make_packs
 from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import attach_routes
@@ -29,7 +29,6 @@ from megarl.weights.reshard.outgoing import Slices, WholeTensors
 from megarl.weights.reshard.quantize import quantized_weights
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 
-CANARY_TOKENS = 64
 TOLERANCE = {
     torch.float32: 1e-4,
     torch.bfloat16: 0.5,

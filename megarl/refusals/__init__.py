@@ -69,6 +69,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (gpu.rollout_kernels, ROLLOUT),
     (server.heads_on_a_cpu, ROLLOUT),
     (server.fp8_cache_on_a_cpu, ROLLOUT),
+    (server.compiler_on_a_cpu, ROLLOUT),
     (server.kv_cache, ROLLOUT),
     (model_folder.weights, ALL),
     (model_folder.served_weights, ROLLOUT),

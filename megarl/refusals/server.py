@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from megarl.launch.processes import has_gpu
@@ -40,20 +42,30 @@ def _cpu_flags() -> set[str]:
     return set(Path("/proc/cpuinfo").read_text().split())
 
 
+def compiler_on_a_cpu(case: Case) -> str | None:
+    """torch.compile writes C++ there (torch/_inductor/cpp_builder.py)."""
+    if case.config.rollout.enforce_eager or has_gpu() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))):
+        return None
+    return (
+        "rollout.enforce_eager false on a CPU needs a C++ compiler, this host has no g++; install one or set "
+        "rollout.enforce_eager=true"
+    )
+
+
 def kv_cache(case: Case) -> str | None:
     """Where its size is ours to say, it holds one request of the longest kind, and the block that vLLM keeps empty."""
     config, rollout = case.config, case.config.rollout
     if has_gpu() and not config.launch.colocate:
         return None
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    longest = config.server_context
     tokens = (-(-longest // BLOCK) + 1) * BLOCK
     needed = tokens * _bytes_per_token(case) / 2**30
     if rollout.kv_cache_gib >= needed:
         return None
     return (
-        f"rollout.kv_cache_gib {rollout.kv_cache_gib:g} cannot hold one request of rollout.max_prompt_tokens "
-        f"{rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = {longest} tokens; raise it to "
-        f"{_two_digits_up(needed)} or more"
+        f"rollout.kv_cache_gib {rollout.kv_cache_gib:g} cannot hold one request of {longest} tokens "
+        f"(rollout.max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens}, or a "
+        f"weight sync's check); raise it to {_two_digits_up(needed)} or more"
     )
 
 

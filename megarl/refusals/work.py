@@ -137,6 +137,11 @@ def lengths(case: Case) -> str | None:
             f"{longest} is above "
             f"the model's max_position_embeddings {limit}; lower one of them"
         )
+    if limit and case.config.server_context > limit:
+        return (
+            f"model.path: max_position_embeddings {limit} is below the {case.config.server_context} tokens of a weight "
+            "sync's check; use another model"
+        )
     return None
 
 

@@ -31,7 +31,6 @@ from megarl.server.plugin import BACKEND, OWN_SERVER
 from megarl.server.serverlog import cause, log_tail
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
-CANARY_TOKENS = 64  # a weight sync is checked by scoring this many tokens: the server's context holds them and one more
 STOP_S = 4.0  # between SIGTERM and SIGKILL
 
 
@@ -87,7 +86,7 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     dtype = rollout.dtype if rollout.dtype != "auto" else config.engine.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    length = max(rollout.max_prompt_tokens + rollout.max_new_tokens, CANARY_TOKENS + 1)
+    length = config.server_context
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_files(config.model.path))]
     if hf_files(config.model.path) != Path(
         config.model.path

@@ -126,7 +126,11 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         "run",
         ["rollout.kv_cache_gib=0.0001"],
         {},
-        ["rollout.kv_cache_gib 0.0001 cannot hold", "64 + max_new_tokens 64 = 128 tokens", "raise it to 0.00031"],
+        [
+            "rollout.kv_cache_gib 0.0001 cannot hold one request of 128 tokens",
+            "64 + max_new_tokens 64",
+            "to 0.00031 or",
+        ],
     ),
     ("weights", "score", [], {"vocab_size": 31}, ["(32, 64), config.json wants (31, 64) (vocab_size 31)", "use the"]),
     ("run_dir", "run", ["run.dir="], {}, ["run.dir is empty", "give"]),
@@ -268,6 +272,13 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("temperature", "rollout", ["rollout.temperature=1e-5"], {}, ["rollout.temperature 1e-05", "0.01 or more"]),
     ("evaluation", "run", ["eval.temperature=0.005"], {}, ["eval.temperature 0.005", "set it to 0"]),
     ("evaluation", "train", ["eval.temperature=0", "eval.samples=2"], {}, ["eval.samples 2", "greedy", "samples=1"]),
+    (
+        "lengths",
+        "run",
+        ["rollout.max_new_tokens=4", "rollout.max_prompt_tokens=4"],
+        {"max_position_embeddings": 32},
+        ["max_position_embeddings 32 is below the 65 tokens of a weight sync's check"],
+    ),
     ("micro_batch", "run", ["engine.micro_batch_tokens=100"], {}, ["engine.micro_batch_tokens 100", "raise it to 128"]),
     ("rollout_tp", "rollout", ["rollout.tp=3", "launch.store=127.0.0.1:1"], {}, ["rollout.tp 3", "attention heads, 4"]),
     ("store", "run", ["launch.store=here"], {}, ["launch.store 'here' is not host:port", "e.g."]),
@@ -285,6 +296,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
 ]
 APART = {
     "colocate",
+    "compiler_on_a_cpu",
     "deepseek_router",
     "ends",
     "glm_head_dim",
@@ -394,6 +406,16 @@ def test_fault_14_the_heads_that_vllm_has_on_a_cpu() -> None:
     text = (Path(where.origin).parent / "v1/attention/backends/cpu_attn.py").read_text()
     found = re.search(r"def get_supported_head_sizes.*?return \[([\d, ]+)\]", text, re.DOTALL)
     assert found and tuple(map(int, found[1].split(","))) == refusals.server.CPU_HEADS
+
+
+def test_fault_14_a_compiler_that_is_missing(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(run_yaml, ["rollout.enforce_eager=false"])
+    monkeypatch.setattr(refusals.server.shutil, "which", lambda name: f"/bin/{name}")
+    refusals.check(config)
+    monkeypatch.setattr(refusals.server.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="rollout.enforce_eager false on a CPU needs a C"):
+        refusals.check(config)
+    refusals.check(config, "sft")
 
 
 def test_a_tokenizer_that_is_missing(run_yaml: Path) -> None:
