@@ -110,7 +110,13 @@ def _launch(args: argparse.Namespace) -> int:
         return 0
     from megarl.launch.local import launch
 
-    return launch(planned, config)
+    try:
+        return launch(planned, config)
+    finally:
+        if args.command in ("run", "train"):
+            from megarl.report.live import page_of_a_run_that_ended
+
+            page_of_a_run_that_ended(config.run.dir)
 
 
 def _check_output(path: str, given: str) -> None:

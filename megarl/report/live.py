@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+from megarl.observe.metrics import METRICS_FILE
 from megarl.report.html import load_runs, write_page
 from megarl.report.verdict import judge
 
@@ -56,3 +57,10 @@ class LivePage:
         now = time.monotonic()
         self._due = now + max(self._every_s, (now - start) / SHARE)
         return not self._failed
+
+
+def page_of_a_run_that_ended(run_dir: str) -> None:
+    """A page of all that was written, where the run itself could not make its last one: it failed or was stopped."""
+    rows, page = Path(run_dir) / METRICS_FILE, Path(run_dir) / "report.html"
+    if rows.is_file() and rows.stat().st_size and (not page.is_file() or page.stat().st_mtime < rows.stat().st_mtime):
+        LivePage(Path(run_dir)).close()

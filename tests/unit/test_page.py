@@ -18,7 +18,7 @@ from megarl.observe.token_samples import TOKENS, pieces, read_token_samples, wri
 from megarl.observe.worst import read_worst, write_worst
 from megarl.report.charts import MAX_POINTS, run_charts
 from megarl.report.html import load_runs, render, report
-from megarl.report.live import LivePage
+from megarl.report.live import LivePage, page_of_a_run_that_ended
 from megarl.report.page import ASSETS
 from megarl.report.panels import GROUPS
 from tests.html_page import Page
@@ -243,6 +243,18 @@ def test_fault_22_a_run_makes_its_page_beside_its_steps(tmp_path: Path, capsys: 
     page.close()
     assert (run / "report.html").stat().st_mtime_ns > written
     assert capsys.readouterr().out == f"verdict: healthy\nreport: {run}/report.html\n"
+
+
+def test_a_run_that_failed_has_a_page_of_its_last_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page_of_a_run_that_ended(str(tmp_path / "none"))
+    write_rows(tmp_path, [])
+    page_of_a_run_that_ended(str(tmp_path))  # it failed before its first step
+    assert not (tmp_path / "report.html").exists() and capsys.readouterr() == ("", "")
+    write_rows(tmp_path, [{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": 0.5}])
+    page_of_a_run_that_ended(str(tmp_path))
+    assert f"report: {tmp_path}/report.html\n" in capsys.readouterr().out
+    page_of_a_run_that_ended(str(tmp_path))  # the page is newer than the rows
+    assert capsys.readouterr().out == ""
 
 
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
