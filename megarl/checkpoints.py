@@ -1,12 +1,19 @@
-"""Which checkpoints of a run are whole: a matter of names, so that the
-launcher knows before anything heavy is imported.
+"""Which checkpoints of a run are whole and sound: names, sizes and checksums.
+
+No torch, so that the launcher knows before anything heavy is imported.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from megarl.errors import UserError
 
 if TYPE_CHECKING:
     from megarl.config import Config
@@ -14,7 +21,10 @@ if TYPE_CHECKING:
 # folder inside a checkpoint: config.json, tokenizer and the like, so that the checkpoint needs nothing else
 HF_FILES = "hf"
 STATE = "megarl.json"  # a checkpoint without it is not whole
+FILES = "files"  # in it: name of every other file -> [bytes, xxh3 of them]
 NAME = re.compile(r"step_(\d+)$")
+PARTIAL = re.compile(r"\.step_\d+\.partial$")
+READ_BYTES = 2**22
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -25,6 +35,13 @@ def whole_checkpoints(folder: Path) -> list[Path]:
         else []
     )
     return sorted(found, key=step_of)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a save that was cut short left in a run's checkpoints, by its name; nothing else."""
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if PARTIAL.match(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def hf_files(path: str | Path) -> Path:
@@ -39,10 +56,69 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What megarl.json holds. UserError names a file that cannot be read."""
+    try:
+        found = json.loads((checkpoint / STATE).read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(checkpoint / STATE)!r} cannot be read ({error}); the checkpoint is damaged") from None
+
+
+def seal(path: Path) -> list[int | str]:
+    """[bytes, checksum] of a file, as FILES holds them."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def damage(checkpoint: Path, *, contents: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
+    """The first file of a checkpoint that is not what was written, in words; None where nothing is wrong.
+
+    contents: read them all and compare checksums, not only sizes. share (i, n): look at every n-th file from the i-th,
+    so that n ranks look at all of them. A checkpoint of a release that wrote no checksums is taken as it is.
+    """
+    try:
+        files: dict[str, list[int | str]] = state_of(checkpoint).get(FILES, {})
+    except UserError:
+        return f"{STATE} cannot be read"
+    for name, (size, checksum) in sorted(files.items())[share[0] :: share[1]]:
+        path = checkpoint / name
+        try:
+            found = path.stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes of {size}"
+            if contents and seal(path)[1] != checksum:
+                return f"the checksum of {name} is another"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint whose files have their sizes; None where there is none."""
+    return next((path for path in reversed(whole_checkpoints(folder)) if not damage(path)), None)
+
+
+def no_sound(last: Path, fault: str) -> str:
+    """What to say where the newest checkpoint is damaged and none before it is whole."""
+    return (
+        f"checkpoint {str(last)!r} is damaged ({fault}), and there is no whole one before it; copy it again, or remove "
+        f"{str(last.parent)!r} to begin anew"
+    )
+
+
 def finished(config: Config) -> str | None:
     """One line if run.dir already holds the run's last step, so that nothing is left to start."""
-    whole = whole_checkpoints(Path(config.run.dir) / "checkpoints")
-    if not whole or step_of(whole[-1]) < config.train.steps:
+    last = newest(Path(config.run.dir) / "checkpoints")
+    if last is None or step_of(last) < config.train.steps:
         return None
-    step = f"step {step_of(whole[-1])} of {config.train.steps}"
+    step = f"step {step_of(last)} of {config.train.steps}"
     return f"run.dir {config.run.dir!r} is complete ({step}); raise train.steps to go on, or give another run.dir"

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,7 @@ def _launch(args: argparse.Namespace) -> int:
             "beside it"
         )
     from megarl.launch import processes
+    from megarl.launch.lock import owned
 
     check(
         config,
@@ -100,7 +102,9 @@ def _launch(args: argparse.Namespace) -> int:
         world_size=int(world) if inside_torchrun and world else processes.ranks_of(args.command, config),
     )
     if inside_torchrun and not args.dry_run:
-        return importlib.import_module(MODULES[args.command]).main([args.config, *args.overrides, *options])
+        main_of = importlib.import_module(MODULES[args.command]).main
+        with owned(processes.log_dir_of(args.command, config)) if os.environ["RANK"] == "0" else nullcontext():
+            return main_of([args.config, *args.overrides, *options])
     if args.command in ("run", "train") and (line := finished(config)):
         print(line)
         return 0
@@ -111,7 +115,7 @@ def _launch(args: argparse.Namespace) -> int:
     from megarl.launch.local import launch
 
     try:
-        return launch(planned, config)
+        return launch(planned)
     finally:
         if args.command in ("run", "train"):
             from megarl.report.live import page_of_a_run_that_ended

@@ -287,6 +287,11 @@ class TrainConfig(Section):
     adam_eps: float = Field(1e-8, gt=0)
 
 
+def decay_iters(given: int | None, optimizer_steps: int, warmup: int) -> int:
+    """Optimizer steps of the learning rate's decay: train.lr_decay_iters, or the whole run."""
+    return given or max(optimizer_steps, warmup + 1)
+
+
 class CriticConfig(Section):
     """The critic of an objective with advantage gae: a model of its own, from model.path, in the policy's layout."""
 
@@ -314,6 +319,13 @@ class RunConfig(Section):
         0, ge=0, description="Checkpoint every this many steps, and at the end; 0 is only at the end."
     )
     keep: int = Field(2, ge=1, description="Whole checkpoints kept; older ones are deleted.")
+    resume: Literal["auto", "force"] = Field(
+        "auto",
+        description=(
+            "A run.dir that holds a checkpoint goes on from it: auto refuses settings that change what is learnt "
+            "(docs/checkpoints.md), force takes them."
+        ),
+    )
     rollout_samples: int = Field(
         4, ge=0, description="Responses written to rollouts/ each step, for reading and for the report."
     )
@@ -486,3 +498,15 @@ def walk() -> Iterator[tuple[str, Any, Any]]:
 def dump_config(config: Config) -> str:
     """The resolved tree as YAML: what a run directory's config.yaml holds; loading it gives the same tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def keep_config(config: Config, run_dir: Path, resumed: int) -> None:
+    """run_dir/config.yaml, and the same as config.step_N.yaml, N the step that this start goes on from (0 for a new
+    run): what every step ran under stays known. Files of steps that are now done again are removed, as their rows are.
+    """
+    for path in run_dir.glob("config.step_*.yaml"):
+        number = path.name.removeprefix("config.step_").removesuffix(".yaml")
+        if number.isdecimal() and int(number) > resumed:
+            path.unlink()
+    for name in ("config.yaml", f"config.step_{resumed}.yaml"):
+        (run_dir / name).write_text(dump_config(config), "utf-8")

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megarl.announce import announce
-from megarl.checkpoints import whole_checkpoints
 from megarl.config import Config, load_config
 from megarl.data import PromptStream, load_tokenizer
+from megarl.data.stream import content_digest
 from megarl.engine.build import build_engine
-from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
+from megarl.engine.checkpoint import save_checkpoint
 from megarl.engine.parallel import destroy_parallel
 from megarl.loop.batch import ScoredRollouts, build_batch
 from megarl.loop.colocate import MemoryTurns
@@ -24,6 +24,7 @@ from megarl.loop.learn import Learner
 from megarl.loop.prompts import load_run_prompts
 from megarl.loop.reduce import Values, rates
 from megarl.loop.refit import Refit
+from megarl.loop.resume import resume
 from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
 from megarl.observe.output import Output
@@ -46,14 +47,14 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     parallel = engine.model.parallel
     tokenizer = load_tokenizer(config.model)
     prompts = load_run_prompts(config, tokenizer)
-    stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle)
+    content = content_digest(config.data.prompts)
+    stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content)
     learner = Learner(config, engine)
     folder = Path(config.run.dir) / "checkpoints"
     step = done = 0  # rollout steps, optimizer steps
-    if whole := whole_checkpoints(folder):
-        state = load_checkpoint(engine, whole[-1], learner.critic)
+    if state := resume(Path(config.run.dir), engine, learner.critic):
         step, done = state["step"], state["optimizer_steps"]
-        stream.load_state_dict(state["stream"])
+        stream.load_state_dict(state["stream"], force=config.run.resume == "force")
 
     turns = MemoryTurns(config, [engine, *([learner.critic] if learner.critic else [])])
     output = Output(config, step, tokenizer, LivePage(Path(config.run.dir))) if parallel.is_main else None

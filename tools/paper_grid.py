@@ -168,7 +168,7 @@ def lane(queue: Path, folder: Path, out: Path, deadline: float) -> int:
         at = argv.index("tools.grid.lane") + 1
         argv[at:at] = [str(queue), str(out), str(deadline)]
         plan = dataclasses.replace(plan, trainer=dataclasses.replace(plan.trainer, argv=argv))
-        status = launch(plan, load_config(arguments[0], arguments[1:]))
+        status = launch(plan)
         if status in (0, 130, 143):  # 128 + SIGINT, SIGTERM
             break
     return status

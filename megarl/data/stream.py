@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megarl.errors import UserError
+
+CONTENT = "content"  # key of a stream's state
+
+
+def content_digest(path: str | Path) -> str:
+    """Of a file's bytes, or of a folder's files with their names: what tells that the rows are the same ones."""
+    root, digest = Path(path), xxhash.xxh3_128()
+    for file in sorted(one for one in root.rglob("*") if one.is_file()) if root.is_dir() else [root]:
+        digest.update(file.relative_to(root).as_posix().encode() if file != root else b"")
+        with file.open("rb") as stream:
+            while block := stream.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 class PromptStream:
     """Endless indices into n prompts, each prompt once an epoch, in an order that depends on (seed, epoch) only.
 
     The state is therefore two small numbers, and a resumed stream goes on exactly where the saved one was.
+    content: digest of the rows, kept in the state.
     """
 
-    def __init__(self, n: int, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, n: int, seed: int = 0, shuffle: bool = True, content: str = "") -> None:
         if n < 1:
             raise ValueError("PromptStream needs at least one prompt")
-        self.n, self.seed, self.shuffle = n, seed, shuffle
+        self.n, self.seed, self.shuffle, self.content = n, seed, shuffle, content
         self.epoch, self.position = 0, 0
         self._order = self._order_of(0)
 
@@ -34,21 +51,28 @@ class PromptStream:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        return {"n": self.n, "seed": self.seed, "shuffle": self.shuffle, "epoch": self.epoch, "position": self.position}
+        return {**self._identity(), "epoch": self.epoch, "position": self.position}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError if the state is of another file, seed or
-        order: resuming would repeat or skip prompts without a word.
+    def load_state_dict(self, state: dict[str, Any], force: bool = False) -> None:
+        """Goes on where `state` was. A state of other rows, another seed or order is refused by a UserError: resuming
+        would repeat or skip prompts without a word. force: a new epoch of these rows begins instead.
         """
-        for key, here in (("n", self.n), ("seed", self.seed), ("shuffle", self.shuffle)):
-            if state[key] != here:
-                name = {"n": "the number of prompts", "seed": "run.seed", "shuffle": "data.shuffle"}[key]
+        self.epoch, self.position = state["epoch"], state["position"]
+        for key, here in self._identity().items():
+            if state.get(key, here) == here:
+                continue
+            if not force:
+                names = {"n": "the number of prompts", "seed": "run.seed", "shuffle": "data.shuffle"}
+                name = names.get(key, "the digest of data.prompts")
                 raise UserError(
                     f"{name} is {here}, but the checkpoint was written with {state[key]}; restore it or start in a "
                     "new run.dir"
                 )
-        self.epoch, self.position = state["epoch"], state["position"]
+            self.epoch, self.position = state["epoch"] + 1, 0
         self._order = self._order_of(self.epoch)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"n": self.n, "seed": self.seed, "shuffle": self.shuffle, CONTENT: self.content}
 
     def _order_of(self, epoch: int) -> list[int]:
         order = list(range(self.n))

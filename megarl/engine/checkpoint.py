@@ -1,7 +1,8 @@
-"""Checkpoints of a run: megatron-core's torch_dist format, made whole by a rename.
+"""Checkpoints of a run: megatron-core's torch_dist format, made whole by a rename, sealed by checksums.
 
 A checkpoint is written under a name that starts with a dot and renamed when everything is on disk, so a folder
-checkpoints/step_N is always whole, whatever killed the run.
+checkpoints/step_N is always whole, whatever killed the run. Its tensors are those of the whole model and of its
+optimizer, cut as this layout holds them; every layout reads them.
 """
 
 from __future__ import annotations
@@ -9,21 +10,35 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from megarl.checkpoints import HF_FILES, STATE, hf_files, whole_checkpoints
-from megarl.engine.adam_fixes import after_loading, before_loading, before_saving, restore_step_0
+from megarl.checkpoints import (
+    FILES,
+    HF_FILES,
+    STATE,
+    hf_files,
+    remove_leftovers,
+    seal,
+    state_of,
+    whole_checkpoints,
+)
+from megarl.engine.adam_state import restore_state, sharded_state
 from megarl.engine.step import Engine
 from megarl.errors import UserError
 from megarl.weights.files.hf_folder import carry_files, carry_tensors
 from megarl.weights.files.megatron_folder import open_weights
+from megarl.weights.files.torch_dist import TorchDistReader
 
 CRITIC = "critic"
+FAILURES = (Exception, CheckpointException)
 
 
 def save_checkpoint(
@@ -32,39 +47,96 @@ def save_checkpoint(
     """Writes folder/step_N with model, optimizer, schedule, generator, `state` (plain JSON), config.json and tokenizer.
 
     Keeps the newest `keep`. A checkpoint so needs nothing else: it can be converted, and model.path can name it. A
-    critic lies in a folder of its own below it.
+    critic lies in a folder of its own below it. UserError where it cannot be written; the checkpoints before it stay.
     """
     main = dist.get_rank() == 0
     partial, whole = folder / f".step_{step}.partial", folder / f"step_{step}"
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded(engine, loading=False), str(partial))
-    if critic is not None:
+    with _told(partial, whole):
         if main:
-            (partial / CRITIC).mkdir()
+            remove_leftovers(folder)
+            (partial / CRITIC if critic else partial).mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(_sharded(critic, loading=False), str(partial / CRITIC))
-        state = {**state, "critic_scheduler": critic.scheduler.state_dict()}
-    dist.barrier()
-    if main:
-        state = {
-            **state,
-            "step": step,
-            "scheduler": engine.scheduler.state_dict(),
-            "rng": torch.get_rng_state().tolist(),
-        }
-        (partial / STATE).write_text(json.dumps(state))
-        (partial / HF_FILES).mkdir()
-        _carry(engine, whole_checkpoints(folder)[-1:], partial / HF_FILES)
-        shutil.rmtree(whole, ignore_errors=True)
-        _flush_to_disk(partial)
-        partial.rename(whole)
-        for old in whole_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+        dist_checkpointing.save(_sharded(engine, loading=False), str(partial))
+        if critic is not None:
+            dist_checkpointing.save(_sharded(critic, loading=False), str(partial / CRITIC))
+            state = {**state, "critic_scheduler": critic.scheduler.state_dict()}
+        files = _sealed(partial)
+        if main:
+            (partial / HF_FILES).mkdir()
+            _carry(engine, whole_checkpoints(folder)[-1:], partial / HF_FILES)
+            rest = [path for path in partial.rglob("*") if path.is_file() and _name(path, partial) not in files]
+            files |= {_name(path, partial): _sealed_file(path) for path in rest}
+            state = {
+                **state,
+                "step": step,
+                "scheduler": engine.scheduler.state_dict(),
+                "rng": torch.get_rng_state().tolist(),
+                FILES: files,
+            }
+            (partial / STATE).write_text(json.dumps(state))
+            _flush(partial / STATE)
+            for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+                _flush(inner)
+            shutil.rmtree(whole, ignore_errors=True)
+            partial.rename(whole)
+            _flush(folder)
+            for old in whole_checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+        dist.barrier()
     return whole
+
+
+@contextmanager
+def _told(partial: Path, whole: Path) -> Iterator[None]:
+    """Turns whatever fails in a save into one line, and gives back the room that was taken."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FAILURES as error:
+        if isinstance(error, CheckpointException) and not error.failures:
+            dist.barrier()  # another rank knows why and is about to say so
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(next(path for path in partial.parents if path.exists())).free
+        raise UserError(
+            f"checkpoint {str(whole)!r} cannot be written ({_cause(error)}); {free / 2**20:.0f} MiB are free there "
+            "now: make room (run.keep), then the same command goes on from the checkpoint before it"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return _cause(next(iter(error.failures.values()))[0])
+    if error.__cause__ is not None:
+        return _cause(error.__cause__)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _sealed(partial: Path) -> dict[str, list[int | str]]:
+    """The checksums of all ranks' part files, each taken by the rank that wrote it. Collective."""
+    mine = partial.rglob(f"__{dist.get_rank()}_*.distcp")
+    everyone: list[dict[str, list[int | str]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, {_name(path, partial): _sealed_file(path) for path in mine})
+    return {name: one for files in everyone for name, one in files.items()}
+
+
+def _sealed_file(path: Path) -> list[int | str]:
+    _flush(path)
+    return seal(path)
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _flush(path: Path) -> None:
+    """The rename must not reach the disk before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _carry(engine: Engine, last: list[Path], target: Path) -> None:
@@ -79,8 +151,11 @@ def _carry(engine: Engine, last: list[Path], target: Path) -> None:
 
 
 def load_checkpoint(engine: Engine, path: Path, critic: Engine | None = None) -> dict[str, Any]:
-    """Fills the engine, and the critic if there is one, from a whole checkpoint; returns its `state`."""
-    state = json.loads((path / STATE).read_text())
+    """Fills the engine, and the critic if there is one, from a whole checkpoint of any layout; returns its `state`.
+
+    The learning rate and all else that the configuration names stay the configuration's.
+    """
+    state = state_of(path)
     if critic is not None:
         if "critic_scheduler" not in state:
             raise UserError(
@@ -94,22 +169,18 @@ def load_checkpoint(engine: Engine, path: Path, critic: Engine | None = None) ->
 
 
 def _load(engine: Engine, path: Path, schedule: dict[str, Any]) -> None:
-    before_loading(engine.optimizer)
     try:
         loaded = dist_checkpointing.load(_sharded(engine, loading=True), str(path))
-    except Exception as error:
-        raise UserError(
-            f"checkpoint {str(path)!r} does not fit this model or layout ({' '.join(str(error).split())[:200]}); "
-            "resume with the config it was written with, or give another run.dir"
-        ) from error
+    except FAILURES as error:
+        fault = TorchDistReader(path).cut_short()
+        fix = "it is damaged" if fault else "resume with the config it was written with, or give another run.dir"
+        raise UserError(f"checkpoint {str(path)!r} cannot be loaded ({fault or _cause(error)}); {fix}") from error
     for i, chunk in enumerate(engine.model.bare):
         wrong = chunk.load_state_dict(loaded[_key(engine, i)], strict=False)
         missing = [name for name in [*wrong.missing_keys, *wrong.unexpected_keys] if "_extra_state" not in name]
         if missing:
             raise UserError(f"checkpoint {str(path)!r} does not fit this model: {missing[0]!r}; give another run.dir")
-    restore_step_0(loaded["optimizer"])
-    engine.optimizer.load_state_dict(loaded["optimizer"])
-    after_loading(engine.optimizer)
+    restore_state(engine.optimizer, loaded["optimizer"], schedule["num_steps"])
     engine.scheduler.load_state_dict(schedule)
 
 
@@ -118,25 +189,15 @@ def _key(engine: Engine, chunk: int) -> str:
 
 
 def _sharded(engine: Engine, loading: bool) -> dict[str, Any]:
-    if not loading:
-        before_saving(engine.optimizer)
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
         # a key for every layer, in dense models too: what megarl.weights.files.megatron_folder reads
         "non_homogeneous_layers": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    sharded: dict[str, Any] = {
-        _key(engine, i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.model.bare)
-    }
-    sharded["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=metadata)
+    sharded: dict[str, Any] = {}
+    for i, chunk in enumerate(engine.model.bare):
+        tensors = chunk.sharded_state_dict(metadata=metadata)
+        # Transformer Engine's _extra_state is of float8 alone, and cut by layout
+        sharded[_key(engine, i)] = {name: one for name, one in tensors.items() if "_extra_state" not in name}
+    sharded["optimizer"] = sharded_state(engine.optimizer, sharded, loading=loading)
     return sharded
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """The rename must not reach the disk before what it names."""
-    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

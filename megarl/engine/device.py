@@ -40,8 +40,7 @@ def setup_device() -> Device:
     """Picks the device of this process and makes megatron-core run on it. Idempotent.
 
     Raises RuntimeError on another release of megatron-core than the one whose internals megarl/engine/ replaces, here
-    and in adam_fixes.py,
-    permutation.py and pipeline.py.
+    and in permutation.py and pipeline.py.
     """
     found = importlib.metadata.version("megatron-core")
     if not found.startswith(MEGATRON_CORE + "."):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, UntypedStorage
 
-from megarl.engine.adam_fixes import parts_of
+from megarl.engine.adam_state import parts_of
 from megarl.engine.step import Engine
 
 

@@ -8,8 +8,8 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megarl.config import Config
-from megarl.engine.adam_fixes import parts_of
+from megarl.config import Config, decay_iters
+from megarl.engine.adam_state import parts_of
 from megarl.engine.model import Model
 
 
@@ -34,7 +34,7 @@ def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple
     if model.parallel.device.device.type == "cuda" and model.profile.adam == "torch":
         _fuse_adam(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
-    decay = train.lr_decay_iters or max(optimizer_steps, train.lr_warmup_iters + 1)
+    decay = decay_iters(train.lr_decay_iters, optimizer_steps, train.lr_warmup_iters)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

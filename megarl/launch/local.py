@@ -4,28 +4,23 @@ supervised, the first cause of a failure in one line.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megarl.announce import announce, plural
-from megarl.config import Config
-from megarl.errors import UserError
+from megarl.launch.lock import owned
 from megarl.launch.processes import Plan
 from megarl.launch.rank import FAILURES, log_path
 from megarl.launch.supervisor import describe_exit, ended_text, supervise
 
 
-def launch(plan: Plan, config: Config) -> int:
+def launch(plan: Plan) -> int:
     """Starts every process of `plan`, waits, ends them all; returns the exit status.
     UserError where run.dir is in use.
     """
-    with _owned(Path(config.run.dir), f".{plan.log_dir.name}.lock"):
+    with owned(plan.log_dir):
         _fresh(plan.log_dir)
         workers = f" and {plural(len(plan.rollouts), 'rollout worker')}" if plan.rollouts else ""
         announce(f"starting {plural(plan.ranks, 'trainer rank')}{workers}; logs in {plan.log_dir}")
@@ -41,27 +36,6 @@ def _fresh(log_dir: Path) -> None:
         shutil.rmtree(before, ignore_errors=True)
         log_dir.rename(before)
     log_dir.mkdir(parents=True)
-
-
-@contextlib.contextmanager
-def _owned(run_dir: Path, name: str) -> Iterator[None]:
-    """Holds the lock `name` in run.dir for this process; the kernel
-    lets go of the lock when the process ends, however it ends.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / name).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip()
-            raise UserError(
-                f"run.dir {str(run_dir)!r} is in use by process {owner}; stop that one or give another run.dir"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 def explain_trainer(log_dir: Path) -> str | None:

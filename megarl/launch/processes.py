@@ -61,6 +61,10 @@ def ranks_of(command: str, config: Config) -> int:
     return 1 if command == "generate" else config.launch.trainers
 
 
+def log_dir_of(command: str, config: Config) -> Path:
+    return Path(config.run.dir) / ("logs" if command in WRITES_RUN else f"logs.{command}")
+
+
 def make_plan(command: str, module: str, config: Config, arguments: list[str], options: list[str] = []) -> Plan:
     """Plans `command`, whose ranks run `module`.main. `arguments` are CONFIG and its overrides, passed on; `options`
     follow them for the ranks.
@@ -71,7 +75,7 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
         arguments.append(f"launch.store={host}:{reserve_port(host)}")
     if config.launch.colocate and command != "run":
         arguments.append("launch.colocate=false")  # the others have no turns to take
-    log_dir = Path(config.run.dir) / ("logs" if command in WRITES_RUN else f"logs.{command}")
+    log_dir = log_dir_of(command, config)
     ranks = ranks_of(command, config)
     engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
     colocated = config.launch.colocate and command == "run"

@@ -89,6 +89,7 @@ class Learner:
         step: rollout steps done before this one. A batch without mini-batches has nothing to learn from.
         """
         times = Times()
+        self.critic_norm = {}
         self._step, self._names = step + 1, batch.names
         packs = [pack for minibatch in batch.minibatches for pack in minibatch]
         routing = _Routing(self.moe_layers, self.columns)

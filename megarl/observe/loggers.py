@@ -54,6 +54,9 @@ class TensorBoard:
 class Wandb:
     """W&B by its own environment variables. Without WANDB_MODE and
     WANDB_API_KEY it writes offline, to run_dir/wandb, for `wandb sync`.
+
+    W&B drops a row whose step is not above all before it, and a resumed run does steps again. So its own step counts
+    rows, over all sittings, and `step` is the axis of every chart.
     """
 
     def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> None:
@@ -70,9 +73,14 @@ class Wandb:
             config=settings,
             settings=wandb.Settings(silent=True),
         )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self._rows = run_dir / "wandb_rows"
 
     def log(self, step: int, scalars: Scalars) -> None:
-        self._run.log(dict(scalars), step=step)
+        row = 1 + int(self._rows.read_text() if self._rows.is_file() else 0)
+        self._rows.write_text(str(row))  # before the row: one that a crash lost is no harm, one used twice is dropped
+        self._run.log({"step": step, **scalars}, step=row)
 
     def close(self) -> None:
         self._run.finish()

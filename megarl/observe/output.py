@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from megarl.config import Config, dump_config
+from megarl.config import Config, keep_config
 from megarl.observe.metrics import MetricsLogger
 from megarl.observe.progress import Progress
 from megarl.observe.samples import Sample, write_samples
@@ -30,7 +30,7 @@ class Output:
         self.page = page
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "config.yaml").write_text(dump_config(config), "utf-8")
+        keep_config(config, self.dir, resumed)
         self.logger = MetricsLogger(self.dir, config.run.loggers, resumed, config.model_dump(mode="json"))
         start_trace(self.dir)
         self.progress = Progress(config.train.steps)

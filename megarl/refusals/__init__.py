@@ -14,7 +14,7 @@ from typing import Any
 
 from megarl.config import Config
 from megarl.errors import UserError
-from megarl.refusals import files, gpu, layouts, model_folder, server, work
+from megarl.refusals import files, gpu, layouts, model_folder, resume, server, work
 from megarl.refusals.case import Case
 
 LOOP = ("run", "train")
@@ -42,6 +42,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (files.run_dir, ALL),
     (files.run_dir_of_another, (*LOOP, "sft")),
     (files.sft_out, ("sft",)),
+    (resume.settings, LOOP),
     (layouts.world, ENGINE + PLAN),
     (layouts.expert_world, ENGINE + PLAN),
     (layouts.heads, ENGINE + PLAN),

@@ -143,12 +143,14 @@ def test_kill_9_of_everything_then_the_same_command(whole: list[dict[str, Any]],
     assert (checkpoints / "step_4").is_dir() and not (checkpoints / "step_6").exists()
     half_written(checkpoints / "step_4", checkpoints / ".step_6.partial")
     half_written(checkpoints / "step_4", checkpoints / "step_8")
+    shutil.copyfile(checkpoints / "step_4" / "megarl.json", checkpoints / "step_8" / "megarl.json")
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "reward/me')
 
     again = bench.start("run", "killed", config)
     again.wait_until(lambda: len(bench.rows("killed")) >= 7, "step 7")
     assert "resuming after step 4\n" in again.out
+    assert "checkpoints/step_8' is damaged (" in again.out and not (checkpoints / ".step_6.partial").exists()
     ctrl_c_ends_everything(again)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     rows = bench.rows("killed")
@@ -242,7 +244,7 @@ def test_a_malformed_line_stops_the_run(bench: Bench, cold: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.path=nowhere", "model.path 'nowhere' has no config.json"),
+        ("model.path=nowhere", "model.path 'nowhere' does not exist"),
         ("data.prompts=nowhere.jsonl", "data.prompts 'nowhere.jsonl' does not exist"),
         ("parallel.ep=3", "parallel etp 1 x ep 3 x pp 2 needs a multiple of 6 trainer ranks, there are 4"),
     ],

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megarl.config import load_config
-from megarl.engine.adam_fixes import parts_of
+from megarl.engine.adam_state import parts_of
 from megarl.engine.batch import Meta, Pack, make_packs, router_rows
 from megarl.engine.build import build_engine, route_shape
 from megarl.engine.checkpoint import load_checkpoint, save_checkpoint

@@ -16,7 +16,7 @@ from tools.bench.gpu.correctness import _loss
 # isort: split
 from megarl import refusals
 from megarl.config import load_config
-from megarl.engine.adam_fixes import parts_of
+from megarl.engine.adam_state import parts_of
 from megarl.engine.offload import TrainingMemory
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from megarl.errors import UserError
 from megarl.launch import processes
 from megarl.launch.lifeline import descendants
 from megarl.launch.local import explain_trainer, launch
+from megarl.launch.lock import owned
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 SLEEP = "import time; time.sleep(600)"
@@ -235,7 +237,7 @@ def test_no_rank_outlives_the_command(ranks, tmp_path: Path, signum: signal.Sign
     assert run.stdout is not None and "logs in" in run.stdout.readline() and run.stdout.readline() == "rank 0\n"
     second = ranks("wait")
     assert second.wait(timeout=60) == 2
-    assert second.stderr is not None and f"is in use by process {run.pid}; stop that one" in second.stderr.read()
+    assert second.stderr is not None and f"is in use by process {run.pid} on " in second.stderr.read()
     run.send_signal(signum)
     run.wait(timeout=60)
     wait_for(tmp_path, 0)
@@ -283,7 +285,7 @@ def test_logs_of_the_start_before_are_kept_once(tmp_path: Path, run_yaml: Path) 
         planned.trainer.argv[:] = [sys.executable, "-c", f"import sys; print('{word}', file=sys.stderr)"]
         child = os.fork()  # supervise() adopts orphans for the life of its process: not in pytest's own
         if child == 0:
-            os._exit(launch(planned, config))
+            os._exit(launch(planned))
         assert os.waitpid(child, 0)[1] == 0
     assert (tmp_path / "run/logs/torchrun.log").read_text() == "two\n"
     assert (tmp_path / "run/logs.previous/torchrun.log").read_text() == "one\n"
@@ -313,14 +315,34 @@ def test_fault_11_a_rollout_worker_and_a_trainer_on_one_run_dir_have_logs_of_the
 
 
 def test_a_run_dir_in_use_is_refused(run_yaml: Path) -> None:
-    from megarl.launch.local import _owned
-
-    config = load_config(run_yaml)
-    in_use = pytest.raises(UserError, match=f"in use by process {os.getpid()}")
-    with (
-        _owned(Path(config.run.dir), "a"),
-        _owned(Path(config.run.dir), "b"),
-        in_use,
-        _owned(Path(config.run.dir), "a"),
-    ):
+    run_dir = Path(load_config(run_yaml).run.dir)
+    in_use = pytest.raises(UserError, match=f"in use by process {os.getpid()} on {socket.gethostname()}; stop that one")
+    with owned(run_dir / "a"), owned(run_dir / "b"), in_use, owned(run_dir / "a"):
         pass
+
+
+def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(
+    tmp_path: Path, run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megarl import cli
+
+    (tmp_path / "a_rank.py").write_text("def main(argv): return 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.MODULES, "sft", "a_rank")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    run_dir = Path(load_config(run_yaml).run.dir)
+    with owned(run_dir / "logs"):
+        for rank, status in (("0", 2), ("1", 0)):  # rank 0 speaks for all: its failure ends them
+            monkeypatch.setenv("RANK", rank)
+            assert cli.main(["sft", str(run_yaml)]) == status
+    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["sft", str(run_yaml)]) == 0
+
+
+def test_fault_16_a_run_dir_that_cannot_be_made_is_one_line(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megarl import cli
+
+    assert cli.main(["run", str(run_yaml), "run.dir=/proc/x/y"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("megarl: error: run.dir '/proc/x/y' cannot be ") and said.count("\n") == 1

@@ -4,8 +4,11 @@ of the user's; one that fails.
 
 from __future__ import annotations
 
+import json
+import struct
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,54 @@ def test_wandb_writes_offline_without_an_account(tmp_path: Path, monkeypatch: py
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert files and all(identity in file.name for file in files)
     assert all(b"reward/mean" in file.read_bytes() for file in files)
+
+
+def wandb_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an offline run, sitting by sitting, as `wandb sync` would send them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
+        for data in leveldb_records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.HasField("history"):
+                items = record.history.item
+                rows.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    return rows
+
+
+def leveldb_records(data: bytes, header: int = 7, block: int = 32768) -> Iterator[bytes]:
+    """A .wandb file is LevelDB's log format after a header: pieces of (checksum 4, length 2, kind 1), none across a
+    block's end; kinds 1 and 4 end a record.
+    """
+    at, record = header, b""
+    while at + header <= len(data):
+        if (left := block - at % block) < header:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + header : at + header + length]
+        at += header + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def test_fault_09_steps_done_again_after_a_resume_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By W&B, whose own step must rise over all sittings; TensorBoard forgets what was done again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("wandb", "tensorboard"):
+        two_sittings(tmp_path, name, apart_s=1.0)
+    rows = wandb_rows(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 2, 3] and [row["_step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["reward/mean"] for row in rows] == [0.25, 0.5, 0.5, 0.75]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("reward/mean")] == [1, 2, 3]
 
 
 def test_a_class_of_the_users_and_its_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

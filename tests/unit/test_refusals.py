@@ -295,6 +295,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ),
 ]
 APART = {
+    "settings",
     "colocate",
     "compiler_on_a_cpu",
     "deepseek_router",
@@ -499,7 +500,7 @@ def test_fault_03_a_run_touches_nothing_in_its_folder_that_is_not_a_runs(run_yam
         shutil.rmtree(run)
     for name in ("logs/torchrun.log", "logs.previous/rollout_0.log", "checkpoints/step_3/megarl.json"):
         (run / name).parent.mkdir(parents=True)
-        (run / name).touch()
+        (run / name).write_text("{}")
     (run / "config.yaml").write_text(dump_config(config))
     refusals.check(config, "run")
 

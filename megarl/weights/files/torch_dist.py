@@ -119,6 +119,18 @@ class TorchDistReader:
             stored.longest = max((chunk.shape[0] for chunk in stored.chunks if chunk.shape), default=1)
         return found
 
+    def cut_short(self) -> str | None:
+        """The first file that is missing or ends before its last chunk does, in words."""
+        ends: dict[str, int] = {}
+        for chunk in (chunk for stored in self._stored.values() for chunk in stored.chunks):
+            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.offset + chunk.length)
+        for name, end in sorted(ends.items()):
+            path = self.path / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None or size < end:
+                return f"{name} is missing" if size is None else f"{name} has {size} bytes of {end}"
+        return None
+
     def read(self, key: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The rectangle [start, start + shape) of a global tensor, put together from the chunks that it meets."""
         stored = self._stored[key]

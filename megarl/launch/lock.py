@@ -1,0 +1,41 @@
+"""One megarl a run directory: a lock that the kernel lets go when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from megarl.errors import UserError
+
+
+@contextlib.contextmanager
+def owned(log_dir: Path) -> Iterator[None]:
+    """Holds run.dir's lock for those who write to `log_dir`, a folder in it. UserError, which names the process that
+    holds it, where there is one; and where run.dir cannot be made.
+    """
+    run_dir = log_dir.parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / f".{log_dir.name}.lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"run.dir {str(run_dir)!r} cannot be made or written ({error.strerror}: {error.filename!r}); give a folder "
+            "that can"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            raise UserError(
+                f"run.dir {str(run_dir)!r} is in use by process {owner}; stop that one or give another run.dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield

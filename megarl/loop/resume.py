@@ -1,0 +1,94 @@
+"""Which checkpoint a run goes on from: rank 0 decides, every rank looks at its share, and all know before any loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megarl.checkpoints import damage, no_sound, remove_leftovers, whole_checkpoints
+from megarl.engine.checkpoint import load_checkpoint
+from megarl.engine.step import Engine
+from megarl.errors import UserError
+
+SEEN_WITHIN_S = 10.0  # a network file system may show a new file late
+
+
+def resume(run_dir: Path, engine: Engine, critic: Engine | None = None) -> dict[str, Any] | None:
+    """Fills the engines from the newest sound checkpoint; returns its state, None where the run begins. Collective."""
+    check_shared(run_dir)
+    path = agree(run_dir / "checkpoints")
+    return load_checkpoint(engine, path, critic) if path else None
+
+
+def check_shared(run_dir: Path) -> None:
+    """UserError where run.dir is not one folder for all ranks: each writes its part of checkpoints there."""
+    rank, told = dist.get_rank(), [f".seen_{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(told, src=0)
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / told[0]).touch()
+    dist.barrier()
+    until = time.monotonic() + SEEN_WITHIN_S
+    while not (seen := _lists(run_dir, told[0])) and time.monotonic() < until:
+        time.sleep(0.2)
+    everyone: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()
+    dist.all_gather_object(everyone, (seen, socket.gethostname()))
+    if rank == 0:
+        (run_dir / told[0]).unlink()
+    for other, (sees, host) in enumerate(everyone):
+        if not sees:
+            raise UserError(
+                f"run.dir {str(run_dir)!r} is not the same folder for all ranks: rank {other} (host {host}) does not "
+                f"see what rank 0 (host {everyone[0][1]}) writes there; give a folder that all hosts share"
+            )
+
+
+def _lists(folder: Path, name: str) -> bool:
+    """Asks for the folder's list, which file systems renew sooner than the absence of a name."""
+    try:
+        return name in os.listdir(folder)
+    except OSError:
+        return False
+
+
+def agree(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are what was written, checksums included; None where there is none. Collective.
+
+    Newer ones that are damaged are named and set aside, as step_N.damaged: the run writes those steps again. UserError
+    where all are damaged.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    told: list[list[str]] = [[]]
+    if rank == 0:
+        remove_leftovers(folder)
+        told = [[path.name for path in reversed(whole_checkpoints(folder))]]
+    dist.broadcast_object_list(told, src=0)
+    faults: dict[str, str] = {}
+    for name in told[0]:
+        everyone: list[str | None] = [None] * world
+        dist.all_gather_object(everyone, damage(folder / name, contents=True, share=(rank, world)))
+        fault = next(filter(None, everyone), None)
+        if fault is None:
+            if rank == 0:
+                _set_aside(folder, faults, name)
+            return folder / name
+        faults[name] = fault
+    if faults:
+        name, fault = next(iter(faults.items()))
+        raise UserError(no_sound(folder / name, fault))
+    return None
+
+
+def _set_aside(folder: Path, faults: dict[str, str], sound: str) -> None:
+    for name, fault in faults.items():
+        aside = folder / f"{name}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / name).rename(aside)
+        print(f"checkpoint {str(folder / name)!r} is damaged ({fault}): it is now {aside.name}; going on from {sound}")

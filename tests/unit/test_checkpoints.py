@@ -1,0 +1,161 @@
+"""A run's checkpoints on one rank: what is the configuration's, a full disk, files that are not what was written.
+
+Between layouts: tests/parallel/test_resume.py.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megarl.checkpoints import damage, newest, whole_checkpoints
+from megarl.config import load_config
+from megarl.engine.build import Engine, build_engine
+from megarl.errors import UserError
+from tools.bench.gpu.common import packs_of
+from tools.bench.gpu.correctness import _loss
+from tools.tiny_model import make_tiny_model
+
+# isort: split
+from megarl.engine.adam_state import parts_of
+from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
+from megarl.engine.parallel import destroy_parallel
+from megarl.loop.resume import agree, resume
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    yield
+    destroy_parallel()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("checkpoints") / "model", layers=1)
+
+
+def engine_of(model: Path, *settings: str) -> Engine:
+    return build_engine(load_config(None, [f"model.path={model}", "train.lr=1e-2", *settings]), optimizer_steps=4)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Engine:
+    return engine_of(model)
+
+
+@pytest.fixture
+def run_dir(engine: Engine, tmp_path: Path) -> Path:
+    """A run with two checkpoints."""
+    for step in (2, 4):
+        save_checkpoint(engine, tmp_path / "checkpoints", step, {"optimizer_steps": step}, keep=2)
+    return tmp_path
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_before_the_first_step_it_is_saved_and_the_run_goes_on_from_it(
+    model: Path, tmp_path: Path, distributed: bool
+) -> None:
+    """As of a run whose first batches taught nothing."""
+    one = engine_of(model, f"engine.distributed_optimizer={distributed}")
+    whole = save_checkpoint(one, tmp_path, 2, {"optimizer_steps": 0}, keep=1)
+    again = engine_of(model, f"engine.distributed_optimizer={distributed}")
+    assert load_checkpoint(again, whole)["optimizer_steps"] == 0
+    for each in (one, again):
+        each.update(packs_of(each, 64, 32), "off", _loss)
+        each.update(packs_of(each, 64, 32), "off", _loss)
+    for (param, want), (_, got) in zip(one.model.params(), again.model.params(), strict=True):
+        assert torch.equal(got, want), param.name
+
+
+def test_fault_05_what_the_configuration_names_is_the_configurations(model: Path, tmp_path: Path) -> None:
+    one = engine_of(model)
+    one.update(packs_of(one, 64, 32), "off", _loss)
+    whole = save_checkpoint(one, tmp_path, 1, {"optimizer_steps": 1}, keep=1)
+    settings = "train.lr=1e-5 train.min_lr=1e-6 train.adam_beta1=0.8 train.adam_eps=1e-6 train.weight_decay=0.1"
+    again = engine_of(model, *settings.split())
+    load_checkpoint(again, whole)
+    for part in parts_of(again.optimizer):
+        for group in part.optimizer.param_groups:
+            assert (group["lr"], group["min_lr"], group["betas"], group["eps"]) == (1e-5, 1e-6, (0.8, 0.999), 1e-6)
+            assert all(float(part.optimizer.state[tensor]["step"]) == 1 for tensor in group["params"])
+    assert again.update(packs_of(again, 64, 32), "off", _loss)[1]["optim/lr"] == 1e-5
+
+
+def test_fault_16_a_disk_that_is_full_is_one_line_and_leaves_nothing(engine: Engine, run_dir: Path) -> None:
+    """A limit on the size of a file stops the real writers as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"step_6' cannot be written \(.*; \d+ MiB are free there now: make room"):
+            save_checkpoint(engine, run_dir / "checkpoints", 6, {"optimizer_steps": 6}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_2", "step_4"]
+    assert agree(run_dir / "checkpoints") == run_dir / "checkpoints" / "step_4"
+
+
+def test_fault_16_a_save_and_a_start_remove_what_a_crash_left_and_nothing_else(engine: Engine, run_dir: Path) -> None:
+    folder = run_dir / "checkpoints"
+    others = [folder / name for name in ("notes", ".step_x.partial", "step_2.copy", "best_step_2")]
+    for start in (True, False):
+        for path in [*others, folder / ".step_9.partial"]:
+            path.mkdir(exist_ok=True)
+        if start:
+            agree(folder)
+        else:
+            save_checkpoint(engine, folder, 6, {"optimizer_steps": 6}, keep=2)
+        assert not (folder / ".step_9.partial").exists() and all(path.is_dir() for path in others)
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle of a tensor."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "__0_0.distcp has 100 bytes of "),
+        (lambda path: path.write_bytes(b""), "__0_0.distcp has 0 bytes of "),
+        (lambda path: path.unlink(), "__0_0.distcp is missing"),
+        (flip, "the checksum of __0_0.distcp is another"),
+        (lambda path: (path.parent / "megarl.json").write_text('{"step'), "megarl.json cannot be read"),
+        (lambda path: (path.parent / "hf" / "config.json").unlink(), "hf/config.json is missing"),
+    ],
+)
+def test_fault_12_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    engine: Engine, run_dir: Path, capsys: pytest.CaptureFixture[str], harm, said: str
+) -> None:
+    last = run_dir / "checkpoints" / "step_4"
+    harm(last / "__0_0.distcp")
+    assert (newest(run_dir / "checkpoints") == last) == (harm is flip)  # sizes alone do not show a flipped bit
+    state = resume(run_dir, engine)
+    assert state is not None and state["step"] == 2
+    out = capsys.readouterr().out
+    assert f"{str(last)!r} is damaged ({said}" in out and out.count("\n") == 1 and "going on from step_2" in out
+    assert [path.name for path in whole_checkpoints(run_dir / "checkpoints")] == ["step_2"]
+    flip(run_dir / "checkpoints" / "step_2" / "__0_1.distcp")
+    with pytest.raises(UserError, match=r"step_2' is damaged \(.*\), and there is no whole one before it"):
+        resume(run_dir, engine)
+
+
+def test_fault_12_what_torch_says_of_a_checkpoint_is_one_line(engine: Engine, model: Path, run_dir: Path) -> None:
+    """Its CheckpointException is no Exception. A checkpoint without checksums, and one of another optimizer."""
+    cut = run_dir / "checkpoints" / "step_4"
+    state = json.loads((cut / "megarl.json").read_text())
+    del state["files"]
+    (cut / "megarl.json").write_text(json.dumps(state))
+    assert damage(cut, contents=True) is None
+    shutil.copyfile(cut / "megarl.json", cut / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"step_4' cannot be loaded \([^\n]*__0_0.distcp"):
+        load_checkpoint(engine, cut)
+    bfloat16 = engine_of(model, "engine.dtype=bfloat16")
+    with pytest.raises(UserError, match=r"step_2' cannot be loaded \([^\n]*optimizer.state.fp32_param"):
+        load_checkpoint(bfloat16, run_dir / "checkpoints" / "step_2")
