@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 900  # limit for a server's start on two very busy cores
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# the last: the way over the disk asks vLLM to reload by its own control route
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"}
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def servers(
         workers = registry.wait_for_workers(store, len(tps), START_S)
         yield (
             store.port,
-            [{k: v for k, v in asdict(worker).items() if k not in ("beat", "seen_at")} for worker in workers],
+            [registry.known(worker) for worker in workers],
         )
         registry.request_shutdown(store, workers)
     finally:
@@ -76,7 +76,7 @@ def run_ranks(script: str, world: int, work: dict[str, Any]) -> None:
 def join(config: Config, engine: Engine, worker: dict[str, Any], port: int) -> JoinedFleet:
     """Inside a rank: its hold on one of the servers. worker, port: of servers()."""
     from megarl.rollout.fleet import JoinedFleet
-    from megarl.rollout.registry import WorkerInfo
+    from megarl.rollout.registry import from_known
 
     config.launch.store = f"127.0.0.1:{port}"
-    return JoinedFleet(config, engine.model.parallel.device.device, [WorkerInfo(**worker)])
+    return JoinedFleet(config, engine.model.parallel.device.device, [from_known(worker)])

@@ -5,11 +5,13 @@ supervised, the first cause of a failure in one line.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megarl.announce import announce, plural
+from megarl.door import RUN_SECRET, new_secret
 from megarl.launch.lock import owned
 from megarl.launch.processes import Plan
 from megarl.launch.rank import FAILURES, log_path
@@ -20,6 +22,7 @@ def launch(plan: Plan) -> int:
     """Starts every process of `plan`, waits, ends them all; returns the exit status.
     UserError where run.dir is in use.
     """
+    os.environ.setdefault(RUN_SECRET, new_secret())  # the processes inherit it
     with owned(plan.log_dir):
         _fresh(plan.log_dir)
         workers = f" and {plural(len(plan.rollouts), 'rollout worker')}" if plan.rollouts else ""

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from megarl.door import header
 from megarl.errors import UserError
+from megarl.rollout.registry import WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import decode
 
@@ -27,8 +29,9 @@ class RolloutError(UserError):
 class Server:
     """One server behind one kept-alive connection. Not for several threads at once."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, token: str) -> None:
         self.url = url
+        self._headers = header(token)
         self._timeout_s = timeout_s
         self._connection: http.client.HTTPConnection | None = None
 
@@ -41,7 +44,7 @@ class Server:
         for fresh in (self._connection is None, True):
             try:
                 connection = self._connect(timeout_s)
-                connection.request("POST", path, data)
+                connection.request("POST", path, data, self._headers)
                 answer = connection.getresponse()
                 content = answer.read()
                 break
@@ -73,11 +76,11 @@ class Server:
 
 
 class RolloutClient:
-    """Spreads prompts over the servers at `urls`; each request is one batch of prompts. Synchronous."""
+    """Spreads prompts over the servers of `workers`; each request is one batch of prompts. Synchronous."""
 
-    def __init__(self, urls: list[str], timeout_s: float) -> None:
-        self.servers = [Server(url, timeout_s) for url in urls]
-        self._pool = ThreadPoolExecutor(len(urls), "rollout") if len(urls) > 1 else None
+    def __init__(self, workers: list[WorkerInfo], timeout_s: float) -> None:
+        self.servers = [Server(worker.url, timeout_s, worker.tokens.data) for worker in workers]
+        self._pool = ThreadPoolExecutor(len(workers), "rollout") if len(workers) > 1 else None
 
     def generate(
         self,

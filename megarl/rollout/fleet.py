@@ -52,7 +52,7 @@ class Fleet:
         self.urls = [worker.url for worker in self.workers]
         if is_ingest and not main:
             self._store = open_store(host, int(port), is_master=False, timeout_s=config.rollout.start_timeout_s)
-        self.client = RolloutClient(self.urls, config.rollout.request_timeout_s) if is_ingest or main else None
+        self.client = RolloutClient(self.workers, config.rollout.request_timeout_s) if is_ingest or main else None
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -8,13 +8,16 @@ rollout/shutdown. Every call here is bounded in time.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from megarl.announce import announce, plural
+from megarl.door import Tokens, run_secret, server_tokens, signed, verified
 from megarl.errors import UserError
 
 BEAT_S = 1.0
@@ -35,6 +38,7 @@ class WorkerInfo:
     pid: int
     host: str
     log: str
+    tokens: Tokens = Tokens("", "")
     beat: int = field(default=-1, compare=False)
     seen_at: float = field(default=0.0, compare=False)  # this process's monotonic clock, seconds
 
@@ -44,15 +48,44 @@ def open_store(host: str, port: int, is_master: bool, timeout_s: float) -> dist.
     tells). Raises UserError when it cannot be opened or reached.
     """
     try:
+        listening = _listen(host, port) if is_master else None
         return dist.TCPStore(
-            host, port, is_master=is_master, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+            host,
+            listening.getsockname()[1] if listening else port,
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listening.detach() if listening else None,
         )
-    except (RuntimeError, ValueError) as error:  # c10d's errors derive from RuntimeError
+    except (OSError, RuntimeError, ValueError) as error:  # c10d's errors derive from RuntimeError
         if is_master:
             fix = "the port is in use or the host is not this machine: give another launch.store"
         else:
             fix = f"nothing answered within {timeout_s:.0f} s: start the trainers, or correct launch.store"
         raise UserError(f"run store {host}:{port}: {fix} ({' '.join(str(error).split())[:160]})") from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket at `host` alone; c10d's own would take every address of this machine."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(4096)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _tell(store: dist.Store, key: str, value: str) -> None:
+    store.set(key, signed(key, value))
+
+
+def _told(store: dist.Store, key: str) -> str | None:
+    """What a process of this run told under `key`; None where nobody has, or a stranger did."""
+    return verified(key, store.get(key)) if store.check([key]) else None
 
 
 def claim_index(store: dist.Store) -> int:
@@ -62,13 +95,24 @@ def claim_index(store: dist.Store) -> int:
     return store.add("rollout/count", 1) - 1
 
 
+def known(info: WorkerInfo) -> dict[str, Any]:
+    """All of `info` but what this process alone has seen of it, for JSON."""
+    return {key: value for key, value in asdict(info).items() if key not in ("beat", "seen_at")}
+
+
+def from_known(fields: dict[str, Any]) -> WorkerInfo:
+    """The inverse of `known`. A worker that told no tokens has those of the run."""
+    tokens = Tokens(**fields["tokens"]) if "tokens" in fields else server_tokens()
+    return WorkerInfo(**fields | {"tokens": tokens or Tokens("", "")})
+
+
 def register_worker(store: dist.Store, info: WorkerInfo) -> None:
-    """Announces a server that answers requests."""
+    """Announces a server that answers requests. Tokens that follow from the run's secret stay out of the store."""
+    told = known(info)
+    if run_secret():
+        del told["tokens"]
     heartbeat(store, info.index)
-    store.set(
-        f"rollout/{info.index}/info",
-        json.dumps({k: v for k, v in asdict(info).items() if k not in ("beat", "seen_at")}),
-    )
+    _tell(store, f"rollout/{info.index}/info", json.dumps(told))
 
 
 def heartbeat(store: dist.Store, index: int) -> None:
@@ -76,15 +120,15 @@ def heartbeat(store: dist.Store, index: int) -> None:
 
 
 def report_failure(store: dist.Store, index: int, text: str) -> None:
-    store.set(f"rollout/{index}/failed", text)
+    _tell(store, f"rollout/{index}/failed", text)
 
 
 def worker_left(store: dist.Store, index: int) -> None:
-    store.set(f"rollout/{index}/gone", "1")
+    _tell(store, f"rollout/{index}/gone", "1")
 
 
 def shutdown_requested(store: dist.Store) -> bool:
-    return store.check(["rollout/shutdown"])
+    return _told(store, "rollout/shutdown") is not None
 
 
 def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[WorkerInfo]:
@@ -97,9 +141,8 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[Worker
     while True:
         for index in range(store.add("rollout/count", 0)):
             _raise_if_failed(store, index)
-            if index not in workers and store.check([f"rollout/{index}/info"]):
-                workers[index] = WorkerInfo(**json.loads(store.get(f"rollout/{index}/info")))
-                announce(f"rollout server {workers[index].url} answers, {len(workers)} of {n}")
+            if index not in workers and (told := _told(store, f"rollout/{index}/info")) is not None:
+                workers[index] = from_known(json.loads(told))
         if len(workers) >= n:
             return [workers[index] for index in sorted(workers)][:n]
         if time.monotonic() > deadline:
@@ -151,16 +194,16 @@ def check_workers(store: dist.Store, workers: list[WorkerInfo], wait_s: float = 
 
 
 def _raise_if_failed(store: dist.Store, index: int) -> None:
-    if store.check([f"rollout/{index}/failed"]):
-        raise RolloutDied(store.get(f"rollout/{index}/failed").decode())
+    if (text := _told(store, f"rollout/{index}/failed")) is not None:
+        raise RolloutDied(text)
 
 
 def request_shutdown(store: dist.Store, workers: list[WorkerInfo], wait_s: float = 8.0) -> None:
     """Asks every worker to end and waits, at most `wait_s`, until they
     have: the store must outlive them for a clean exit.
     """
-    store.set("rollout/shutdown", "1")
+    _tell(store, "rollout/shutdown", "1")
     keys = [f"rollout/{worker.index}/gone" for worker in workers]
     deadline = time.monotonic() + wait_s
-    while keys and not store.check(keys) and time.monotonic() < deadline:
+    while any(_told(store, key) is None for key in keys) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -50,7 +50,7 @@ class SyncLeader:
     def __init__(self, workers: list[WorkerInfo], store_host: str, store_port: int, sending: Sending) -> None:
         self.workers, self.sending = workers, sending
         self._store = (store_host, store_port)
-        self._servers = [Server(worker.url, sending.timeout_s) for worker in workers]
+        self._servers = [Server(worker.url, sending.timeout_s, worker.tokens.control) for worker in workers]
         self._pool = ThreadPoolExecutor(len(workers) + 1, "weight-sync")
         self._lone = sum(worker.tp for worker in workers) == 1
         self._deadline = 0.0

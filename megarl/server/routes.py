@@ -12,7 +12,8 @@
     POST /megarl/sync/wake      take it back
 
 Errors come back as status 500 and a JSON object {"error": one line}; whatever would use weights that no version was
-committed for, or that sleep, as 503. Runs in the API server process.
+committed for, or that sleep, as 503; who has no right to
+ask (megarl/door.py), as 403. Runs in the API server process.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from megarl import door
 from megarl.rollout.wire import ENGINE_DIED, encode
 
 PREFIX = "/megarl/"
@@ -50,8 +53,15 @@ class RolloutEndpoint:
         self._staged = True
         self._dirty = False  # loading has begun and no version was committed since
         self._asleep = False
+        self._tokens = door.Tokens(os.environ.get(door.SERVER_TOKEN, ""), os.environ.get(door.SERVER_CONTROL, ""))
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "http" and (locked := self._locked(scope)):
+            await _respond(send, 403, json.dumps({"error": locked}).encode())
+            return
         ours = scope["type"] == "http" and scope["path"].startswith(PREFIX)
         if scope["type"] == "http" and scope["method"] == "POST" and (refused := self._refused(scope["path"])):
             await _respond(send, 503, json.dumps({"error": refused}).encode())
@@ -76,6 +86,10 @@ class RolloutEndpoint:
             return
         status, body = work.result()
         await _respond(send, status, body)
+
+    def _locked(self, scope: dict[str, Any]) -> str | None:
+        given = dict(scope["headers"]).get(b"authorization", b"").decode(errors="replace")
+        return door.refused(scope["method"], scope["path"], given, self._tokens)
 
     def _refused(self, path: str) -> str | None:
         step = path.removeprefix(PREFIX + "sync/")

@@ -13,13 +13,16 @@ import sys
 import tempfile
 import time
 import urllib.request
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
+from megarl import door
 from megarl.checkpoints import hf_files
 from megarl.config import Config
 from megarl.errors import UserError
@@ -56,8 +59,17 @@ def run_rollout(config: Config, store_host: str, store_port: int, log_dir: Path)
         log = _open_log(log_dir)
         here = _address(store_host)
         port = reserve_port(here)
-        child = start_server(config, here, port, store_host, log)
-        return _supervise(config, child, log, f"http://{here}:{port}", store_host, store_port)
+        info = WorkerInfo(
+            -1,  # until the store has given it a number
+            f"http://{here}:{port}",
+            config.rollout.tp,
+            0,
+            socket.gethostname(),
+            log.name,
+            door.server_tokens() or door.Tokens(door.new_secret(), door.new_secret()),
+        )
+        child = start_server(config, info, store_host, log)
+        return _supervise(config, child, info, store_host, store_port)
     except _Stopped as stopped:
         return 128 + stopped.args[0]
     finally:
@@ -133,7 +145,6 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
     one thread a worker, and the worker inside the engine's process.
     """
     ours = {
-        "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
@@ -161,12 +172,13 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
     return {**os.environ, **ours}
 
 
-def start_server(config: Config, here: str, port: int, store_host: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def start_server(config: Config, info: WorkerInfo, store_host: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Starts the server in a process group of its own; it dies with this process, however this process dies."""
-    supervisor = os.getpid()
+    supervisor, address = os.getpid(), urlsplit(info.url)
+    tokens = {door.SERVER_TOKEN: info.tokens.data, door.SERVER_CONTROL: info.tokens.control}
     return subprocess.Popen(
-        server_command(config, here, port),
-        env=server_environment(config, store_host),
+        server_command(config, address.hostname or "", address.port or 0),
+        env=server_environment(config, store_host) | tokens,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -193,14 +205,12 @@ def _signal_group(group: int, number: int) -> bool:
         return False
 
 
-def _supervise(
-    config: Config, child: subprocess.Popen[bytes], log: IO[bytes], url: str, host: str, store_port: int
-) -> int:
+def _supervise(config: Config, child: subprocess.Popen[bytes], info: WorkerInfo, host: str, store_port: int) -> int:
     store = _join(config, child, host, store_port)
     index = registry.claim_index(store)
-    path = Path(log.name).with_name(f"rollout_{index}.log")
-    os.replace(log.name, path)
-    info = WorkerInfo(index, url, config.rollout.tp, child.pid, socket.gethostname(), str(path))
+    path = Path(info.log).with_name(f"rollout_{index}.log")
+    os.replace(info.log, path)
+    info = replace(info, index=index, pid=child.pid, log=str(path))
     registered, next_beat = False, 0.0
     deadline = time.monotonic() + config.rollout.start_timeout_s
     try:
@@ -213,7 +223,7 @@ def _supervise(
                     info,
                     f"did not answer within rollout.start_timeout_s = {config.rollout.start_timeout_s:.0f} s",
                 )
-            if not registered and _healthy(url):
+            if not registered and _healthy(info.url):
                 registry.register_worker(store, info)
                 registered = True
             if time.monotonic() >= next_beat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from megarl.rollout import registry
-from megarl.rollout.client import RolloutClient
+from megarl.rollout.client import RolloutClient, Server
 from megarl.rollout.registry import WorkerInfo
 from megarl.rollout.sync_leader import Canary, Sending, SyncLeader
 from megarl.weights.files.hf_reader import HfReader
@@ -127,7 +129,7 @@ class Rollout:
 
     @functools.cached_property
     def client(self) -> RolloutClient:
-        return RolloutClient([worker.url for worker in self.workers], timeout_s=120)
+        return RolloutClient(self.workers, timeout_s=120)
 
     def connect(
         self,
@@ -151,7 +153,18 @@ class Rollout:
 
     def fault(self, kind: str, name: str = "", worker: int = 0) -> None:
         """Arms a fault of tests.engine.faults in all workers of one server."""
-        self.client.servers[worker].post("/collective_rpc", {"method": "fault", "args": [kind, name]})
+        self.call("fault", kind, name, worker=worker)
+
+    def call(self, method: str, *args: Any, worker: int = 0, **kwargs: Any) -> list[Any]:
+        """What `method` returns in each worker of one server: vLLM's own control route, which only tests turn on."""
+        info = self.workers[worker]
+        server = Server(info.url, 120, info.tokens.control)
+        try:
+            return json.loads(server.post("/collective_rpc", {"method": method, "args": args, "kwargs": kwargs}))[
+                "results"
+            ]
+        finally:
+            server.close()
 
 
 @contextlib.contextmanager
@@ -168,9 +181,8 @@ def supervised(model: Path, run_dir: Path, engines: int = 1, tp: int = 1, wait: 
         f"rollout.start_timeout_s={START_S}",
     ]
     command = [sys.executable, "-c", SUPERVISOR, str(store.port), *keys]
-    rollout = Rollout(
-        store, [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(engines)]
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_SERVER_DEV_MODE": "1"}
+    rollout = Rollout(store, [subprocess.Popen(command, env=environment) for _ in range(engines)])
     try:
         if wait:
             rollout.workers = registry.wait_for_workers(store, engines, START_S)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megarl.rollout.client import RolloutClient, RolloutError
+from megarl.rollout.client import RolloutClient, RolloutError, Server
 from megarl.rollout.response import Response
 from megarl.rollout.wire import decode
 from tests.engine.support import EOS, Rollout, judged, prompts
@@ -110,9 +109,7 @@ def test_trap_15_a_preempted_request_has_the_routes_and_logprobs_of_one_policy(
     """
 
     def resumed() -> int:
-        return int(
-            json.loads(rollout.client.servers[0].post("/collective_rpc", {"method": "resumed_requests"}))["results"][0]
-        )
+        return int(rollout.call("resumed_requests")[0])
 
     rollout.load(checkpoints[0])
     before = resumed()
@@ -122,3 +119,19 @@ def test_trap_15_a_preempted_request_has_the_routes_and_logprobs_of_one_policy(
     assert resumed() > before
     assert all(len(r.tokens) == 92 for group in responses for r in group)
     assert_judged(responses, checkpoints[0])
+
+
+@pytest.mark.parametrize("token", ["", "of-another-run", "data"])
+def test_a_stranger_opens_no_door(rollout: Rollout, checkpoints: tuple[Path, Path], token: str) -> None:
+    """vLLM's control routes are on in this test; only the control token opens them."""
+    rollout.load(checkpoints[0])
+    info = rollout.workers[0]
+    caller = Server(info.url, 60, info.tokens.data if token == "data" else token)
+    why = "the trainer's alone" if token == "data" else "no token of this run, or another's"
+    control = ["/collective_rpc", "/pause", "/megarl/sync/load", "/megarl/sync/commit", "/update_weight_version"]
+    asking = ["/megarl/generate", "/megarl/score", "/inference/v1/generate", "/v1/completions"]
+    for path in control + (asking if token != "data" else []):
+        with pytest.raises(RolloutError, match=rf"^rollout server {info.url}{path}: .*{why}"):
+            caller.post(path, {"method": "reload_weights", "kwargs": {"weights_path": str(checkpoints[1])}})
+    assert rollout.client.weight_versions() == [rollout.version]
+    assert_judged(rollout.client.generate(prompts(2, 8), 1, 1.0, 4, []), checkpoints[0])

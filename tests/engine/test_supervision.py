@@ -59,7 +59,7 @@ def test_failed_syncs_and_a_killed_supervisor(
         assert "\n" not in str(caught.value)
         with pytest.raises(RolloutDied, match=r"rollout worker 1 "):
             registry.check_workers(rollout.store, rollout.workers, wait_s=60)
-        survivor = RolloutClient([rollout.workers[0].url], 60)
+        survivor = RolloutClient([rollout.workers[0]], 60)
         assert survivor.weight_versions() == [1]
         assert_judged(survivor.generate(prompts(3, 8), 2, 1.0, 8, []), checkpoints[1])
         (dead,) = (s for s in rollout.supervisors if rollout.workers[0].pid not in descendants(s.pid))

@@ -57,7 +57,7 @@ def dense_first_layer(out: Path, seed: int) -> Path:
 def test_its_ranks_hold_what_the_plan_gives_them(server: Rollout, models: tuple[Path, Path]) -> None:
     """Element counts of vLLM's own parameters, rank by rank, against the slices; the vocabulary is padded."""
     rects = rollout_rects(WeightMap(load_hf_config(models[0])), RolloutLayout(1, 2))
-    answer = json.loads(server.client.servers[0].post("/collective_rpc", {"method": "parameter_sizes"}))["results"]
+    answer = server.call("parameter_sizes")
     assert len(answer) == 2
     for rank, held in enumerate(answer):
         planned: dict[str, int] = {}

@@ -5,6 +5,7 @@ failure, and how that is mended.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megarl.rollout.client import RolloutError
+from megarl.rollout.client import RolloutError, Server
+from megarl.rollout.registry import known
 from megarl.rollout.wire import decode
 from tests.engine.support import ROOT, Pusher, Rollout, judged, prompts
 from tests.engine.test_rollout import assert_judged
@@ -73,8 +75,7 @@ def test_vllm_alone_keeps_a_stale_prefix_cache(rollout: Rollout, checkpoints: tu
     rollout.load(checkpoints[0])
     batch = prompts(4, 80)
     rollout.client.generate(batch, 1, 1.0, 4, [])
-    server = rollout.client.servers[0]
-    server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(checkpoints[1])}})
+    rollout.call("reload_weights", weights_path=str(checkpoints[1]))
     response = rollout.client.generate(batch, 1, 1.0, 4, [])[0][0]
     expected, _ = judged(checkpoints[1], response.tokens.tolist())
     assert np.abs(response.logprobs - expected[response.prompt_len - 1 :]).max() > 1e-2
@@ -142,7 +143,7 @@ def test_a_killed_sender(rollout: Rollout, checkpoints: tuple[Path, Path], phase
         "tests.engine.killed_sender",
         phase,
         port,
-        rollout.workers[0].url,
+        json.dumps(known(rollout.workers[0])),
         str(checkpoints[1]),
     ]
     done = subprocess.run(
@@ -175,7 +176,7 @@ def test_a_colocated_server_sleeps_and_gets_its_weights_through_shared_memory(
         ("/megarl/sync/load", {"canary": []}),
     ):
         with pytest.raises(RolloutError, match="asleep while the trainer has the GPU"):
-            rollout.client.servers[0].post(route, body)
+            Server(rollout.workers[0].url, 60, rollout.workers[0].tokens.control).post(route, body)
     pusher.leader.turn("wake")
     assert cached() == [0, 0]
     assert_serves(rollout, checkpoints[1], 70)

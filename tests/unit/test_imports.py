@@ -17,7 +17,7 @@ PACKAGE = ROOT / "megarl"
 # Bottom first: a room imports rooms of earlier lines only, so there are no cycles. A room is a folder of megarl/, or a
 # file beside them; docs/architecture.md says what each is for.
 ORDER = """
-    errors hints announce
+    errors hints announce door
     dotted checkpoints folders
     objective replay
     config

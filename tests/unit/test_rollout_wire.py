@@ -83,7 +83,7 @@ def url() -> Iterator[str]:
 
 
 def test_one_connection_serves_and_is_made_again_when_the_server_closed_it(url: str) -> None:
-    server = Server(url, timeout_s=5)
+    server = Server(url, timeout_s=5, token="")
     for path in ("/one", "/last", "/two", "/three"):
         assert server.post(path, {}) == b"fine"
     with pytest.raises(RolloutError, match=rf"^rollout server {url}/bad: no such thing$"):

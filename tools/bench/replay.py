@@ -232,7 +232,7 @@ def _server(folder: Path, captured: bool, overrides: list[str]) -> Iterator[Any]
     workers: list[Any] = []
     try:
         workers = registry.wait_for_workers(store, 1, 300)
-        client = RolloutClient([workers[0].url], 120)
+        client = RolloutClient([workers[0]], 120)
         yield client
         client.close()
         registry.request_shutdown(store, workers)

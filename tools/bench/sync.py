@@ -69,7 +69,7 @@ def ranks(work: dict[str, Any]) -> None:
                         "method": "reload_weights",
                         "kwargs": {"weights_path": str(Path(work["folder"]) / "export")},
                     }
-                    Server(worker["url"], 300).post("/collective_rpc", body)
+                    Server(worker["url"], 300, worker["tokens"]["control"]).post("/collective_rpc", body)
                 dist.barrier()
                 times[way].append({"total": time.perf_counter() - start, "save": saved - start})
             continue
