@@ -282,6 +282,14 @@ class TrainConfig(Section):
             "skip the step."
         ),
     )
+    mismatch_guard: float = Field(
+        50.0,
+        ge=0,
+        description=(
+            "A batch whose mismatch/kl_k3, or share of routes that differ, is this many times the median of the last "
+            "20 is not trained on, and the servers are checked at once; 0 is off."
+        ),
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)

@@ -77,6 +77,8 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             batch = build_batch(rollouts, engine, step)
             with turns.training(fleet):
                 learned = learner.learn(batch, step)
+            if learned.guarded:
+                refit.check()  # a server that holds other weights ends the run here
             step, done = step + 1, done + learned.optimizer_steps
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done)}
             metrics |= rates(metrics, time.perf_counter() - start)

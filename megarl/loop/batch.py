@@ -93,12 +93,18 @@ class ScoredRollouts:
         unsound = np.flatnonzero(~np.isfinite(response.logprobs))
         if not fault and len(unsound):
             fault = f"the rollout's log-probability of its token {unsound[0]} is {response.logprobs[unsound[0]]}"
+        versions = {span["version"] for span in response.weight_versions}
+        if not fault and versions - {self.steps_done}:
+            fault = (
+                f"sampled with weights of version {', '.join(map(str, sorted(versions)))}, not {self.steps_done}, which "
+                "the last sync committed: something else changes the server's weights"
+            )
         return Meta(
             group=rollout.group,
             prompt_len=response.prompt_len,
             tokens=len(response.tokens),
             reward=score.value,
-            version=min((span["version"] for span in response.weight_versions), default=self.steps_done),
+            version=min(versions, default=self.steps_done),
             owner=self.parallel.coord.rank,
             has_routes=response.routes is not None,
             truncated=response.finish_reason == "length",

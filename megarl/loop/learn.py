@@ -16,6 +16,7 @@ from megarl.engine.step import Routes
 from megarl.errors import UserError
 from megarl.loop.batch import Batch
 from megarl.loop.critic_step import CriticStep, explained
+from megarl.loop.guard import MismatchGuard
 from megarl.loop.reduce import Times, Values, merge_all, reduce_sums, routing_values
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.observe.trace import phase
@@ -27,12 +28,14 @@ from megarl.replay.metrics import RoutingSums
 class Learned:
     """metrics: on every rank. optimizer_steps: those of the policy; fewer than mini-batches where some were skipped.
 
-    notes: on rank 0 what is kept of single tokens; nothing elsewhere.
+    notes: on rank 0 what is kept of single tokens; nothing elsewhere. guarded: why the batch was not trained on though
+    its numbers are sound: its mismatch is out of line; "" else.
     """
 
     metrics: Values
     optimizer_steps: int
     notes: TokenNotes
+    guarded: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Learner:
         self.critic_norm: dict[str, float] = {}
         self.reference = Reference(engine.model) if config.objective.kl_coef else None
         self.unreplayed: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
-        self._step, self._names = 0, [""]
+        self.guard = MismatchGuard(config.train.mismatch_guard)
+        self._step, self._names, self._guarded = 0, [""], ""
 
     @property
     def critic(self) -> Engine | None:
@@ -90,7 +94,7 @@ class Learner:
         """
         times = Times()
         self.critic_norm = {}
-        self._step, self._names = step + 1, batch.names
+        self._step, self._names, self._guarded = step + 1, batch.names, ""
         packs = [pack for minibatch in batch.minibatches for pack in minibatch]
         routing = _Routing(self.moe_layers, self.columns)
         warming = self.critic_step is not None and step < self.config.critic.warmup_steps
@@ -102,7 +106,7 @@ class Learner:
                 self._old_pass(packs, routing)
         times.lap("time/old_logprob_s")
         self._reference_and_values(packs, times)
-        sound = self._sound(self._first_bad(packs))
+        sound = self._sound(self._first_bad(packs)) and not (has_old_pass and self._out_of_line(packs, routing))
         sums: Sums = {}
         optimizer_steps: list[dict[str, float]] = []
         for minibatch in batch.minibatches if sound else []:
@@ -112,15 +116,12 @@ class Learner:
             if warming:
                 continue
             with phase("update"):
-                update = self._policy_update(minibatch, has_old_pass)
+                update = self._policy_update(minibatch, has_old_pass, routing)
             sums = merge_all(sums, update.packs)
             if update.optimizer is not None:
                 optimizer_steps.append(update.optimizer)
             for pack in minibatch:
-                rows = self.engine.predicting_rows(pack)
-                if not has_old_pass:
-                    routing.add_old(pack, rows)
-                routing.add_new(pack, rows)
+                routing.add_new(pack, self.engine.predicting_rows(pack))
         sums = merge(sums, self._mismatch(packs))
         times.lap("time/update_s")
         values: Values = dict(explained(finish(reduce_sums(self.parallel, sums))))
@@ -131,7 +132,9 @@ class Learner:
             values["optim/lr"] = optimizer_steps[-1]["optim/lr"]
         values |= {key.replace("optim", "critic"): value for key, value in self.critic_norm.items()}
         values["batch/skipped_updates"] = float(0 if warming else len(batch.minibatches) - len(optimizer_steps))
-        return Learned(values | times.seconds, len(optimizer_steps), self._notes(packs, batch.sampled))
+        values["batch/guarded"] = float(bool(self._guarded))
+        notes = self._notes(packs, batch.sampled)
+        return Learned(values | times.seconds, len(optimizer_steps), notes, self._guarded)
 
     def _old_pass(self, packs: list[Pack], routing: _Routing) -> None:
         how: dict[str, Routes] = {"R3": "replay", "R2": "record", "none": self.unreplayed}
@@ -156,7 +159,7 @@ class Learner:
                 self.critic_step.value(packs)
             times.lap("time/values_s")
 
-    def _policy_update(self, minibatch: list[Pack], has_old_pass: bool) -> _Update:
+    def _policy_update(self, minibatch: list[Pack], has_old_pass: bool, routing: _Routing) -> _Update:
         # Without an old pass R2 would replay the very routes that the update takes.
         replays = self.replay_mode == "R3" or (self.replay_mode == "R2" and has_old_pass)
         how: Routes = self.unreplayed if not replays else "replay" if self.replay_mode == "R3" else "replay_old"
@@ -164,7 +167,11 @@ class Learner:
         fault = ""
         if not self.engine.finite_gradients():
             fault = self._first_bad(minibatch) or "the gradient of an update is not finite"
-        return _Update(sums, self.engine.step() if self._sound(fault) else None)
+        if not has_old_pass:  # this update's own pass gave pi_old
+            for pack in minibatch:
+                routing.add_old(pack, self.engine.predicting_rows(pack))
+        sound = self._sound(fault) and (has_old_pass or not self._out_of_line(minibatch, routing))
+        return _Update(sums, self.engine.step() if sound else None)
 
     def _critic_update(self, minibatch: list[Pack]) -> list[Sums]:
         assert self.critic_step is not None
@@ -172,6 +179,20 @@ class Learner:
         if self._sound("" if self.critic_step.critic.finite_gradients() else "the critic's gradient is not finite"):
             self.critic_norm = self.critic_step.critic.step()
         return sums
+
+    def _out_of_line(self, packs: list[Pack], routing: _Routing) -> bool:
+        """Whether the mismatch of pi_old and mu on these packs leaves its band (train.mismatch_guard). Collective."""
+        if not self.guard.factor or not packs:
+            return False
+        values: Values = dict(finish(reduce_sums(self.parallel, self._mismatch(packs))))
+        if self.unreplayed != "off":
+            values |= routing_values(self.parallel, routing.old, routing.new)
+        k3, agreement = values.get("mismatch/kl_k3"), values.get("routing/agree_rollout_old")
+        assert not isinstance(k3, list) and not isinstance(agreement, list)
+        self._guarded = self.guard.judge(k3, agreement)
+        if self._guarded and self.parallel.is_main:
+            print(f"step {self._step}: no update: {self._guarded} (train.mismatch_guard)", flush=True)
+        return bool(self._guarded)
 
     def _mismatch(self, packs: list[Pack]) -> Sums:
         """Of pi_old against mu, on the last stage."""

@@ -101,6 +101,24 @@ class Refit:
         values["version/weights"] = float(version)
         return values
 
+    def check(self) -> None:
+        """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does
+        not hold what the last sync gave it. Collective.
+        """
+        model, how, client = self.engine.model, self.config.sync, self.fleet.client
+        parallel, shapes = model.parallel, model.weight_map.hf_shapes
+        scores: list[Canary] = []
+        if parallel.is_main and client is not None:
+            with self.fleet.watched():
+                scores = [client.score(self.canary.tolist(), server) for server in range(len(client.servers))]
+        with (
+            phase("canary"),
+            quantized_weights(
+                model.params(), shapes, how.quantize, how.quantize_also, parallel.tp_group, parallel.etp_group
+            ),
+        ):
+            self._compare_canary(scores)
+
     def _check_digests(self, version: int) -> None:
         """What the workers hold against an engine loaded from disk: the
         one vLLM started with, or one made of an export.

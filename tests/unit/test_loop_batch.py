@@ -23,6 +23,7 @@ from megarl.engine.build import Engine, build_engine  # noqa: E402
 from megarl.engine.parallel import destroy_parallel  # noqa: E402
 from megarl.errors import UserError  # noqa: E402
 from megarl.loop.batch import Batch, ScoredRollouts, build_batch  # noqa: E402
+from megarl.loop.guard import WARM_UP  # noqa: E402
 from megarl.loop.learn import Learner  # noqa: E402
 from megarl.loop.sampler import Sampler  # noqa: E402
 from megarl.loop.scoring import RewardScorer  # noqa: E402
@@ -39,6 +40,7 @@ class Scripted:
 
     def __init__(self, tokenizer: Any, answers: list[list[str]]) -> None:
         self.tokenizer, self.answers = tokenizer, iter(answers)
+        self.mu, self.version = -0.5, 0
         self.nan: tuple[int, int] | None = None  # (prompt, response) whose third log-probability is NaN
 
     def generate(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> list[list[Response]]:
@@ -49,10 +51,10 @@ class Scripted:
 
     def _response(self, prompt: list[int], text: str, place: tuple[int, int]) -> Response:
         tokens = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        logprobs = np.full(len(tokens), -0.5, np.float32)
+        logprobs = np.full(len(tokens), self.mu, np.float32)
         if place == self.nan:
             logprobs[2] = np.nan
-        spans = [{"version": 0, "start": 0, "end": len(tokens)}] if tokens else []
+        spans = [{"version": self.version, "start": 0, "end": len(tokens)}] if tokens else []
         reason: Any = "length" if len(tokens) >= 6 else "stop"
         return Response(np.array([*prompt, *tokens], np.int32), len(prompt), logprobs, None, spans, reason)
 
@@ -193,3 +195,32 @@ def test_the_overlong_penalty_reaches_the_advantages_and_not_the_reported_reward
     found = {n: pack.rollout.advantages[start].item() for n, start in zip(pack.responses, pack.starts) if n < 4}
     shaped = np.array([1.0, 0.75, 0.5, 1.0])  # 0, 4 - 2 = 2 of 4, 4 of 4 tokens into the buffer
     assert [found[n] for n in range(4)] == pytest.approx((shaped - shaped.mean()).tolist())
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_batch_sampled_from_other_weights_is_not_trained_on(
+    folder: Path, minibatches: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mu in line for the first batches, then far off: with a pi_old pass of its own and without."""
+    answers = [MIXED] * 4 * (WARM_UP + 2)
+    engine, loop, client = build(folder, answers, f"batch.minibatches={minibatches}", "train.lr=1e-9")
+    learner = Learner(loop.config, engine)
+    for _ in range(WARM_UP):
+        assert learner.learn(collect(loop)[0], 0).optimizer_steps == minibatches
+    client.mu = -30.0
+    before = [tensor.detach().clone() for _, tensor in engine.model.params()]
+    learned = learner.learn(collect(loop)[0], WARM_UP)
+    assert learned.optimizer_steps == 0 and learned.metrics["batch/guarded"] == 1
+    assert learned.guarded.startswith("mismatch/kl_k3 is ") and "train.mismatch_guard" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, engine.model.params(), strict=True))
+    client.mu = -0.5
+    assert learner.learn(collect(loop)[0], WARM_UP + 1).optimizer_steps == minibatches
+
+
+def test_a_response_of_a_version_that_no_sync_committed_is_bad(folder: Path) -> None:
+    _, loop, client = build(folder, [MIXED] * 4)
+    client.version = 143
+    with pytest.raises(
+        UserError, match="step 1: response 0 .*: sampled with weights of version 143, not 0, which the last"
+    ):
+        collect(loop)

@@ -1,0 +1,40 @@
+"""A guard on the data itself: a batch whose mismatch leaves its own recent band is not trained on."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+MEMORY = 20  # batches
+WARM_UP = 5  # batches before the band is known
+LEAST_K3 = 1e-6  # below this, k3 is the noise of float32
+LEAST_DISAGREEMENT = 1e-3  # of the share of routes
+
+
+class MismatchGuard:
+    """Remembers k3 and the routes' agreement of the last batches that passed, the same on every rank.
+
+    factor: how many times the recent median a batch may have; 0 turns the guard off. The band is forgotten on a resume.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self._k3: deque[float] = deque(maxlen=MEMORY)
+        self._disagreement: deque[float] = deque(maxlen=MEMORY)
+
+    def judge(self, k3: float | None, agreement: float | None) -> str:
+        """What is out of line, in one clause; "" where nothing is, and the batch is remembered. None: not measured."""
+        disagreement = None if agreement is None else 1 - agreement
+        for name, value, recent, least in (
+            ("mismatch/kl_k3", k3, self._k3, LEAST_K3),
+            ("the share of routes that differ", disagreement, self._disagreement, LEAST_DISAGREEMENT),
+        ):
+            if value is None or not self.factor or len(recent) < WARM_UP:
+                continue
+            limit = self.factor * max(median(recent), least)
+            if not value <= limit:  # not (a > b): NaN is out of line too
+                return f"{name} is {value:.3g}, above {limit:.3g}, which is {self.factor:g} times what it was of late"
+        for value, recent in ((k3, self._k3), (disagreement, self._disagreement)):
+            if value is not None:
+                recent.append(value)
+        return ""

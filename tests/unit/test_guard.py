@@ -1,0 +1,43 @@
+"""A batch whose mismatch is out of line is not trained on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megarl.loop.guard import WARM_UP, MismatchGuard
+
+
+def warmed(k3: float, agreement: float | None = 1.0, factor: float = 50.0) -> MismatchGuard:
+    guard = MismatchGuard(factor)
+    for n in range(WARM_UP):
+        assert guard.judge(k3 * (1 + n / 10), agreement) == ""
+    return guard
+
+
+@pytest.mark.parametrize(
+    ("usual", "now", "word"),
+    [
+        ((3e-14, 1.0), (0.05, 0.91), "mismatch/kl_k3 is 0.05"),  # other weights in a float32 run
+        ((3e-14, 1.0), (1e-9, 0.91), "the share of routes that differ is 0.09"),
+        ((3e-3, 0.97), (math.nan, 0.97), "mismatch/kl_k3 is nan"),
+        ((3e-3, 0.97), (0.5, 0.9), "mismatch/kl_k3 is 0.5"),
+        ((3e-3, 0.97), (0.05, 0.9), ""),  # a hard batch in bfloat16
+        ((3e-14, 1.0), (1e-5, 0.999), ""),  # noise
+    ],
+)
+def test_what_leaves_its_band_is_named(usual: tuple[float, float], now: tuple[float, float], word: str) -> None:
+    found = warmed(*usual).judge(*now)
+    assert found.startswith(word) and bool(found) == bool(word)
+
+
+def test_a_batch_out_of_line_does_not_widen_the_band() -> None:
+    guard = warmed(1e-12)
+    assert all(guard.judge(0.1, 1.0) for _ in range(30))
+
+
+def test_the_first_batches_and_a_factor_of_zero_let_everything_pass() -> None:
+    assert MismatchGuard(50.0).judge(9.0, 0.1) == ""
+    assert warmed(1e-12, factor=0.0).judge(9.0, 0.1) == ""
+    assert warmed(1e-12, None).judge(None, None) == ""
