@@ -212,7 +212,7 @@ def _quick_check(path: str, longest: int, limit: str) -> Callable[[Sequence[Any]
             return
         if highest is not None and highest >= size:
             for text in (*texts, response):
-                _check_ids(encode(text), size, lambda token, text=text: f"in {text[-40:]!r}")
+                _check_ids(encode(text), size, partial(_in_text, text))
         text = max(texts, key=len, default="") + response
         if len(text.encode()) > longest:
             _check_length(len(encode(text)), longest, limit)
@@ -311,6 +311,10 @@ def _own(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, so a response could not end; give rollout.stop_token_ids=[ID]")
     return Vocabulary(len(tokenizer), (tokenizer.eos_token_id,))
+
+
+def _in_text(text: str, token: int) -> str:
+    return f"in {text[-40:]!r}"
 
 
 def _check_ids(tokens: Sequence[int], size: int, name: Callable[[int], Any]) -> None:

@@ -50,7 +50,7 @@ def end_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, size: int) ->
             f"an eos token{beyond}, so no response would end; give rollout.stop_token_ids=[ID]"
         )
     turn = _turn_end(tokenizer)
-    return [turn, *(token for token in ends if token != turn)] if turn in ends else ends
+    return [turn, *(token for token in ends if token != turn)] if turn is not None and turn in ends else ends
 
 
 def declared_ends(path: str) -> list[int]:

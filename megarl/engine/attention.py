@@ -133,7 +133,7 @@ class RowRotary(torch.nn.Module):
 
     def __init__(self, rotary: torch.nn.Module) -> None:
         super().__init__()
-        self.rotary = rotary
+        self.rotary: Any = rotary
         self.positions: Tensor | None = None
 
     def get_rotary_seq_len(self, context: Any, decoder: Any, rows: Any, config: Any, packed: PackedSequences) -> int:
@@ -205,7 +205,9 @@ class PackedCausalAttention(torch.nn.Module):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
             outs.append(out[..., :width].transpose(1, 2).flatten(0, 1))
-        return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, packed.cells).flatten(1).unsqueeze(1)
+        assert packed.cells is not None  # beside the rectangles
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out.index_select(0, packed.cells).flatten(1).unsqueeze(1)
 
 
 @cache
@@ -227,6 +229,9 @@ def varlen_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float |
         more: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in known else {}
         if "num_splits" in known and torch.are_deterministic_algorithms_enabled():
             more["num_splits"] = 1
-        return varlen_attn(query, key, value, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), **more)
+        out: Any = varlen_attn(
+            query, key, value, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), **more
+        )
+        return out
 
     return attend

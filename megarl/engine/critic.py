@@ -62,7 +62,7 @@ class Critic(Engine):
 def value_map(hf: dict[str, Any]) -> WeightMap:
     """The family's map with the value head where the output layer was."""
     found = WeightMap(hf)
-    head = {"hf": (VALUE_HEAD,), "shapes": ((1, hf["hidden_size"]),), "relation": Replicated()}
+    head: dict[str, Any] = {"hf": (VALUE_HEAD,), "shapes": ((1, hf["hidden_size"]),), "relation": Replicated()}
     found.entries = tuple(
         replace(entry, **head) if entry.name == "output_layer.weight" else entry for entry in found.entries
     )

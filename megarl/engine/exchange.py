@@ -182,6 +182,7 @@ def _swap(outgoing: dict[int, bytes], sizes: dict[int, int], parallel: Parallel)
             keep.append(torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device))
             work.append(dist.isend(keep[-1], dst=rank))
     for item in work:
+        assert item is not None  # this rank is in the group
         item.wait()
     result = {owner: bytes(buffer.cpu().numpy()) for owner, buffer in received.items()}
     if me in outgoing:

@@ -53,7 +53,8 @@ class GroupedExperts(SequentialMLP):
                 "engine.experts=sequential"
             )
         weight = self._weights("linear_fc2")[0]
-        if uneven := uneven_width(*weight.shape, weight.element_size()):
+        rows, columns = weight.shape
+        if uneven := uneven_width(rows, columns, weight.element_size()):
             raise ValueError(f"grouped experts: {uneven}; use engine.experts=sequential")
         for weights in (self._weights("linear_fc1"), self._weights("linear_fc2")):
             storage = torch.stack([weight.data for weight in weights])
@@ -200,9 +201,10 @@ def _deliver(weights: Sequence[Tensor], grads: Tensor) -> list[Tensor | None]:
     """Gradients [E, ...] go straight into Megatron's buffers, in one call, where there
     are any; else back to autograd.
     """
+    own: list[Tensor | None] = [*grads.unbind()]
     if not hasattr(weights[0], "main_grad"):
-        return list(grads.unbind())
-    torch._foreach_add_([weight.main_grad for weight in weights], list(grads.unbind()))
+        return own
+    torch._foreach_add_([weight.main_grad for weight in weights], grads.unbind())  # type: ignore[attr-defined,arg-type]
     for weight in weights:
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return [None] * len(weights)

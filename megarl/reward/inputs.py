@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,10 +120,11 @@ class Texts:
         self._hidden = special - shown if special & shown else None
 
     def input(
-        self, tokens: Sequence[int], prompt_len: int, prompt: str, answer: str, row: Mapping[str, Any], truncated: bool
+        self, tokens: Iterable[int], prompt_len: int, prompt: str, answer: str, row: Mapping[str, Any], truncated: bool
     ) -> RewardInput:
         """tokens: prompt and response."""
-        prompt_tokens, ids = [int(t) for t in tokens[:prompt_len]], [int(t) for t in tokens[prompt_len:]]
+        everything = [int(token) for token in tokens]
+        prompt_tokens, ids = everything[:prompt_len], everything[prompt_len:]
         said = ids[:-1] if ids and not truncated and ids[-1] in self.ends else ids
         if self._hidden is None:
             text = self.tokenizer.decode(said, skip_special_tokens=True)

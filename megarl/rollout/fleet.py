@@ -96,21 +96,22 @@ class Fleet:
 
         Elsewhere a send that fails is left to rank 0, which knows more and ends the run; an empty list is returned.
         """
-        if self._leader is not None and self._sender is not None:
+        sender = self._sender
+        if self._leader is not None and sender is not None:
             with self.watched():
-                return self._leader.push(lambda: self._sender.send(buckets), canary, self._sender.close)
-        if self._sender is None:
+                return self._leader.push(lambda: sender.send(buckets), canary, sender.close)
+        if sender is None:
             for _ in buckets:
                 pass
             return []
         try:
-            self._sender.send(buckets)
+            sender.send(buckets)
         except RuntimeError as error:
             print(
                 f"megarl: trainer rank {dist.get_rank()}: sending weights failed: {' '.join(str(error).split())}",
                 file=sys.stderr,
             )
-            self._sender.close()
+            sender.close()
         return []
 
     def check_digests(self, folder: str | None) -> None:

@@ -25,7 +25,7 @@ class PartialTensor(Tensor):
     hf_name: str
 
     @staticmethod
-    def __new__(
+    def __new__(  # type: ignore[misc]
         cls: type[PartialTensor], held: Tensor, start: tuple[int, ...], full: tuple[int, ...], name: str
     ) -> Tensor:
         self = Tensor._make_wrapper_subclass(cls, full, dtype=held.dtype, device=held.device)
@@ -36,7 +36,7 @@ class PartialTensor(Tensor):
         return f"PartialTensor({self.hf_name}, {tuple(self.held.shape)} at {self.start} of {tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         cut = CUTS.get(func)

@@ -28,6 +28,7 @@ def register() -> None:
     if OWN_SERVER in os.environ and (parent := multiprocessing.parent_process()) is not None:
         from megarl.launch.lifeline import die_with_parent
 
+        assert parent.pid is not None
         die_with_parent(parent.pid)  # vLLM's engine outlives an API server that is killed
 
 

@@ -114,9 +114,9 @@ class RolloutEndpoint:
     async def _generate(
         self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
     ) -> bytes:
+        of_prompt: list[int | None] = [*seeds] if seeds else [None] * len(prompts)
         runs = [
-            _run(engine, prompt, {**sampling, "seed": seed})
-            for prompt, seed in zip(prompts, seeds or [None] * len(prompts))
+            _run(engine, prompt, {**sampling, "seed": seed}) for prompt, seed in zip(prompts, of_prompt, strict=True)
         ]
         outputs = await asyncio.gather(*runs)
         choices = [choice for output in outputs for choice in output.outputs]

@@ -95,7 +95,7 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
         Raises Corrupted, or RuntimeError where a sender is gone.
         """
         self._staged = None
-        staged = {}
+        staged: dict[str, Tensor] = {}
         if not self._kept:
             self._kept = [self._buffers(bucket) for bucket in self._manifest.buckets]
         for tensors in self._receive(self._kept):
