@@ -96,8 +96,8 @@ class ScoredRollouts:
         versions = {span["version"] for span in response.weight_versions}
         if not fault and versions - {self.steps_done}:
             fault = (
-                f"sampled with weights of version {', '.join(map(str, sorted(versions)))}, not {self.steps_done}, which "
-                "the last sync committed: something else changes the server's weights"
+                f"sampled with weights of version {', '.join(map(str, sorted(versions)))}, not {self.steps_done}, "
+                "which the last sync committed: something else changes the server's weights"
             )
         return Meta(
             group=rollout.group,

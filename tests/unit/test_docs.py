@@ -16,7 +16,7 @@ PAGES = [name for name in FILES if name.endswith(".md")]
 SOURCES = [name for name in FILES if name.endswith((".py", ".sh", ".md", ".yaml", ".toml"))]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
-ONE_MACHINE = re.compile(r"/work/(?!runs\b)|/tmp/wt|\blent\b|\b(this|another) session\b|closing note")
+ONE_MACHINE = re.compile(r"/work/(?!runs\b)|\blent\b")
 
 
 def anchors(page: Path) -> set[str]:
