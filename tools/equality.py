@@ -291,10 +291,10 @@ def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
     replay_old = {"none": "record", "R2": "record", "R3": "replay"}[mode]
     scored = engine.logprobs(packs, replay_old)
     mine = {}
-    for pack, (logprobs, _) in zip(packs, scored):
+    for pack, (logprobs, _) in zip(packs, scored, strict=False):
         # pi_old is not pi: a fixed change that depends on the token only makes every branch of the loss count
         pack.passes.old_logprobs = logprobs + 0.1 * torch.sin(pack.labels.float() + pack.positions.float())
-        mine |= {i: logprobs[s : s + sum(RESPONSES[i]) - 1] for i, s in zip(pack.responses, pack.starts)}
+        mine |= {i: logprobs[s : s + sum(RESPONSES[i]) - 1] for i, s in zip(pack.responses, pack.starts, strict=True)}
     if mode == "R2":
         for pack in packs:
             pack.passes.old_routes = pack.passes.live_routes
@@ -306,7 +306,7 @@ def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
     full = {name: torch.zeros(shape) for name, shape in engine.model.weight_map.hf_shapes.items()}
     for _, _, pieces in everyone:
         for piece, value in pieces:
-            full[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape))] = value
+            full[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape, strict=True))] = value
     return {
         "logprobs": torch.cat([logprobs[i] for i in sorted(logprobs)]),
         "loss": torch.tensor(sum(rank[1] for rank in everyone)),
@@ -348,7 +348,7 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
         prompt_lens = [prompts[i] for i in members]
         pack.rollout.logprobs = scatter_rows(pack, [mu[i] for i in members], prompt_lens)
         pack.rollout.denominators.fill_(len(RESPONSES))
-        for start, i in zip(pack.starts, members):
+        for start, i in zip(pack.starts, members, strict=True):
             rows = slice(start, start + lengths[i] - 1)
             pack.rollout.rewards[rows] = pack.rollout.advantages[rows] = advantage[i]
             pack.rollout.group_ids[rows] = i // 3
@@ -363,7 +363,7 @@ def gradients(engine: Any, distributed_optimizer: bool) -> list[tuple[Any, Any]]
     if distributed_optimizer:
         _gather_shards(engine)
     return [
-        (piece, tensor.main_grad[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))].clone())
+        (piece, tensor.main_grad[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))].clone())
         for param, tensor in engine.model.params()
         if param.replica == 0 and not param.buffer
         for piece in param.pieces

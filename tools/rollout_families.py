@@ -105,7 +105,9 @@ def serve(family: str, folder: Path) -> dict[str, Any]:
         for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False):
             choice = output.outputs[0]
             logprobs, routes = judge(checkpoint, [*output.prompt_token_ids, *choice.token_ids])
-            found = np.array([entry[token].logprob for entry, token in zip(choice.logprobs, choice.token_ids)])
+            found = np.array(
+                [entry[token].logprob for entry, token in zip(choice.logprobs, choice.token_ids, strict=True)]
+            )
             worst = max(worst, float(np.abs(found - logprobs[PROMPT - 1 :]).max()))
             if experts:
                 captured = np.asarray(choice.routed_experts)

@@ -106,7 +106,7 @@ def compare(engine: Engine, batch: Batch, captured: bool) -> list[Compared]:
         passes.append((routes, gather_packs(engine, packs, engine.logprobs(packs, routes), FIELDS)))
     live, replayed = passes[0][1], passes[1][1] if captured else [None] * len(passes[0][1])
     found = {}
-    for one, other in zip(live, replayed):
+    for one, other in zip(live, replayed, strict=True):
         for i, span in one.spans():
             found[i] = _compared(one, other, span)
     return [found[i] for i in sorted(found)]

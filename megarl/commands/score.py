@@ -131,7 +131,7 @@ class WholePack:
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         """Each response with its rows."""
-        for i, start, end in zip(self.responses, self.starts, [*self.starts[1:], self.rows]):
+        for i, start, end in zip(self.responses, self.starts, [*self.starts[1:], self.rows], strict=True):
             yield i, slice(start, end)
 
 

@@ -119,7 +119,7 @@ def _tensor(reader: HfReader, cut: Cut) -> torch.Tensor:
         block = reader.read(piece)
         if full is None:
             full = torch.empty(inner, dtype=block.dtype)
-        full[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))] = block
+        full[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))] = block
     assert full is not None
     return full.view(cut.shape)
 

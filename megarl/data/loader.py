@@ -53,7 +53,8 @@ def _read(plan: StepPlan, shards: Shards) -> list[np.ndarray]:
 
 def _cut(plan: StepPlan, shards: Shards, flat: list[Tensor]) -> list[list[Tensor]]:
     return [
-        list(tokens.split([shards.length(i) for i in pack])) if pack else [] for pack, tokens in zip(plan.packs, flat)
+        list(tokens.split([shards.length(i) for i in pack])) if pack else []
+        for pack, tokens in zip(plan.packs, flat, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: i
     segments = [
         (max(a, span.start), min(b, span.stop), a)
         for span in cp_spans[cp_rank]
-        for a, b in zip(edges, edges[1:])
+        for a, b in pairwise(edges)
         if max(a, span.start) < min(b, span.stop)
     ]
     packed.positions = torch.cat([torch.arange(first - start, end - start) for first, end, start in segments])

@@ -170,7 +170,7 @@ def make_pack(
     zeros = torch.zeros(padding, dtype=torch.long)
     padded = zeros.to(tokens[0].device) if tokens else zeros  # tokens may lie on the device already
     mask = torch.zeros(length)
-    for start, n, prompt_len in zip(starts, lengths, prompt_lens):
+    for start, n, prompt_len in zip(starts, lengths, prompt_lens, strict=True):
         mask[start + prompt_len - 1 : start + n] = 1
     return Pack(
         responses=responses,
@@ -200,13 +200,13 @@ def make_packs(
     lengths = pack_lengths([sum(len(tokens[i]) - 1 for i in members) for members in assigned], layout)
     return [
         make_pack(members, [tokens[i] for i in members], [prompt_lens[i] for i in members], length, layout, coord)
-        for members, length in zip(assigned, lengths)
+        for members, length in zip(assigned, lengths, strict=True)
     ]
 
 
 def scatter_rows(pack: Pack, values: list[Tensor], prompt_lens: list[int]) -> Tensor:
     """Per-response values over response tokens -> float32 [T] in rows, zero elsewhere."""
     out = torch.zeros(pack.padded)
-    for start, prompt_len, value in zip(pack.starts, prompt_lens, values):
+    for start, prompt_len, value in zip(pack.starts, prompt_lens, values, strict=True):
         out[start + prompt_len - 1 : start + prompt_len - 1 + len(value)] = value
     return out

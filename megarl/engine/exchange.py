@@ -118,7 +118,7 @@ def _lengths(packs: list[list[int]], metas: Sequence[Meta], layout: Layout) -> l
 def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord: Coord) -> list[_Share]:
     """What the routers of the rank at `coord` see, as runs of consecutive rows of one response."""
     found = []
-    for number, (members, length) in enumerate(zip(packs, _lengths(packs, metas, layout))):
+    for number, (members, length) in enumerate(zip(packs, _lengths(packs, metas, layout), strict=True)):
         edges = np.cumsum([0] + [metas[i].rows for i in members])
         rows = router_rows(length, layout, coord).numpy()
         rows = rows[rows < edges[-1]]
@@ -206,7 +206,7 @@ def _fill(
         tokens[i] = torch.from_numpy(reader.take(np.int32, metas[i].tokens).astype(np.int64))
         logprobs[i] = torch.from_numpy(reader.take(np.float32, metas[i].tokens - metas[i].prompt_len).copy())
     filled = []
-    for members, length in zip(packs, _lengths(packs, metas, parallel.layout)):
+    for members, length in zip(packs, _lengths(packs, metas, parallel.layout), strict=True):
         prompt_lens = [metas[i].prompt_len for i in members]
         pack = make_pack(members, [tokens[i] for i in members], prompt_lens, length, parallel.layout, parallel.coord)
         pack.rollout.logprobs = scatter_rows(pack, [logprobs[i] for i in members], prompt_lens)

@@ -58,7 +58,7 @@ class GroupedExperts(SequentialMLP):
             raise ValueError(f"grouped experts: {uneven}; use engine.experts=sequential")
         for weights in (self._weights("linear_fc1"), self._weights("linear_fc2")):
             storage = torch.stack([weight.data for weight in weights])
-            for weight, view in zip(weights, storage):
+            for weight, view in zip(weights, storage, strict=True):
                 weight.data = view
 
     def forward(self, hidden_NH: Tensor, tokens_per_expert: Tensor, probs_N: Tensor) -> tuple[Tensor, None]:
@@ -75,7 +75,7 @@ class GroupedExperts(SequentialMLP):
         rows = [int(tokens_per_expert[block].sum()) for block in blocks]
         outs = [
             _GatedExperts.apply(x, probs, _ends(tokens_per_expert[block]), fused, *fc1[block], *fc2[block])
-            for block, x, probs in zip(blocks, hidden_NH.split(rows), probs_N.split(rows))
+            for block, x, probs in zip(blocks, hidden_NH.split(rows), probs_N.split(rows), strict=True)
         ]
         return (outs[0] if len(outs) == 1 else torch.cat(outs)), None
 
@@ -159,7 +159,7 @@ def _blocks(tokens_per_expert: list[int], rows: int) -> list[slice]:
             starts.append(expert)
             held = 0
         held += tokens
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tokens_per_expert)])]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tokens_per_expert)], strict=True)]
 
 
 def _split(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -166,7 +166,7 @@ def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
             for piece in param.pieces:
                 if piece.hf == fresh:
                     continue
-                target = tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))]
+                target = tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))]
                 target.copy_(reader.read(piece))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ class Engine:
         self.scheduler: Any = None
         order = [len([m for m in chunk.decoder.layers if hasattr(m.mlp, "router")]) for chunk in model.bare]
         edges = [sum(order[:i]) for i in range(len(order) + 1)]
-        self._layers = [slice(a, b) for a, b in zip(edges, edges[1:])]  # of each chunk among this rank's MoE layers
+        self._layers = [slice(a, b) for a, b in pairwise(edges)]  # of each chunk among this rank's MoE layers
         self._routers = [
             [layer.mlp.router for layer in chunk.decoder.layers if hasattr(layer.mlp, "router")] for chunk in model.bare
         ]

@@ -22,7 +22,7 @@ def reduce_sums(parallel: Parallel, sums: Sums) -> Sums:
         for op, keys in _by_operation(sums):
             joined = torch.stack([sums[key].double().to(parallel.device.device) for key in keys])
             dist.all_reduce(joined, op=op, group=parallel.replica_group)
-            sums |= dict(zip(keys, joined))
+            sums |= dict(zip(keys, joined, strict=True))
     reduced = [sums]
     if parallel.layout.pp > 1:
         dist.broadcast_object_list(reduced, src=parallel.layout.rank_of(tp=0, cp=0, dp=0, pp=parallel.layout.pp - 1))

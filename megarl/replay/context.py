@@ -38,7 +38,7 @@ class Recorded:
         live = torch.stack(self.live, dim=1).to(torch.int16)
         if not self.lowest:
             return live, None
-        chosen, replayed = (torch.stack(layers, dim=1) for layers in zip(*self.lowest))
+        chosen, replayed = (torch.stack(layers, dim=1) for layers in zip(*self.lowest, strict=True))
         return live, (chosen - replayed).clamp_(min=0)
 
 
@@ -99,8 +99,8 @@ class Replay:
         self._chunks = chunks
 
     def attach(self) -> None:
-        for routers, hooks in zip(self._chunks, self._hooks):
-            for router, hook in zip(routers, hooks):
+        for routers, hooks in zip(self._chunks, self._hooks, strict=True):
+            for router, hook in zip(routers, hooks, strict=True):
                 router.router_replay = hook
 
     def detach(self) -> None:

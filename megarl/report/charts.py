@@ -143,7 +143,7 @@ def _chart(panel: Panel, runs: list[Run], aligned: list[Rows], steps: list[int])
             _with_gaps(key, rows),
             *((i, dash, i) if len(runs) > 1 else (0, 0, None)),
         )
-        for i, (run, rows) in enumerate(zip(runs, aligned))
+        for i, (run, rows) in enumerate(zip(runs, aligned, strict=True))
         for dash, (key, text) in enumerate(keys.items())
     ]
     lines = [line for line in lines if any(value is not None for value in line.values)]
@@ -187,7 +187,7 @@ def _heat(panel: Panel, rows: Rows, steps: list[int]) -> Chart | None:
     (key,) = panel.keys
     known = [
         (step, [number(value) for value in values])
-        for step, row in zip(steps, rows)
+        for step, row in zip(steps, rows, strict=True)
         if isinstance(values := row.get(key), list)
     ]
     layers = max((len(values) for _, values in known), default=0)

@@ -145,7 +145,7 @@ def line_chart(
     axes = Axes(steps, min(present + bounds), max(present + bounds), log)
     window = len(steps) // 40
     parts = [axes.frame()]
-    for i, (one, values) in enumerate(zip(series, usable)):
+    for i, (one, values) in enumerate(zip(series, usable, strict=True)):
         style = f"s{colour_of(one, i)} d{one.dash % 4}"
         if window > 1 and not log:
             parts.append(_path(axes, steps, values, f"line faint {style}"))
@@ -172,7 +172,7 @@ def colour_of(series: Series, place: int) -> int:
 
 def _path(axes: Axes, steps: list[int], values: list[float | None], classes: str) -> str:
     """A line through the values that are there; where they are few, with a dot on each."""
-    points = [(axes.x(step), axes.y(value)) for step, value in zip(steps, values) if value is not None]
+    points = [(axes.x(step), axes.y(value)) for step, value in zip(steps, values, strict=True) if value is not None]
     dots = (
         "".join(f'<circle class="{classes}" cx="{x:.1f}" cy="{y:.1f}" r="1.5"/>' for x, y in points)
         if len(points) <= 12
@@ -185,7 +185,7 @@ def text_curve(
     steps: list[int], values: list[float | None], *, width: int = 64, height: int = 12, mark: str = "•"
 ) -> str:
     """A learning curve for a terminal: mean value a column, step numbers below. Empty without values."""
-    points = [(s, v) for s, v in zip(steps, values) if v is not None]
+    points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None]
     if not points:
         return ""
     low, high = min(v for _, v in points), max(v for _, v in points)

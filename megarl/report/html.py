@@ -71,7 +71,7 @@ def load_runs(run_dirs: list[str]) -> list[Run]:
     folders = list(dict.fromkeys(run_dirs))
     last = [Path(folder).resolve().name for folder in folders]
     names = last if len(set(last)) == len(last) else folders
-    return [_load(folder, name) for folder, name in zip(folders, names)]
+    return [_load(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def _load(run_dir: str, name: str) -> Run:
@@ -126,8 +126,8 @@ def render(runs: list[Run], where: Path) -> str:
 def _figures(charts: list[Chart], first: int) -> str:
     """Charts in a grid; those that are zero throughout are folded away below it."""
     frames = [figure(chart, first + i) for i, chart in enumerate(charts)]
-    shown = "".join(frame for frame, chart in zip(frames, charts) if not chart.zero)
-    folded = "".join(frame for frame, chart in zip(frames, charts) if chart.zero)
+    shown = "".join(frame for frame, chart in zip(frames, charts, strict=True) if not chart.zero)
+    folded = "".join(frame for frame, chart in zip(frames, charts, strict=True) if chart.zero)
     names = ", ".join(chart.title for chart in charts if chart.zero)
     text = f'<div class="grid">{shown}</div>' if shown else ""
     if folded:

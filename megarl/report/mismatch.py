@@ -76,7 +76,9 @@ def figures(responses: list[Compared], which: str, is_cap: float) -> Figures | N
     mu = torch.from_numpy(np.concatenate([response.rollout for response in responses]))
     found: Figures = dict(finish(mismatch_metrics(ours, mu, torch.ones_like(mu), is_cap)))
     found["mismatch/ratio_mean"] = float((ours.double() - mu.double()).exp().mean())
-    routed = [(known, one.gap) for r, one in zip(responses, passes) if (known := r.agreement(one)) is not None]
+    routed = [
+        (known, one.gap) for r, one in zip(responses, passes, strict=True) if (known := r.agreement(one)) is not None
+    ]
     if not routed:
         return found
     agree = np.concatenate([known for known, _ in routed])

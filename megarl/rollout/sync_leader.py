@@ -151,7 +151,8 @@ class SyncLeader:
             BaseException | None
         ] = []  # in the order in which they came: the first is the cause of the others
         return [
-            self._pool.submit(self._post_one, server, step, body, left) for server, body in zip(self._servers, bodies)
+            self._pool.submit(self._post_one, server, step, body, left)
+            for server, body in zip(self._servers, bodies, strict=True)
         ]
 
     def _post_one(self, server: Server, step: str, body: dict[str, Any], left: float) -> bytes:
@@ -170,7 +171,7 @@ class SyncLeader:
                 raise error
         if pending:
             self.close()
-            late = ", ".join(server.url for server, post in zip(self._servers, posts) if post in pending)
+            late = ", ".join(server.url for server, post in zip(self._servers, posts, strict=True) if post in pending)
             raise RolloutError(
                 f"weight sync: no answer within {self.sending.timeout_s:.0f} s from rollout server {late or '(group)'}"
             )

@@ -166,7 +166,9 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
         if self._broadcast:
             return buffers, [self._group.broadcast(buffer) for buffer in buffers]
         return buffers, [
-            *self._group.exchange([], [(buffer, message.source) for buffer, message in zip(buffers, bucket)], number)
+            *self._group.exchange(
+                [], [(buffer, message.source) for buffer, message in zip(buffers, bucket, strict=True)], number
+            )
         ]
 
     def _buffers(self, bucket: tuple[Message, ...]) -> list[Tensor]:

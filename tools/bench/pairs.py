@@ -27,7 +27,7 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 
 def ratio(first: list[float], second: list[float]) -> dict[str, Any]:
     """The median ratio within a pair, its interval, and the medians of both."""
-    ratios = [a / b for a, b in zip(first, second)]
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
     return {
         "pairs": len(ratios),
         "median_ratio": statistics.median(ratios),

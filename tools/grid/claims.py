@@ -79,7 +79,7 @@ class Judge:
         if not seeds:
             return Part(text, "", "not run")
         left, right = ([score(self.of(arm)[seed]) for seed in seeds] for arm in (a, b))
-        differences = [x - y for x, y in zip(left, right)]
+        differences = [x - y for x, y in zip(left, right, strict=True)]
         low, high = bootstrap(differences)
         measured = (
             f"medians {median(left):.3g} and {median(right):.3g}, difference {fmean(differences):+.3g} [{low:+.3g}, "

@@ -49,7 +49,7 @@ def render(results: Results, pictures: list[Picture]) -> str:
     found = {precision: each for precision, each in found.items() if any(claim.verdict != "not run" for claim in each)}
     rows = [
         f"| {same[0].name} | {same[0].text} | " + " | ".join(f"**{c.verdict}**" for c in same) + " |"
-        for same in zip(*found.values())
+        for same in zip(*found.values(), strict=True)
     ]
     parts = [
         f"| {c.name} | {p.text} | {p.measured or '-'} | {p.verdict} |"

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,7 +39,7 @@ def eighths(values: list[float]) -> list[float]:
     """Means of eight equal parts, in order; with fewer than eight values, the values."""
     parts = min(8, len(values))
     edges = [round(i * len(values) / parts) for i in range(parts + 1)]
-    return [fmean(values[a:b]) for a, b in zip(edges, edges[1:])]
+    return [fmean(values[a:b]) for a, b in pairwise(edges)]
 
 
 def collapsed(rewards: list[float], failed: bool = False) -> bool:
@@ -88,7 +89,7 @@ def _run(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _thin(values: list[float | None]) -> list[float | None]:
     parts = min(POINTS, len(values))
     edges = [round(i * len(values) / max(parts, 1)) for i in range(parts + 1)]
-    groups = [[v for v in values[a:b] if v is not None and math.isfinite(v)] for a, b in zip(edges, edges[1:])]
+    groups = [[v for v in values[a:b] if v is not None and math.isfinite(v)] for a, b in pairwise(edges)]
     return [_short(fmean(group)) if group else None for group in groups]
 
 

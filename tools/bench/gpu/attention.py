@@ -67,5 +67,7 @@ def run(smoke: bool) -> Iterator[dict[str, Any]]:
                 }
                 row = {"tokens": tokens, "pack": kind, "sequences": len(lengths), "way": way, **found, **rates}
                 if way == "varlen":
-                    row["difference"] = [relative(a, b) for a, b in zip(results["varlen"], results["rectangle"])]
+                    row["difference"] = [
+                        relative(a, b) for a, b in zip(results["varlen"], results["rectangle"], strict=True)
+                    ]
                 yield {"row": row}

@@ -67,7 +67,7 @@ def permutation(tokens: int, hf: dict[str, Any]) -> Iterator[dict[str, Any]]:
             4 * (rows + tokens) * hf["hidden_size"] * x.element_size()
         )  # each of four passes reads one side and writes the other
         yield {"row": {"tokens": tokens, "what": f"rows {name}", "seconds": taken, "bytes_per_s": moved / taken}}
-    difference = [relative(a, b) for a, b in zip(results["by index"], results["megatron-core"])]
+    difference = [relative(a, b) for a, b in zip(results["by index"], results["megatron-core"], strict=True)]
     yield {
         "row": {"tokens": tokens, "what": "rows, difference", "difference": difference, "equal": max(difference) < 1e-2}
     }
@@ -94,7 +94,7 @@ def activation(tokens: int, hf: dict[str, Any], experts: Any) -> Iterator[dict[s
         flops = 6 * rows * 3 * hf["hidden_size"] * hf["moe_intermediate_size"]
         what = "experts, activation " + ("fused" if fused else "by torch's operators")
         yield {"row": {"tokens": tokens, "what": what, "seconds": taken, "flops_per_s": flops / taken}}
-    difference = [relative(a, b) for a, b in zip(results[True], results[False])]
+    difference = [relative(a, b) for a, b in zip(results[True], results[False], strict=True)]
     yield {
         "row": {
             "tokens": tokens,

@@ -87,7 +87,7 @@ def rank_of(
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    equal = not receives or all(torch.equal(a, b) for a, b in zip(source, target))
+    equal = not receives or all(torch.equal(a, b) for a, b in zip(source, target, strict=True))
     if ranks == 1 or not shared:
         group.close()
     assert equal, "what arrived is not what was sent"
