@@ -84,10 +84,10 @@ def _masters(part: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if not hasattr(part, "float16_groups"):
         return [(param, param) for group in part.optimizer.param_groups for param in group["params"]]
     groups = [
-        *zip(part.float16_groups, part.fp32_from_float16_groups),
-        *zip(part.fp32_from_fp32_groups, part.fp32_from_fp32_groups),
+        *zip(part.float16_groups, part.fp32_from_float16_groups, strict=True),
+        *zip(part.fp32_from_fp32_groups, part.fp32_from_fp32_groups, strict=True),
     ]
-    return [pair for params, masters in groups for pair in zip(params, masters)]
+    return [pair for params, masters in groups for pair in zip(params, masters, strict=True)]
 
 
 def _tensors(part: Any, param: torch.Tensor, master: torch.Tensor) -> dict[str, torch.Tensor]:
