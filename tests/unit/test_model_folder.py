@@ -18,6 +18,7 @@ from megarl.weights.files.hf_folder import carry_files
 from megarl.weights.files.hf_index import HfIndex
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader, open_weights
+from megarl.weights.files.safetensors_header import read_header
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 from tests.unit.test_convert import make_folder
@@ -137,6 +138,13 @@ def test_fault_09_model_safetensors_goes_before_an_index_as_in_transformers(tmp_
     )
 
 
+def test_a_dtype_that_is_not_read_is_named(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+    with pytest.raises(UserError, match="tensor 'a' is F8_E8M0, which megarl does not read"):
+        read_header(tmp_path / "x.safetensors")
+
+
 def test_fault_09_a_single_file_of_another_name_is_read(tmp_path: Path, folder: Path) -> None:
     one = shutil.copytree(folder, tmp_path / "one")
     (one / "model.safetensors").rename(one / "model-00001-of-00001.safetensors")
@@ -148,6 +156,7 @@ def test_fault_09_a_single_file_of_another_name_is_read(tmp_path: Path, folder: 
 
 def test_fault_09_what_a_conversion_carries(tmp_path: Path) -> None:
     (tmp_path / "from" / "additional_chat_templates").mkdir(parents=True)
+    (tmp_path / "from" / "LICENSES").mkdir()
     (tmp_path / "to").mkdir()
     names = ["LICENSE", "chat_template.jinja", "generation_config.json", "additional_chat_templates/rag.jinja"]
     for name in names:

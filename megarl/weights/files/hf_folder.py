@@ -89,7 +89,7 @@ def carry_files(source: Path, target: Path, dtype: torch.dtype | None = None) ->
     """Config, tokenizer, licence. dtype: of the weights beside which config.json will lie; its own key follows it."""
     for pattern in CARRIED:
         for file in sorted(source.glob(pattern)):
-            if not file.name.endswith(".index.json"):
+            if file.is_file() and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, target / file.name)
     for name in CARRIED_FOLDERS:
         if (source / name).is_dir():

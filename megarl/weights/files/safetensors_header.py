@@ -42,6 +42,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size < end:
             raise _truncated(path, size, end)
+        unknown = [(name, entry["dtype"]) for name, entry in header.items() if entry["dtype"] not in BYTES]
+        if unknown:
+            raise UserError(f"{str(path)!r}: tensor {unknown[0][0]!r} is {unknown[0][1]}, which megarl does not read")
         return {name: _entry(entry, 8 + length) for name, entry in header.items()}
     except FileNotFoundError:
         raise UserError(f"{str(path)!r} is missing; copy the checkpoint again") from None
