@@ -290,6 +290,14 @@ class TrainConfig(Section):
             "20 is not trained on, and the servers are checked at once; 0 is off."
         ),
     )
+    stop_on_dull_steps: int = Field(
+        20,
+        ge=0,
+        description=(
+            "Stop, after a checkpoint, where all rewards of this many steps in a row were one value: nothing is left "
+            "to learn from. 0 goes on."
+        ),
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)

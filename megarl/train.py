@@ -17,8 +17,10 @@ from megarl.data.stream import content_digest
 from megarl.engine.build import build_engine
 from megarl.engine.checkpoint import save_checkpoint
 from megarl.engine.parallel import destroy_parallel
+from megarl.errors import UserError
 from megarl.loop.batch import ScoredRollouts, build_batch
 from megarl.loop.colocate import MemoryTurns
+from megarl.loop.dull import DullSteps
 from megarl.loop.evaluate import evaluate
 from megarl.loop.learn import Learner
 from megarl.loop.prompts import load_run_prompts
@@ -51,6 +53,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content)
     learner = Learner(config, engine)
     folder = Path(config.run.dir) / "checkpoints"
+    dull = DullSteps(config)
     step = done = 0  # rollout steps, optimizer steps
     if state := resume(Path(config.run.dir), engine, learner.critic):
         step, done = state["step"], state["optimizer_steps"]
@@ -82,21 +85,26 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             step, done = step + 1, done + learned.optimizer_steps
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done)}
             metrics |= rates(metrics, time.perf_counter() - start)
-            last = step == config.train.steps
-            if prompts.validation and (last or (config.eval.every and step % config.eval.every == 0)):
-                with phase("evaluate"), fleet.watched():
-                    metrics |= evaluate(sampler, scorer, prompts.validation, config.eval)
-            if output:
-                output.write(step, metrics, batch.samples, learned.notes)
+            stop = dull.add(step, metrics)
+            last = bool(stop) or step == config.train.steps
             if last or (config.run.save_every and step % config.run.save_every == 0):
                 state = {"optimizer_steps": done, "stream": stream.state_dict()}
                 with phase("checkpoint"), turns.training(fleet):
                     save_checkpoint(engine, folder, step, state, config.run.keep, learner.critic)
+            try:
+                if prompts.validation and (last or (config.eval.every and step % config.eval.every == 0)):
+                    with phase("evaluate"), fleet.watched():
+                        metrics |= evaluate(sampler, scorer, prompts.validation, config)
+            finally:  # the step is done, whatever becomes of its evaluation
+                if output:
+                    output.write(step, metrics, batch.samples, learned.notes)
+            if stop:
+                raise UserError(stop)
     finally:
         scorer.close()
         fleet.close()
-    if output:
-        output.close()
+        if output:
+            output.close()
 
 
 if __name__ == "__main__":  # under torchrun: `megarl train`, with its refusals and its one-line errors

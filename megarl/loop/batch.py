@@ -124,22 +124,19 @@ def build_batch(rollouts: ScoredRollouts, engine: Engine, step: int, *, to_learn
     bad = _bad_samples(metas, config, step, parallel)
     groups = teaching_groups(metas, config)
     trained = [] if bad else groups.trained
-    learns_without_advantages = config.objective.kl_coef or config.objective.entropy_coef
-    if not bad and to_learn and len(groups.dull) == rollouts.groups and not learns_without_advantages:
+    if not bad and to_learn and (why := _nothing_to_learn(metas, groups, config)):
         trained = []
         if parallel.is_main:
-            print(
-                f"step {step + 1}: nothing to learn, in each of {rollouts.groups} groups all rewards are equal; "
-                "no update",
-                flush=True,
-            )
+            print(f"step {step + 1}: nothing to learn, {why}; no update", flush=True)
     moved = move(rollouts, trained, engine)
-    metrics = rollout_metrics(metas, rollouts.steps_done) | {
+    without = 0 if bad else config.batch.minibatches - len(moved.minibatches)
+    metrics = rollout_metrics(metas, rollouts.steps_done, config.data.pass_threshold) | {
         "time/rollout_s": rollouts.seconds,
         "batch/groups": float(len(trained)),
         "batch/equal_groups": float(len(groups.dull)),
         "batch/refilled_groups": float(rollouts.groups - config.batch.prompts),
         "batch/bad_samples": float(bad),
+        "batch/nothing_to_learn": float(without),
     }
     if moved.route_bytes is not None:
         metrics |= _route_metrics(rollouts, moved.route_bytes)
@@ -148,6 +145,17 @@ def build_batch(rollouts: ScoredRollouts, engine: Engine, step: int, *, to_learn
     sampled = [n for n, meta in enumerate(metas) if meta.owner == 0][: config.run.rollout_samples]
     names = [response_name(metas, n, config) for n in range(len(metas))]
     return Batch(moved.minibatches, names, metrics, samples, sampled)
+
+
+def _nothing_to_learn(metas: Sequence[Meta], groups: Groups, config: Config) -> str:
+    """Why no update can come of these responses; "" where one can."""
+    sampled = len({meta.group for meta in metas})
+    if len(groups.dull) == sampled and not (config.objective.kl_coef or config.objective.entropy_coef):
+        return f"in each of {sampled} groups all rewards are equal"
+    if not trained_lengths(metas, config)[torch.isin(group_ids(metas), torch.tensor(groups.trained))].any():
+        cut = sum(meta.truncated for meta in metas)
+        return f"no response has a token to train on, {cut} of {len(metas)} were truncated and batch.mask_truncated"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -208,14 +216,16 @@ def lay_out(metas: Sequence[Meta], groups: list[int], config: Config, layout: La
     trained = torch.isin(of_group, torch.tensor(groups, dtype=torch.long))
     advantage = torch.zeros(len(metas), dtype=torch.float64)
     advantage[trained] = advantages(rewards[trained], of_group[trained], config.objective)
-    masked = torch.tensor([config.batch.mask_truncated and meta.truncated for meta in metas], dtype=torch.bool)
-    lengths = torch.tensor([meta.tokens - meta.prompt_len for meta in metas]).where(~masked, 0)
+    masked = torch.tensor([_is_masked(meta, config) for meta in metas], dtype=torch.bool)
+    lengths = trained_lengths(metas, config)
     denominator = torch.ones(len(metas), dtype=torch.float64)
     assignment: list[list[list[int]]] = [[] for _ in range(layout.dp)]
     counts = []
     multiple = layout.pp if layout.vpp > 1 else 1
     for members in minibatches(metas, groups, config.batch.minibatches):
         chosen = torch.tensor(members)
+        if not lengths[chosen].any():
+            continue  # an update without a token: its loss would be 0/0, and Adam would move by its momentum
         denominator[chosen] = denominators(lengths[chosen], of_group[chosen], config.objective)
         rows = [metas[i].rows for i in members]
         packed = assign(rows, layout.dp, config.engine.micro_batch_tokens, multiple)
@@ -225,22 +235,40 @@ def lay_out(metas: Sequence[Meta], groups: list[int], config: Config, layout: La
     return LaidOut(assignment, counts, LossInputs(rewards, advantage, denominator, masked))
 
 
+def trained_lengths(metas: Sequence[Meta], config: Config) -> Tensor:
+    """int64 [n]: tokens of each response that stand in the loss."""
+    return torch.tensor([0 if _is_masked(meta, config) else meta.tokens - meta.prompt_len for meta in metas])
+
+
+def _is_masked(meta: Meta, config: Config) -> bool:
+    return config.batch.mask_truncated and meta.truncated
+
+
 def response_name(metas: Sequence[Meta], number: int, config: Config) -> str:
     """How to name response `number` of the batch to a user."""
     nth, line = number % config.batch.group, metas[number].line
     return f"response {nth} to the prompt on line {line} of {config.data.prompts}"
 
 
-def rollout_metrics(metas: Sequence[Meta], steps_done: int) -> Values:
-    """reward/*, response/* and the lag, of everything that was sampled."""
-    rewards = np.array([meta.reward for meta in metas])
-    groups = np.array([meta.group for meta in metas])
+def rollout_metrics(metas: Sequence[Meta], steps_done: int, pass_threshold: float) -> Values:
+    """reward/*, response/* and the lag, of everything that was sampled. A response without a reward (a bad sample) is
+    left out of reward/*, which are missing where none has one.
+    """
+    rewarded = [meta for meta in metas if np.isfinite(meta.reward)]
+    rewards = np.array([meta.reward for meta in rewarded])
+    groups = np.array([meta.group for meta in rewarded])
     lengths = np.array([meta.tokens - meta.prompt_len for meta in metas])
-    passed = [rewards[groups == group].max() > 0 for group in np.unique(groups)]
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        "reward/pass_at_g": float(np.mean(passed)),
+    passed = [rewards[groups == group].max() >= pass_threshold for group in np.unique(groups)]
+    of_rewards: Values = (
+        {
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std()),
+            "reward/pass_at_g": float(np.mean(passed)),
+        }
+        if rewarded
+        else {}
+    )
+    return of_rewards | {
         "response/length_mean": float(lengths.mean()),
         "response/truncated_frac": float(np.mean([meta.truncated for meta in metas])),
         "response/tokens": float(lengths.sum()),

@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch.distributed as dist
 
-from megarl.config import EvalConfig
+from megarl.config import Config
 from megarl.data import Prompt
+from megarl.errors import UserError
 from megarl.loop.reduce import Values
 from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
 from megarl.reward.pool import Score
 
 
-def evaluate(sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], settings: EvalConfig) -> Values:
-    """k = settings.samples responses a prompt; the same reward as in training (0 where it fails), a temperature of its
-    own. Collective.
+@dataclass(frozen=True)
+class _Evaluated:
+    """line: of the prompt, in eval.prompts."""
+
+    group: int
+    line: int
+    score: Score
+
+
+def evaluate(sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], config: Config) -> Values:
+    """k = eval.samples responses a prompt; the same reward as in training, a temperature of its own. Collective.
+
+    Under train.on_bad_batch stop every rank raises UserError for a reward that fails; under skip such responses are
+    left out and counted, and without any other there is no mean.
     """
-    scores = scorer.score(sampler.sample_for_evaluation(prompts, settings.samples, settings.temperature))
-    gathered: list[list[Score]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, scores)
-    everyone = [score for rank in gathered for score in rank]
-    rewards = np.array([0.0 if score.fault else score.value for score in everyone]).reshape(-1, settings.samples)
-    return {
-        "eval/mean_at_k": float(rewards.mean()),
-        "eval/pass_at_k": float((rewards.max(1) > 0).mean()),
-        "eval/k": float(settings.samples),
-        "eval/bad_samples": float(sum(bool(score.fault) for score in everyone)),
-    }
+    settings = config.eval
+    rollouts = sampler.sample_for_evaluation(prompts, settings.samples, settings.temperature)
+    scored = [
+        _Evaluated(rollout.group, rollout.prompt.line, score)
+        for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True)
+    ]
+    gathered: list[list[_Evaluated]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, scored)
+    everyone = [one for rank in gathered for one in rank]
+    bad = [one for one in everyone if one.score.fault]
+    if bad and config.train.on_bad_batch == "stop":
+        raise UserError(
+            f"evaluation, a response to the prompt on line {bad[0].line} of {settings.prompts}: {bad[0].score.fault}; "
+            "mend it, or leave such responses out by train.on_bad_batch=skip"
+        )
+    rewards: dict[int, list[float]] = {}
+    for one in everyone:
+        if not one.score.fault:
+            rewards.setdefault(one.group, []).append(one.score.value)
+    counts: Values = {"eval/k": float(settings.samples), "eval/bad_samples": float(len(bad))}
+    if not rewards:
+        return counts
+    passed = [max(group) >= config.data.pass_threshold for group in rewards.values()]
+    mean = np.mean([value for group in rewards.values() for value in group])
+    return {"eval/mean_at_k": float(mean), "eval/pass_at_k": float(np.mean(passed)), **counts}

@@ -26,7 +26,7 @@ METRICS: dict[str, Metric] = {
         "Standard deviation of the rewards of the step.", "reward", "above 0; at 0 there is nothing to learn"
     ),
     "reward/pass_at_g": Metric(
-        "Share of prompts with a response whose reward is above 0 (the pass threshold, where one is set).",
+        "Share of prompts with a response that passes: its reward is data.pass_threshold or more.",
         SHARE,
         "above reward/mean; where both are equal, groups have no spread",
         "mean over prompts of 1[max over the G responses passes]",
@@ -178,6 +178,12 @@ METRICS: dict[str, Metric] = {
     "batch/bad_samples": Metric(
         "Responses that cannot be used: no finite reward or log-probability.", "responses", "0"
     ),
+    "batch/nothing_to_learn": Metric(
+        "Mini-batches without an update because nothing in them teaches: all rewards equal, or no token left to train "
+        "on (batch.mask_truncated).",
+        "mini-batches",
+        "0; some near the end. See train.stop_on_dull_steps",
+    ),
     "batch/skipped_updates": Metric("Updates left out because something in them was not finite.", "updates", "0"),
     "batch/guarded": Metric(
         "Whether the batch was not trained on because its mismatch left its band (train.mismatch_guard).", "0 or 1", "0"
@@ -213,5 +219,5 @@ METRICS: dict[str, Metric] = {
         "Share of validation prompts with at least one response that passes.", SHARE, "at or above mean@k"
     ),
     "eval/k": Metric("Responses a validation prompt.", "responses", "eval.samples"),
-    "eval/bad_samples": Metric("Responses of the evaluation whose reward failed; they count as 0.", "responses", "0"),
+    "eval/bad_samples": Metric("Responses of the evaluation whose reward failed; they are left out.", "responses", "0"),
 }

@@ -15,8 +15,8 @@ from megarl.convert.commands import hf_to_megatron_main
 from tests.e2e.conftest import DP2, Bench
 from tests.e2e.test_loop import configuration
 
-# One worker a replica, 64 samples a step: the third step raises, in the first run and again in the one that resumes
-# there.
+# One worker a replica, 64 samples a step: the evaluation after the second step raises, and again the third step in the
+# run that resumes there.
 REWARD = """
 from pathlib import Path
 calls, before = 0, Path(__file__).with_name("stopped_before")
@@ -54,12 +54,17 @@ def test_ppo_stops_at_a_failing_reward_and_resumes_its_critic(
     config["data"] |= {"reward": "failing_rewards.failing", "reward_workers": 1}
     config["batch"]["minibatches"] = 2
     config["train"]["steps"] = 4
-    del config["eval"]
+    config["eval"]["every"] = 2
     command = bench.start("run", "ppo", config)
     assert command.wait() == 2 and command.processes() == {}
-    assert command.err.startswith("megarl: error: step 3: response ") and command.err.count("megarl: error: ") == 1
-    assert "raised RuntimeError: disk full; mend it, or leave such steps out by train.on_bad_batch=skip" in command.err
-    assert len(bench.rows("ppo")) == 2
+    assert command.err.startswith("megarl: error: evaluation, a response to the prompt on line ")
+    assert command.err.count("megarl: error: ") == 1
+    assert "raised RuntimeError: disk full; mend it, or leave such responses out by train.on_bad_batch=skip" in (
+        command.err
+    )
+    rows = bench.rows("ppo")  # faults 9: the checkpoint and the row of a step do not wait for its evaluation
+    assert len(rows) == 2 and "eval/mean_at_k" not in rows[1]
+    assert [path.name for path in (bench.folder / "ppo" / "checkpoints").iterdir()] == ["step_2"]
 
     config["train"]["on_bad_batch"] = "skip"
     again = bench.finish("run", "ppo", config)
@@ -73,6 +78,7 @@ def test_ppo_stops_at_a_failing_reward_and_resumes_its_critic(
         4,
     ]  # the first step is the critic's alone, the third nobody's
     assert [row["batch/bad_samples"] for row in rows] == [0, 0, 2, 0]
+    assert rows[3]["eval/bad_samples"] == 0 and 0 <= rows[3]["eval/mean_at_k"] <= 1
     assert rows[0].get("loss/value") is None and rows[0]["mismatch/kl_k3"] <= 1e-9
     for row in rows:
         assert row["sync/canary_max_diff"] <= 1e-4

@@ -23,10 +23,13 @@ from megarl.engine.build import Engine, build_engine  # noqa: E402
 from megarl.engine.parallel import destroy_parallel  # noqa: E402
 from megarl.errors import UserError  # noqa: E402
 from megarl.loop.batch import Batch, ScoredRollouts, build_batch  # noqa: E402
+from megarl.loop.dull import DullSteps  # noqa: E402
+from megarl.loop.evaluate import evaluate  # noqa: E402
 from megarl.loop.guard import WARM_UP  # noqa: E402
 from megarl.loop.learn import Learner  # noqa: E402
 from megarl.loop.sampler import Sampler  # noqa: E402
 from megarl.loop.scoring import RewardScorer  # noqa: E402
+from megarl.reward.pool import Score  # noqa: E402
 from megarl.rollout.response import Response  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
@@ -153,6 +156,78 @@ def test_a_batch_that_teaches_nothing_is_skipped_and_still_has_its_row(
     assert "step 1: nothing to learn, in each of 4 groups all rewards are equal; no update" in capsys.readouterr().out
     _, with_kl, _ = build(folder, [ALL, NONE, ALL, ALL], "objective.entropy_coef=0.1")
     assert groups_of(collect(with_kl)[0]) == [[0, 1, 2, 3]]  # the entropy bonus does teach
+
+
+def test_fault_10_a_batch_without_a_token_to_train_on_is_said_and_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut, keys = ["123456", "123453", "1234567", "1234563"], ("batch.mask_truncated=true", "batch.minibatches=2")
+    for objective in ("minirl", "dapo", "cispo", "grpo"):
+        engine, loop, _ = build(folder, [cut] * 4, f"objective={objective}", *keys)
+        batch, _ = collect(loop)
+        assert batch.minibatches == [] and batch.metrics["batch/nothing_to_learn"] == 2
+        learned = Learner(loop.config, engine).learn(batch, 0)
+        assert learned.optimizer_steps == 0 and learned.metrics["batch/skipped_updates"] == 0
+        assert all(np.isfinite(value).all() for value in {**batch.metrics, **learned.metrics}.values())
+        said = "nothing to learn, no response has a token to train on, 16 of 16 were truncated and batch.mask_truncated"
+        assert f"step 1: {said}; no update" in capsys.readouterr().out
+        engine, loop, _ = build(folder, [cut, cut, MIXED, MIXED], f"objective={objective}", *keys)
+        batch, _ = collect(loop)
+        assert groups_of(batch) == [[2, 3]] and batch.metrics["batch/nothing_to_learn"] == 1
+        learned = Learner(loop.config, engine).learn(batch, 0)
+        assert learned.optimizer_steps == 1 and learned.metrics["optim/grad_norm"] > 0
+        assert all(np.isfinite(value).all() for value in {**batch.metrics, **learned.metrics}.values())
+
+
+def test_fault_16_failed_rewards_are_left_out_and_counted_or_stop_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and in an evaluation; no NaN in either row."""
+    prompts = [Prompt([4], "3", "1", line) for line in (1, 2, 3, 4)]
+    for mode, bad in (("skip", {1, 4, 5, 6, 7}), ("skip", set(range(16))), ("stop", {5})):
+        keys = (f"train.on_bad_batch={mode}", "eval.prompts=valid.jsonl", "data.pass_threshold=0.6", "eval.samples=4")
+        _, loop, client = build(folder, [MIXED] * 8, *keys)
+        scores = [Score(np.nan, "fails") if i in bad else Score(0.25 * (i % 4)) for i in range(16)]
+        monkeypatch.setattr(loop.scorer, "score", lambda rollouts, scores=scores: scores)
+        if mode == "stop":
+            with pytest.raises(UserError, match="step 1: response 1 to the prompt on line 2 of train.jsonl: fails"):
+                collect(loop)
+            with pytest.raises(UserError, match="to the prompt on line 2 of valid.jsonl: fails; mend it"):
+                evaluate(loop.sampler, loop.scorer, prompts, loop.config)
+            continue
+        found = evaluate(loop.sampler, loop.scorer, prompts, loop.config)
+        batch, _ = collect(loop)
+        assert found["eval/bad_samples"] == batch.metrics["batch/bad_samples"] == len(bad) and found["eval/k"] == 4
+        if len(bad) == 16:
+            assert not [
+                key for key in {**found, **batch.metrics} if key.startswith(("reward/", "eval/mean", "eval/pa"))
+            ]
+            continue
+        assert found["eval/mean_at_k"] == batch.metrics["reward/mean"] == pytest.approx((1.25 + 1.5 + 1.5) / 11)
+        assert found["eval/pass_at_k"] == batch.metrics["reward/pass_at_g"] == 1.0  # of the prompts that have a reward
+        assert np.isfinite(list(found.values())).all()
+
+
+def test_fault_19_a_response_passes_from_the_threshold_on(folder: Path) -> None:
+    for threshold, passed in ((0.5, 0.75), (1.0, 0.75), (1.5, 0.0), (0.0, 1.0)):
+        _, loop, _ = build(folder, [MIXED, ALL, NONE, MIXED], f"data.pass_threshold={threshold}")
+        assert collect(loop)[0].metrics["reward/pass_at_g"] == passed
+
+
+def test_fault_23_steps_without_a_difference_in_reward_end_the_run(folder: Path) -> None:
+    dull = DullSteps(load_config(None, ["train.stop_on_dull_steps=3", "run.dir=runs/x"]))
+    zero: dict[str, Any] = {"reward/std": 0.0, "reward/mean": 0.0}
+    assert [dull.add(i, zero) for i in (1, 2)] == ["", ""]
+    assert dull.add(3, {"reward/std": 0.1, "reward/mean": 0.1}) == "" and dull.add(4, {}) == ""
+    assert [dull.add(i, zero) for i in (5, 6)] == ["", ""]
+    assert dull.add(7, zero) == (
+        "all rewards of the last 3 steps, to step 7, were 0: nothing is left to learn from; read runs/x/rollouts/, "
+        "mend data.reward or the prompts, or set train.stop_on_dull_steps=0 to go on"
+    )
+    assert "give harder prompts" in dull.add(8, {"reward/std": 0.0, "reward/mean": 1.0})
+    for key in ("train.stop_on_dull_steps=0", "data.overlong_buffer=4"):
+        dull = DullSteps(load_config(None, [key]))
+        assert not any(dull.add(i, zero) for i in range(1, 60))
 
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
