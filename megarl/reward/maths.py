@@ -6,15 +6,20 @@ word. In the response the last \boxed{...} alone counts; without one what follow
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import signal
 import threading
 import unicodedata
+from collections.abc import Iterator
 from functools import lru_cache
+from types import FrameType
 from typing import Any
 
 from megarl.reward.answers import after_hashes, last_boxed
 
-TIMEOUT_S = 3  # of each of three steps; a SIGALRM, which only the main thread can set: in other threads there is none
+CPU_LIMIT_S = 5.0  # of one comparison, by a signal: in threads other than the main one there is no limit
 _MONEY = re.compile(r"^([-−]?)\s*(?:(?:US|C|A|HK)?\\?\$|USD|EUR|GBP|[€£¥₹])\s*|\s*(?:\\?\$|USD|EUR|GBP|[€£¥₹])$")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\\[!,;: ]|~|\s+")
@@ -23,7 +28,7 @@ _LAST_LETTER = re.compile(r"(?i:answer|option|choice)\b[^A-Za-z]*(?:is\b)?[^A-Za
 
 
 def equal_answers(response: str, answer: str) -> bool:
-    """Whether the response's final expression is the answer. An expression that takes too long counts as wrong."""
+    """Whether the response's final expression is the answer. What takes longer than CPU_LIMIT_S counts as wrong."""
     gold, guess = gold_of(answer), last_boxed(response)
     if guess == "" or not gold:  # cut short, or nothing to be equal to
         return False
@@ -63,7 +68,9 @@ def gold_of(answer: str) -> str:
 
 def clean(expression: str) -> str:
     """Without what math-verify stumbles over: marks of money, thin spaces, characters that LaTeX has commands for."""
-    expression = re.sub(r"\\[!]|\{,\}", "", expression.strip().strip("$") if expression.count("$") > 1 else expression)
+    if len(re.findall(r"(?<!\\)\$", expression)) > 1:  # of LaTeX, not of money
+        expression = re.sub(r"(?<!\\)\$", "", expression)
+    expression = re.sub(r"\\!|\{,\}", "", expression)
     expression = re.sub(r"(?<=\d)\\[,;: ](?=\d{3})", "", expression)
     expression = _MONEY.sub(lambda found: found.group(1) or "", expression.strip())
     fraction = r"(\d*)\s*([¼-¾⅐-⅞])"
@@ -86,16 +93,43 @@ def _mixed(whole: str, sign: str) -> str:
     return f"\\frac{{{top}}}{{{denominator}}}"
 
 
+class _TooLong(BaseException):
+    """No Exception: math-verify and sympy catch those."""
+
+
 def _verified(gold: str, text: str) -> bool:
     from math_verify import parse, verify
 
-    limit = TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
-    guess = parse(text, parsing_timeout=limit)
-    return bool(guess) and bool(verify(_parsed(gold, limit), guess, timeout_seconds=limit))
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit, of the wall clock, is off
+    try:
+        with _cpu_limit(CPU_LIMIT_S):
+            guess = parse(text, parsing_timeout=None)
+            return bool(guess) and bool(verify(_parsed(gold), guess, timeout_seconds=None))
+    except _TooLong:
+        return False
 
 
 @lru_cache(maxsize=1024)
-def _parsed(gold: str, limit: int | None) -> list[Any]:
+def _parsed(gold: str) -> list[Any]:
     from math_verify import parse
 
-    return parse(f"\\boxed{{{gold}}}", parsing_timeout=limit)
+    return parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
+
+
+@contextlib.contextmanager
+def _cpu_limit(seconds: float) -> Iterator[None]:
+    """Raises _TooLong after that much processor time of this process: a busy machine makes no answer wrong."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expired(number: int, frame: FrameType | None) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGPROF, expired)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -13,7 +13,7 @@ import sys
 
 from megarl.errors import UserError
 from megarl.launch.lifeline import die_with_parent
-from megarl.reward import get_reward
+from megarl.reward import RewardInput, get_reward
 
 
 def main(name: str, parent: int) -> None:
@@ -28,6 +28,8 @@ def main(name: str, parent: int) -> None:
     except UserError as error:
         print(json.dumps({"fault": str(error)}), file=answers, flush=True)
         return
+    if name == "math_verify":  # its first call imports sympy, whose time is no sample's
+        reward(RewardInput("\\boxed{2/4}", "0.5", ""))
     print(json.dumps(dataclasses.asdict(reward.wanted)), file=answers, flush=True)
     for line in questions:
         try:

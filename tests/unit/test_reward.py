@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from megarl.errors import UserError
-from megarl.reward import RewardInput, answer_fault, get_reward
+from megarl.reward import RewardInput, answer_fault, get_reward, maths
 from megarl.reward.answers import after_thoughts
 from megarl.reward.inputs import Texts
 from tools.tiny_model import make_tokenizer
@@ -96,6 +98,21 @@ def test_thoughts_that_the_prompt_began() -> None:
     assert after_thoughts("4", "2+3", TAGS) == "4"
     assert after_thoughts("a</think>b</think>c<think>d", "", TAGS) == "c"
     assert after_thoughts("<think>4</think>5", "", ()) == "<think>4</think>5"
+
+
+def test_math_verify_has_a_limit_of_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = get_reward("math_verify")
+    assert reward(sample("\\boxed{x^2-1}", "(x-1)(x+1)")) == 1.0
+    monkeypatch.setattr(maths, "CPU_LIMIT_S", 0.2)
+
+    def endless(*args: object, **keys: object) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                sum(range(1000))
+
+    monkeypatch.setattr("math_verify.parse", endless)
+    assert reward(sample("\\boxed{x^2-1}", "(x+1)(x-1)")) == 0.0
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 def test_math_verify_works_in_a_thread() -> None:
