@@ -53,7 +53,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content)
     learner = Learner(config, engine)
     folder = Path(config.run.dir) / "checkpoints"
-    dull = DullSteps(config)
+    dull, stop = DullSteps(config), ""
     step = done = 0  # rollout steps, optimizer steps
     if state := resume(Path(config.run.dir), engine, learner.critic):
         step, done = state["step"], state["optimizer_steps"]
@@ -68,7 +68,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     try:
         announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)
-        while step < config.train.steps:
+        while step < config.train.steps and not stop:
             start = time.perf_counter()
             fleet.check()
             rollouts = ScoredRollouts(config, parallel, done)
@@ -98,13 +98,13 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             finally:  # the step is done, whatever becomes of its evaluation
                 if output:
                     output.write(step, metrics, batch.samples, learned.notes)
-            if stop:
-                raise UserError(stop)
     finally:
         scorer.close()
         fleet.close()
-        if output:
-            output.close()
+    if output:
+        output.close()
+    if stop:
+        raise UserError(stop)
 
 
 if __name__ == "__main__":  # under torchrun: `megarl train`, with its refusals and its one-line errors
