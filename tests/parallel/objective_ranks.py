@@ -144,6 +144,7 @@ def learned(config: Config, folder: Path) -> None:
             [f"response {i}" for i in range(len(RESPONSES))],
             {},
             [],
+            [],
         )
 
     def weights(engine: Engine) -> list[torch.Tensor]:

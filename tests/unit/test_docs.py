@@ -46,7 +46,7 @@ def test_files_named_in_code_marks_are_there(page: str) -> None:
     for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)):
         if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/([\w-]+\.(py|sh|md|yaml|svg))?", span) and not span.startswith("runs/"):
             places = [ROOT / span, ROOT / "megarl" / span, (ROOT / page).parent / span]
-            inside_a_run = re.match(r"(checkpoints|rollouts|logs|tensorboard|wandb|hf|step_N)/", span)
+            inside_a_run = re.match(r"(checkpoints|rollouts|logs|tensorboard|wandb|hf|step_N|run\.dir)/", span)
             assert inside_a_run or any(place.exists() for place in places), f"{page}: `{span}` is not there"
 
 
