@@ -59,7 +59,7 @@ def step_of(checkpoint: Path) -> int:
 def state_of(checkpoint: Path) -> dict[str, Any]:
     """What megarl.json holds. UserError names a file that cannot be read."""
     try:
-        found = json.loads((checkpoint / STATE).read_text())
+        found = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
         return found

@@ -439,7 +439,7 @@ def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
                 f"config file {str(path)!r} does not exist; give the path of a YAML file, e.g. examples/quickstart.yaml"
             )
         try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise UserError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):

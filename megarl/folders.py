@@ -44,7 +44,7 @@ def begin(key: str, out: Path) -> Path:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        (partial / MARK).write_text(out.name)
+        (partial / MARK).write_text(out.name, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{key} {str(out)!r} cannot be made: {error.strerror}; give another folder") from None
     return partial

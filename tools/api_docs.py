@@ -76,10 +76,10 @@ Definition = ast.FunctionDef | ast.ClassDef
 def main(argv: list[str]) -> int:
     text = render()
     if argv == ["--check"]:
-        current = TARGET.is_file() and TARGET.read_text() == text
+        current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
         print("docs/api.md is current" if current else "docs/api.md is not current; run: python tools/api_docs.py")
         return 0 if current else 1
-    TARGET.write_text(text)
+    TARGET.write_text(text, encoding="utf-8")
     return 0
 
 
@@ -98,7 +98,9 @@ def render() -> str:
 
 def public(file: Path, wanted: tuple[str, ...]) -> Iterator[Definition]:
     """The definitions of a file by those names, in that order; if none are named, all that are public."""
-    found = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, Definition)}
+    found = {
+        node.name: node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, Definition)
+    }
     for name in wanted or [name for name in found if not name.startswith("_")]:
         if name not in found:
             raise SystemExit(f"{file.relative_to(ROOT)} has no {name}; mend SECTIONS in tools/api_docs.py")

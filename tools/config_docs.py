@@ -30,7 +30,7 @@ Unknown keys are refused. The resolved tree is written to config.yaml in the run
 def main(argv: list[str]) -> int:
     text = render()
     if argv == ["--check"]:
-        current = TARGET.is_file() and TARGET.read_text() == text
+        current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
         print(
             "docs/config.md is current"
             if current
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         )
         return 0 if current else 1
     TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(text)
+    TARGET.write_text(text, encoding="utf-8")
     return 0
 
 

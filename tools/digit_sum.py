@@ -71,7 +71,7 @@ def write_task(
 
 def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.rename(path)  # a file that is there is whole
 
 

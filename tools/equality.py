@@ -132,9 +132,9 @@ def main() -> int:
     table = render(results)
     print(table)
     if args.write:
-        args.write.write_text(PAGE.format(table=table, rows=len(results)))
+        args.write.write_text(PAGE.format(table=table, rows=len(results)), encoding="utf-8")
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     failed = [
         name for name, modes in results.items() if not all(v <= LIMIT for mode in modes.values() for v in mode.values())
     ]
@@ -168,7 +168,9 @@ def compare(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
             dense = arguments.pop("dense_layers", None)
             make_tiny_model(folder / name, **arguments)
             if dense:
-                _make_dense(folder / name, json.loads((folder / name / "config.json").read_text()), dense)
+                _make_dense(
+                    folder / name, json.loads((folder / name / "config.json").read_text(encoding="utf-8")), dense
+                )
         reference = [Row(f"reference {name}", 1, engine={"micro_batch_tokens": 4096}, model=name) for name in used]
         for world in (1, 2, 4):
             chosen = [row for row in (reference if world == 1 else []) + rows if row.world == world]
@@ -197,7 +199,7 @@ def _make_dense(folder: Path, config: dict[str, Any], dense_layers: list[int]) -
         for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
             tensors[f"{at}{name}_proj.weight"] = torch.randn(shape, generator=generator) * 0.08
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**config, "mlp_only_layers": dense_layers}))
+    (folder / "config.json").write_text(json.dumps({**config, "mlp_only_layers": dense_layers}), encoding="utf-8")
 
 
 def _launch(folder: Path, world: int, rows: list[Row]) -> None:

@@ -51,10 +51,10 @@ NOTES = {
 def main(argv: list[str]) -> int:
     text = render()
     if argv == ["--check"]:
-        current = TARGET.is_file() and TARGET.read_text() == text
+        current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
         print("docs/metrics.md is current" if current else "docs/metrics.md is old; run: python tools/metrics_docs.py")
         return 0 if current else 1
-    TARGET.write_text(text)
+    TARGET.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -90,7 +90,7 @@ def main() -> int:
 def locked(folder: Path) -> Iterator[None]:
     """One command at a time: the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -138,7 +138,7 @@ def run_all(runs: list[arms.Run], out: Path, jobs: int, deadline: float) -> int:
             break
         lanes = [out / "lanes" / f"{kind}-{os.getpid()}-{i}" for i in range(jobs)]
         queue = out / f"queue-{kind}-{os.getpid()}.json"
-        queue.write_text(json.dumps([asdict(run) for run in todo if run.server == kind]))
+        queue.write_text(json.dumps([asdict(run) for run in todo if run.server == kind]), encoding="utf-8")
         command = [sys.executable, str(ROOT / "tools" / "paper_grid.py"), "--out", str(out), "--lane", str(queue)]
         children = [subprocess.Popen([*command, str(folder), str(deadline)], env=environment()) for folder in lanes]
         for child in children:
@@ -160,7 +160,7 @@ def lane(queue: Path, folder: Path, out: Path, deadline: float) -> int:
     from megarl.launch.local import launch
     from megarl.launch.processes import make_plan
 
-    first = arms.Run(**{**(item := json.loads(queue.read_text())[0]), "arm": arms.Arm(**item["arm"])})
+    first = arms.Run(**{**(item := json.loads(queue.read_text(encoding="utf-8"))[0]), "arm": arms.Arm(**item["arm"])})
     for _ in range(RESTARTS):
         arguments = [str(arms.BASE), *first.overrides(out), "sync.quantize=none", f"run.dir={folder}"]
         plan = make_plan("run", "tools.grid.lane", load_config(arguments[0], arguments[1:]), arguments)

@@ -89,7 +89,7 @@ def ranks(work: dict[str, Any]) -> None:
             fleet.close()
             if dist.get_rank() == 0:
                 row |= {"bytes_sent": [float(each) for each in everyone], "bytes_held": refit.outgoing.bytes}
-                with open(work["out"], "a") as file:
+                with open(work["out"], "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     destroy_parallel()
 
@@ -114,7 +114,7 @@ def table(
             out=str(out),
         )
         run_ranks(__file__, world, work)
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
@@ -153,9 +153,11 @@ def main() -> None:
     print(table_of(rows))
     if args.write:
         how = f"{rows[0]['transport']}, quantize {rows[0]['quantize']}"
-        args.write.write_text(PAGE.format(count=len({row["layout"] for row in rows}), how=how, table=table_of(rows)))
+        args.write.write_text(
+            PAGE.format(count=len({row["layout"] for row in rows}), how=how, table=table_of(rows)), encoding="utf-8"
+        )
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     sys.exit(0 if max(max(row["first"], row["second"]) for row in rows) <= LIMIT else 1)
 
 

@@ -60,7 +60,7 @@ def main() -> int:
         rows[family] = json.loads(found[0].removeprefix(MARK)) if found else {"error": done.stderr.strip()[-300:]}
         print(family, json.dumps(rows[family]), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return int(any("error" in row for row in rows.values()))
 
 

@@ -35,7 +35,7 @@ def servers(
 
     store = registry.open_store("127.0.0.1", 0, is_master=True, timeout_s=60)
     config = folder / "servers.yaml"
-    config.write_text("")
+    config.write_text("", encoding="utf-8")
     children = []
     for tp in tps:
         keys = [

@@ -176,7 +176,7 @@ def write(folder: Path, report: dict[str, Any], responses: list[Compared]) -> Pa
     }
     for name, text in texts.items():
         partial = folder / f".{name}.partial"
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, folder / name)
     return folder / "compare.html"
 

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     finally:
         fleet.close()
     partial = Path(args.output + ".partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         for response in (response for group in groups for response in group):
             row = {
                 "tokens": response.tokens.tolist(),

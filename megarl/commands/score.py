@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     scored = score(rows, engine, config)
     if engine.model.parallel.is_main:
         partial = Path(args.output + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in scored))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in scored), encoding="utf-8")
         os.replace(partial, args.output)
     dist.barrier()
     destroy_parallel()

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     logger = progress = None
     if parallel.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config))
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         logger = MetricsLogger(run_dir, config.run.loggers, settings=config.model_dump(mode="json"))
         progress = Progress(config.train.steps, every_s=10)
     start = time.perf_counter()

@@ -36,7 +36,7 @@ def output_folder(out: Path, plan: dict[str, Any], nbytes: int) -> Iterator[Path
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {str(out)!r} cannot be made: {error.strerror}; give another folder") from None
-    with open(partial.with_name(partial.name + ".lock"), "w") as lock:
+    with open(partial.with_name(partial.name + ".lock"), "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,14 +64,14 @@ def _start(partial: Path, plan: dict[str, Any]) -> None:
     """Keeps what an earlier call with the same plan has finished; begins anew otherwise."""
     plan = json.loads(json.dumps(plan))
     try:
-        same = json.loads((partial / PLAN).read_text()) == plan
+        same = json.loads((partial / PLAN).read_text(encoding="utf-8")) == plan
     except (OSError, ValueError):
         same = False
     if not same:
         shutil.rmtree(partial)
         partial.mkdir()
         (partial / MARK).touch()
-        (partial / PLAN).write_text(json.dumps(plan))
+        (partial / PLAN).write_text(json.dumps(plan), encoding="utf-8")
 
 
 def _check_space(partial: Path, out: Path, nbytes: int) -> None:

@@ -59,7 +59,9 @@ def hf_to_megatron(hf: Path, out: Path, layout: Layout, file_bytes: int, verify:
             (partial / HF_FILES).mkdir(exist_ok=True)
             carry_files(hf, partial / HF_FILES)
             carry_tensors(hf, partial / HF_FILES, reader.carried(weight_map), reader.spec, reader.whole)
-            (partial / STATE).write_text(json.dumps({"converted_from": str(hf.absolute()), "layout": asdict(layout)}))
+            (partial / STATE).write_text(
+                json.dumps({"converted_from": str(hf.absolute()), "layout": asdict(layout)}), encoding="utf-8"
+            )
             write_metadata(partial, stored, chunks)
             shutil.rmtree(partial / JOURNAL)
             progress.finish()
@@ -94,7 +96,7 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
     journal = folder / JOURNAL / file.name
     if (folder / file.name).is_file():
         progress.skip(file.nbytes)
-        rows = json.loads(journal.read_text())
+        rows = json.loads(journal.read_text(encoding="utf-8"))
         return [Chunk(key, tuple(start), tuple(shape), *place) for key, start, shape, *place in rows]
     writer = TorchDistWriter(folder, file.name)
     try:
@@ -102,7 +104,9 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
             tensor = _tensor(reader, cut)
             writer.write(cut.key, cut.start, tensor)
             progress.add(tensor.nbytes)
-        journal.write_text(json.dumps([[c.key, c.start, c.shape, c.file, c.offset, c.length] for c in writer.chunks]))
+        journal.write_text(
+            json.dumps([[c.key, c.start, c.shape, c.file, c.offset, c.length] for c in writer.chunks]), encoding="utf-8"
+        )
         writer.close()
     except BaseException:
         writer.abort()

@@ -73,7 +73,7 @@ def save_checkpoint(
                 "rng": torch.get_rng_state().tolist(),
                 FILES: files,
             }
-            (partial / STATE).write_text(json.dumps(state))
+            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
             _flush(partial / STATE)
             for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
                 _flush(inner)

@@ -20,7 +20,7 @@ def owned(log_dir: Path) -> Iterator[None]:
     run_dir = log_dir.parent
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / f".{log_dir.name}.lock").open("a+")
+        lock = (run_dir / f".{log_dir.name}.lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"run.dir {str(run_dir)!r} cannot be made or written ({error.strerror}: {error.filename!r}); give a folder "

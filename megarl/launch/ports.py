@@ -23,7 +23,7 @@ def reserve_port(host: str) -> int:
     """A port of `host` for a server of ours, held until this process ends. It is drawn below those that the kernel
     gives to outgoing connections. Raises OSError where `host` is no address of this machine.
     """
-    first = int(EPHEMERAL.read_text().split()[0]) if EPHEMERAL.is_file() else 32_768
+    first = int(EPHEMERAL.read_text(encoding="utf-8").split()[0]) if EPHEMERAL.is_file() else 32_768
     draw = random.SystemRandom()  # not `random`, which a seed makes the same in every process
     holder = socket.socket()
     for _ in range(TRIES if first > 1_024 + SPAN else 0):

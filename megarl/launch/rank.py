@@ -55,7 +55,7 @@ def _redirect(log: Path, keep_stdout: bool) -> None:
 
 
 def _report(log_dir: Path, rank: int, user_error: str | None) -> None:
-    with (log_dir / FAILURES).open("a") as file:
+    with (log_dir / FAILURES).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.time(), "rank": rank, "user_error": user_error}) + "\n")
 
 

@@ -140,7 +140,7 @@ def describe_exit(code: int) -> str:
 def log_tail(path: Path, lines: int = _LOG_TAIL) -> str:
     """The last lines of a log; empty where there is none."""
     try:
-        with path.open(errors="replace") as file:
+        with path.open(errors="replace", encoding="utf-8") as file:
             return "\n".join(line.rstrip() for line in deque(file, lines) if line.strip())
     except OSError:
         return ""

@@ -38,7 +38,7 @@ def _record(log_dir: Path, codes: dict[int, int]) -> int:
     SIGTERM is left out: with it torchrun itself ends the peers of a failed rank.
     """
     killed = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
-    with (log_dir / FAILURES).open("a") as file:
+    with (log_dir / FAILURES).open("a", encoding="utf-8") as file:
         for rank, code in killed.items():
             file.write(json.dumps({"time": time.time(), "rank": rank, "signal": -code}) + "\n")
     return 1 if killed else max(1, *codes.values())

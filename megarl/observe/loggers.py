@@ -78,8 +78,10 @@ class Wandb:
         self._rows = run_dir / "wandb_rows"
 
     def log(self, step: int, scalars: Scalars) -> None:
-        row = 1 + int(self._rows.read_text() if self._rows.is_file() else 0)
-        self._rows.write_text(str(row))  # before the row: one that a crash lost is no harm, one used twice is dropped
+        row = 1 + int(self._rows.read_text(encoding="utf-8") if self._rows.is_file() else 0)
+        self._rows.write_text(
+            str(row), encoding="utf-8"
+        )  # before the row: one that a crash lost is no harm, one used twice is dropped
         self._run.log({"step": step, **scalars}, step=row)
 
     def close(self) -> None:
@@ -103,7 +105,7 @@ class MLflow:
         experiment = self._client.get_experiment_by_name(name)
         known = run_dir / "mlflow_run"
         if known.is_file():
-            self._run = known.read_text().strip()
+            self._run = known.read_text(encoding="utf-8").strip()
             self._client.update_run(self._run, status="RUNNING")
             return
         identity = experiment.experiment_id if experiment else self._client.create_experiment(name)
@@ -171,8 +173,8 @@ def make_logger(name: str, run_dir: Path, settings: dict[str, Any], resumed_step
 def _identity(file: Path, fresh: str) -> str:
     """What `file` holds, so that a resumed run is the same run; a new run writes `fresh` there."""
     if not file.is_file():
-        file.write_text(fresh)
-    return file.read_text().strip()
+        file.write_text(fresh, encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -30,7 +30,7 @@ class Case:
     def hf(self) -> dict[str, Any]:
         if self.given_hf is not None:
             return self.given_hf
-        return json.loads((hf_files(self.config.model.path) / "config.json").read_text())
+        return json.loads((hf_files(self.config.model.path) / "config.json").read_text(encoding="utf-8"))
 
     @cached_property
     def weight_map(self) -> WeightMap:

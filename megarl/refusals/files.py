@@ -113,7 +113,9 @@ def run_dir_of_another(case: Case) -> str | None:
                 "move it away"
             )
     record = folder / "config.yaml"
-    if record.is_file() and not RECORD <= {line.partition(":")[0] for line in record.read_text().splitlines()}:
+    if record.is_file() and not RECORD <= {
+        line.partition(":")[0] for line in record.read_text(encoding="utf-8").splitlines()
+    }:
         return (
             f"run.dir {str(folder)!r} holds a config.yaml that is not a run's record and would be written over; rename "
             "it or give another folder"

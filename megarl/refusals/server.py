@@ -39,7 +39,7 @@ def fp8_cache_on_a_cpu(case: Case) -> str | None:
 
 
 def _cpu_flags() -> set[str]:
-    return set(Path("/proc/cpuinfo").read_text().split())
+    return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
 
 
 def compiler_on_a_cpu(case: Case) -> str | None:

@@ -41,7 +41,11 @@ def cause(path: Path) -> str | None:
     without such a report, the last one of the log. vLLM's warnings are no cause. An exception without a message comes
     with the code that raised it.
     """
-    lines = [line for raw in path.read_text(errors="replace").splitlines() if (line := _parse(raw)) is not None]
+    lines = [
+        line
+        for raw in path.read_text(errors="replace", encoding="utf-8").splitlines()
+        if (line := _parse(raw)) is not None
+    ]
     fatal = next((i for i, line in enumerate(lines) if _FATAL.match(line.text)), None)
     if fatal is not None:
         end = next((i for i in range(fatal, len(lines)) if lines[i].source != lines[fatal].source), len(lines))

@@ -49,7 +49,7 @@ def make_checkpoint(folder: Path, gb: float) -> tuple[int, int]:
             hidden=2048, experts=32, top_k=4, moe_intermediate=768, heads=32, kv_heads=4, head_dim=128, vocab_size=32768
         )
         tree = tiny_config("qwen3_moe", layers=layers, dtype="bfloat16", **shape).to_dict()
-        (folder / "config.json").write_text(json.dumps(tree))
+        (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
         return {name: Spec(torch.bfloat16, shape) for name, shape in WeightMap(tree).hf_shapes.items()}
 
     folder.mkdir()
@@ -64,7 +64,7 @@ def make_checkpoint(folder: Path, gb: float) -> tuple[int, int]:
         start = number % 4096
         writer.write(name, bits[start : start + spec.nbytes // 2].view(torch.bfloat16).view(spec.shape))
     writer.finish()
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     return sum(spec.nbytes for spec in found.values()), largest
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         above = f"{(peak[way] - peak['imports']) / found['largest_tensor']:36.2f}" if way != "cp" else ""
         print(f"{way:16}{median:9.1f}{total / 1e6 / median:8.0f}{ratio:8.2f}{span:>14}{peak[way] / 1e6:9.0f}{above}")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def resident(root: int) -> dict[int, int]:
     found = {}
     for pid in [root, *descendants(root)]:
         try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
             found[pid] = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
         except (OSError, StopIteration):  # it has ended
             continue
@@ -73,7 +73,7 @@ def main() -> None:
         write_task(folder / "data", digits=7)
         config = configuration(folder, args.layout, STEPS)
         path = folder / "leak.yaml"
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
         command = [sys.executable, "-m", "megarl.cli", "run", str(path), *args.overrides]
         run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         metrics = Path(config["run"]["dir"]) / "metrics.jsonl"

@@ -75,7 +75,8 @@ def main() -> None:
     if args.json:
         work = {"tokens": args.tokens, "vocabulary": args.vocabulary}
         args.json.write_text(
-            json.dumps({**work, "gib": grown, "ratio": ratio, "gradient_difference": difference}) + "\n"
+            json.dumps({**work, "gib": grown, "ratio": ratio, "gradient_difference": difference}) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -167,7 +167,9 @@ def main() -> None:
     )
     if args.json:
         work = {"tokens": args.tokens, "preset": args.preset}
-        args.json.write_text(json.dumps({**work, "seconds": median, "bytes": peaks, "ratio": ratios}) + "\n")
+        args.json.write_text(
+            json.dumps({**work, "seconds": median, "bytes": peaks, "ratio": ratios}) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def inside(folder: Path, pairs: int, count: int) -> None:
         assert abs(float(total) - judge.loss) < 1e-4 * abs(judge.loss), (float(total), judge.loss)
         result = {"tokens": sum(rows), "parameters": judge.parameters, "experts_of_transformers": judge.experts}
         result |= {"clock": on_clock(times), "cpu": on_cpu(times)}
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     dist.barrier()
     destroy_parallel()
 
@@ -146,7 +146,7 @@ def launch(folder: Path, ranks: int, pairs: int, count: int) -> dict[str, Any]:
     done = subprocess.run(command, env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the ranks failed:\n{done.stderr[-3000:]}")
-    return json.loads((folder / "result.json").read_text())
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 def show(result: dict[str, Any], ranks: int) -> None:
@@ -183,7 +183,7 @@ def main() -> None:
         result = launch(folder, args.ranks, args.pairs, args.responses)
     show(result, args.ranks)
     if args.json:
-        args.json.write_text(json.dumps({"ranks": args.ranks, "aim": AIM, **result}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"ranks": args.ranks, "aim": AIM, **result}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
             mode: {k: statistics.median(row[k] for row in rows[WARM_UP:]) for k in rows[0]}
             for mode, rows in parts.items()
         }
-        (folder / "step.json").write_text(json.dumps({**result, "parts_s": medians}))
+        (folder / "step.json").write_text(json.dumps({**result, "parts_s": medians}), encoding="utf-8")
     if at.is_main and os.environ.get("PROFILE"):
         _profile(one, Path(os.environ["PROFILE"]))
     elif os.environ.get("PROFILE"):
@@ -187,7 +187,7 @@ def launch_step(folder: Path, ranks: int, pairs: int, routes: str, overrides: li
     done = subprocess.run(command, env={**os.environ, **ours}, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the ranks failed:\n{done.stderr[-3000:]}")
-    return json.loads((folder / "step.json").read_text())
+    return json.loads((folder / "step.json").read_text(encoding="utf-8"))
 
 
 # ---- capture
@@ -226,7 +226,7 @@ def _server(folder: Path, captured: bool, overrides: list[str]) -> Iterator[Any]
         "rollout": rollout,
     }
     config |= {"run": {"dir": str(folder / f"capture_{captured}")}, "launch": {"store": f"127.0.0.1:{store.port}"}}
-    path.write_text(json.dumps(config))  # JSON is YAML
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     command = [sys.executable, "-m", "megarl.cli", "rollout", str(path), *overrides]
     process = subprocess.Popen(command, cwd=ROOT)
     workers: list[Any] = []
@@ -290,7 +290,7 @@ def main() -> None:
             "routes": args.routes,
             "overrides": args.overrides,
         }
-        args.json.write_text(json.dumps({**about, **results}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**about, **results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def measure(folder: Path, name: str, steps: int, overrides: list[str]) -> dict[s
     """Medians over the steps after the warm-up, in seconds; tokens_per_s counts response tokens over the whole step."""
     config = configuration(folder, name, WARM_UP + steps)
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     subprocess.run(
         [sys.executable, "-m", "megarl.cli", "run", str(path), *overrides],
         cwd=ROOT,
@@ -95,7 +95,8 @@ def main() -> None:
             print(f"{name:12}{row}{results[name]['tokens_per_s']:13.0f}", flush=True)
     if args.json:
         args.json.write_text(
-            json.dumps({"steps": args.steps, "warm_up": WARM_UP, "median_s": results}, indent=1) + "\n"
+            json.dumps({"steps": args.steps, "warm_up": WARM_UP, "median_s": results}, indent=1) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -89,7 +89,7 @@ def ranks(work: dict[str, Any]) -> None:
         dist.all_gather_object(sent, getattr(refit.outgoing, "sent", 0))
         figures[way] = {"sent": sent, "held": refit.outgoing.bytes}
     if model.parallel.is_main:
-        Path(work["out"]).write_text(json.dumps({"times": times, "figures": figures}))
+        Path(work["out"]).write_text(json.dumps({"times": times, "figures": figures}), encoding="utf-8")
     destroy_parallel()
 
 
@@ -138,7 +138,7 @@ def main() -> None:
             )
             work["out"] = str(folder / "times.json")
             run_ranks(__file__, WORLD, work)
-            found = json.loads((folder / "times.json").read_text())
+            found = json.loads((folder / "times.json").read_text(encoding="utf-8"))
     report(found, args)
 
 
@@ -161,7 +161,8 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> None:
         print(f"{way:12}{parts['total']:9.3f}{parts['total'] / copy:9.1f}{ratio:14.3f}   {detail}")
     if args.json:
         args.json.write_text(
-            json.dumps({"copy_s": copy, "held_bytes": held, "sent_bytes": sent, "median_s": medians}, indent=1) + "\n"
+            json.dumps({"copy_s": copy, "held_bytes": held, "sent_bytes": sent, "median_s": medians}, indent=1) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -48,7 +48,10 @@ class LastingFleet(Fleet):
 
 def main(argv: list[str]) -> int:
     out = Path(argv[1])
-    runs = [Run(Arm(**item["arm"]), item["seed"], item["steps"]) for item in json.loads(Path(argv[0]).read_text())]
+    runs = [
+        Run(Arm(**item["arm"]), item["seed"], item["steps"])
+        for item in json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    ]
     deadline, lane = float(argv[2]), load_config(argv[3], argv[4:])
     fleet: list[LastingFleet] = []
 
@@ -83,7 +86,7 @@ def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
     print(f"{time.strftime('%H:%M:%S')} {run.name}", flush=True)
     try:
         if finished(config) is None:
-            with (folder / "out.txt").open("a") as text, redirect_stdout(text):
+            with (folder / "out.txt").open("a", encoding="utf-8") as text, redirect_stdout(text):
                 train(config, connect)
     except UserError as error:
         if not (folder / "metrics.jsonl").is_file() or not (folder / "metrics.jsonl").stat().st_size:
@@ -100,7 +103,7 @@ def _do(run: Run, out: Path, connect: Any, fleet: list[LastingFleet]) -> bool:
     }
     record |= {"trainer_cpu_s": after[0] - before[0], "server_cpu_s": after[1] - before[1] if before[1] else None}
     partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1))
+    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
     partial.rename(folder / RECORD)
     gc.collect()
     return failure is None
@@ -114,7 +117,7 @@ def _cpu_seconds(fleet: list[LastingFleet]) -> tuple[float, float]:
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # a process that has just ended
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
             if int(fields[2]) in groups:
                 ticks += int(fields[11]) + int(fields[12])  # utime, stime
     return time.process_time(), ticks / os.sysconf("SC_CLK_TCK")
@@ -124,7 +127,7 @@ def _cpu_seconds(fleet: list[LastingFleet]) -> tuple[float, float]:
 def _claimed(out: Path, run: Run) -> Iterator[bool]:
     """Whether the run is ours until we leave; the kernel gives the lock up if we are killed."""
     (out / "locks").mkdir(parents=True, exist_ok=True)
-    with (out / "locks" / run.name).open("w") as lock:
+    with (out / "locks" / run.name).open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield True

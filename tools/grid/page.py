@@ -23,16 +23,16 @@ def write_report(out: Path, docs: Path, steps: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / "results.json"
     if (out / "runs").is_dir():
-        store.write_text(_compact(collect(out, steps)))
-    results = json.loads(store.read_text())
+        store.write_text(_compact(collect(out, steps)), encoding="utf-8")
+    results = json.loads(store.read_text(encoding="utf-8"))
     drawn = []
     for picture in PICTURES + swept(results):
         name, title, key, log, arms = picture
         (folder / f"{name}.svg").unlink(missing_ok=True)
         if text := draw(results, title, key, log, arms):
-            (folder / f"{name}.svg").write_text(text)
+            (folder / f"{name}.svg").write_text(text, encoding="utf-8")
             drawn.append(picture)
-    (docs / "paper.md").write_text(render(results, drawn))
+    (docs / "paper.md").write_text(render(results, drawn), encoding="utf-8")
     print(f"{len(results['runs'])} runs -> {docs / 'paper.md'}")
     return 0
 

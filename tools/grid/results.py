@@ -54,7 +54,7 @@ def collect(out: Path, steps: int) -> dict[str, Any]:
     """
     runs = []
     for path in sorted((out / "runs").glob(f"*/{RECORD}")):
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record["arm"]["kind"] == "rl" and (record["steps"], record["lr"]) != (steps, base().train.lr):
             continue
         rows = read_metrics(path.parent) if (path.parent / "metrics.jsonl").is_file() else []

@@ -54,7 +54,7 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
     if len(shards) > 1:
         where = {name: shard.file for shard in shards for name in shard.specs}
         index = {"metadata": {"total_size": sum(shard.nbytes for shard in shards)}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class ShardedWriter:
@@ -97,13 +97,13 @@ def carry_files(source: Path, target: Path, dtype: torch.dtype | None = None) ->
     config = target / "config.json"
     if not config.is_file():
         return
-    tree = json.loads(config.read_text())
+    tree = json.loads(config.read_text(encoding="utf-8"))
     changed = exported_config(tree)
     key = "torch_dtype" if "torch_dtype" in tree else "dtype"
     if dtype is not None and tree.get(key) is not None:
         changed[key] = str(dtype).removeprefix("torch.")
     if changed != tree:
-        config.write_text(json.dumps(changed, indent=2) + "\n")
+        config.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 def carry_tensors(

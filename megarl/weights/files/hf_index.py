@@ -25,7 +25,7 @@ COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store what config.json al
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, as the index of a sharded checkpoint has it. UserError where it is none."""
     try:
-        return dict(json.loads((folder / INDEX).read_text())["weight_map"].items())
+        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{str(folder / INDEX)!r} is not an index of safetensors; copy the checkpoint again") from None
 

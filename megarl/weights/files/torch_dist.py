@@ -272,7 +272,7 @@ class TorchDistWriter:
 def write_metadata(folder: Path, specs: dict[str, Spec], chunks: list[Chunk]) -> None:
     """What makes the files a checkpoint. Last of all `.metadata`."""
     torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(BACKEND))
+    (folder / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
     tensors: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(spec.dtype), torch.Size(spec.shape), [])
         for key, spec in specs.items()

@@ -177,4 +177,4 @@ def load_hf_config(path: str | Path) -> dict[str, Any]:
     file = hf_files(path) / "config.json"
     if not file.is_file():
         raise UserError(f"model.path {str(path)!r} has no config.json; give a Hugging Face checkpoint folder")
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))

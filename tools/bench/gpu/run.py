@@ -67,7 +67,7 @@ def run_part(name: str, smoke: bool, file: Path) -> int:
 
     def write() -> None:
         result["part_s"] = time.perf_counter() - begun
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     try:
         write()
@@ -105,10 +105,10 @@ def start(name: str, smoke: bool, out: Path, limit: float) -> bool:
         error = f"ended with status {status}"
     except subprocess.TimeoutExpired:
         status, error = 1, f"over its limit of {limit:.0f} s"
-    found = json.loads(file.read_text()) if file.exists() else {"part": name, "unfinished": True}
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"part": name, "unfinished": True}
     if "unfinished" in found and "error" not in found:
         found["error"] = error
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{name:14} {'FAILED' if status else 'ok'} in {time.perf_counter() - begun:.0f} s -> {file}", flush=True)
     print(headline(found), flush=True)
     return not status
