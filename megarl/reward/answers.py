@@ -21,8 +21,8 @@ def after_thoughts(response: str, prompt: str, tags: Sequence[str]) -> str:
 
 
 def after_hashes(text: str) -> str | None:
-    """What follows the last line that begins with ####, GSM8K's mark of the answer; None without one."""
-    marked = re.findall(r"^####[ \t]*(.+)$", text, re.MULTILINE)
+    """What follows the last ####, GSM8K's mark of the answer, on its line; None without one."""
+    marked = re.findall(r"(?:^|\s)####[ \t]*(?!#)(\S.*)$", text, re.MULTILINE)
     if not marked:
         return None
     answer = marked[-1].strip()

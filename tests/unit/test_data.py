@@ -156,28 +156,13 @@ def test_fault_09_one_bos_and_no_eos_before_a_response_and_one_behind_it(tmp_pat
     assert made.decode(prompt.tokens) == "<pad>1="
 
 
-PEERS: list[dict[str, Any]] = [
-    {"row": {"question": "4 x 6?", "answer": "6 x 4 = 24.\n#### 1,024"}, "answer": "1024"},
-    {
-        "row": {
-            "data_source": "sums",
-            "prompt": [{"role": "user", "content": "2+3=?"}],
-            "reward_model": {"style": "rule", "ground_truth": "5"},
-            "extra_info": {"index": 0},
-        },
-        "answer": "5",
-    },
-    {"row": {"prompt": [{"role": "user", "content": "2+3=?"}], "solution": "\\boxed{5}"}, "answer": "5"},
-    {"row": {"prompt": "2+3=?", "label": "5"}, "answer": "5"},
-    {"row": {"input": "2+3=?", "label": "5"}, "answer": "5"},
-    {"row": {"problem": "2+3.", "solution": "We add: \\boxed{\\frac{5}{1}}.", "level": "1"}, "answer": "\\frac{5}{1}"},
+CASES = Path(__file__).resolve().parents[1] / "cases"
+PEERS: list[dict[str, Any]] = [json.loads(line) for line in (CASES / "peer_rows.jsonl").open(encoding="utf-8")]
+PEERS += [
+    {"row": {"question": "4 x 6?", "answer": "6 x 4 = 24. #### 1,024"}, "answer": "1024"},
     {"row": {"problem": "2+3.", "solution": "long\ntext", "answer": 5}, "answer": "5"},
-    {
-        "row": {"messages": [{"role": "user", "content": "2+3=?"}, {"role": "assistant", "content": "5"}]},
-        "response": "5",
-    },
+    {"row": {"question": "2+3", "answer": "5.\n#### 5"}, "response": "5.\n#### 5"},
     {"row": {"instruction": "Add.", "input": "2 and 3", "output": "5"}, "response": "5", "text": "u:Add.\n2 and 3\na:"},
-    {"row": {"prompt": "2+3=", "completion": "5"}, "response": "5"},
     {
         "row": {
             "prompt": [{"role": "user", "content": "2+3="}],
@@ -185,20 +170,15 @@ PEERS: list[dict[str, Any]] = [
         },
         "response": "5",
     },
-    {"row": {"question": "2+3", "answer": "5.\n#### 5"}, "response": "5.\n#### 5"},
-    {
-        "row": {"messages": [{"role": "user", "content": "1"}], "tools": [{"type": "f"}], "answer": "x"},
-        "error": "'tools'",
-    },
-    {"row": {"messages": [{"role": "user", "content": [{"type": "text"}]}], "answer": "x"}, "error": "content"},
 ]
 
 
-@pytest.mark.parametrize("case", PEERS, ids=range(len(PEERS)))
+@pytest.mark.parametrize("case", PEERS, ids=[case.get("shape", "more") for case in PEERS])
 def test_fault_21_rows_as_people_have_them(tmp_path: Path, chat, case: dict[str, Any]) -> None:
     path = write(tmp_path, case["row"])
     if "error" in case:
-        with pytest.raises(UserError, match=f"rows.jsonl line 1: .*{case['error']}"):
+        named = case["error"].removeprefix("names ").replace("file and line", "key 'prompt'")
+        with pytest.raises(UserError, match=f"rows.jsonl line 1: .*{named}"):
             load_prompts(path, chat, max_tokens=99, on_bad_line="error")
     elif "answer" in case:
         [prompt], _ = load_prompts(path, chat, max_tokens=99, on_bad_line="error")
@@ -226,7 +206,7 @@ def test_fault_21_columns_come_first_and_what_was_read_is_told(tmp_path: Path, t
 
 
 def test_fault_21_parquet_datasets_and_gzip(tmp_path: Path, chat) -> None:
-    rows = [case["row"] for case in PEERS[1:2]] * 3
+    rows = [case["row"] for case in PEERS if case.get("shape") == "verl"] * 3
     plain = write(tmp_path, *rows)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     table = datasets.Dataset.from_list(rows)
