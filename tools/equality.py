@@ -308,7 +308,7 @@ def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
     full = {name: torch.zeros(shape) for name, shape in engine.model.weight_map.hf_shapes.items()}
     for _, _, pieces in everyone:
         for piece, value in pieces:
-            full[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape, strict=True))] = value
+            full[piece.hf_name][piece.rect.slices] = value
     return {
         "logprobs": torch.cat([logprobs[i] for i in sorted(logprobs)]),
         "loss": torch.tensor(sum(rank[1] for rank in everyone)),
@@ -365,7 +365,7 @@ def gradients(engine: Any, distributed_optimizer: bool) -> list[tuple[Any, Any]]
     if distributed_optimizer:
         _gather_shards(engine)
     return [
-        (piece, tensor.main_grad[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))].clone())
+        (piece, tensor.main_grad[piece.local.slices].clone())
         for param, tensor in engine.model.params()
         if param.replica == 0 and not param.buffer
         for piece in param.pieces

@@ -73,13 +73,13 @@ def _plan_files(weight_map: WeightMap, layout: Layout, specs: dict[str, Spec], f
     places: dict[str, list[tuple[Piece, Global]]] = {}
     for param, where in whole_params(weight_map):
         for piece in param.pieces:
-            places.setdefault(piece.hf, []).append((piece, where))
+            places.setdefault(piece.hf_name, []).append((piece, where))
     files: list[_File] = []
     for rank in range(layout.world):
         held: list[list[Cut]] = [[]]
         size = 0
         for cut in cuts_of_rank(weight_map, layout, rank, places):
-            nbytes = cut.numel * specs[cut.pieces[0].hf].dtype.itemsize
+            nbytes = cut.numel * specs[cut.pieces[0].hf_name].dtype.itemsize
             if held[-1] and size + nbytes > file_bytes:
                 held.append([])
                 size = 0
@@ -87,7 +87,7 @@ def _plan_files(weight_map: WeightMap, layout: Layout, specs: dict[str, Spec], f
             size += nbytes
         for number, cuts in enumerate(held):
             if cuts:
-                nbytes = sum(cut.numel * specs[cut.pieces[0].hf].dtype.itemsize for cut in cuts)
+                nbytes = sum(cut.numel * specs[cut.pieces[0].hf_name].dtype.itemsize for cut in cuts)
                 files.append(_File(f"__{rank}_{number}.distcp", cuts, nbytes))
     return files
 
@@ -117,13 +117,13 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
 def _tensor(reader: HfReader, cut: Cut) -> torch.Tensor:
     if len(cut.pieces) == 1:
         return reader.read(cut.pieces[0]).view(cut.shape)
-    inner = cut.shape[-len(cut.pieces[0].shape) :]
+    inner = cut.shape[-len(cut.pieces[0].rect.size) :]
     full: torch.Tensor | None = None
     for piece in cut.pieces:
         block = reader.read(piece)
         if full is None:
             full = torch.empty(inner, dtype=block.dtype)
-        full[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))] = block
+        full[piece.local.slices] = block
     assert full is not None
     return full.view(cut.shape)
 
@@ -133,11 +133,11 @@ def _global_specs(weight_map: WeightMap, specs: dict[str, Spec]) -> dict[str, Sp
     found: dict[str, Spec] = {}
     for param, where in whole_params(weight_map):
         for piece in param.pieces:
-            spec = found.setdefault(where.key, Spec(specs[piece.hf].dtype, where.shape))
-            if spec.dtype != specs[piece.hf].dtype:
+            spec = found.setdefault(where.key, Spec(specs[piece.hf_name].dtype, where.shape))
+            if spec.dtype != specs[piece.hf_name].dtype:
                 raise UserError(
-                    f"tensor {piece.hf!r} is {specs[piece.hf].dtype}, others of {where.key!r} are {spec.dtype}; use "
-                    "one dtype"
+                    f"tensor {piece.hf_name!r} is {specs[piece.hf_name].dtype}, others of {where.key!r} are "
+                    f"{spec.dtype}; use one dtype"
                 )
     return found
 

@@ -164,10 +164,9 @@ def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
         for param, tensor in model.params():
             tensor.zero_()
             for piece in param.pieces:
-                if piece.hf == fresh:
+                if piece.hf_name == fresh:
                     continue
-                target = tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))]
-                target.copy_(reader.read(piece))
+                tensor[piece.local.slices].copy_(reader.read(piece))
 
 
 def wrap_for_training(model: Model, config: Config) -> None:

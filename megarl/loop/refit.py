@@ -24,7 +24,7 @@ from megarl.observe.trace import phase
 from megarl.replay.routes import only_moe_layers
 from megarl.rollout.fleet import Fleet
 from megarl.rollout.registry import common_tp
-from megarl.rollout.sync_leader import Canary, Sending
+from megarl.rollout.sync_leader import Canary, SyncSettings
 from megarl.weights.reshard.outgoing import Slices, WholeTensors
 from megarl.weights.reshard.quantize import quantized_weights
 from megarl.weights.reshard.rollout_layout import RolloutLayout
@@ -60,20 +60,19 @@ class Refit:
 
     def connect(self) -> None:
         """Brings trainers and rollout workers together; the first sync does it."""
-        at, sync, workers = self.engine.model.parallel, self.config.sync, self.fleet.workers
+        parallel, sync, workers = self.engine.model.parallel, self.config.sync, self.fleet.workers
+        weight_map, layout, rank = self.engine.model.weight_map, parallel.layout, parallel.coord.rank
+        self.outgoing: Slices | WholeTensors
         if sync.transport == "reshard":
             rollout = RolloutLayout(len(workers), common_tp(workers))
-            self.outgoing: Slices | WholeTensors = Slices(
-                self.engine.model.weight_map, at.layout, rollout, self.rollout_dtype, at.coord.rank
-            )
+            self.outgoing = Slices(weight_map, layout, rollout, self.rollout_dtype, rank)
         else:
-            self.outgoing = WholeTensors(
-                self.engine.model.weight_map, at.layout, len(workers), self.rollout_dtype, at.coord.rank
-            )
-        staged = at.device.device.type == "cpu" if sync.staged is None else sync.staged
+            self.outgoing = WholeTensors(weight_map, layout, self.rollout_dtype, rank)
+        staged = parallel.device.device.type == "cpu" if sync.staged is None else sync.staged
         remember = sync.digests != "off" and self.disk_is_step_0
-        sending = Sending(sync.transport, self.outgoing.senders, staged, sync.timeout_s, self.config.launch.colocate)
-        self.fleet.connect(sending, self.outgoing.manifests() if at.is_main else [], remember)
+        colocated = self.config.launch.colocate
+        settings = SyncSettings(sync.transport, self.outgoing.senders, staged, sync.timeout_s, colocated)
+        self.fleet.connect(settings, self.outgoing.manifest_inputs, remember)
 
     def sync(self, version: int) -> Values:
         """Weights into every worker, checked there; digests where due;
@@ -82,15 +81,15 @@ class Refit:
         Under sync.quantize all of these see the same quantised weights: the trainer's own are swapped out meanwhile.
         """
         start = time.perf_counter()
-        model, how = self.engine.model, self.config.sync
-        at, shapes = model.parallel, model.weight_map.hf_shapes
+        model, config = self.engine.model, self.config.sync
+        shapes, tp_group, etp_group = model.weight_map.hf_shapes, model.parallel.tp_group, model.parallel.etp_group
         if not self.synced:
             self.connect()
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
-        with quantized_weights(model.params(), shapes, how.quantize, how.quantize_also, at.tp_group, at.etp_group):
+        with quantized_weights(model.params(), shapes, config.quantize, config.quantize_also, tp_group, etp_group):
             with phase("sync"):
                 scores = self.fleet.push(self.outgoing.buckets(model.params()), self.canary.tolist())
-                if how.digests == "every" or (how.digests == "first" and not self.synced):
+                if config.digests == "every" or (config.digests == "first" and not self.synced):
                     self._check_digests(version)
             with phase("canary"):
                 values["sync/canary_max_diff"] = self._compare_canary(scores)
@@ -138,16 +137,16 @@ class Refit:
 
     def _compare_canary(self, scores: list[Canary]) -> float:
         """Largest |log pi - log mu| over the canary, over all servers. Raises where it exceeds the tolerance."""
-        model, at = self.engine.model, self.engine.model.parallel
+        model, parallel = self.engine.model, self.engine.model.parallel
         answers = [scores]
         dist.broadcast_object_list(answers, src=0)
-        worst = torch.zeros(len(answers[0]), dtype=torch.float64, device=at.device.device)
+        worst = torch.zeros(len(answers[0]), dtype=torch.float64, device=parallel.device.device)
         for server, (logprobs, routes) in enumerate(answers[0]):
-            (pack,) = make_packs([[0]], [self.canary], [1], at.layout, at.coord)
+            (pack,) = make_packs([[0]], [self.canary], [1], parallel.layout, parallel.coord)
             if routes is not None and self.route_shape is not None:
                 routes = only_moe_layers(routes, model.weight_map.moe_layers, model.weight_map.num_layers)
-                attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), at, self.route_shape)
-            packs = [pack] * (at.layout.pp if at.layout.vpp > 1 else 1)
+                attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), parallel, self.route_shape)
+            packs = [pack] * (parallel.layout.pp if parallel.layout.vpp > 1 else 1)
             scored = self.engine.logprobs(packs, "off" if pack.rollout.routes is None else "replay", temperature=1.0)
             if scored:
                 ours = scored[0].logprobs[: CANARY_TOKENS - 1].cpu()

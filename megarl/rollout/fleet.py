@@ -17,9 +17,8 @@ from megarl.config import Config
 from megarl.errors import UserError
 from megarl.rollout.client import RolloutClient, RolloutError
 from megarl.rollout.registry import WorkerInfo, check_workers, open_store, request_shutdown, wait_for_workers
-from megarl.rollout.sync_leader import Canary, Sending, SyncLeader
+from megarl.rollout.sync_leader import Canary, SyncLeader, SyncSettings
 from megarl.rollout.wire import ENGINE_DIED
-from megarl.weights.reshard.pack import Manifest
 from megarl.weights.transport.send import Outgoing, WeightSender
 
 
@@ -69,24 +68,25 @@ class Fleet:
         if self._store is not None:
             check_workers(self._store, self.workers)
 
-    def connect(self, sending: Sending, manifests: list[list[Manifest]], remember_disk: bool) -> None:
-        """Collective: the group that weights travel by. manifests: see SyncLeader.init; only rank 0's are read."""
+    def connect(self, settings: SyncSettings, manifest_inputs: dict[str, Any], remember_disk: bool) -> None:
+        """Collective: the group that weights travel by. See SyncLeader.init; of manifest_inputs only rank 0's count."""
         rank = dist.get_rank()
-        told = [uuid.uuid4().hex]
-        dist.broadcast_object_list(told, src=0)
-        if rank >= sending.senders:
+        names = [uuid.uuid4().hex]
+        dist.broadcast_object_list(names, src=0)
+        (name,) = names
+        if rank >= settings.senders:
             return
         host, port = self._address
-        store = self._store or open_store(host, port, is_master=False, timeout_s=sending.timeout_s)
-        world = sending.senders + sum(worker.tp for worker in self.workers)
+        store = self._store or open_store(host, port, is_master=False, timeout_s=settings.timeout_s)
+        world = settings.senders + sum(worker.tp for worker in self.workers)
 
         def join() -> WeightSender:
-            return WeightSender(store, told[0], rank, world, sending.timeout_s, self._device, sending.shared)
+            return WeightSender(store, name, rank, world, settings.timeout_s, self._device, settings.shared)
 
         if rank == 0:
-            self._leader = SyncLeader(self.workers, host, port, sending)
+            self._leader = SyncLeader(self.workers, host, port, settings)
             with self.watched():
-                self._sender = self._leader.init(told[0], manifests, join, remember_disk)
+                self._sender = self._leader.init(name, manifest_inputs, join, remember_disk)
         else:
             self._sender = join()
 

@@ -16,23 +16,27 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from megarl.rollout.client import RolloutError, Server
 from megarl.rollout.registry import WorkerInfo
 from megarl.rollout.wire import decode
-from megarl.weights.reshard.pack import Manifest
 
 ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it
 
-Canary = tuple[np.ndarray, np.ndarray | None]  # log-probabilities float32 [T-1], routes [T-1, L, K]
+
+class Canary(NamedTuple):
+    """One server's score of the canary's T tokens."""
+
+    logprobs: np.ndarray  # float32 [T-1]
+    routes: np.ndarray | None  # [T-1, L, K]
 
 
 @dataclass(frozen=True)
-class Sending:
+class SyncSettings:
     """What the two ends agree on. senders: trainer ranks 0 .. senders-1
     of the group; the workers follow, server by server.
     """
@@ -47,38 +51,36 @@ class Sending:
 class SyncLeader:
     """Rank 0's hold on all servers. One that raised is spent: connect a new one."""
 
-    def __init__(self, workers: list[WorkerInfo], store_host: str, store_port: int, sending: Sending) -> None:
-        self.workers, self.sending = workers, sending
+    def __init__(self, workers: list[WorkerInfo], store_host: str, store_port: int, settings: SyncSettings) -> None:
+        self.workers, self.settings = workers, settings
         self._store = (store_host, store_port)
-        self._servers = [Server(worker.url, sending.timeout_s, worker.tokens.control) for worker in workers]
+        self._servers = [Server(worker.url, settings.timeout_s, worker.tokens.control) for worker in workers]
         self._pool = ThreadPoolExecutor(len(workers) + 1, "weight-sync")
         self._lone = sum(worker.tp for worker in workers) == 1
         self._deadline = 0.0
         self.seconds: dict[str, float] = {}  # of the last push()
 
-    def init(self, name: str, manifests: list[list[Manifest]], join: Callable[[], Any], remember_disk: bool) -> Any:
+    def init(self, name: str, manifest_inputs: dict[str, Any], join: Callable[[], Any], remember_disk: bool) -> Any:
         """Brings all ends together in a group called `name`; returns what join(), which enters it here, returns.
 
-        manifests: for each server, one for each of its workers or one for all. remember_disk: the workers note the
-        digests of the weights that vLLM loaded, for check().
+        manifest_inputs: what every worker computes its manifest from. remember_disk: the workers note the digests of
+        the weights that vLLM loaded, for check().
         """
-        told: dict[int, list[dict[str, Any]]] = {}
-        bodies = []
-        for i, mine in enumerate(manifests):
-            meeting = {
+        rank, bodies = self.settings.senders, []
+        world_size = rank + sum(worker.tp for worker in self.workers)
+        for worker in self.workers:
+            init = {
                 "store_host": self._store[0],
                 "store_port": self._store[1],
                 "group": name,
-                "world_size": self.sending.senders + sum(worker.tp for worker in self.workers),
-                "rank_offset": self.sending.senders + sum(worker.tp for worker in self.workers[:i]),
-                "timeout_s": self.sending.timeout_s,
-                "transport": self.sending.transport,
-                "staged": self.sending.staged,
-                "shared": self.sending.shared,
-                "manifests": told.setdefault(id(mine), [manifest.to_json() for manifest in mine]),
+                "world_size": world_size,
+                "rank_offset": rank,
+                **asdict(self.settings),
+                "manifest_inputs": manifest_inputs,
             }
-            bodies.append({"meeting": meeting, "remember_disk": remember_disk})
-        self._deadline = time.monotonic() + self.sending.timeout_s
+            bodies.append({"init": init, "remember_disk": remember_disk})
+            rank += worker.tp
+        self._deadline = time.monotonic() + self.settings.timeout_s
         posts = self._post("init", bodies)
         group = self._pool.submit(join)
         self._await([*posts, group])
@@ -91,7 +93,7 @@ class SyncLeader:
         the server and, where bytes differ, tensor, rank and slice.
         """
         start = time.monotonic()
-        self._deadline = start + self.sending.timeout_s
+        self._deadline = start + self.settings.timeout_s
         body = {"load": self._lone, "canary": canary}
         posts = self._post("receive", [body] * len(self._servers))
         for post in posts:
@@ -108,24 +110,26 @@ class SyncLeader:
         if failed:
             raise RolloutError(f"weight sync: sending failed although every rollout server received: {failed}")
         if not self._lone:
-            self._deadline = time.monotonic() + self.sending.timeout_s
+            self._deadline = time.monotonic() + self.settings.timeout_s
             answers = self._await(self._post("load", [body] * len(self._servers)))
         self.seconds = {
             "receive": received - start,
             "load": time.monotonic() - received,
         }  # a lone worker loads within receive
-        return [(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)] if canary else []
+        if not canary:
+            return []
+        return [Canary(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)]
 
     def check(self, folder: str | None) -> None:
         """Compares the workers' weights with an engine loaded from
         `folder` (None: the one vLLM started with). Raises RolloutError.
         """
-        self._deadline = time.monotonic() + self.sending.timeout_s
+        self._deadline = time.monotonic() + self.settings.timeout_s
         self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
 
     def commit(self, version: int) -> None:
         """Sets the version of all servers, which serve again from here on."""
-        self._deadline = time.monotonic() + self.sending.timeout_s
+        self._deadline = time.monotonic() + self.settings.timeout_s
         answers = self._await(self._post("commit", [{"version": version}] * len(self._servers)))
         for server, answer in zip(self._servers, answers, strict=True):
             held = json.loads(answer)["version"]
@@ -137,7 +141,7 @@ class SyncLeader:
 
     def turn(self, step: Literal["sleep", "wake"]) -> None:
         """All servers give their GPU memory up, or take it back, before this returns."""
-        self._deadline = time.monotonic() + self.sending.timeout_s
+        self._deadline = time.monotonic() + self.settings.timeout_s
         self._await(self._post(step, [{}] * len(self._servers)))
 
     def close(self) -> None:
@@ -147,9 +151,7 @@ class SyncLeader:
 
     def _post(self, step: str, bodies: list[dict[str, Any]]) -> list[Future[bytes]]:
         left = max(self._deadline - time.monotonic(), 0.1)
-        self._errors: list[
-            BaseException | None
-        ] = []  # in the order in which they came: the first is the cause of the others
+        self._errors: list[BaseException] = []  # in the order in which they came: the first is the cause of the others
         return [
             self._pool.submit(self._post_one, server, step, body, left)
             for server, body in zip(self._servers, bodies, strict=True)
@@ -171,8 +173,10 @@ class SyncLeader:
                 raise error
         if pending:
             self.close()
-            late = ", ".join(server.url for server, post in zip(self._servers, posts, strict=True) if post in pending)
+            late = ", ".join(  # of an init the last post is the group's
+                server.url for server, post in zip(self._servers, posts, strict=False) if post in pending
+            )
             raise RolloutError(
-                f"weight sync: no answer within {self.sending.timeout_s:.0f} s from rollout server {late or '(group)'}"
+                f"weight sync: no answer within {self.settings.timeout_s:.0f} s from rollout server {late or '(group)'}"
             )
         return [post.result() for post in posts]

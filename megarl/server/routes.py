@@ -151,8 +151,8 @@ class RolloutEndpoint:
 
     async def _sync(self, engine: EngineClient, step: str, request: dict[str, Any]) -> bytes:
         if step == "init":
-            self._staged = request["meeting"]["staged"]
-            await _on_workers(engine, "sync_init", request["meeting"], request["remember_disk"])
+            self._staged = request["init"]["staged"]
+            await _on_workers(engine, "sync_init", request["init"], request["remember_disk"])
         elif step == "receive":
             self._dirty = self._dirty or not self._staged
             await _on_workers(engine, "sync_receive")

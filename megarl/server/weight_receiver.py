@@ -19,47 +19,51 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from megarl.server.partial import partial_tensor
 from megarl.server.vllm_reload import abandon_reload, fingerprint, fingerprint_of_folder
-from megarl.weights.reshard.pack import Corrupted, Manifest, Message, assemble, message_bytes
+from megarl.weights.map.relations import HfSlice
+from megarl.weights.reshard.manifest import manifest_from
+from megarl.weights.reshard.message import Message
+from megarl.weights.reshard.pack import Corrupted, assemble, message_bytes
 from megarl.weights.transport.groups import WeightGroup, Work
 from megarl.weights.transport.shared import SharedGroup
 
 
 @dataclass
-class Meeting(WeightTransferInitInfo):
+class SyncInit(WeightTransferInitInfo):
     """Where the senders wait: the run's store, the name of the group in
     it, this server's first rank in it; and what they will send.
 
-    manifests: one for each worker of this server, or one for all (megarl.weights.reshard.pack.Manifest).
+    manifest_inputs: what a worker computes its manifest from (megarl.weights.reshard.manifest).
     """
 
     store_host: str
     store_port: int
     group: str
     world_size: int
+    senders: int
     rank_offset: int
     timeout_s: float
     transport: str  # reshard | broadcast
     staged: bool
     shared: bool  # the senders are on this node's GPUs: megarl.weights.transport.shared
-    manifests: list[dict[str, Any]]
+    manifest_inputs: dict[str, Any]
 
 
 @dataclass
-class Everything(WeightTransferUpdateInfo):
+class SyncUpdate(WeightTransferUpdateInfo):
     """An update names nothing: the manifest has said what comes."""
 
 
-class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
+class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
     """Slices under their Hugging Face names; vLLM's loader takes its shard out of them."""
 
-    init_info_cls = Meeting
-    update_info_cls = Everything
+    init_info_cls = SyncInit
+    update_info_cls = SyncUpdate
     _group: WeightGroup | SharedGroup | None = None
     _loading = False  # stays set when a load fails: vLLM's layers are then half old, half new
     _begun = False  # whether a load ever began
     _disk: dict[str, str] | None = None  # digests of what vLLM loaded at its start
 
-    def init_transfer_engine(self, init_info: Meeting) -> None:
+    def init_transfer_engine(self, init_info: SyncInit) -> None:
         self.shutdown()
         parallel = self.vllm_config.parallel_config
         local = parallel.data_parallel_index * parallel.world_size + parallel.rank
@@ -70,9 +74,9 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
         self._group = kind(
             store, init_info.group, self.rank, init_info.world_size, init_info.timeout_s, torch.device(self.device)
         )
-        self._manifest = Manifest.from_json(init_info.manifests[local if len(init_info.manifests) > 1 else 0])
+        self._manifest = manifest_from(init_info.manifest_inputs, self.rank - init_info.senders)
         self._broadcast, self.staged = init_info.transport == "broadcast", init_info.staged
-        self._kept: list[list[Tensor]] = []  # the staging buffers: allocated once, a copy of what this worker holds
+        self._staging: list[list[Tensor]] = []  # buffers: allocated once, a copy of what this worker holds
         self._staged: dict[str, Tensor] | None = None
 
     def remember_disk(self) -> None:
@@ -87,8 +91,8 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
         expected = self._disk if folder is None else fingerprint_of_folder(self.vllm_config, folder)
         if expected is None:
             raise RuntimeError("the digests of the weights vLLM started with were not taken before the first update")
-        found = fingerprint(self.model)
-        return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        actual = fingerprint(self.model)
+        return sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
 
     def stage(self) -> None:
         """Receives and checks everything; what serves is not touched.
@@ -96,9 +100,9 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
         """
         self._staged = None
         staged: dict[str, Tensor] = {}
-        if not self._kept:
-            self._kept = [self._buffers(bucket) for bucket in self._manifest.buckets]
-        for tensors in self._receive(self._kept):
+        if not self._staging:
+            self._staging = [self._buffers(bucket) for bucket in self._manifest.buckets]
+        for tensors in self._receive(self._staging):
             staged |= tensors
         self._staged = staged
 
@@ -108,7 +112,7 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
         self._loading = self._begun = True
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: Everything) -> None:
+    def receive_weights(self, update_info: SyncUpdate) -> None:
         """Loads what was staged, or receives, checks and loads bucket by bucket."""
         if self.staged:
             if self._staged is None:
@@ -129,14 +133,13 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
             self._group = None
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
-        held = self._manifest.tensors
         self.model.load_weights(
-            (name, partial_tensor(tensors[name], held[name].start, held[name].full, name))
-            for name in held
+            (name, partial_tensor(tensors[name], shard.rect.offset, shard.shape, name))
+            for name, shard in self._manifest.shards.items()
             if name in tensors
         )
 
-    def _receive(self, kept: list[list[Tensor]] | None) -> Iterator[dict[str, Tensor]]:
+    def _receive(self, staging: list[list[Tensor]] | None) -> Iterator[dict[str, Tensor]]:
         """The tensors of one bucket after the other; the next bucket is
         on its way meanwhile. A failure leaves the group.
         """
@@ -144,14 +147,14 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
             raise RuntimeError("weights were sent before the group was made: call init first")
         try:
             buckets = self._manifest.buckets
-            ahead = self._begin(0, kept)
+            ahead = self._begin(0, staging)
             for number, bucket in enumerate(buckets):
                 buffers, works = ahead
                 if number + 1 < len(buckets):
-                    ahead = self._begin(number + 1, kept)
+                    ahead = self._begin(number + 1, staging)
                 for work in works:
                     work.wait()
-                yield assemble(bucket, buffers, self._manifest.tensors)
+                yield assemble(bucket, buffers, self._manifest)
         except Corrupted as error:
             self.shutdown()
             raise RuntimeError(f"weight sync: {error} (rollout rank {self.rank})") from None
@@ -159,18 +162,15 @@ class WeightReceiver(WeightTransferEngine[Meeting, Everything]):
             self.shutdown()  # whoever sends to this rank learns of it at once
             raise
 
-    def _begin(self, number: int, kept: list[list[Tensor]] | None) -> tuple[list[Tensor], list[Work]]:
+    def _begin(self, number: int, staging: list[list[Tensor]] | None) -> tuple[list[Tensor], list[Work]]:
         assert self._group is not None
         bucket = self._manifest.buckets[number]
-        buffers = kept[number] if kept is not None else self._buffers(bucket)
+        buffers = staging[number] if staging is not None else self._buffers(bucket)
         if self._broadcast:
             return buffers, [self._group.broadcast(buffer) for buffer in buffers]
-        return buffers, [
-            *self._group.exchange(
-                [], [(buffer, message.source) for buffer, message in zip(buffers, bucket, strict=True)], number
-            )
-        ]
+        receives = [(buffer, message.source) for buffer, message in zip(buffers, bucket, strict=True)]
+        return buffers, [*self._group.exchange([], receives, number)]
 
-    def _buffers(self, bucket: tuple[Message, ...]) -> list[Tensor]:
-        sizes = [message_bytes(message.parts, self._manifest.tensors) for message in bucket]
+    def _buffers(self, bucket: tuple[Message[HfSlice], ...]) -> list[Tensor]:
+        sizes = [message_bytes(message.slices, self._manifest.dtypes) for message in bucket]
         return [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]

@@ -29,9 +29,9 @@ class WorkerExtension:
             {module.layer_id for module in self.model_runner.get_model().modules() if isinstance(module, MoERunner)}
         )
 
-    def sync_init(self, meeting: dict[str, Any], remember_disk: bool) -> str | None:
+    def sync_init(self, init: dict[str, Any], remember_disk: bool) -> str | None:
         def step(engine: WeightReceiver) -> None:
-            engine.init_transfer_engine(engine.parse_init_info(meeting))
+            engine.init_transfer_engine(engine.parse_init_info(init))
             if remember_disk:
                 engine.remember_disk()
 

@@ -25,9 +25,9 @@ class FaultyExtension(WorkerExtension):
         made = ((layer, get_layerwise_info(module).restore_metadata[0]) for layer, module in layers)
         return {f"{layer}.{name}": tensor.numel() for layer, tensors in made for name, tensor in tensors.items()}
 
-    def sync_init(self, meeting: dict[str, Any], remember_disk: bool) -> str | None:
+    def sync_init(self, init: dict[str, Any], remember_disk: bool) -> str | None:
         self.fault("none")
-        return super().sync_init(meeting, remember_disk)
+        return super().sync_init(init, remember_disk)
 
     def fault(self, kind: str, name: str = "") -> None:
         """flip: one bit of tensor `name` on arrival. die_receiving,
@@ -67,14 +67,14 @@ class FaultyExtension(WorkerExtension):
 
 
 def _tampered(assemble: Any, kind: str, name: str) -> Any:
-    def call(bucket: Any, buffers: list[Tensor], tensors: Any) -> dict[str, Tensor]:
+    def call(bucket: Any, buffers: list[Tensor], manifest: Any) -> dict[str, Tensor]:
         if kind == "die_receiving":
             os.kill(os.getpid(), signal.SIGKILL)
         for message, buffer in zip(bucket, buffers):
-            if name in (part.name for part in message.parts):
-                values = assemble([message], [buffer], {part.name: tensors[part.name] for part in message.parts})
+            if name in (each.hf_name for each in message.slices):
+                values = assemble([message], [buffer], manifest)
                 values[name].view(-1)[3:4].view(dtype=_int(values[name])).bitwise_xor_(1)  # a view of the buffer
-        return assemble(bucket, buffers, tensors)
+        return assemble(bucket, buffers, manifest)
 
     return call
 

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from megarl.rollout import registry
 from megarl.rollout.client import RolloutClient, Server
 from megarl.rollout.registry import WorkerInfo
-from megarl.rollout.sync_leader import Canary, Sending, SyncLeader
+from megarl.rollout.sync_leader import Canary, SyncLeader, SyncSettings
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import Param, WeightMap, load_hf_config
+from megarl.weights.reshard.manifest import whole_inputs, whole_manifest
 from megarl.weights.reshard.outgoing import Slices, whole_buckets
-from megarl.weights.reshard.pack import whole_tensors
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 from megarl.weights.transport.send import WeightSender
 
@@ -59,23 +59,22 @@ class Pusher:
         shared: bool = False,
     ) -> None:
         self.store, self.workers = store, workers
-        self.sending = Sending("broadcast", 1, staged, timeout_s, shared)
-        self.leader = SyncLeader(workers, "127.0.0.1", port, self.sending)
+        self.settings = SyncSettings("broadcast", 1, staged, timeout_s, shared)
+        self.leader = SyncLeader(workers, "127.0.0.1", port, self.settings)
 
     def connect(self, weights: dict[str, torch.Tensor]) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        self.manifest = whole_tensors(
-            shapes, dict.fromkeys(shapes, "float32"), 2**19
-        )  # several buckets for a model of 2 MB
+        described = shapes, dict.fromkeys(shapes, torch.float32), 2**19  # several buckets for a model of 2 MB
+        self.manifest = whole_manifest(*described)
         name = uuid.uuid4().hex
         world = 1 + sum(worker.tp for worker in self.workers)
 
         def join() -> WeightSender:
             return WeightSender(
-                self.store, name, 0, world, self.sending.timeout_s, torch.device("cpu"), self.sending.shared
+                self.store, name, 0, world, self.settings.timeout_s, torch.device("cpu"), self.settings.shared
             )
 
-        self.sender = self.leader.init(name, [[self.manifest]] * len(self.workers), join, remember_disk=True)
+        self.sender = self.leader.init(name, whole_inputs(*described), join, remember_disk=True)
 
     def load(self, weights: dict[str, torch.Tensor], canary: list[int] | None = None) -> list[Canary]:
         """As far as loaded: no version is committed yet."""
@@ -94,14 +93,14 @@ class SlicePusher:
         self.weight_map = WeightMap(load_hf_config(model))
         rollout = RolloutLayout(len(workers), registry.common_tp(workers))
         self.slices = Slices(self.weight_map, Layout(), rollout, torch.float32, 0)
-        sending = Sending("reshard", self.slices.senders, True, 60)
-        self.leader = SyncLeader(workers, "127.0.0.1", store.port, sending)
-        name, world = uuid.uuid4().hex, sending.senders + rollout.world
+        settings = SyncSettings("reshard", self.slices.senders, True, 60)
+        self.leader = SyncLeader(workers, "127.0.0.1", store.port, settings)
+        name, world = uuid.uuid4().hex, settings.senders + rollout.world
 
         def join() -> WeightSender:
-            return WeightSender(store, name, 0, world, sending.timeout_s, torch.device("cpu"))
+            return WeightSender(store, name, 0, world, settings.timeout_s, torch.device("cpu"))
 
-        self.sender = self.leader.init(name, self.slices.manifests(), join, remember_disk=True)
+        self.sender = self.leader.init(name, self.slices.manifest_inputs, join, remember_disk=True)
 
     def push(self, model: Path, version: int) -> None:
         with HfReader(model) as reader:
@@ -113,7 +112,7 @@ class SlicePusher:
 def _filled(param: Param, reader: HfReader) -> torch.Tensor:
     tensor = torch.zeros(param.shape)
     for piece in param.pieces:
-        tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))] = reader.read(piece)
+        tensor[piece.local.slices] = reader.read(piece)
     return tensor
 
 

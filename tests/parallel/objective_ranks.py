@@ -50,12 +50,12 @@ def move(engine: Engine, size: float, but: str = "") -> None:
     """Every weight away from where it was loaded, the same in every layout."""
     for param, tensor in engine.model.params():
         for piece in param.pieces:
-            part = tensor[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))]
-            grid = [torch.arange(a, a + n).float() for a, n in zip(piece.hf_start, piece.shape)]
+            part = tensor[piece.local.slices]
+            grid = [torch.arange(a, a + n).float() for a, n in zip(piece.rect.offset, piece.rect.size, strict=True)]
             wave = sum(
                 g.view([-1 if i == axis else 1 for i in range(len(grid))]) * (axis + 1.3) for axis, g in enumerate(grid)
             )
-            part += size * torch.sin(wave + len(piece.hf))
+            part += size * torch.sin(wave + len(piece.hf_name))
     if hasattr(engine.optimizer, "reload_model_params"):
         engine.optimizer.reload_model_params()
 
@@ -67,7 +67,7 @@ def whole(engine: Engine, mine: Any, sharded: bool) -> Any:
     full = {name: torch.zeros(shape) for name, shape in engine.model.weight_map.hf_shapes.items()}
     for _, pieces in everyone:
         for piece, value in pieces:
-            full[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape))] = value
+            full[piece.hf_name][piece.rect.slices] = value
     return full, [part for part, _ in everyone]
 
 

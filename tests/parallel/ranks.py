@@ -22,7 +22,6 @@ from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine
 from megarl.rollout.response import Response
 from megarl.weights.files.hf_reader import HfReader
-from megarl.weights.map.relations import Piece
 
 LAYOUT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
 LAYOUTS = (
@@ -67,9 +66,8 @@ def gathered_weights(model: str) -> None:
         )
         if dist.get_rank() == 0:
             with HfReader(model) as reader:
-                for name, shape in shapes.items():
-                    zero = (0,) * len(shape)
-                    assert torch.equal(full[name], reader.read(Piece(name, zero, zero, shape))), name
+                for name in shapes:
+                    assert torch.equal(full[name], reader.whole(name)), name
         else:
             assert not full
 
@@ -92,7 +90,7 @@ def quantized_shards(model: str) -> None:
             assert all(torch.equal(tensor, was) for (_, tensor), was in zip(built.params(), before))
             with HfReader(model) as reader:
                 for name in full:
-                    whole = reader.read(Piece(name, (0,) * len(shapes[name]), (0,) * len(shapes[name]), shapes[name]))
+                    whole = reader.whole(name)
                     if is_quantized(name, shapes[name], ["router"]):
                         whole = fake_quantize(whole, mode)
                     assert torch.equal(full[name], whole), name

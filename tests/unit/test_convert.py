@@ -325,7 +325,7 @@ def test_verify_sees_a_flipped_bit(
 
     def flipped(self: Any, piece: Any) -> torch.Tensor:
         tensor = original(self, piece)
-        if piece.hf == "model.norm.weight":
+        if piece.hf_name == "model.norm.weight":
             tensor.view(torch.uint8)[5] ^= 1
         return tensor
 

@@ -161,23 +161,19 @@ def test_cutting_and_putting_together_is_the_identity(name: str, layout: Layout)
         layout = Layout(tp=layout.tp, pp=layout.pp, cp=layout.cp, world=layout.world)
     generator = torch.Generator().manual_seed(0)
     weights = {tensor: torch.randn(shape, generator=generator) for tensor, shape in weight_map.hf_shapes.items()}
-    held: dict[tuple[int, int, str], torch.Tensor] = {}
+    held: list[dict[tuple[int, str], torch.Tensor]] = []
     for rank in range(layout.world):
+        held.append({})
         for param in weight_map.params(layout, layout.coord(rank)):
             local = torch.zeros(param.shape)
             for piece in param.pieces:
-                local[_at(piece.start, piece.shape)] = weights[piece.hf][_at(piece.hf_start, piece.shape)]
-            held[rank, param.chunk, param.name] = local
+                local[piece.local.slices] = weights[piece.hf_name][piece.rect.slices]
+            held[rank][param.chunk, param.name] = local
     for tensor, sends in plan_gather(weight_map, layout).items():
         full = torch.full(weight_map.hf_shapes[tensor], torch.nan)
         for send in sends:
-            cut = held[send.rank, send.chunk, send.name][_at(send.piece.start, send.piece.shape)]
-            full[_at(send.piece.hf_start, send.piece.shape)] = cut
+            full[send.transfer.rect.slices] = send.transfer.cut(held[send.rank])
         assert torch.equal(full, weights[tensor]), tensor
-
-
-def _at(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, shape))
 
 
 REFUSED = [

@@ -76,11 +76,11 @@ def test_every_parameter_is_what_mbridge_makes_of_it(family: str, layout: Layout
         for param in weight_map.params(layout, layout.coord(rank)):
             ours = torch.zeros(param.shape)
             for piece in param.pieces:
-                source = weights[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape))]
-                ours[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))] = source
+                source = weights[piece.hf_name][piece.rect.slices]
+                ours[piece.local.slices] = source
             name = transformer_engine_name(param.name, weight_map)
             names = bridge._weight_name_mapping_mcore_to_hf(name)
-            assert set(names) == {piece.hf for piece in param.pieces}, name
+            assert set(names) == {piece.hf_name for piece in param.pieces}, name
             whole = bridge._weight_to_mcore_format(name, [weights[hf] for hf in names])
             assert torch.equal(ours, bridge._weight_split_across_tp(name, whole, ours, layout.tp)[rank]), name
             used |= set(names)

@@ -108,7 +108,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     with open_weights(path, weight_map) as reader:
         reader.carried(weight_map)
         params = weight_map.params(Layout(), Layout().coord(0))
-        return {piece.hf: reader.read(piece).float() for param in params for piece in param.pieces}
+        return {piece.hf_name: reader.read(piece).float() for param in params for piece in param.pieces}
 
 
 def split(folder: Path, to: Path, scale: float = 1.0) -> Path:

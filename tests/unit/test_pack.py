@@ -9,22 +9,14 @@ import pytest
 import torch
 
 from megarl.weights.map.layout import Layout
+from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.rect import Rect
 from megarl.weights.reshard.hash import tensor_hash
+from megarl.weights.reshard.manifest import manifest_from, whole_inputs, whole_manifest
+from megarl.weights.reshard.message import Manifest, Message, TensorShard
 from megarl.weights.reshard.outgoing import Slices, whole_buckets
-from megarl.weights.reshard.pack import (
-    ALIGNMENT,
-    HASH,
-    Corrupted,
-    Held,
-    Manifest,
-    Message,
-    Part,
-    assemble,
-    message_bytes,
-    pack,
-    whole_tensors,
-)
+from megarl.weights.reshard.pack import ALIGNMENT, HASH, Corrupted, assemble, message_bytes, pack
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 
 
@@ -42,22 +34,20 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def manifest_of(named: dict[str, torch.Tensor], bucket_bytes: int) -> Manifest:
-    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    return whole_tensors(
-        shapes, {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in named.items()}, bucket_bytes
-    )
+def described(named: dict[str, torch.Tensor]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+    return {name: tuple(t.shape) for name, t in named.items()}, {name: t.dtype for name, t in named.items()}
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 64, 100, 10**6])
 def test_what_is_packed_is_assembled(bucket_bytes: int) -> None:
-    manifest = Manifest.from_json(json.loads(json.dumps(manifest_of(tensors(), bucket_bytes).to_json())))
-    assert manifest == manifest_of(tensors(), bucket_bytes)
+    inputs = json.loads(json.dumps(whole_inputs(*described(tensors()), bucket_bytes)))
+    manifest = manifest_from(inputs, 3)
+    assert manifest == whole_manifest(*described(tensors()), bucket_bytes)
     found: dict[str, torch.Tensor] = {}
     for bucket, outgoing in zip(manifest.buckets, whole_buckets(tensors().items(), manifest), strict=True):
         ((buffer, rank),) = outgoing.messages
-        assert rank is None and buffer.numel() == message_bytes(bucket[0].parts, manifest.tensors)
-        here = assemble(bucket, [buffer], manifest.tensors)
+        assert rank is None and buffer.numel() == message_bytes(bucket[0].slices, manifest.dtypes)
+        here = assemble(bucket, [buffer], manifest)
         assert all(
             t.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for t in here.values()
         )  # views
@@ -80,35 +70,41 @@ def test_a_stream_is_read_bucket_by_bucket() -> None:
             taken.append(name)
             yield name, tensor
 
-    next(whole_buckets(stream(), manifest_of(tensors(), 64)))
+    next(whole_buckets(stream(), whole_manifest(*described(tensors()), 64)))
     assert len(taken) < len(tensors())
 
 
 def test_every_flipped_bit_of_a_message_is_noticed() -> None:
-    """In a part that is a tensor by itself, in one put together with
+    """In a slice that is a shard by itself, in one put together with
     another, in the checksums. Padding carries nothing.
     """
-    held = {"whole": Held((2, 3), (0, 0), (2, 3), "float32"), "cut": Held((8, 4), (2, 0), (4, 4), "float32")}
-    parts = [[Part("whole", (0, 0), (2, 3)), Part("cut", (2, 0), (3, 4))], [Part("cut", (5, 0), (1, 4))]]
+    shards = {
+        "whole": TensorShard((2, 3), Rect.whole((2, 3)), torch.float32),
+        "cut": TensorShard((8, 4), Rect((2, 0), (4, 4)), torch.float32),
+    }
+    bucket = (
+        Message(0, 4, 0, (HfSlice("whole", Rect.whole((2, 3))), HfSlice("cut", Rect((2, 0), (3, 4))))),
+        Message(0, 5, 0, (HfSlice("cut", Rect((5, 0), (1, 4))),)),
+    )
+    manifest = Manifest(shards, (bucket,))
     buffers = []
-    for mine in parts:
-        buffer = torch.zeros(message_bytes(mine, held), dtype=torch.uint8)
-        pack(mine, [torch.randn(part.shape) for part in mine], held, buffer)
+    for message in bucket:
+        buffer = torch.zeros(message_bytes(message.slices, manifest.dtypes), dtype=torch.uint8)
+        pack(message.slices, [torch.randn(each.rect.size) for each in message.slices], manifest.dtypes, buffer)
         buffers.append(buffer)
-    bucket = [Message(4 + i, tuple(mine)) for i, mine in enumerate(parts)]
-    assert set(assemble(bucket, buffers, held)) == {"whole", "cut"}
+    assert set(assemble(bucket, buffers, manifest)) == {"whole", "cut"}
     for number, buffer in enumerate(buffers):
         for byte in range(buffer.numel()):
             padding = number == 0 and 24 <= byte < 2 * ALIGNMENT
             buffer[byte] ^= 4
             if padding:
-                assemble(bucket, buffers, held)
+                assemble(bucket, buffers, manifest)
             else:
                 with pytest.raises(
                     Corrupted,
                     match=rf"(whole|cut)\[\d:\d, \d:\d\] from trainer rank {4 + number} arrived with checksum",
                 ):
-                    assemble(bucket, buffers, held)
+                    assemble(bucket, buffers, manifest)
             buffer[byte] ^= 4
     assert buffers[1].numel() == 16 + HASH.itemsize
 
@@ -147,7 +143,7 @@ def test_slices_arrive_where_their_manifest_says(
         for param in weight_map.params(layout, layout.coord(rank)):
             local = torch.zeros(param.shape)
             for p in param.pieces:
-                local[_box(p.start, p.shape)] = whole[p.hf][_box(p.hf_start, p.shape)]
+                local[p.local.slices] = whole[p.hf_name][p.rect.slices]
             params.append((param, local))
         sender = Slices(weight_map, layout, rollout, torch.bfloat16, rank)
         for bucket in sender.buckets(params):
@@ -155,19 +151,16 @@ def test_slices_arrive_where_their_manifest_says(
                 assert destination is not None
                 wires[rank, destination - layout.world, bucket.number] = buffer.clone()
     payload = 0
-    manifests = [manifest for engine in sender.manifests() for manifest in engine]
+    inputs = json.loads(json.dumps(sender.manifest_inputs))
+    manifests = [manifest_from(inputs, rank) for rank in range(rollout.world)]
     for rank, manifest in enumerate(manifests):
         found: dict[str, torch.Tensor] = {}
         for number, messages in enumerate(manifest.buckets):
             buffers = [wires.pop((message.source, rank, number)) for message in messages]
             payload += sum(buffer.numel() for buffer in buffers)
-            found |= assemble(messages, buffers, manifest.tensors)
-        assert found.keys() == manifest.tensors.keys()
-        for name, held in manifest.tensors.items():
-            assert torch.equal(found[name], whole[name][_box(held.start, held.size)].bfloat16()), name
+            found |= assemble(messages, buffers, manifest)
+        assert found.keys() == manifest.shards.keys()
+        for name, shard in manifest.shards.items():
+            assert torch.equal(found[name], whole[name][shard.rect.slices].bfloat16()), name
     assert not wires
-    assert sender.bytes == sum(2 * torch.Size(held.size).numel() for m in manifests for held in m.tensors.values())
-
-
-def _box(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, shape))
+    assert sender.bytes == sum(shard.nbytes for m in manifests for shard in m.shards.values())

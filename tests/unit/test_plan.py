@@ -15,8 +15,9 @@ import torch
 from megarl.errors import UserError
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.rect import Rect
 from megarl.weights.reshard.plan import Plan, make_plan
-from megarl.weights.reshard.rollout_layout import Rect, RolloutLayout, rollout_rects
+from megarl.weights.reshard.rollout_layout import RolloutLayout, rollout_rects
 
 Slices = dict[str, torch.Tensor]
 LAYOUTS = [  # what random ones might miss
@@ -48,10 +49,6 @@ def random_layouts(count: int) -> list[tuple[Layout, RolloutLayout]]:
     return found
 
 
-def cut(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-    return tensor[tuple(slice(a, a + n) for a, n in zip(start, shape))]
-
-
 def numbered_weights(weight_map: WeightMap) -> Slices:
     """Every element of the model has a value of its own."""
     start, weights = 1, {}
@@ -66,33 +63,25 @@ def execute(plan: Plan, weight_map: WeightMap, weights: Slices) -> list[Slices]:
     """Runs the senders' lists on tensors cut by the weight map. Returns
     what each rollout rank holds, -1 where nothing came.
     """
+    rects = [plan.shards(rank) for rank in range(plan.rollout.world)]
     received = [
-        {
-            name: torch.full(rect.shape, -1.0, dtype=torch.float64)
-            for bucket in plan.slices(rank)
-            for name, rect in bucket.items()
-        }
-        for rank in range(plan.rollout.world)
-    ]
-    rects = [
-        {name: rect for bucket in plan.slices(rank) for name, rect in bucket.items()}
-        for rank in range(plan.rollout.world)
+        {name: torch.full(rect.size, -1.0, dtype=torch.float64) for name, rect in shards.items()} for shards in rects
     ]
     for rank in range(plan.train.world):
         held: dict[tuple[int, str], torch.Tensor] = {}
         for param in weight_map.params(plan.train, plan.train.coord(rank)):
             held[param.chunk, param.name] = local = torch.zeros(param.shape, dtype=torch.float64)
             for piece in param.pieces:
-                cut(local, piece.start, piece.shape).copy_(cut(weights[piece.hf], piece.hf_start, piece.shape))
+                local[piece.local.slices] = weights[piece.hf_name][piece.rect.slices]
         for message in plan.sends(rank):
-            for t in message.transfers:
-                rect = rects[message.destination][t.hf]
-                inside = tuple(a - b for a, b in zip(t.hf_start, rect.start))
-                target = cut(received[message.destination][t.hf], inside, t.shape)
-                assert target.shape == t.shape and bool((target == -1).all()), (
-                    f"{t.hf} is written twice or out of bounds"
+            assert message.destination is not None
+            for transfer in message.slices:
+                name, rect = transfer.hf_name, rects[message.destination][transfer.hf_name]
+                target = received[message.destination][name][transfer.rect.within(rect).slices]
+                assert target.shape == transfer.rect.size and bool((target == -1).all()), (
+                    f"{name} is written twice or out of bounds"
                 )
-                target.copy_(cut(held[t.chunk, t.param], t.start, t.shape))
+                target.copy_(transfer.cut(held))
     return received
 
 
@@ -111,7 +100,7 @@ def test_every_rollout_rank_gets_its_slices_once(
         assert slices.keys() == {name for name, rect in wanted.items() if rect}
         for name, tensor in slices.items():
             rect = wanted[name]
-            assert rect and torch.equal(tensor, cut(weights[name], *rect)), (rank, name)
+            assert rect and torch.equal(tensor, weights[name][rect.slices]), (rank, name)
 
 
 @pytest.mark.parametrize(("train", "rollout"), LAYOUTS, ids=str)
@@ -131,8 +120,9 @@ def test_both_ends_list_the_same_messages_and_the_figures_are_their_sums(
     assert np.array_equal(pairs, plan.load.pairs)
     assert np.array_equal(plan.load.received, plan.held_bytes())  # bytes sent are bytes held: ratio 1.00
     for message in sent:
-        slices = plan.slices(message.destination)[message.bucket]
-        assert message.transfers and all(transfer.hf in slices for transfer in message.transfers)
+        shards = plan.shards(message.destination)
+        assert message.slices and all(transfer.hf_name in shards for transfer in message.slices)
+        assert {plan.bucket_of[transfer.hf_name] for transfer in message.slices} == {message.bucket}
 
 
 def test_buckets_are_bounded_and_whole_tensors_lie_in_them(hf_config: dict[str, Any]) -> None:
@@ -140,7 +130,9 @@ def test_buckets_are_bounded_and_whole_tensors_lie_in_them(hf_config: dict[str, 
     plan = make_plan(Layout(tp=2, pp=2, ep=2, world=8), rollout, WeightMap(hf_config), itemsize=4, bucket_bytes=limit)
     assert plan.buckets > 5
     for rank in range(rollout.world):
-        sizes = [4 * sum(rect.numel for rect in bucket.values()) for bucket in plan.slices(rank)]
+        sizes = [0] * plan.buckets
+        for name, rect in plan.shards(rank).items():
+            sizes[plan.bucket_of[name]] += 4 * rect.numel
         assert max(sizes) <= limit and sum(sizes) == plan.held_bytes()[rank]
         counts = [0] * plan.buckets
         for message in plan.receives(rank):
@@ -179,10 +171,10 @@ def test_replicas_share_the_sending_evenly_in_all_and_in_every_bucket(
 
 def test_keys_and_values_are_replicated_where_there_are_more_ranks_than_heads(hf_config: dict[str, Any]) -> None:
     rects = rollout_rects(WeightMap(hf_config), RolloutLayout(1, 4))  # 4 heads of 16, 2 key/value heads
-    at = "model.layers.0.self_attn."
-    assert rects[at + "k_proj.weight"] == (Rect((0, 0), (16, 64)),) * 2 + (Rect((16, 0), (16, 64)),) * 2
-    assert rects[at + "q_proj.weight"] == tuple(Rect((16 * i, 0), (16, 64)) for i in range(4))
-    assert rects[at + "o_proj.weight"] == tuple(Rect((0, 16 * i), (64, 16)) for i in range(4))
+    layer = "model.layers.0.self_attn."
+    assert rects[layer + "k_proj.weight"] == (Rect((0, 0), (16, 64)),) * 2 + (Rect((16, 0), (16, 64)),) * 2
+    assert rects[layer + "q_proj.weight"] == tuple(Rect((16 * i, 0), (16, 64)) for i in range(4))
+    assert rects[layer + "o_proj.weight"] == tuple(Rect((0, 16 * i), (64, 16)) for i in range(4))
 
 
 def test_an_uneven_expert_placement_gives_the_first_ranks_one_more(hf_config: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def test_rectangles_of_block_fp8_are_dequantised(
         for rank in range(layout.world):
             for param in weight_map.params(layout, layout.coord(rank)):
                 for piece in param.pieces:
-                    expected = want[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape))]
+                    expected = want[piece.hf_name][piece.rect.slices]
                     got = reader.read(piece)
                     assert got.dtype == (torch.float32 if param.buffer else torch.bfloat16) and torch.equal(
                         got, expected

@@ -36,21 +36,19 @@ def test_cutting_and_putting_together_is_the_identity(
 ) -> None:
     weight_map = WeightMap({**hf_config, "mlp_only_layers": dense, "vocab_size": 31})  # 31: padded under TP
     weights = random_weights(weight_map)
-    held: dict[tuple[int, int, str], torch.Tensor] = {}
+    held: list[dict[tuple[int, str], torch.Tensor]] = []
     for rank in range(layout.world):
+        held.append({})
         for param in weight_map.params(layout, layout.coord(rank)):
             local = torch.zeros(param.shape)
             for piece in param.pieces:
-                source = weights[piece.hf][tuple(slice(a, a + n) for a, n in zip(piece.hf_start, piece.shape))]
-                local[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))] = source
-            held[rank, param.chunk, param.name] = local
+                source = weights[piece.hf_name][piece.rect.slices]
+                local[piece.local.slices] = source
+            held[rank][param.chunk, param.name] = local
     for name, sends in plan_gather(weight_map, layout).items():
         full = torch.full(weight_map.hf_shapes[name], torch.nan)
         for send in sends:
-            cut = held[send.rank, send.chunk, send.name][
-                tuple(slice(a, a + n) for a, n in zip(send.piece.start, send.piece.shape))
-            ]
-            full[tuple(slice(a, a + n) for a, n in zip(send.piece.hf_start, send.piece.shape))] = cut
+            full[send.transfer.rect.slices] = send.transfer.cut(held[send.rank])
         assert torch.equal(full, weights[name]), name
 
 
@@ -63,7 +61,10 @@ def test_grouped_qkv_is_queries_key_value_of_each_group(hf_config: dict[str, Any
         if p.name.endswith("layers.0.self_attention.linear_qkv.weight")
     )
     assert param.shape == (64, 64)
-    rows = [(piece.hf.split(".")[-2], piece.hf_start[0], piece.start[0], piece.shape[0]) for piece in param.pieces]
+    rows = [
+        (piece.hf_name.split(".")[-2], piece.rect.offset[0], piece.offset[0], piece.rect.size[0])
+        for piece in param.pieces
+    ]
     assert rows == [("q_proj", 32, 0, 32), ("k_proj", 16, 32, 16), ("v_proj", 16, 48, 16)]
 
 
@@ -72,7 +73,7 @@ def test_each_content_has_one_first_holder(hf_config: dict[str, Any]) -> None:
     holders: dict[tuple[Any, ...], int] = {}
     for rank in range(layout.world):
         for param in weight_map.params(layout, layout.coord(rank)):
-            key = (param.name, tuple((piece.hf, piece.hf_start) for piece in param.pieces))
+            key = (param.name, tuple((piece.hf_name, piece.rect.offset) for piece in param.pieces))
             holders[key] = holders.get(key, 0) + (param.replica == 0)
     assert set(holders.values()) == {1}
 

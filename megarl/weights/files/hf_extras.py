@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 from megarl.weights.files.hf_index import SCALE
-from megarl.weights.map.relations import Piece
+from megarl.weights.map.relations import HfSlice
+from megarl.weights.rect import Rect
 
 
-def dequantized(read: Callable[[Piece], Tensor], piece: Piece, block: tuple[int, int]) -> Tensor:
+def dequantized(read: Callable[[HfSlice], Tensor], piece: HfSlice, block: tuple[int, int]) -> Tensor:
     """A rectangle of a block-FP8 matrix as bfloat16: value times its
     block's scale, in float32 (DeepSeek-V3, inference/kernel.py).
 
     read: reads a rectangle as it is stored. The rectangle need not be aligned to blocks.
     """
     rows, columns = (
-        torch.arange(start, start + n) // size for start, n, size in zip(piece.hf_start, piece.shape, block)
+        torch.arange(start, start + n) // size
+        for start, n, size in zip(piece.rect.offset, piece.rect.size, block, strict=True)
     )
     first = (int(rows[0]), int(columns[0]))
     shape = (int(rows[-1]) - first[0] + 1, int(columns[-1]) - first[1] + 1)
-    scale = read(Piece(piece.hf + SCALE, first, (0, 0), shape)).float()
+    scale = read(HfSlice(piece.hf_name + SCALE, Rect(first, shape))).float()
     return (read(piece).float() * scale[rows - first[0]][:, columns - first[1]]).bfloat16()
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from megarl.errors import UserError
 from megarl.weights.files.safetensors_header import Entry, read_header
 from megarl.weights.files.shapes import refuse_shape
-from megarl.weights.map.relations import Shape
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
+from megarl.weights.rect import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

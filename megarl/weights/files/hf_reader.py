@@ -12,8 +12,9 @@ from megarl.errors import UserError
 from megarl.weights.files.hf_extras import dequantized
 from megarl.weights.files.hf_index import HfIndex
 from megarl.weights.files.safetensors_file import DTYPES, SafetensorsFile, Spec
-from megarl.weights.map.relations import Piece
+from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.rect import Rect
 
 
 class HfReader:
@@ -50,24 +51,23 @@ class HfReader:
 
     def whole(self, name: str) -> Tensor:
         """A whole tensor, its shape being the file's; dequantised as in `read`."""
-        shape = self.index.entry(name).shape
-        zero = (0,) * len(shape)
-        return self.read(Piece(name, zero, zero, shape))
+        return self.read(HfSlice(name, Rect.whole(self.index.entry(name).shape)))
 
-    def read(self, piece: Piece) -> Tensor:
+    def read(self, piece: HfSlice) -> Tensor:
         """A rectangle in the file's dtype; bfloat16 where the file holds block-FP8."""
-        if self.index.block is not None and self.index.scaled(piece.hf):
+        if self.index.block is not None and self.index.scaled(piece.hf_name):
             return dequantized(self._stored, piece, self.index.block)
         return self._stored(piece)
 
-    def _stored(self, piece: Piece) -> Tensor:
-        shape = self.index.entry(piece.hf).shape
-        end = [a + n for a, n in zip(piece.hf_start, piece.shape)]
-        if len(shape) != len(end) or any(have < want for have, want in zip(shape, end)):
+    def _stored(self, piece: HfSlice) -> Tensor:
+        shape = self.index.entry(piece.hf_name).shape
+        end = piece.rect.end
+        if len(shape) != len(end) or any(have < want for have, want in zip(shape, end, strict=True)):
             raise UserError(
-                f"tensor {piece.hf!r} has shape {shape}, too small for {end}; config.json does not match the weights"
+                f"tensor {piece.hf_name!r} has shape {shape}, too small for {list(end)}; config.json does not match "
+                "the weights"
             )
-        file = self.index.where[piece.hf]
+        file = self.index.where[piece.hf_name]
         if file not in self._files:
             self._files[file] = SafetensorsFile(self.path / file, self.index.header(file))
-        return self._files[file].read(piece.hf, piece.hf_start, piece.shape)
+        return self._files[file].read(piece.hf_name, piece.rect.offset, piece.rect.size)

@@ -26,8 +26,9 @@ from megarl.weights.files.safetensors_file import SafetensorsFile, Spec
 from megarl.weights.files.shapes import refuse_shape
 from megarl.weights.files.torch_dist import METADATA, TorchDistReader
 from megarl.weights.map.layout import Layout
-from megarl.weights.map.relations import Piece
+from megarl.weights.map.relations import HfSlice, Piece
 from megarl.weights.map.weight_map import Param, WeightMap, load_hf_config
+from megarl.weights.rect import Rect
 
 EXPERT = re.compile(r"(.*\.experts\.)local_experts\.(\d+)\.(.*)")
 # megatron-core files the norms under the linear they precede, as Transformer Engine fuses them (gpt_layer_specs.py)
@@ -88,7 +89,7 @@ class MegatronReader:
         for param, where in whole_params(self.weight_map):
             self._check(where)
             for piece in param.pieces:
-                self._parts.setdefault(piece.hf, []).append((piece, where))
+                self._parts.setdefault(piece.hf_name, []).append((piece, where))
         known = {where.key for parts in self._parts.values() for _, where in parts}
         unknown = sorted(key for key in set(self._stored.tensors) - known if not NOT_WEIGHTS.match(key))
         if unknown:
@@ -136,33 +137,29 @@ class MegatronReader:
         return Spec(self._stored.tensors[self._parts[name][0][1].key].dtype, self.weight_map.hf_shapes[name])
 
     def whole(self, name: str) -> Tensor:
-        shape = self.spec(name).shape
-        zero = (0,) * len(shape)
+        rect = Rect.whole(self.spec(name).shape)
         if self._carried and name in self._carried.tensors:
-            return self._carried.read(name, zero, shape)
-        return self.read(Piece(name, zero, zero, shape))
+            return self._carried.read(name, rect.offset, rect.size)
+        return self.read(HfSlice(name, rect))
 
     def specs(self) -> dict[str, Spec]:
         """The Hugging Face tensors it holds, in the map's order, as they are stored."""
         return {name: self.spec(name) for name in self.weight_map.hf_shapes}
 
-    def read(self, piece: Piece) -> Tensor:
-        end = [a + n for a, n in zip(piece.hf_start, piece.shape)]
+    def read(self, piece: HfSlice) -> Tensor:
         full: Tensor | None = None
-        for part, where in self._parts[piece.hf]:
-            low = [max(a, b) for a, b in zip(piece.hf_start, part.hf_start)]
-            high = [min(a, b + n) for a, b, n in zip(end, part.hf_start, part.shape)]
-            if any(a >= b for a, b in zip(low, high)):
+        for part, where in self._parts[piece.hf_name]:
+            rect = piece.rect.intersect(part.rect)
+            if rect is None:
                 continue
-            size = [b - a for a, b in zip(low, high)]
-            start = [s + a - b for s, a, b in zip(part.start, low, part.hf_start)]
-            ones = [1] * len(where.lead)
-            block = self._stored.read(where.key, [*where.lead, *start], [*ones, *size]).view(size)
-            if tuple(size) == piece.shape:
+            local = rect.within(part.rect).moved(part.offset)
+            ones = (1,) * len(where.lead)
+            block = self._stored.read(where.key, (*where.lead, *local.offset), (*ones, *local.size)).view(local.size)
+            if rect.size == piece.rect.size:
                 return block
             if full is None:
-                full = torch.empty(piece.shape, dtype=block.dtype)
-            full[tuple(slice(x - a, x - a + n) for x, a, n in zip(low, piece.hf_start, size))] = block
+                full = torch.empty(piece.rect.size, dtype=block.dtype)
+            full[rect.within(piece.rect).slices] = block
         assert full is not None, piece
         return full
 
@@ -199,23 +196,20 @@ def cuts_of_rank(
             continue
         groups: dict[tuple[int, ...], list[Piece]] = {}
         for piece in param.pieces:
-            where, offset = _place(piece, at[piece.hf])
-            groups.setdefault(tuple(g - s for g, s in zip(offset, piece.start)), []).append(piece)
+            where, place = _place(piece, at[piece.hf_name])
+            groups.setdefault(place.within(piece.local).offset, []).append(piece)
         for shift, pieces in groups.items():
-            low = tuple(min(p.start[axis] for p in pieces) for axis in range(len(param.shape)))
-            high = tuple(max(p.start[axis] + p.shape[axis] for p in pieces) for axis in range(len(param.shape)))
-            shape = tuple(b - a for a, b in zip(low, high))
-            if math.prod(shape) != sum(math.prod(p.shape) for p in pieces):
+            chunk = Rect.around([piece.local for piece in pieces])
+            if chunk.numel != sum(piece.rect.numel for piece in pieces):
                 raise RuntimeError(f"{param.name}: its pieces leave gaps")
-            moved = (Piece(p.hf, p.hf_start, tuple(s - a for s, a in zip(p.start, low)), p.shape) for p in pieces)
-            start = (*where.lead, *(a + d for a, d in zip(low, shift)))
-            yield Cut(where.key, start, (*(1 for _ in where.lead), *shape), tuple(moved))
+            inside = (Piece(piece.hf_name, piece.rect, piece.local.within(chunk).offset) for piece in pieces)
+            start = (*where.lead, *chunk.moved(shift).offset)
+            yield Cut(where.key, start, (*(1 for _ in where.lead), *chunk.size), tuple(inside))
 
 
-def _place(piece: Piece, parts: list[tuple[Piece, Global]]) -> tuple[Global, tuple[int, ...]]:
+def _place(piece: Piece, parts: list[tuple[Piece, Global]]) -> tuple[Global, Rect]:
     """Where a rectangle of a Hugging Face tensor lies in the whole parameter."""
     for part, where in parts:
-        inside = [a - b for a, b in zip(piece.hf_start, part.hf_start)]
-        if all(0 <= x and x + n <= m for x, n, m in zip(inside, piece.shape, part.shape)):
-            return where, tuple(s + x for s, x in zip(part.start, inside))
+        if piece.rect.intersect(part.rect) == piece.rect:
+            return where, piece.rect.within(part.rect).moved(part.offset)
     raise RuntimeError(f"{piece} crosses the parts of its parameter")

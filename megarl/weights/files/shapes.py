@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megarl.errors import UserError
-from megarl.weights.map.relations import Shape
 from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.rect import Shape
 
 UNSET = ("head_dim", "num_key_value_heads")  # keys with a default that follows other keys
 

@@ -2,8 +2,8 @@
 tensors. Each relation says too how vLLM cuts the same tensors.
 
 A relation is called with the names and whole shapes of the tensors it spans and the
-rank's place among those that split them; it returns the local shape and the rectangles
-(`Piece`) that fill it. `Rank` is of the expert tensor-parallel group for a routed expert.
+rank's place among those that split them; it returns the rank's shard of the parameter.
+`Rank` is of the expert tensor-parallel group for a routed expert.
 """
 
 from __future__ import annotations
@@ -11,18 +11,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-Shape = tuple[int, ...]
-Cut = tuple[Shape, list["Piece"]]
+from megarl.weights.rect import Rect, Shape
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle: hf[hf_start : hf_start + shape] equals local[start : start + shape] on every axis."""
+@dataclass(frozen=True, slots=True)
+class HfSlice:
+    """The rectangle `rect` of the Hugging Face tensor `hf_name`."""
 
-    hf: str
-    hf_start: Shape
-    start: Shape
+    hf_name: str
+    rect: Rect
+
+    def __str__(self) -> str:
+        return f"{self.hf_name}{self.rect}"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece(HfSlice):
+    """A slice, and where it lies in a rank's parameter: there it begins at `offset`."""
+
+    offset: Shape
+
+    @property
+    def local(self) -> Rect:
+        """The rectangle of the parameter."""
+        return Rect(self.offset, self.rect.size)
+
+
+@dataclass(frozen=True, slots=True)
+class ParamShard:
+    """A rank's part of a parameter: its local shape and the pieces that fill it."""
+
     shape: Shape
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +54,7 @@ class Rank:
 
 
 class Relation(Protocol):
-    def __call__(self, hf: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> Cut: ...
+    def __call__(self, hf_names: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> ParamShard: ...
 
 
 @dataclass(frozen=True)
@@ -43,9 +63,9 @@ class Replicated:
     projections (ReplicatedLinear).
     """
 
-    def __call__(self, hf: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> Cut:
-        zero = (0,) * len(shapes[0])
-        return shapes[0], [Piece(hf[0], zero, zero, shapes[0])]
+    def __call__(self, hf_names: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> ParamShard:
+        whole = Rect.whole(shapes[0])
+        return ParamShard(shapes[0], (Piece(hf_names[0], whole, whole.offset),))
 
 
 @dataclass(frozen=True)
@@ -56,12 +76,12 @@ class Split:
 
     axis: int
 
-    def __call__(self, hf: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> Cut:
-        shape = list(shapes[0])
-        shape[self.axis] //= rank.size
-        hf_start = [0] * len(shape)
-        hf_start[self.axis] = rank.index * shape[self.axis]
-        return tuple(shape), [Piece(hf[0], tuple(hf_start), (0,) * len(shape), tuple(shape))]
+    def __call__(self, hf_names: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> ParamShard:
+        size, offset = list(shapes[0]), [0] * len(shapes[0])
+        size[self.axis] //= rank.size
+        offset[self.axis] = rank.index * size[self.axis]
+        rect = Rect(tuple(offset), tuple(size))
+        return ParamShard(rect.size, (Piece(hf_names[0], rect, (0,) * len(size)),))
 
 
 @dataclass(frozen=True)
@@ -70,11 +90,12 @@ class Stacked:
     (MergedColumnParallelLinear, w13).
     """
 
-    def __call__(self, hf: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> Cut:
+    def __call__(self, hf_names: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> ParamShard:
         (rows, columns) = shapes[0]
         rows //= rank.size
-        pieces = [Piece(name, (rank.index * rows, 0), (i * rows, 0), (rows, columns)) for i, name in enumerate(hf)]
-        return (len(hf) * rows, columns), pieces
+        rect = Rect((rank.index * rows, 0), (rows, columns))
+        pieces = tuple(Piece(name, rect, (i * rows, 0)) for i, name in enumerate(hf_names))
+        return ParamShard((len(hf_names) * rows, columns), pieces)
 
 
 @dataclass(frozen=True)
@@ -90,8 +111,9 @@ class GroupedQkv:
     queries: int
     head_dim: int
 
-    def __call__(self, hf: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> Cut:
-        rest = shapes[0][1:]
+    def __call__(self, hf_names: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> ParamShard:
+        columns = shapes[0][1:]
+        zero = (0,) * len(columns)
         queries, copies = self.queries, 1
         if (
             rank.size > self.groups
@@ -103,12 +125,11 @@ class GroupedQkv:
         blocks = self.groups * copies
         for block in range(rank.index * blocks // rank.size, (rank.index + 1) * blocks // rank.size):
             group = block // copies
-            for name, first, heads in zip(hf, (block * queries, group, group), (queries, 1, 1), strict=True):
-                rows = heads * self.head_dim
-                start = first * self.head_dim
-                pieces.append(Piece(name, (start,) + (0,) * len(rest), (row,) + (0,) * len(rest), (rows, *rest)))
-                row += rows
-        return (row, *rest), pieces
+            for name, first, heads in zip(hf_names, (block * queries, group, group), (queries, 1, 1), strict=True):
+                rect = Rect((first * self.head_dim, *zero), (heads * self.head_dim, *columns))
+                pieces.append(Piece(name, rect, (row, *zero)))
+                row += rect.size[0]
+        return ParamShard((row, *columns), tuple(pieces))
 
 
 @dataclass(frozen=True)
@@ -122,10 +143,9 @@ class Vocabulary:
 
     multiple: int = 1
 
-    def __call__(self, hf: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> Cut:
+    def __call__(self, hf_names: tuple[str, ...], shapes: tuple[Shape, ...], rank: Rank) -> ParamShard:
         vocab, columns = shapes[0]
         rows = -(-vocab // self.multiple) * self.multiple
         rows = -(-rows // rank.size)
-        start = rank.index * rows
-        held = max(0, min(vocab, start + rows) - start)
-        return (rows, columns), [Piece(hf[0], (start, 0), (0, 0), (held, columns))] if held else []
+        rect = Rect((rank.index * rows, 0), (rows, columns)).intersect(Rect.whole(shapes[0]))
+        return ParamShard((rows, columns), (Piece(hf_names[0], rect, (0, 0)),) if rect else ())

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from megarl.checkpoints import hf_files
 from megarl.errors import UserError
 from megarl.weights.map.layout import Coord, Layout
-from megarl.weights.map.relations import Piece, Rank, Relation, Replicated, Shape
+from megarl.weights.map.relations import Piece, Rank, Relation, Replicated
+from megarl.weights.rect import Shape
 
 FAMILIES = {  # model_type of config.json -> module
     "deepseek_v3": "megarl.weights.map.families.deepseek_v3",
@@ -167,9 +168,9 @@ class WeightMap:
             copies.append(rank.index)
         for e in range(each):
             hf = tuple(name.format(layer=layer, expert=coord.ep * each + e) for name in entry.hf)
-            shape, pieces = entry.relation(hf, entry.shapes, rank)
+            shard = entry.relation(hf, entry.shapes, rank)
             name = entry.name.format(layer=local, expert=e)
-            yield Param(chunk, name, shape, tuple(pieces), sum(copies), entry.expert, split, entry.buffer)
+            yield Param(chunk, name, shard.shape, shard.pieces, sum(copies), entry.expert, split, entry.buffer)
 
 
 def load_hf_config(path: str | Path) -> dict[str, Any]:

@@ -7,52 +7,53 @@ rectangles each rank sends. One message a rank and bucket.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.weights.buckets import fill_buckets
 from megarl.weights.map.layout import Layout
-from megarl.weights.map.relations import Piece
 from megarl.weights.map.weight_map import Param, WeightMap
+from megarl.weights.reshard.message import Transfer, named_tensors
+
+if TYPE_CHECKING:
+    from megarl.weights.reshard.message import Tensors
 
 BUCKET_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class Send:
-    """A rectangle that `rank` contributes: piece.hf is the tensor, (chunk, name) the parameter it is cut from."""
+class Send(NamedTuple):
+    """What `rank` contributes to a full tensor."""
 
     rank: int
-    chunk: int
-    name: str
-    piece: Piece
+    transfer: Transfer
 
 
-def plan_gather(weight_map: WeightMap, layout: Layout) -> dict[str, list[Send]]:
-    """Hugging Face name -> the rectangles it is put together from, each
-    from exactly one rank. Checks that they cover the tensor.
-    """
-    plan: dict[str, list[Send]] = {name: [] for name in weight_map.hf_shapes}
+GatherPlan = dict[str, list[Send]]  # Hugging Face name -> what it is put together from, each from exactly one rank
+
+
+def plan_gather(weight_map: WeightMap, layout: Layout) -> GatherPlan:
+    """Raises RuntimeError where the sends do not cover a tensor."""
+    plan: GatherPlan = {name: [] for name in weight_map.hf_shapes}
     for rank in range(layout.world):
         for param in weight_map.params(layout, layout.coord(rank)):
             if param.replica == 0:
                 for piece in param.pieces:
-                    plan[piece.hf].append(Send(rank, param.chunk, param.name, piece))
+                    transfer = Transfer(piece.hf_name, piece.rect, piece.offset, param.chunk, param.name)
+                    plan[piece.hf_name].append(Send(rank, transfer))
     for name, sends in plan.items():
-        covered = sum(torch.Size(send.piece.shape).numel() for send in sends)
-        if covered != torch.Size(weight_map.hf_shapes[name]).numel():
-            raise RuntimeError(
-                f"layout {layout} covers {covered} of {torch.Size(weight_map.hf_shapes[name]).numel()} elements of "
-                f"{name}"
-            )
+        covered, whole = sum(send.transfer.rect.numel for send in sends), math.prod(weight_map.hf_shapes[name])
+        if covered != whole:
+            raise RuntimeError(f"layout {layout} covers {covered} of {whole} elements of {name}")
     return plan
 
 
 def gather_full(
-    plan: dict[str, list[Send]],
+    plan: GatherPlan,
     weight_map: WeightMap,
     params: Iterable[tuple[Param, Tensor]],
     rank: int,
@@ -64,71 +65,38 @@ def gather_full(
 
     Tensors come in `dtype`, except those that stay float32 (WeightMap.hf_float32): these come first.
     """
-    held = {(param.chunk, param.name): tensor.detach() for param, tensor in params}
-    for wanted, names in (
+    tensors = named_tensors(params)
+    device = next(iter(tensors.values())).device
+    for wire_dtype, of_dtype in (
         (torch.float32, weight_map.hf_float32),
         (dtype, weight_map.hf_shapes.keys() - weight_map.hf_float32),
     ):
-        shapes = {name: shape for name, shape in weight_map.hf_shapes.items() if name in names}
-        yield from _gather(plan, shapes, held, rank, wanted, root, bucket_bytes)
+        shapes = {name: shape for name, shape in weight_map.hf_shapes.items() if name in of_dtype}
+        sized = ((name, math.prod(shape) * wire_dtype.itemsize) for name, shape in shapes.items())
+        for names in fill_buckets(sized, bucket_bytes):
+            incoming = _exchange([send for name in names for send in plan[name]], tensors, rank, wire_dtype, root)
+            if rank == root:
+                for name in names:
+                    full = torch.empty(shapes[name], dtype=wire_dtype, device=device)
+                    for send in plan[name]:
+                        block = next(incoming[send.rank])
+                        full[send.transfer.rect.slices] = block.view(send.transfer.rect.size)
+                    yield name, full
 
 
-def _gather(
-    plan: dict[str, list[Send]],
-    shapes: dict[str, tuple[int, ...]],
-    held: dict[tuple[int, str], Tensor],
-    rank: int,
-    dtype: torch.dtype,
-    root: int,
-    bucket_bytes: int,
-) -> Iterator[tuple[str, Tensor]]:
-    device = next(iter(held.values())).device
-    for names in _buckets(shapes, dtype.itemsize, bucket_bytes):
-        sends = [send for name in names for send in plan[name]]
-        mine = [_cut(held, send).to(dtype).flatten() for send in sends if send.rank == rank]
-        if rank != root:
-            if mine:
-                dist.send(torch.cat(mine), dst=root)
-            continue
-        incoming = {rank: torch.cat(mine)} if mine else {}
-        for source in sorted({send.rank for send in sends} - {root}):
-            count = sum(torch.Size(send.piece.shape).numel() for send in sends if send.rank == source)
-            incoming[source] = torch.empty(count, dtype=dtype, device=device)
-            dist.recv(incoming[source], src=source)
-        yield from _assemble(names, plan, shapes, incoming, dtype)
-
-
-def _assemble(
-    names: list[str],
-    plan: dict[str, list[Send]],
-    shapes: dict[str, tuple[int, ...]],
-    incoming: dict[int, Tensor],
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, Tensor]]:
-    at = dict.fromkeys(incoming, 0)
-    for name in names:
-        full = torch.empty(shapes[name], dtype=dtype, device=next(iter(incoming.values())).device)
-        for send in plan[name]:
-            count = torch.Size(send.piece.shape).numel()
-            block = incoming[send.rank][at[send.rank] : at[send.rank] + count].view(send.piece.shape)
-            at[send.rank] += count
-            full[tuple(slice(a, a + n) for a, n in zip(send.piece.hf_start, send.piece.shape))] = block
-        yield name, full
-
-
-def _cut(held: dict[tuple[int, str], Tensor], send: Send) -> Tensor:
-    return held[send.chunk, send.name][tuple(slice(a, a + n) for a, n in zip(send.piece.start, send.piece.shape))]
-
-
-def _buckets(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> Iterator[list[str]]:
-    names: list[str] = []
-    size = 0
-    for name, shape in shapes.items():
-        bytes_ = torch.Size(shape).numel() * itemsize
-        if names and size + bytes_ > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += bytes_
-    if names:
-        yield names
+def _exchange(
+    sends: list[Send], tensors: Tensors, rank: int, dtype: torch.dtype, root: int
+) -> dict[int, Iterator[Tensor]]:
+    """One bucket. At the root, for each rank that sends: its blocks, flat, in the order of `sends`."""
+    ours = [send.transfer.cut(tensors).to(dtype).flatten() for send in sends if send.rank == rank]
+    if rank != root:
+        if ours:
+            dist.send(torch.cat(ours), dst=root)
+        return {}
+    incoming = {rank: iter(ours)}
+    for source in sorted({send.rank for send in sends} - {root}):
+        sizes = [send.transfer.rect.numel for send in sends if send.rank == source]
+        buffer = torch.empty(sum(sizes), dtype=dtype, device=next(iter(tensors.values())).device)
+        dist.recv(buffer, src=source)
+        incoming[source] = iter(buffer.split(sizes))
+    return incoming

@@ -1,6 +1,4 @@
-"""What each trainer rank sends in a weight sync, and what each rollout
-rank is told to expect: slices, or whole tensors from rank 0.
-"""
+"""What each trainer rank sends in a weight sync: slices, or whole tensors from rank 0."""
 
 from __future__ import annotations
 
@@ -13,23 +11,11 @@ from torch import Tensor
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import Param, WeightMap
 from megarl.weights.reshard.gather import BUCKET_BYTES, gather_full, plan_gather
-from megarl.weights.reshard.pack import (
-    Held,
-    Manifest,
-    Message,
-    Part,
-    Shape,
-    held_bytes,
-    message_bytes,
-    pack,
-    payload_bytes,
-    whole_tensors,
-)
-from megarl.weights.reshard.plan import make_plan
+from megarl.weights.reshard.manifest import slice_inputs, slice_plan, whole_inputs, whole_manifest, wire_dtypes
+from megarl.weights.reshard.message import Manifest, named_tensors
+from megarl.weights.reshard.pack import message_bytes, pack, payload_bytes
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 from megarl.weights.transport.send import IN_FLIGHT, Outgoing
-
-SLICE_BUCKET_BYTES = 16 * 2**20  # into one rollout rank: small enough that packing, the wire and checking overlap
 
 
 class WholeTensors:
@@ -37,22 +23,19 @@ class WholeTensors:
 
     senders = 1
 
-    def __init__(self, weight_map: WeightMap, layout: Layout, engines: int, dtype: torch.dtype, rank: int) -> None:
-        self._map, self._engines, self._dtype, self._rank = weight_map, engines, dtype, rank
+    def __init__(self, weight_map: WeightMap, layout: Layout, dtype: torch.dtype, rank: int) -> None:
+        self._map, self._dtype, self._rank = weight_map, dtype, rank
         self._plan = plan_gather(weight_map, layout)
-        float32_first = sorted(
-            weight_map.hf_shapes, key=lambda name: name not in weight_map.hf_float32
-        )  # gather_full's order
-        shapes = {name: weight_map.hf_shapes[name] for name in float32_first}
-        self._manifest = whole_tensors(shapes, wire_dtypes(weight_map, dtype), BUCKET_BYTES)
+        float32_first = sorted(weight_map.hf_shapes, key=lambda name: name not in weight_map.hf_float32)
+        shapes = {name: weight_map.hf_shapes[name] for name in float32_first}  # gather_full's order
+        dtypes = wire_dtypes(weight_map, dtype)
+        self._manifest = whole_manifest(shapes, dtypes, BUCKET_BYTES)
+        self.manifest_inputs = whole_inputs(shapes, dtypes, BUCKET_BYTES)
 
     @property
     def bytes(self) -> int:
         """What every rollout rank receives."""
-        return sum(map(held_bytes, self._manifest.tensors.values()))
-
-    def manifests(self) -> list[list[Manifest]]:
-        return [[self._manifest]] * self._engines
+        return sum(shard.nbytes for shard in self._manifest.shards.values())
 
     def buckets(self, params: Iterable[tuple[Param, Tensor]]) -> Iterator[Outgoing]:
         """Collective: every trainer rank must exhaust it."""
@@ -71,21 +54,11 @@ class Slices:
     def __init__(
         self, weight_map: WeightMap, layout: Layout, rollout: RolloutLayout, dtype: torch.dtype, rank: int
     ) -> None:
-        self._map, self._rollout, self.senders = weight_map, rollout, layout.world
+        self.senders = layout.world
+        self.manifest_inputs = slice_inputs(weight_map, layout, rollout, dtype)
+        self.plan = slice_plan(weight_map, layout, rollout, dtype)
         self._dtypes = wire_dtypes(weight_map, dtype)
-        self.plan = make_plan(layout, rollout, weight_map, itemsize=dtype.itemsize, bucket_bytes=SLICE_BUCKET_BYTES)
-        whole = {
-            name: Held(shape, (0,) * len(shape), shape, self._dtypes[name])
-            for name, shape in weight_map.hf_shapes.items()
-        }
-        self._tensors = whole  # packing asks for the dtype alone
-        self._messages = [
-            list(messages) for _, messages in groupby(self.plan.sends(rank), key=lambda message: message.bucket)
-        ]
-        self._parts = [
-            [tuple(Part(t.hf, t.hf_start, t.shape) for t in m.transfers) for m in messages]
-            for messages in self._messages
-        ]
+        self._buckets = [list(messages) for _, messages in groupby(self.plan.sends(rank), key=lambda m: m.bucket)]
         self._ring: dict[tuple[int, int], Tensor] = {}  # (destination, turn) -> buffer
 
     @property
@@ -96,38 +69,18 @@ class Slices:
     @property
     def sent(self) -> int:
         """What this rank sends, without padding and checksums."""
-        return sum(payload_bytes(parts, self._tensors) for bucket in self._parts for parts in bucket)
-
-    def manifests(self) -> list[list[Manifest]]:
-        each = self._rollout.ranks
-        return [
-            [self._manifest(engine * each + rank) for rank in range(each)] for engine in range(self._rollout.engines)
-        ]
-
-    def _manifest(self, rank: int) -> Manifest:
-        rects = {name: rect for bucket in self.plan.slices(rank) for name, rect in bucket.items()}
-        shapes = self._map.hf_shapes
-        tensors = {
-            name: Held(shapes[name], rects[name].start, rects[name].shape, self._dtypes[name])
-            for name in shapes
-            if name in rects
-        }
-        buckets: list[list[Message]] = [[] for _ in range(self.plan.buckets)]
-        for message in self.plan.receives(rank):
-            parts = tuple(Part(t.hf, t.hf_start, t.shape) for t in message.transfers)
-            buckets[message.bucket].append(Message(message.source, parts))
-        return Manifest(tensors, tuple(map(tuple, buckets)))
+        return sum(payload_bytes(message.slices, self._dtypes) for bucket in self._buckets for message in bucket)
 
     def buckets(self, params: Iterable[tuple[Param, Tensor]]) -> Iterator[Outgoing]:
-        held = {(param.chunk, param.name): tensor.detach() for param, tensor in params}
-        for turn, (messages, all_parts) in enumerate(zip(self._messages, self._parts)):
+        tensors = named_tensors(params)
+        for turn, messages in enumerate(self._buckets):
             outgoing: list[tuple[Tensor, int | None]] = []
-            for message, parts in zip(messages, all_parts):
-                values = [_cut(held[t.chunk, t.param], t.start, t.shape) for t in message.transfers]
-                buffer = self._buffer(
-                    message.destination, turn % IN_FLIGHT, message_bytes(parts, self._tensors), values[0].device
-                )
-                pack(parts, values, self._tensors, buffer)
+            for message in messages:
+                assert message.destination is not None
+                values = [transfer.cut(tensors) for transfer in message.slices]
+                nbytes = message_bytes(message.slices, self._dtypes)
+                buffer = self._buffer(message.destination, turn % IN_FLIGHT, nbytes, values[0].device)
+                pack(message.slices, values, self._dtypes, buffer)
                 outgoing.append((buffer, self.senders + message.destination))
             yield Outgoing(outgoing, messages[0].bucket)
 
@@ -138,30 +91,17 @@ class Slices:
         return self._ring[key][:nbytes]
 
 
-def wire_dtypes(weight_map: WeightMap, dtype: torch.dtype) -> dict[str, str]:
-    """The dtype in which each Hugging Face tensor is sent, by its name in torch."""
-    return {
-        name: "float32" if name in weight_map.hf_float32 else str(dtype).removeprefix("torch.")
-        for name in weight_map.hf_shapes
-    }
-
-
 def whole_buckets(tensors: Iterable[tuple[str, Tensor]], manifest: Manifest) -> Iterator[Outgoing]:
-    """The buckets of a broadcast (whole_tensors): `tensors` in the manifest's order, each read when its turn comes."""
+    """The buckets of a broadcast (whole_manifest): `tensors` in its order, each read when its turn comes."""
     stream = iter(tensors)
     for number, (message,) in enumerate(manifest.buckets):
-        named = [next(stream) for _ in message.parts]
-        if [name for name, _ in named] != [part.name for part in message.parts]:
+        named = [next(stream) for _ in message.slices]
+        if [name for name, _ in named] != [each.hf_name for each in message.slices]:
             raise ValueError(
-                f"the broadcast of {message.parts[0].name} and what follows came in another order than its manifest "
-                "says"
+                f"the broadcast of {message.slices[0].hf_name} and what follows came in another order than its "
+                "manifest says"
             )
-        buffer = torch.empty(
-            message_bytes(message.parts, manifest.tensors), dtype=torch.uint8, device=named[0][1].device
-        )
-        pack(message.parts, [tensor for _, tensor in named], manifest.tensors, buffer)
+        nbytes = message_bytes(message.slices, manifest.dtypes)
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=named[0][1].device)
+        pack(message.slices, [tensor for _, tensor in named], manifest.dtypes, buffer)
         yield Outgoing([(buffer, None)], number)
-
-
-def _cut(tensor: Tensor, start: Shape, shape: Shape) -> Tensor:
-    return tensor[tuple(slice(a, a + n) for a, n in zip(start, shape))]

@@ -1,201 +1,98 @@
-"""What a weight sync says on the wire: rectangles of Hugging Face
-tensors, fused into messages, each rectangle with its checksum.
+"""Messages of a weight sync as bytes: slices of Hugging Face tensors in one buffer, each with its checksum.
 
-A manifest is told once, when the two ends meet; after that nothing travels but payload and checksums. In a message
-every rectangle starts at a multiple of ALIGNMENT bytes, so that the receiver's tensors are views of the buffer; the
-checksums (XXH3, 64 bits, of the bytes as sent: cast and quantised) come last.
+In a message every slice starts at a multiple of ALIGNMENT bytes, so that the receiver's tensors are views of the
+buffer; the checksums (XXH3, 64 bits, of the bytes as sent: cast and quantised) come last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megarl.weights.map.relations import HfSlice
 from megarl.weights.reshard.hash import bytes_hash, tensor_hash
+from megarl.weights.reshard.message import Manifest, Message
 
 ALIGNMENT = 16  # bytes; a view of another dtype needs a multiple of its item size
 HASH = np.dtype(np.uint64)
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one rank holds of a tensor: hf[start : start + size] on
-    every axis, of a tensor of shape `full`; dtype is its name in torch.
-    """
-
-    full: Shape
-    start: Shape
-    size: Shape
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rectangle hf[start : start + shape] of the Hugging Face tensor `name`."""
-
-    name: str
-    start: Shape
-    shape: Shape
-
-    def __str__(self) -> str:
-        return f"{self.name}[{', '.join(f'{a}:{a + n}' for a, n in zip(self.start, self.shape))}]"
-
-
-@dataclass(frozen=True)
-class Message:
-    """What one source sends to one destination in one bucket."""
-
-    source: int
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What one destination receives in every sync. All parts of a
-    tensor lie in one bucket; tensors are in the order of the buckets.
-    """
-
-    tensors: dict[str, Held]
-    buckets: tuple[tuple[Message, ...], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tensors": {name: [held.full, held.start, held.size, held.dtype] for name, held in self.tensors.items()},
-            "buckets": [
-                [[m.source, [[p.name, p.start, p.shape] for p in m.parts]] for m in bucket] for bucket in self.buckets
-            ],
-        }
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Manifest:
-        tensors = {
-            name: Held(tuple(full), tuple(a), tuple(n), dtype) for name, (full, a, n, dtype) in data["tensors"].items()
-        }
-        buckets = tuple(
-            tuple(
-                Message(source, tuple(Part(name, tuple(a), tuple(n)) for name, a, n in parts))
-                for source, parts in bucket
-            )
-            for bucket in data["buckets"]
-        )
-        return Manifest(tensors, buckets)
+Dtypes = Mapping[str, torch.dtype]  # Hugging Face name -> dtype on the wire
 
 
 class Corrupted(RuntimeError):
     """What arrived is not what was sent. The message names tensor, slice and sender."""
 
 
-def whole_tensors(shapes: Mapping[str, Shape], dtypes: Mapping[str, str], bucket_bytes: int) -> Manifest:
-    """The manifest of a broadcast: every tensor whole, from rank 0, in
-    buckets of at most `bucket_bytes`, or of one larger tensor.
-    """
-    tensors = {name: Held(shape, (0,) * len(shape), shape, dtypes[name]) for name, shape in shapes.items()}
-    buckets = []
-    for names in fill_buckets({name: held_bytes(held) for name, held in tensors.items()}, bucket_bytes):
-        buckets.append((Message(0, tuple(Part(name, tensors[name].start, tensors[name].size) for name in names)),))
-    return Manifest(tensors, tuple(buckets))
-
-
-def fill_buckets(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in order, cut where the sum of their sizes would pass `limit`."""
-    names: list[str] = []
-    size = 0
-    for name, nbytes in sizes.items():
-        if names and size + nbytes > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += nbytes
-    if names:
-        yield names
-
-
-def held_bytes(held: Held) -> int:
-    return _count(held.size) * getattr(torch, held.dtype).itemsize
-
-
-def message_bytes(parts: Sequence[Part], tensors: Mapping[str, Held]) -> int:
+def message_bytes(slices: Sequence[HfSlice], dtypes: Dtypes) -> int:
     """Size of a message's buffer: payload, padding and checksums."""
-    return _offsets(parts, tensors)[-1] + HASH.itemsize * len(parts)
+    return _offsets(slices, dtypes)[-1] + HASH.itemsize * len(slices)
 
 
-def payload_bytes(parts: Sequence[Part], tensors: Mapping[str, Held]) -> int:
-    return sum(_part_bytes(part, tensors) for part in parts)
+def payload_bytes(slices: Sequence[HfSlice], dtypes: Dtypes) -> int:
+    return sum(each.rect.numel * dtypes[each.hf_name].itemsize for each in slices)
 
 
-def pack(parts: Sequence[Part], values: Sequence[Tensor], tensors: Mapping[str, Held], buffer: Tensor) -> None:
-    """Fills `buffer` (uint8 [message_bytes]) with `values`, one for
-    each part and of its shape, cast to the dtype of its tensor.
-    """
-    offsets = _offsets(parts, tensors)
-    for part, value, offset in zip(parts, values, offsets):
-        _view(buffer, offset, part, tensors).copy_(value)
+def pack(slices: Sequence[HfSlice], values: Sequence[Tensor], dtypes: Dtypes, buffer: Tensor) -> None:
+    """Fills `buffer` (uint8 [message_bytes]) with `values`, one for each slice and of its size, cast to its dtype."""
+    *offsets, end = _offsets(slices, dtypes)
+    for each, value, offset in zip(slices, values, offsets, strict=True):
+        _view(buffer, offset, each, dtypes).copy_(value)
     raw = buffer.cpu().numpy()
-    hashes = [bytes_hash(raw[a : a + _part_bytes(part, tensors)]) for part, a in zip(parts, offsets)]
-    buffer[offsets[-1] :].copy_(torch.from_numpy(np.array(hashes, HASH).view(np.uint8)))
+    sizes = [payload_bytes([each], dtypes) for each in slices]
+    hashes = [bytes_hash(raw[offset : offset + size]) for offset, size in zip(offsets, sizes, strict=True)]
+    buffer[end:].copy_(torch.from_numpy(np.array(hashes, HASH).view(np.uint8)))
 
 
-def assemble(bucket: Sequence[Message], buffers: Sequence[Tensor], tensors: Mapping[str, Held]) -> dict[str, Tensor]:
-    """The tensors of a bucket, each as its destination holds it: a view
-    of a buffer where one part fills it, else put together.
+class _Arrived(NamedTuple):
+    source: int
+    slice: HfSlice
+    checksum: int  # as sent
+    found: int | None  # None until the slice is in its place
 
-    Raises Corrupted where the bytes of a part, in their final place, do not have the checksum they were sent with.
+
+def assemble(bucket: Sequence[Message[HfSlice]], buffers: Sequence[Tensor], manifest: Manifest) -> dict[str, Tensor]:
+    """The shards of a bucket: views of a buffer where one slice fills them, else put together.
+
+    Raises Corrupted where the bytes of a slice, in their final place, do not have the checksum they were sent with.
     """
-    result: dict[str, Tensor] = {}
-    sent: list[
-        tuple[Message, Part, int, int | None]
-    ] = []  # message, part, checksum as sent, and as found where it is known already
-    for message, buffer in zip(bucket, buffers):
-        offsets = _offsets(message.parts, tensors)
+    shards: dict[str, Tensor] = {}
+    arrived: list[_Arrived] = []
+    for message, buffer in zip(bucket, buffers, strict=True):
+        *offsets, end = _offsets(message.slices, manifest.dtypes)
         raw = buffer.cpu().numpy()
-        hashes = raw[offsets[-1] : offsets[-1] + HASH.itemsize * len(message.parts)].view(HASH)
-        for part, offset, checksum in zip(message.parts, offsets, hashes.tolist()):
-            held, view = tensors[part.name], _view(buffer, offset, part, tensors)
-            if part.shape == held.size:
-                result[part.name] = view
-                sent.append((message, part, checksum, bytes_hash(raw[offset : offset + _part_bytes(part, tensors)])))
-                continue
-            if part.name not in result:
-                result[part.name] = torch.empty(held.size, dtype=view.dtype, device=view.device)
-            _place(result[part.name], part, held).copy_(view)
-            sent.append((message, part, checksum, None))
-    for message, part, checksum, found in sent:
+        checksums = raw[end : end + HASH.itemsize * len(message.slices)].view(HASH).tolist()
+        for each, offset, checksum in zip(message.slices, offsets, checksums, strict=True):
+            view, rect, found = _view(buffer, offset, each, manifest.dtypes), manifest.shards[each.hf_name].rect, None
+            if each.rect.size == rect.size:
+                shards[each.hf_name] = view
+                found = bytes_hash(raw[offset : offset + view.nbytes])
+            else:
+                if each.hf_name not in shards:
+                    shards[each.hf_name] = torch.empty(rect.size, dtype=view.dtype, device=view.device)
+                shards[each.hf_name][each.rect.within(rect).slices].copy_(view)
+            arrived.append(_Arrived(message.source, each, checksum, found))
+    for source, each, checksum, found in arrived:
         if found is None:
-            found = tensor_hash(_place(result[part.name], part, tensors[part.name]))
+            rect = manifest.shards[each.hf_name].rect
+            found = tensor_hash(shards[each.hf_name][each.rect.within(rect).slices])
         if found != checksum:
             raise Corrupted(
-                f"{part} from trainer rank {message.source} arrived with checksum {found:016x}, was sent with "
-                f"{checksum:016x}"
+                f"{each} from trainer rank {source} arrived with checksum {found:016x}, was sent with {checksum:016x}"
             )
-    return result
+    return shards
 
 
-def _place(tensor: Tensor, part: Part, held: Held) -> Tensor:
-    return tensor[tuple(slice(a - b, a - b + n) for a, b, n in zip(part.start, held.start, part.shape))]
+def _view(buffer: Tensor, offset: int, each: HfSlice, dtypes: Dtypes) -> Tensor:
+    nbytes = payload_bytes([each], dtypes)
+    return buffer[offset : offset + nbytes].view(dtypes[each.hf_name]).view(each.rect.size)
 
 
-def _view(buffer: Tensor, offset: int, part: Part, tensors: Mapping[str, Held]) -> Tensor:
-    dtype = getattr(torch, tensors[part.name].dtype)
-    return buffer[offset : offset + _count(part.shape) * dtype.itemsize].view(dtype).view(part.shape)
-
-
-def _offsets(parts: Sequence[Part], tensors: Mapping[str, Held]) -> list[int]:
-    """Where each part starts, and behind them where the checksums start."""
+def _offsets(slices: Sequence[HfSlice], dtypes: Dtypes) -> list[int]:
+    """Where each slice starts, and behind them where the checksums start."""
     offsets = [0]
-    for part in parts:
-        offsets.append(offsets[-1] + -(-_part_bytes(part, tensors) // ALIGNMENT) * ALIGNMENT)
+    for each in slices:
+        offsets.append(offsets[-1] + -(-payload_bytes([each], dtypes) // ALIGNMENT) * ALIGNMENT)
     return offsets
-
-
-def _part_bytes(part: Part, tensors: Mapping[str, Held]) -> int:
-    return _count(part.shape) * getattr(torch, tensors[part.name].dtype).itemsize
-
-
-def _count(shape: Shape) -> int:
-    return int(np.prod(shape, dtype=np.int64))

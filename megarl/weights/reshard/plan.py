@@ -1,14 +1,12 @@
-"""The plan of a resharded weight sync: which trainer rank sends which
-rectangle of which tensor to which rollout rank. Pure.
+"""The plan of a resharded weight sync: which trainer rank sends which rectangle of which tensor to which rollout rank.
+Pure.
 
     plan = make_plan(train_layout, rollout_layout, weight_map, itemsize=2)
-    for message in plan.sends(rank): ...        # trainer rank: what it packs and sends, bucket by bucket
-    for message in plan.receives(rank): ...     # rollout rank (numbered engine by engine, from 0): what comes in,
-                                                bucket by bucket
-    plan.slices(rank)                           # rollout rank: for each bucket, the tensors it puts together and its
-                                                slice of each
+    for message in plan.sends(rank): ...     # trainer rank: what it packs and sends, bucket by bucket
+    for message in plan.receives(rank): ...  # rollout rank, numbered engine by engine from 0: what comes in
+    plan.shards(rank)                        # rollout rank: what it holds in the end
 
-There is at most one message for each (source, destination, bucket); its transfers are packed one after
+There is at most one message for each (source, destination, bucket); its slices are packed one after
 the other in their order, each row-major, and both ends compute the same order. All of a tensor lies in
 one bucket. The messages that a rollout rank receives in one bucket hold at most `bucket_bytes`
 together, or one larger tensor. A bucket takes tensors from every pipeline stage and every group of
@@ -19,6 +17,8 @@ for replicated parameters the tensor-parallel ranks too) make up a `Pool`. What 
 destination after destination; its members take equal consecutive parts of it, cut at rows of a matrix. So the load
 within a pool is even in every bucket, each sender has few destinations, and any rank computes its own part by a search
 in running sums (megarl/weights/reshard/pool.py).
+
+Shapes: W trainer ranks, V rollout ranks, R ranks of an engine.
 """
 
 from __future__ import annotations
@@ -29,39 +29,26 @@ from functools import cached_property
 
 import numpy as np
 
+from megarl.weights.buckets import fill_buckets
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import Param, WeightMap
-from megarl.weights.reshard.pool import Geometry, Pool, Share, Source, Transfer, overlap
-from megarl.weights.reshard.rollout_layout import Holders, Rect, RolloutLayout, rollout_rects
+from megarl.weights.rect import Rect
+from megarl.weights.reshard.message import Message, Transfer
+from megarl.weights.reshard.pool import Overlap, Pool, Share, Source, overlap
+from megarl.weights.reshard.rollout_layout import Holders, RolloutLayout, rollout_rects
 
 BUCKET_BYTES = 256 * 2**20  # in one bucket, into one rollout rank
-
-
-@dataclass(frozen=True)
-class Message:
-    """What trainer rank `source` sends to rollout rank `destination` in one bucket, as one buffer."""
-
-    bucket: int
-    source: int
-    destination: int
-    transfers: tuple[Transfer, ...]
-
-    @property
-    def numel(self) -> int:
-        return sum(transfer.numel for transfer in self.transfers)
 
 
 @dataclass(frozen=True)
 class Load:
     """Bytes by rank over a whole sync, and how many messages carry them."""
 
-    sent: np.ndarray  # int64 [trainer ranks]
-    received: np.ndarray  # int64 [rollout ranks]
+    sent: np.ndarray  # int64 [W]
+    received: np.ndarray  # int64 [V]
     messages: int
-    pairs: np.ndarray  # int64 [trainer ranks, rollout ranks]: bytes from one to the other
-    lockstep: (
-        int  # bytes of the busiest sender of each bucket, summed: what counts if buckets followed one another in step
-    )
+    pairs: np.ndarray  # int64 [W, V]: bytes from one to the other
+    lockstep: int  # bytes of the busiest sender of each bucket, summed: what counts if buckets followed in step
 
 
 def make_plan(
@@ -86,52 +73,48 @@ class Plan:
         self._itemsize = {name: 4 if name in weight_map.hf_float32 else itemsize for name in self.rects}
         self._pools = _pools(train, rollout, weight_map, self.rects)
         self._check_coverage()
-        self._bucket = self._fill_buckets(bucket_bytes)
-        self.buckets = 1 + max(self._bucket.values())
+        self.bucket_of = self._fill_buckets(bucket_bytes)  # Hugging Face name -> bucket
+        self.buckets = 1 + max(self.bucket_of.values())
         self._shares: list[list[tuple[Pool, Share]]] = [[] for _ in range(self.buckets)]
         for pool in self._pools:
-            for bucket, share in pool.shares(self._bucket, self._itemsize):
+            for bucket, share in pool.shares(self.bucket_of, self._itemsize).items():
                 self._shares[bucket].append((pool, share))
 
-    def sends(self, rank: int) -> Iterator[Message]:
+    def sends(self, rank: int) -> Iterator[Message[Transfer]]:
         """Of trainer rank `rank`, in the order of the buckets; within one
         it starts at a destination of its own, lest all crowd at one.
         """
-        place = {id(pool): pool.members.index(rank) for pool in self._pools if rank in pool.members}
+        member = {id(pool): pool.members.index(rank) for pool in self._pools if rank in pool.members}
         for bucket, shares in enumerate(self._shares):
-            parts: dict[int, list[Transfer]] = {}
+            transfers: dict[int, list[Transfer]] = {}  # by destination
             for pool, share in shares:
-                if id(pool) in place:
-                    for destination, low, high in share.part_of(place[id(pool)]):
-                        parts.setdefault(destination, []).extend(
-                            share.transfers(destination % self.rollout.ranks, low, high)
+                if id(pool) in member:
+                    for span in share.part_of(member[id(pool)]):
+                        transfers.setdefault(span.rank, []).extend(
+                            share.transfers(span.rank % self.rollout.ranks, span)
                         )
-            order = sorted(parts)
+            order = sorted(transfers)
             turn = rank % len(order) if order else 0
             for destination in order[turn:] + order[:turn]:
-                yield Message(bucket, rank, destination, tuple(parts[destination]))
+                yield Message(bucket, rank, destination, tuple(transfers[destination]))
 
-    def receives(self, rank: int) -> Iterator[Message]:
+    def receives(self, rank: int) -> Iterator[Message[Transfer]]:
         """Of rollout rank `rank`, in the order of the buckets; within one, of the sources."""
         for bucket, shares in enumerate(self._shares):
-            parts: dict[int, list[Transfer]] = {}
+            transfers: dict[int, list[Transfer]] = {}  # by source
             for pool, share in shares:
-                for member, low, high in share.parts_for(rank):
-                    parts.setdefault(pool.members[member], []).extend(
-                        share.transfers(rank % self.rollout.ranks, low, high)
+                for span in share.parts_for(rank):
+                    transfers.setdefault(pool.members[span.rank], []).extend(
+                        share.transfers(rank % self.rollout.ranks, span)
                     )
-            for source in sorted(parts):
-                yield Message(bucket, source, rank, tuple(parts[source]))
+            for source in sorted(transfers):
+                yield Message(bucket, source, rank, tuple(transfers[source]))
 
-    def slices(self, rank: int) -> list[dict[str, Rect]]:
-        """For each bucket the slices that rollout rank `rank` holds once the bucket is
-        in, in the order of hf_shapes.
+    def shards(self, rank: int) -> dict[str, Rect]:
+        """What rollout rank `rank` holds of each tensor, in the order of hf_shapes; those of which it holds nothing
+        are left out.
         """
-        found: list[dict[str, Rect]] = [{} for _ in range(self.buckets)]
-        for name, holders in self.rects.items():
-            if (rect := holders[rank % self.rollout.ranks]) is not None:
-                found[self._bucket[name]][name] = rect
-        return found
+        return {name: rect for name, holders in self.rects.items() if (rect := holders[rank % self.rollout.ranks])}
 
     @cached_property
     def load(self) -> Load:
@@ -141,9 +124,9 @@ class Plan:
         for shares in self._shares:
             places, nbytes = [], []
             for pool, share in shares:
-                member, destination, moved = share.pair_bytes()
-                places.append(pool.ranks[member] * self.rollout.world + destination)
-                nbytes.append(moved)
+                pairs_of_share = share.pair_bytes()
+                places.append(pool.ranks[pairs_of_share.member] * self.rollout.world + pairs_of_share.destination)
+                nbytes.append(pairs_of_share.nbytes)
             place, owner = np.unique(np.concatenate(places), return_inverse=True)
             moved = np.bincount(owner, np.concatenate(nbytes)).astype(np.int64)
             messages += place.size
@@ -152,7 +135,7 @@ class Plan:
         return Load(pairs.sum(1), pairs.sum(0), messages, pairs, lockstep)
 
     def held_bytes(self) -> np.ndarray:
-        """Bytes that each rollout rank holds: int64 [rollout ranks]."""
+        """Bytes that each rollout rank holds: int64 [V]."""
         engine = np.zeros(self.rollout.ranks, np.int64)
         for name, holders in self.rects.items():
             engine += self._sizes(holders) * self._itemsize[name]
@@ -160,14 +143,13 @@ class Plan:
 
     def least_sent(self) -> int:
         """Bytes that some trainer rank must send where all go straight to the rollout ranks that keep them: what the
-        fullest stage owes,
-        over the stage's ranks. Not a bound for schemes in which rollout ranks pass on what they received.
+        fullest stage owes, over the stage's ranks. No bound for schemes in which rollout ranks pass on what they got.
         """
         by_stage = self.load.sent.reshape(self.train.pp, -1).sum(1)
         return -(-int(by_stage.max()) // (self.train.world // self.train.pp))
 
     def _sizes(self, holders: Holders) -> np.ndarray:
-        """Elements by rank of an engine."""
+        """Elements by rank of an engine: int64 [R]."""
         key = id(holders)
         if key not in self._known_sizes:
             self._known_sizes[key] = np.array([rect.numel if rect else 0 for rect in holders], np.int64)
@@ -181,9 +163,7 @@ class Plan:
         sent: dict[str, np.ndarray] = {}
         for pool in self._pools:
             for source in pool.sources:
-                sent[source.hf] = (
-                    sent[source.hf] + source.geometry.sizes if source.hf in sent else source.geometry.sizes
-                )
+                sent[source.hf_name] = sent.get(source.hf_name, 0) + source.overlap.sizes
         for name, holders in self.rects.items():
             if name not in sent or not np.array_equal(sent[name], self._sizes(holders)):
                 raise RuntimeError(
@@ -198,7 +178,7 @@ class Plan:
         senders: dict[str, tuple[int, ...]] = {}
         for number, pool in enumerate(self._pools):
             for source in pool.sources:
-                senders[source.hf] = (*senders.get(source.hf, ()), number)
+                senders[source.hf_name] = (*senders.get(source.hf_name, ()), number)
         total: dict[tuple[object, ...], int] = {}
         middle: dict[str, int] = {}
         stream = {name: (senders[name], (size > 0).tobytes()) for name, size in sizes.items()}
@@ -207,47 +187,41 @@ class Plan:
             middle[name] = before + nbytes // 2
             total[stream[name]] = before + nbytes
         order = sorted(sizes, key=lambda name: middle[name] / max(total[stream[name]], 1))
-        bucket: dict[str, int] = {}
-        number, held = 0, np.zeros(self.rollout.ranks, np.int64)
-        for name in order:
-            if held.any() and (held + sizes[name]).max() > limit:
-                number, held = number + 1, np.zeros_like(held)
-            held = held + sizes[name]
-            bucket[name] = number
-        return bucket
+        buckets = fill_buckets(((name, sizes[name]) for name in order), limit)
+        return {name: number for number, names in enumerate(buckets) for name in names}
 
 
 def _pools(train: Layout, rollout: RolloutLayout, weight_map: WeightMap, rects: dict[str, Holders]) -> list[Pool]:
     """Every set of replicas, with the rectangles of Hugging Face tensors that each of its members holds."""
     members: dict[tuple[int, ...], list[int]] = {}
     coords = [train.coord(rank) for rank in range(train.world)]
-    for at in coords:
-        keys: list[tuple[int, ...]] = [(at.pp, 0), (at.pp, 0, at.tp), (at.pp, 1, at.ep), (at.pp, 1, at.ep, at.etp)]
+    for coord in coords:
+        dense, expert = (coord.pp, 0), (coord.pp, 1, coord.ep)
+        keys: tuple[tuple[int, ...], ...] = (dense, (*dense, coord.tp), expert, (*expert, coord.etp))
         for key in keys:
-            members.setdefault(key, []).append(at.rank)
+            members.setdefault(key, []).append(coord.rank)
     order = {name: number for number, name in enumerate(rects)}
-    geometries: dict[tuple[object, ...], Geometry] = {}
+    overlaps: dict[tuple[object, ...], Overlap] = {}
     pools: list[Pool] = []
     for rank in sorted({ranks[0] for ranks in members.values()}):
-        at = coords[rank]
+        coord = coords[rank]
         sources: dict[tuple[int, ...], list[Source]] = {}
-        for param in weight_map.params(train, at):
-            place: tuple[int, ...] = (at.ep, at.etp) if param.expert else (at.tp,)
-            held_by = (at.pp, int(param.expert), *place[: len(place) - (not param.split)])
-            if members[held_by][0] == rank:
-                sources.setdefault(held_by, []).extend(_sources(param, rects, geometries))
-        for held_by, found in sources.items():
-            found.sort(key=lambda source: order[source.hf])
-            pools.append(Pool(at.pp, tuple(members[held_by]), rollout, found))
+        for param in weight_map.params(train, coord):
+            place: tuple[int, ...] = (coord.ep, coord.etp) if param.expert else (coord.tp,)
+            key = (coord.pp, int(param.expert), *place[: len(place) - (not param.split)])
+            if members[key][0] == rank:
+                sources.setdefault(key, []).extend(_sources(param, rects, overlaps))
+        for key, of_pool in sources.items():
+            of_pool.sort(key=lambda source: order[source.hf_name])
+            pools.append(Pool(coord.pp, tuple(members[key]), rollout, of_pool))
     return pools
 
 
-def _sources(
-    param: Param, rects: dict[str, Holders], geometries: dict[tuple[object, ...], Geometry]
-) -> Iterator[Source]:
+def _sources(param: Param, rects: dict[str, Holders], overlaps: dict[tuple[object, ...], Overlap]) -> Iterator[Source]:
+    """overlaps: those computed so far; pieces that lie alike share one."""
     for piece in param.pieces:
-        holders = rects[piece.hf]
-        key = (id(holders), piece.hf_start, piece.start, piece.shape)
-        if key not in geometries:
-            geometries[key] = overlap(piece, holders)
-        yield Source(param.chunk, param.name, piece.hf, geometries[key])
+        holders = rects[piece.hf_name]
+        key = (id(holders), piece.rect, piece.offset)
+        if key not in overlaps:
+            overlaps[key] = overlap(piece, holders)
+        yield Source(param.chunk, param.name, piece.hf_name, overlaps[key])

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.weights.map.relations import Piece
 from megarl.weights.map.weight_map import Param
 
 Mode = Literal["none", "fp8_e4m3", "fp8_e5m2", "int8", "int4"]
@@ -75,29 +76,35 @@ def quantized_weights(
     Costs a copy of what is quantised. The values pass through the
     parameters' dtype before they are cast to that of the rollout.
     """
-    cuts = [
-        (param, piece, tensor.detach()[tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))])
+    quantized = [
+        _Quantized(param, piece, tensor.detach()[piece.local.slices])
         for param, tensor in (params if mode != "none" else [])
         for piece in param.pieces
-        if is_quantized(piece.hf, hf_shapes[piece.hf], also)
+        if is_quantized(piece.hf_name, hf_shapes[piece.hf_name], also)
     ]
-    maxima = [row_maximum(cut) for _, _, cut in cuts]
+    maxima = [row_maximum(each.values) for each in quantized]
     for group, expert in ((tp_group, False), (etp_group, True)):
         split = [
             i
-            for i, (param, piece, _) in enumerate(cuts)
-            if param.expert == expert and piece.shape[-1] < hf_shapes[piece.hf][-1]
+            for i, (param, piece, _) in enumerate(quantized)
+            if param.expert == expert and piece.rect.size[-1] < hf_shapes[piece.hf_name][-1]
         ]
         if split:
             joined = torch.cat([maxima[i].flatten() for i in split])
             dist.all_reduce(joined, op=dist.ReduceOp.MAX, group=group)
-            for i, whole in zip(split, joined.split([maxima[i].numel() for i in split])):
+            for i, whole in zip(split, joined.split([maxima[i].numel() for i in split]), strict=True):
                 maxima[i] = whole.view_as(maxima[i])
-    originals = [cut.clone() for _, _, cut in cuts]
+    originals = [each.values.clone() for each in quantized]
     try:
-        for (_, _, cut), amax in zip(cuts, maxima):
-            cut.copy_(fake_quantize(cut, mode, amax))
+        for each, amax in zip(quantized, maxima, strict=True):
+            each.values.copy_(fake_quantize(each.values, mode, amax))
         yield
     finally:
-        for (_, _, cut), original in zip(cuts, originals):
-            cut.copy_(original)
+        for each, original in zip(quantized, originals, strict=True):
+            each.values.copy_(original)
+
+
+class _Quantized(NamedTuple):
+    param: Param
+    piece: Piece
+    values: Tensor  # the piece in the parameter: a view

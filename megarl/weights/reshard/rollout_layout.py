@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from megarl.errors import UserError
-from megarl.weights.map.relations import Piece, Rank, Relation, Shape, Vocabulary
+from megarl.weights.map.relations import Piece, Rank, Relation, Vocabulary
 from megarl.weights.map.weight_map import Entry, WeightMap
+from megarl.weights.rect import Rect
 
 VOCABULARY_MULTIPLE = 64  # vllm.model_executor.layers.vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE
 
@@ -48,17 +48,6 @@ class RolloutLayout:
         return self.engines * self.ranks
 
 
-class Rect(NamedTuple):
-    """hf[start : start + shape] of some Hugging Face tensor."""
-
-    start: Shape
-    shape: Shape
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
 Holders = tuple[Rect | None, ...]  # by rank of an engine; None holds nothing of the tensor
 
 
@@ -69,7 +58,7 @@ def rollout_rects(weight_map: WeightMap, layout: RolloutLayout) -> dict[str, Hol
     Raises UserError where vLLM could not cut a tensor so many ways.
     """
     known: dict[tuple[int, int | None], list[Holders]] = {}
-    found: dict[str, Holders] = {}
+    rects: dict[str, Holders] = {}
     numbers = {id(entry): number for number, entry in enumerate(weight_map.entries)}
     for entry, layer in weight_map.rows():
         for expert in range(weight_map.num_experts) if entry.expert else range(1):
@@ -78,8 +67,8 @@ def rollout_rects(weight_map: WeightMap, layout: RolloutLayout) -> dict[str, Hol
             if key not in known:
                 known[key] = list(_holders(entry, layout, owner))
             for name, holders in zip(entry.hf, known[key], strict=True):
-                found[name.format(layer=layer, expert=expert)] = holders
-    return found
+                rects[name.format(layer=layer, expert=expert)] = holders
+    return rects
 
 
 def _expert_owner(expert: int, experts: int, ep: int) -> int:
@@ -92,16 +81,15 @@ def _holders(entry: Entry, layout: RolloutLayout, owner: int | None) -> Iterator
     """For each tensor of `entry`, who holds what. owner: the rank that holds a whole
     expert, under expert parallelism.
     """
+    if owner is not None:
+        for shape in entry.shapes:
+            yield tuple(Rect.whole(shape) if rank == owner else None for rank in range(layout.ranks))
+        return
     relation = _as_vllm_cuts(entry.relation)
-    cuts = [
-        _by_name(entry, relation, Rank(layout.tp, rank) if owner is None else Rank(1, 0)) for rank in range(layout.tp)
-    ]
-    for number, (name, shape) in enumerate(zip(entry.hf, entry.shapes)):
-        if owner is not None:
-            yield tuple(cuts[0][number] if rank == owner else None for rank in range(layout.ranks))
-            continue
-        rects = [cut[number] for cut in cuts]
-        if _covered(rects) != math.prod(shape):
+    shards = [relation(entry.hf, entry.shapes, Rank(layout.tp, rank)) for rank in range(layout.tp)]
+    for name, shape in zip(entry.hf, entry.shapes, strict=True):
+        rects = [_one_rect([piece for piece in shard.pieces if piece.hf_name == name]) for shard in shards]
+        if sum(rect.numel for rect in set(rects) if rect) != math.prod(shape):  # ranks hold the same, or apart
             raise UserError(
                 f"rollout.tp {layout.tp} does not divide {name} of shape {list(shape)} evenly; change rollout.tp"
             )
@@ -112,26 +100,12 @@ def _as_vllm_cuts(relation: Relation) -> Relation:
     return Vocabulary(VOCABULARY_MULTIPLE) if isinstance(relation, Vocabulary) else relation
 
 
-def _by_name(entry: Entry, relation: Relation, rank: Rank) -> list[Rect | None]:
-    pieces = relation(entry.hf, entry.shapes, rank)[1]
-    return [_one_rect([piece for piece in pieces if piece.hf == name]) for name in entry.hf]
-
-
 def _one_rect(pieces: list[Piece]) -> Rect | None:
     """Pieces that follow one another along the first axis, as one."""
     if not pieces:
         return None
-    start, shape = pieces[0].hf_start, pieces[0].shape
+    rect = pieces[0].rect
     for piece in pieces[1:]:
-        assert (
-            piece.hf_start[0] == start[0] + shape[0]
-            and piece.hf_start[1:] == start[1:]
-            and piece.shape[1:] == shape[1:]
-        ), pieces
-        shape = (shape[0] + piece.shape[0], *shape[1:])
-    return Rect(start, shape)
-
-
-def _covered(rects: list[Rect | None]) -> int:
-    """Elements held by somebody. Rectangles of different ranks are the same or apart."""
-    return sum(rect.numel for rect in {rect for rect in rects if rect})
+        assert piece.rect == Rect((rect.end[0], *rect.offset[1:]), (piece.rect.size[0], *rect.size[1:])), pieces
+        rect = rect.rows(0, rect.size[0] + piece.rect.size[0])
+    return rect

@@ -33,16 +33,16 @@ class WeightGroup:
         Raises RuntimeError when the others have not come within `timeout_s`.
         """
         timeout = timedelta(seconds=timeout_s)
-        meeting = dist.PrefixStore(f"weights/{name}", store)
-        meeting.set_timeout(timeout)
+        store = dist.PrefixStore(f"weights/{name}", store)
+        store.set_timeout(timeout)
         self.device = device
         self._group: Any
         if device.type == "cuda":
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(meeting, rank, world_size, nccl)
+            self._group = dist.ProcessGroupNCCL(store, rank, world_size, nccl)
         else:
-            self._group = dist.ProcessGroupGloo(meeting, rank, world_size, timeout)
+            self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
 
     def broadcast(self, buffer: Tensor) -> dist.Work:
         """Starts to send (rank 0) or receive (the others) a contiguous

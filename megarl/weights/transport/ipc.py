@@ -18,9 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Handle = dict[str, Any]
 
-_parts: Any = (
-    WeakTensorKeyDictionary()
-)  # of a buffer: on CUDA every further sharing of a storage would wrap its pointer once more
+# of a buffer: on CUDA every further sharing of a storage would wrap its pointer once more
+_parts: Any = WeakTensorKeyDictionary()
 
 
 def share(buffer: Tensor) -> Handle:

@@ -41,9 +41,8 @@ class SharedGroup:
         self._store = dist.PrefixStore(f"weights/{name}", store)
         self._rank, self._world, self._timeout_s, self._device = rank, world_size, timeout_s, device
         self._sent, self._taken = [0] * world_size, [0] * world_size  # messages to and from each rank
-        self._open: defaultdict[str, OrderedDict[str, Tensor]] = defaultdict(
-            OrderedDict
-        )  # by sender, the one used last at the end
+        # storages by sender, the one used last at the end
+        self._open: defaultdict[str, OrderedDict[str, Tensor]] = defaultdict(OrderedDict)
         self._closed = False
         self._store.set(f"here/{rank}", "1")
         for other in range(world_size):
@@ -90,13 +89,13 @@ class SharedGroup:
         """Copies the message `key` into `buffer`."""
         self.wait(key)
         handle = json.loads(self._store.get(key))
-        kept, whole = self._open[key.partition("/")[0]], json.dumps(handle["parts"])
-        if whole not in kept:
-            if len(kept) == OPEN:
-                kept.popitem(last=False)
-            kept[whole] = open_whole(handle, self._device)
-        kept.move_to_end(whole)
-        buffer.copy_(cut(kept[whole], handle))
+        storages, storage = self._open[key.partition("/")[0]], json.dumps(handle["parts"])
+        if storage not in storages:
+            if len(storages) == OPEN:
+                storages.popitem(last=False)
+            storages[storage] = open_whole(handle, self._device)
+        storages.move_to_end(storage)
+        buffer.copy_(cut(storages[storage], handle))
         self._synchronize()
         self._store.set(f"{key}/taken", "1")
 

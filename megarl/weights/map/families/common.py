@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megarl.weights.map.relations import GroupedQkv, Relation, Replicated, Shape, Split, Stacked, Vocabulary
+from megarl.weights.map.relations import GroupedQkv, Relation, Replicated, Split, Stacked, Vocabulary
 from megarl.weights.map.weight_map import Entry
+from megarl.weights.rect import Shape
 
 Hf = dict[str, Any]
 LAYER = "model.layers.{layer}."
