@@ -10,30 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarl.weights.rect import Rect, Shape
+
 aten = torch.ops.aten
 
 
 class PartialTensor(Tensor):
-    """Shape and dtype of the whole tensor; memory of `held` alone, which lies at `start` in it.
+    """Shape and dtype of the whole tensor; memory of its rectangle `rect` alone, which is `local`.
 
     Cutting (narrow, slicing, chunk, unbind, select, unsqueeze) gives a plain tensor as soon as what is left lies inside
-    the held slice; every other operation raises, naming the tensor: it would need elements that are not here.
+    the rectangle; every other operation raises, naming the tensor: it would need elements that are not here.
     """
 
-    held: Tensor
-    start: tuple[int, ...]
+    local: Tensor
+    rect: Rect
     hf_name: str
 
     @staticmethod
-    def __new__(  # type: ignore[misc]
-        cls: type[PartialTensor], held: Tensor, start: tuple[int, ...], full: tuple[int, ...], name: str
-    ) -> Tensor:
-        self = Tensor._make_wrapper_subclass(cls, full, dtype=held.dtype, device=held.device)
-        self.held, self.start, self.hf_name = held, start, name
+    def __new__(cls: type[PartialTensor], local: Tensor, rect: Rect, shape: Shape, hf_name: str) -> Tensor:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+        self.local, self.rect, self.hf_name = local, rect, hf_name
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"PartialTensor({self.hf_name}, {tuple(self.held.shape)} at {self.start} of {tuple(self.shape)})"
+        return f"PartialTensor({self.hf_name}, {self.rect.size} at {self.rect.offset} of {tuple(self.shape)})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -48,71 +48,68 @@ class PartialTensor(Tensor):
         return cut(*args, **(kwargs or {}))
 
 
-def partial_tensor(held: Tensor, start: tuple[int, ...], full: tuple[int, ...], name: str) -> Tensor:
-    """`held` itself where it is the whole tensor."""
-    return held if tuple(held.shape) == full else PartialTensor(held, start, full, name)
+def partial_tensor(local: Tensor, rect: Rect, shape: Shape, hf_name: str) -> Tensor:
+    """`local` itself where it is the whole tensor, of shape `shape`."""
+    return local if rect.size == shape else PartialTensor(local, rect, shape, hf_name)
 
 
-def _window(whole: Tensor, dim: int, first: int, length: int) -> Tensor:
+def _window(whole: PartialTensor, dim: int, first: int, length: int) -> Tensor:
     """whole[first : first + length] along `dim`; a partial tensor too
     is cut in the axis alone, so that cuts may follow each other.
     """
-    assert isinstance(whole, PartialTensor)
     dim %= whole.dim()
-    full = (*whole.shape[:dim], length, *whole.shape[dim + 1 :])
-    begin, end = whole.start[dim], whole.start[dim] + whole.held.shape[dim]
-    low, high = max(first, begin), min(first + length, end)
-    held = whole.held.narrow(dim, min(low, end) - begin if low < high else 0, max(high - low, 0))
-    start = (*whole.start[:dim], low - first if low < high else 0, *whole.start[dim + 1 :])
-    return partial_tensor(held, start, full, whole.hf_name)
+    window = Rect.whole(tuple(whole.shape)).along(dim, first, length)
+    rect = whole.rect.intersect(window) or whole.rect.along(dim, first, 0)
+    return partial_tensor(whole.local[rect.within(whole.rect).slices], rect.within(window), window.size, whole.hf_name)
 
 
-def _slice(whole: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
+def _slice(
+    whole: PartialTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
     if step != 1:
         raise RuntimeError(f"{whole!r}: vLLM's loader cut it with step {step}")
     first, last, _ = slice(start, end).indices(whole.shape[dim])
     return _window(whole, dim, first, max(last - first, 0))
 
 
-def _split(whole: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+def _split(whole: PartialTensor, size: int, dim: int = 0) -> list[Tensor]:
     return [
         _window(whole, dim, first, min(size, whole.shape[dim] - first)) for first in range(0, whole.shape[dim], size)
     ]
 
 
-def _select(whole: Tensor, dim: int, index: int) -> Tensor:
+def _select(whole: PartialTensor, dim: int, index: int) -> Tensor:
     dim %= whole.dim()
-    one = _window(whole, dim, index % whole.shape[dim], 1)
-    if not isinstance(one, PartialTensor):
-        return one.select(dim, 0)
-    if not one.held.shape[dim]:
+    row = _window(whole, dim, index % whole.shape[dim], 1)
+    if not isinstance(row, PartialTensor):
+        return row.select(dim, 0)
+    if not row.rect.size[dim]:
         raise RuntimeError(
             f"{whole!r}: vLLM's loader asked for index {index} of axis {dim}, which this rank did not receive"
         )
-    return PartialTensor(
-        one.held.select(dim, 0), _without(one.start, dim), _without(tuple(one.shape), dim), one.hf_name
-    )
+    rect = Rect(_without(row.rect.offset, dim), _without(row.rect.size, dim))
+    return PartialTensor(row.local.select(dim, 0), rect, _without(tuple(row.shape), dim), row.hf_name)
 
 
-def _unbind(whole: Tensor, dim: int = 0) -> list[Tensor]:
+def _unbind(whole: PartialTensor, dim: int = 0) -> list[Tensor]:
     return [_select(whole, dim, index) for index in range(whole.shape[dim])]
 
 
-def _unsqueeze(whole: Tensor, dim: int) -> Tensor:
-    assert isinstance(whole, PartialTensor)
+def _unsqueeze(whole: PartialTensor, dim: int) -> Tensor:
     dim %= whole.dim() + 1
-    full, start = list(whole.shape), list(whole.start)
-    full.insert(dim, 1)
-    start.insert(dim, 0)
-    return PartialTensor(whole.held.unsqueeze(dim), tuple(start), tuple(full), whole.hf_name)
+    offset, size, shape = (
+        (*axes[:dim], one, *axes[dim:])
+        for axes, one in ((whole.rect.offset, 0), (whole.rect.size, 1), (tuple(whole.shape), 1))
+    )
+    return PartialTensor(whole.local.unsqueeze(dim), Rect(offset, size), shape, whole.hf_name)
 
 
-def _detach(whole: Tensor) -> Tensor:
+def _detach(whole: PartialTensor) -> Tensor:
     return whole
 
 
-def _without(values: tuple[int, ...], dim: int) -> tuple[int, ...]:
-    return (*values[:dim], *values[dim + 1 :])
+def _without(axes: Shape, dim: int) -> Shape:
+    return (*axes[:dim], *axes[dim + 1 :])
 
 
 CUTS: dict[Any, Callable[..., Any]] = {

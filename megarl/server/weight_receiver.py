@@ -134,7 +134,7 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self.model.load_weights(
-            (name, partial_tensor(tensors[name], shard.rect.offset, shard.shape, name))
+            (name, partial_tensor(tensors[name], shard.rect, shard.shape, name))
             for name, shard in self._manifest.shards.items()
             if name in tensors
         )

@@ -56,7 +56,13 @@ class Rect:
 
     def rows(self, first: int, count: int) -> Rect:
         """`count` rows of it (along the first axis) from row `first` on."""
-        return Rect((self.offset[0] + first, *self.offset[1:]), (count, *self.size[1:]))
+        return self.along(0, self.offset[0] + first, count)
+
+    def along(self, axis: int, offset: int, size: int) -> Rect:
+        """The same on all axes but one."""
+        return Rect(
+            (*self.offset[:axis], offset, *self.offset[axis + 1 :]), (*self.size[:axis], size, *self.size[axis + 1 :])
+        )
 
     def __str__(self) -> str:
         return f"[{', '.join(f'{a}:{b}' for a, b in zip(self.offset, self.end, strict=True))}]"

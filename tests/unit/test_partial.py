@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from megarl.server.partial import PartialTensor, partial_tensor
+from megarl.weights.rect import Rect
 
 FULL = torch.arange(48.0).view(8, 6)
-ROWS = partial_tensor(FULL[2:4], (2, 0), (8, 6), "w")
-COLUMNS = partial_tensor(FULL[:, 3:], (0, 3), (8, 6), "w")
+ROWS = partial_tensor(FULL[2:4], Rect((2, 0), (2, 6)), (8, 6), "w")
+COLUMNS = partial_tensor(FULL[:, 3:], Rect((0, 3), (8, 3)), (8, 6), "w")
 
 CUTS: list[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]] = [
     (ROWS, lambda w: w.narrow(0, 2, 2)),
@@ -54,4 +55,4 @@ def test_anything_else_is_refused_by_name(use: Callable[[], torch.Tensor]) -> No
 
 
 def test_a_whole_tensor_is_itself() -> None:
-    assert partial_tensor(FULL, (0, 0), (8, 6), "w") is FULL
+    assert partial_tensor(FULL, Rect.whole((8, 6)), (8, 6), "w") is FULL
