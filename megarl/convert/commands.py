@@ -94,13 +94,13 @@ def _run(parser: argparse.ArgumentParser, argv: list[str] | None, convert: Calla
     return 0
 
 
-def layout_for(hf: dict[str, Any], **sizes: int) -> Layout:
+def layout_for(hf_config: dict[str, Any], **sizes: int) -> Layout:
     """The smallest world that has this layout. UserError where a size is below 1 or does not divide the model."""
     for name, size in sizes.items():
         if size < 1:
             raise UserError(f"--{name} {size} is below 1; leave it out for 1")
     world = math.lcm(sizes["tp"], sizes["etp"] * sizes["ep"]) * sizes["pp"]
-    case = Case("convert", Config(parallel=ParallelConfig(**sizes)), world, hf)
+    case = Case("convert", Config(parallel=ParallelConfig(**sizes)), world, hf_config)
     for refusal in (layouts.heads, layouts.ffn, layouts.layers, layouts.experts):
         if sentence := refusal(case):
             raise UserError(sentence.replace("parallel.", "--").replace("parallel ", ""))

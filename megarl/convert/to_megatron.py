@@ -33,13 +33,13 @@ class _File:
     nbytes: int
 
 
-def hf_to_megatron(hf: Path, out: Path, layout: Layout, file_bytes: int, verify: bool = False) -> None:
+def hf_to_megatron(hf_folder: Path, out: Path, layout: Layout, file_bytes: int, verify: bool = False) -> None:
     """Writes one file or more for each rank of `layout`. Memory: a small multiple of the largest tensor.
 
     Tensors keep their dtype; a run casts them to its own when it loads them.
     """
-    weight_map = WeightMap(load_hf_config(hf))
-    with HfReader(hf) as reader:
+    weight_map = WeightMap(load_hf_config(hf_folder))
+    with HfReader(hf_folder) as reader:
         specs = reader.specs(weight_map)
         if reader.index.left_aside:
             print(reader.index.left_aside)
@@ -47,8 +47,8 @@ def hf_to_megatron(hf: Path, out: Path, layout: Layout, file_bytes: int, verify:
         files = _plan_files(weight_map, layout, specs, file_bytes)
         total = sum(file.nbytes for file in files)
         plan = {
-            "source": str(hf.absolute()),
-            "files": fingerprint(hf, ("*.safetensors", "config.json")),
+            "source": str(hf_folder.absolute()),
+            "files": fingerprint(hf_folder, ("*.safetensors", "config.json")),
             "layout": asdict(layout),
             "file_bytes": file_bytes,
         }
@@ -57,10 +57,10 @@ def hf_to_megatron(hf: Path, out: Path, layout: Layout, file_bytes: int, verify:
             (partial / JOURNAL).mkdir(exist_ok=True)
             chunks = [chunk for file in files for chunk in _write(reader, partial, file, specs, progress)]
             (partial / HF_FILES).mkdir(exist_ok=True)
-            carry_files(hf, partial / HF_FILES)
-            carry_tensors(hf, partial / HF_FILES, reader.carried(weight_map), reader.spec, reader.whole)
+            carry_files(hf_folder, partial / HF_FILES)
+            carry_tensors(hf_folder, partial / HF_FILES, reader.carried(weight_map), reader.spec, reader.whole)
             (partial / STATE).write_text(
-                json.dumps({"converted_from": str(hf.absolute()), "layout": asdict(layout)}), encoding="utf-8"
+                json.dumps({"converted_from": str(hf_folder.absolute()), "layout": asdict(layout)}), encoding="utf-8"
             )
             write_metadata(partial, stored, chunks)
             shutil.rmtree(partial / JOURNAL)

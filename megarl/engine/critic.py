@@ -59,14 +59,18 @@ class Critic(Engine):
         return self._whole(pack, out.view(-1).float())
 
 
-def value_map(hf: dict[str, Any]) -> WeightMap:
+def value_map(hf_config: dict[str, Any]) -> WeightMap:
     """The family's map with the value head where the output layer was."""
-    found = WeightMap(hf)
-    head: dict[str, Any] = {"hf": (VALUE_HEAD,), "shapes": ((1, hf["hidden_size"]),), "relation": Replicated()}
-    found.entries = tuple(
-        replace(entry, **head) if entry.name == "output_layer.weight" else entry for entry in found.entries
+    weight_map = WeightMap(hf_config)
+    head: dict[str, Any] = {
+        "hf_names": (VALUE_HEAD,),
+        "hf_shapes": ((1, hf_config["hidden_size"]),),
+        "relation": Replicated(),
+    }
+    weight_map.entries = tuple(
+        replace(entry, **head) if entry.name == "output_layer.weight" else entry for entry in weight_map.entries
     )
-    return found
+    return weight_map
 
 
 def build_critic(config: Config, parallel: Parallel, optimizer_steps: int) -> Critic:

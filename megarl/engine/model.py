@@ -157,7 +157,7 @@ def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
     Padding rows become zero, and so does the tensor named `fresh`, which the source does not hold.
     """
     model.source = path
-    of_the_source = WeightMap(model.weight_map.hf) if fresh else model.weight_map
+    of_the_source = WeightMap(model.weight_map.hf_config) if fresh else model.weight_map
     with open_weights(path, of_the_source) as reader, torch.no_grad():
         if not fresh:  # a critic's folder is the policy's, which has been checked
             reader.carried(model.weight_map)  # names what is missing, unknown or of another shape

@@ -131,7 +131,7 @@ class Engine:
         """log pi and entropy of all rows of the pack, from this rank's logits [1, rows, columns]."""
         at = self.model.parallel
         labels = pack.labels[cp_rows(pack.padded, at.layout.cp, at.coord.cp)].to(logits.device)
-        group, vocab_size = at.tp_group if at.layout.tp > 1 else None, self.model.weight_map.hf["vocab_size"]
+        group, vocab_size = at.tp_group if at.layout.tp > 1 else None, self.model.weight_map.vocab_size
         return self._whole(pack, *vocab_parallel_logprobs(logits.squeeze(0), labels, temperature, group, vocab_size))
 
     def _whole(self, pack: Pack, *mine: Tensor) -> tuple[Tensor, ...]:

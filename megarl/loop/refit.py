@@ -43,7 +43,7 @@ class Refit:
         model = engine.model
         self.route_shape = route_shape(model) if config.wants_routes and model.weight_map.moe_layers else None
         generator = torch.Generator().manual_seed(0)
-        self.canary = torch.randint(model.weight_map.hf["vocab_size"], (CANARY_TOKENS,), generator=generator)
+        self.canary = torch.randint(model.weight_map.vocab_size, (CANARY_TOKENS,), generator=generator)
         device = model.parallel.device
         trained = device.dtype(config.engine.dtype)
         self.rollout_dtype = trained if config.rollout.dtype == "auto" else device.dtype(config.rollout.dtype)

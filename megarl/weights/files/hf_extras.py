@@ -29,6 +29,6 @@ def dequantized(read: Callable[[HfSlice], Tensor], piece: HfSlice, block: tuple[
     return (read(piece).float() * scale[rows - first[0]][:, columns - first[1]]).bfloat16()
 
 
-def exported_config(hf: dict[str, Any]) -> dict[str, Any]:
+def exported_config(hf_config: dict[str, Any]) -> dict[str, Any]:
     """config.json for a copy whose tensors are dequantised: the same, without the quantisation."""
-    return {key: value for key, value in hf.items() if key != "quantization_config"}
+    return {key: value for key, value in hf_config.items() if key != "quantization_config"}

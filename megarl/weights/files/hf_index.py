@@ -119,8 +119,8 @@ class HfIndex:
 
     def _besides(self, weight_map: WeightMap) -> list[str]:
         """What the checkpoint holds beside the map. UserError for what config.json does not know."""
-        hf, layers = weight_map.hf, weight_map.num_layers
-        extra = int(hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0)) or 0)
+        hf_config, layers = weight_map.hf_config, weight_map.num_layers
+        extra = int(hf_config.get("num_nextn_predict_layers", hf_config.get("num_mtp_layers", 0)) or 0)
         prediction = tuple(f"model.layers.{layer}." for layer in range(layers, layers + extra))
         found: list[str] = []
         unknown: list[str] = []
@@ -130,7 +130,7 @@ class HfIndex:
             (found if prediction and name.startswith(prediction) else unknown).append(name)
         if unknown:
             raise UserError(
-                f"model.path: the checkpoint holds {len(unknown)} tensors that a {hf['model_type']} with its "
+                f"model.path: the checkpoint holds {len(unknown)} tensors that a {hf_config['model_type']} with its "
                 f"config.json has not, first {', '.join(map(repr, unknown[:3]))}; use the config.json that belongs to "
                 "it"
             )

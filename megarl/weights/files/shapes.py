@@ -33,20 +33,22 @@ def keys_behind(
     weight_map: WeightMap, shape_of: Callable[[WeightMap], Shape], found: Shape, wanted: Shape
 ) -> list[str]:
     """The keys of config.json, with their values, on which the axes depend in which `found` differs from `wanted`."""
-    hf = weight_map.hf
-    unset: dict[str, int] = {key: 0 for key in UNSET if not hf.get(key)}
-    sizes = {key: value for key, value in hf.items() if type(value) is int and value > 0} | unset
+    hf_config = weight_map.hf_config
+    unset: dict[str, int] = {key: 0 for key in UNSET if not hf_config.get(key)}
+    sizes = {key: value for key, value in hf_config.items() if type(value) is int and value > 0} | unset
     keys = []
     for key, value in sizes.items():
-        other = _shape_with(hf, key, 2 * value or 7, shape_of)
+        other = _shape_with(hf_config, key, 2 * value or 7, shape_of)
         if other and any(x != y and z != y for x, y, z in zip(found, wanted, other)):
             keys.append(f"{key} {value}" if value else f"{key} is not given")
     return keys
 
 
-def _shape_with(hf: dict[str, Any], key: str, value: int, shape_of: Callable[[WeightMap], Shape]) -> Shape | None:
+def _shape_with(
+    hf_config: dict[str, Any], key: str, value: int, shape_of: Callable[[WeightMap], Shape]
+) -> Shape | None:
     """The tensor's shape if config.json said so; None where there is no such model or tensor."""
     try:
-        return shape_of(WeightMap({**hf, key: value}))
+        return shape_of(WeightMap({**hf_config, key: value}))
     except (UserError, KeyError, ArithmeticError):
         return None

@@ -55,13 +55,13 @@ class Entry:
     """A row of a family's table. Names hold {layer} and {expert} where
     they occur; `relation` cuts the Hugging Face tensors into pieces.
 
-    shapes: of the tensors `hf`, whole. where: in which layers ("moe":
+    hf_shapes: of those tensors, whole. where: in which layers ("moe":
     those with experts, "dense": the others), or before or behind them.
     """
 
     name: str
-    hf: tuple[str, ...]
-    shapes: tuple[Shape, ...]
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[Shape, ...]
     relation: Relation
     where: Literal["layer", "moe", "dense", "first", "last"] = "layer"
     buffer: bool = False
@@ -87,21 +87,22 @@ class WeightMap:
     config.json filled in. Raises UserError for what is not supported.
     """
 
-    def __init__(self, hf: dict[str, Any]) -> None:
-        model_type = hf.get("model_type", "?")
+    def __init__(self, hf_config: dict[str, Any]) -> None:
+        model_type = hf_config.get("model_type", "?")
         if model_type not in FAMILIES:
             raise UserError(f"model_type {model_type!r} has no weight map; supported: {', '.join(sorted(FAMILIES))}")
         module = importlib.import_module(FAMILIES[model_type])
-        hf = {**module.DEFAULTS, **hf}
+        hf_config = {**module.DEFAULTS, **hf_config}
         try:
-            if sentence := module.refuse(hf):
+            if sentence := module.refuse(hf_config):
                 raise UserError(sentence)
-            family: Family = module.family(hf)
+            family: Family = module.family(hf_config)
         except KeyError as error:
             raise UserError(
                 f"model.path: config.json of a {model_type} has no {error}; copy the checkpoint's config.json again"
             ) from None
-        self.hf = hf
+        self.hf_config = hf_config
+        self.vocab_size: int = hf_config["vocab_size"]
         self.model = family.model
         self.gpt = family.gpt
         self.entries = family.entries
@@ -133,14 +134,14 @@ class WeightMap:
 
     def _tensors(self, entry: Entry, layer: int) -> Iterator[tuple[str, Shape]]:
         for expert in range(self.num_experts) if entry.expert else range(1):
-            for name, shape in zip(entry.hf, entry.shapes):
+            for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
                 yield name.format(layer=layer, expert=expert), shape
 
     def _in_layer(self, entry: Entry, layer: int) -> bool:
         return entry.where == "layer" or entry.where == ("moe" if layer in self.moe_layers else "dense")
 
     def padded_vocab(self, tp: int) -> int:
-        return -(-self.hf["vocab_size"] // tp) * tp
+        return -(-self.vocab_size // tp) * tp
 
     def params(self, layout: Layout, coord: Coord) -> Iterator[Param]:
         """Every parameter that the rank at `coord` holds, in a fixed order."""
@@ -167,8 +168,8 @@ class WeightMap:
         if not split:
             copies.append(rank.index)
         for e in range(each):
-            hf = tuple(name.format(layer=layer, expert=coord.ep * each + e) for name in entry.hf)
-            shard = entry.relation(hf, entry.shapes, rank)
+            hf_names = tuple(name.format(layer=layer, expert=coord.ep * each + e) for name in entry.hf_names)
+            shard = entry.relation(hf_names, entry.hf_shapes, rank)
             name = entry.name.format(layer=local, expert=e)
             yield Param(chunk, name, shard.shape, shard.pieces, sum(copies), entry.expert, split, entry.buffer)
 

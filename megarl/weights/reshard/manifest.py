@@ -61,7 +61,7 @@ def whole_manifest(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype
 def slice_inputs(weight_map: WeightMap, train: Layout, rollout: RolloutLayout, dtype: torch.dtype) -> dict[str, Any]:
     """What manifest_from needs under sync.transport reshard, as plain JSON."""
     return {
-        "hf_config": weight_map.hf,
+        "hf_config": weight_map.hf_config,
         "train": asdict(train),
         "rollout": asdict(rollout),
         "dtype": str(dtype).removeprefix("torch."),

@@ -66,7 +66,7 @@ def rollout_rects(weight_map: WeightMap, layout: RolloutLayout) -> dict[str, Hol
             key = numbers[id(entry)], owner
             if key not in known:
                 known[key] = list(_holders(entry, layout, owner))
-            for name, holders in zip(entry.hf, known[key], strict=True):
+            for name, holders in zip(entry.hf_names, known[key], strict=True):
                 rects[name.format(layer=layer, expert=expert)] = holders
     return rects
 
@@ -82,12 +82,12 @@ def _holders(entry: Entry, layout: RolloutLayout, owner: int | None) -> Iterator
     expert, under expert parallelism.
     """
     if owner is not None:
-        for shape in entry.shapes:
+        for shape in entry.hf_shapes:
             yield tuple(Rect.whole(shape) if rank == owner else None for rank in range(layout.ranks))
         return
     relation = _as_vllm_cuts(entry.relation)
-    shards = [relation(entry.hf, entry.shapes, Rank(layout.tp, rank)) for rank in range(layout.tp)]
-    for name, shape in zip(entry.hf, entry.shapes, strict=True):
+    shards = [relation(entry.hf_names, entry.hf_shapes, Rank(layout.tp, rank)) for rank in range(layout.tp)]
+    for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True):
         rects = [_one_rect([piece for piece in shard.pieces if piece.hf_name == name]) for shard in shards]
         if sum(rect.numel for rect in set(rects) if rect) != math.prod(shape):  # ranks hold the same, or apart
             raise UserError(

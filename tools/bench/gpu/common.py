@@ -88,7 +88,7 @@ def packs_of(engine: Engine, tokens: int, sequence: int) -> list[Any]:
 
     at = engine.model.parallel
     generator = torch.Generator().manual_seed(1)
-    vocabulary, count = engine.model.weight_map.hf["vocab_size"], max(1, tokens // sequence)
+    vocabulary, count = engine.model.weight_map.vocab_size, max(1, tokens // sequence)
     drawn = [torch.randint(vocabulary, (min(sequence, tokens) + 1,), generator=generator) for _ in range(count)]
     [pack] = make_packs([list(range(count))], drawn, [1] * count, at.layout, at.coord)
     pack.rollout.advantages = torch.where(pack.seq_ids % 2 == 0, 1.0, -1.0)
