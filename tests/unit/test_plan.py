@@ -127,7 +127,8 @@ def test_both_ends_list_the_same_messages_and_the_figures_are_their_sums(
 
 def test_buckets_are_bounded_and_whole_tensors_lie_in_them(hf_config: dict[str, Any]) -> None:
     limit, rollout = 20_000, RolloutLayout(2, 2)
-    plan = make_plan(Layout(tp=2, pp=2, ep=2, world=8), rollout, WeightMap(hf_config), itemsize=4, bucket_bytes=limit)
+    weight_map = WeightMap({**hf_config, "head_dim": 16})
+    plan = make_plan(Layout(tp=2, pp=2, ep=2, world=8), rollout, weight_map, itemsize=4, bucket_bytes=limit)
     assert plan.buckets > 5
     for rank in range(rollout.world):
         sizes = [0] * plan.buckets
@@ -170,7 +171,8 @@ def test_replicas_share_the_sending_evenly_in_all_and_in_every_bucket(
 
 
 def test_keys_and_values_are_replicated_where_there_are_more_ranks_than_heads(hf_config: dict[str, Any]) -> None:
-    rects = rollout_rects(WeightMap(hf_config), RolloutLayout(1, 4))  # 4 heads of 16, 2 key/value heads
+    weight_map = WeightMap({**hf_config, "head_dim": 16})  # 4 heads, 2 key/value heads
+    rects = rollout_rects(weight_map, RolloutLayout(1, 4))
     layer = "model.layers.0.self_attn."
     assert rects[layer + "k_proj.weight"] == (Rect((0, 0), (16, 64)),) * 2 + (Rect((16, 0), (16, 64)),) * 2
     assert rects[layer + "q_proj.weight"] == tuple(Rect((16 * i, 0), (16, 64)) for i in range(4))

@@ -53,7 +53,7 @@ def test_cutting_and_putting_together_is_the_identity(
 
 
 def test_grouped_qkv_is_queries_key_value_of_each_group(hf_config: dict[str, Any]) -> None:
-    weight_map = WeightMap(hf_config)  # 4 heads of 16 in 2 groups
+    weight_map = WeightMap({**hf_config, "head_dim": 16})  # 4 heads in 2 groups
     layout = Layout(tp=2, world=2)
     param = next(
         p
