@@ -12,10 +12,11 @@ from megarl.checkpoints import hf_files
 from megarl.convert.output import fingerprint, output_folder
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
-from megarl.weights.files.hf_folder import Shard, carry_files, plan_shards, write_index
+from megarl.weights.files.hf_folder import ShardFile, carry_files, plan_shards, write_index
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader
-from megarl.weights.files.safetensors_file import SafetensorsWriter, Spec
+from megarl.weights.files.raw_file import Spec
+from megarl.weights.files.safetensors_file import SafetensorsWriter
 
 
 def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = False) -> None:
@@ -40,7 +41,7 @@ def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = F
                 verify_hf(reader, partial, specs)
 
 
-def _write(reader: MegatronReader, folder: Path, shard: Shard, progress: Transfer) -> None:
+def _write(reader: MegatronReader, folder: Path, shard: ShardFile, progress: Transfer) -> None:
     if (folder / shard.file).is_file():
         progress.skip(shard.nbytes)
         return

@@ -14,14 +14,15 @@ from megarl.convert.output import fingerprint, output_folder
 from megarl.convert.to_hf import same_bits
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
+from megarl.weights.buckets import fill_buckets
 from megarl.weights.files.hf_folder import carry_files, carry_tensors
 from megarl.weights.files.hf_reader import HfReader
-from megarl.weights.files.megatron_folder import Cut, Global, MegatronReader, cuts_of_rank, whole_params
-from megarl.weights.files.safetensors_file import Spec
+from megarl.weights.files.megatron_folder import MegatronReader, NewChunk, chunks_of_rank, placed_pieces, whole_params
+from megarl.weights.files.raw_file import Spec, put_together
 from megarl.weights.files.torch_dist import Chunk, TorchDistWriter, write_metadata
 from megarl.weights.map.layout import Layout
-from megarl.weights.map.relations import Piece
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
+from megarl.weights.rect import Rect
 
 JOURNAL = ".journal"  # one file for each finished data file: where its chunks lie
 
@@ -29,7 +30,7 @@ JOURNAL = ".journal"  # one file for each finished data file: where its chunks l
 @dataclass(frozen=True)
 class _File:
     name: str
-    cuts: list[Cut]
+    chunks: list[NewChunk]
     nbytes: int
 
 
@@ -70,25 +71,16 @@ def hf_to_megatron(hf_folder: Path, out: Path, layout: Layout, file_bytes: int, 
 
 
 def _plan_files(weight_map: WeightMap, layout: Layout, specs: dict[str, Spec], file_bytes: int) -> list[_File]:
-    places: dict[str, list[tuple[Piece, Global]]] = {}
-    for param, where in whole_params(weight_map):
-        for piece in param.pieces:
-            places.setdefault(piece.hf_name, []).append((piece, where))
+    placed = placed_pieces(weight_map)
+
+    def nbytes(chunk: NewChunk) -> int:
+        return chunk.rect.numel * specs[chunk.pieces[0].hf_name].dtype.itemsize
+
     files: list[_File] = []
     for rank in range(layout.world):
-        held: list[list[Cut]] = [[]]
-        size = 0
-        for cut in cuts_of_rank(weight_map, layout, rank, places):
-            nbytes = cut.numel * specs[cut.pieces[0].hf_name].dtype.itemsize
-            if held[-1] and size + nbytes > file_bytes:
-                held.append([])
-                size = 0
-            held[-1].append(cut)
-            size += nbytes
-        for number, cuts in enumerate(held):
-            if cuts:
-                nbytes = sum(cut.numel * specs[cut.pieces[0].hf_name].dtype.itemsize for cut in cuts)
-                files.append(_File(f"__{rank}_{number}.distcp", cuts, nbytes))
+        sized = ((chunk, nbytes(chunk)) for chunk in chunks_of_rank(weight_map, layout, rank, placed))
+        for number, chunks in enumerate(fill_buckets(sized, file_bytes)):
+            files.append(_File(f"__{rank}_{number}.distcp", chunks, sum(map(nbytes, chunks))))
     return files
 
 
@@ -97,16 +89,15 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
     if (folder / file.name).is_file():
         progress.skip(file.nbytes)
         rows = json.loads(journal.read_text(encoding="utf-8"))
-        return [Chunk(key, tuple(start), tuple(shape), *place) for key, start, shape, *place in rows]
+        return [Chunk(key, Rect(tuple(offset), tuple(size)), *place) for key, offset, size, *place in rows]
     writer = TorchDistWriter(folder, file.name)
     try:
-        for cut in file.cuts:
-            tensor = _tensor(reader, cut)
-            writer.write(cut.key, cut.start, tensor)
+        for chunk in file.chunks:
+            tensor = _tensor(reader, chunk)
+            writer.write(chunk.key, chunk.rect.offset, tensor)
             progress.add(tensor.nbytes)
-        journal.write_text(
-            json.dumps([[c.key, c.start, c.shape, c.file, c.offset, c.length] for c in writer.chunks]), encoding="utf-8"
-        )
+        rows = [[c.key, c.rect.offset, c.rect.size, c.file, c.offset, c.length] for c in writer.chunks]
+        journal.write_text(json.dumps(rows), encoding="utf-8")
         writer.close()
     except BaseException:
         writer.abort()
@@ -114,18 +105,11 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
     return writer.chunks
 
 
-def _tensor(reader: HfReader, cut: Cut) -> torch.Tensor:
-    if len(cut.pieces) == 1:
-        return reader.read(cut.pieces[0]).view(cut.shape)
-    inner = cut.shape[-len(cut.pieces[0].rect.size) :]
-    full: torch.Tensor | None = None
-    for piece in cut.pieces:
-        block = reader.read(piece)
-        if full is None:
-            full = torch.empty(inner, dtype=block.dtype)
-        full[piece.local.slices] = block
-    assert full is not None
-    return full.view(cut.shape)
+def _tensor(reader: HfReader, chunk: NewChunk) -> torch.Tensor:
+    parts = ((piece.local, reader.read(piece)) for piece in chunk.pieces)
+    tensor = put_together(Rect.whole(chunk.rect.size[chunk.lead :]), parts)
+    assert tensor is not None, chunk
+    return tensor.view(chunk.rect.size)
 
 
 def _global_specs(weight_map: WeightMap, specs: dict[str, Spec]) -> dict[str, Spec]:

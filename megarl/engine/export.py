@@ -12,7 +12,7 @@ from megarl.engine.model import Model
 from megarl.folders import begin, finish
 from megarl.weights.files.hf_folder import SHARD_BYTES, ShardedWriter, carry_files, plan_shards
 from megarl.weights.files.megatron_folder import open_weights
-from megarl.weights.files.safetensors_file import Spec
+from megarl.weights.files.raw_file import Spec
 from megarl.weights.reshard.gather import gather_full, plan_gather
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from megarl.convert import commands, to_hf, to_megatron
 from megarl.weights.files.safetensors_file import SafetensorsWriter
 from megarl.weights.files.torch_dist import TorchDistReader, TorchDistWriter
 from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.rect import Rect
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.tiny_model import FAMILIES, tiny_config  # noqa: E402
@@ -97,7 +100,7 @@ def test_torch_reads_what_we_write_and_we_read_what_torch_writes(folder: Path, t
     """Regression test of the private names in megarl/weights/files/torch_dist.py."""
     assert to_megatron_(folder, tmp_path / "megatron", "--tp 2 --etp 2 --verify") == 0
     with_reader = TorchDistReader(tmp_path / "megatron")
-    want = {key: with_reader.read(key, [0] * len(spec.shape), spec.shape) for key, spec in with_reader.tensors.items()}
+    want = {key: with_reader.read(key, Rect.whole(spec.shape)) for key, spec in with_reader.tensors.items()}
     state = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in with_reader.tensors.items()}
     dcp.load(state, checkpoint_id=tmp_path / "megatron", no_dist=True)
     for key, tensor in want.items():
@@ -106,9 +109,9 @@ def test_torch_reads_what_we_write_and_we_read_what_torch_writes(folder: Path, t
         {"a": state["output_layer.weight"], "b": torch.tensor(3.0)}, checkpoint_id=tmp_path / "torch", no_dist=True
     )
     theirs = TorchDistReader(tmp_path / "torch")
-    found = theirs.read("a", [3, 0], [5, 32])
+    found = theirs.read("a", Rect((3, 0), (5, 32)))
     assert torch.equal(found.view(torch.int16), state["output_layer.weight"][3:8].view(torch.int16))
-    assert theirs.read("b", [], []).item() == 3
+    assert theirs.read("b", Rect.whole(())).item() == 3
 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
@@ -254,6 +257,35 @@ def test_bad_checkpoints_are_one_line(folder: Path, tmp_path: Path, capsys: pyte
     }.items():
         assert_refused(capsys, lambda name=name: to_hf_(tmp_path / name, out), match)  # type: ignore[misc]
         assert not out.exists(), name
+
+
+class Payload:
+    """What a pickle of somebody else's may do to whoever loads it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_metadata_runs_nothing_and_may_name_unknown_classes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """megarl/weights/files/torch_dist.py, _Metadata; megatron-core 0.15 has a class of its own for all of it."""
+    assert to_megatron_(folder, tmp_path / "megatron") == 0
+    file = tmp_path / "megatron" / ".metadata"
+    theirs = pickle.loads(file.read_bytes())
+    theirs.planner_data = Payload(tmp_path / "inside")
+    theirs.__class__ = type("Theirs", (type(theirs),), {"__module__": "older"})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "older", types.SimpleNamespace(Theirs=type(theirs)))  # type: ignore[arg-type]
+        file.write_bytes(pickle.dumps(theirs))
+    assert to_hf_(tmp_path / "megatron", tmp_path / "back") == 0
+    assert_same(folder, tmp_path / "back")
+    file.write_bytes(pickle.dumps(Payload(tmp_path / "alone")))
+    assert_refused(capsys, lambda: to_hf_(tmp_path / "megatron", tmp_path / "out"), ".metadata' cannot be read")
+    assert not (tmp_path / "inside").exists() and not (tmp_path / "alone").exists()
 
 
 def test_a_checkpoint_deleted_meanwhile_is_named(

@@ -40,7 +40,7 @@ def make_checkpoint(folder: Path, gb: float) -> tuple[int, int]:
     import torch
 
     from megarl.weights.files.hf_folder import ShardedWriter, plan_shards
-    from megarl.weights.files.safetensors_file import Spec
+    from megarl.weights.files.raw_file import Spec
     from megarl.weights.map.weight_map import WeightMap
     from tools.tiny_model import tiny_config
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megarl.weights.buckets import fill_buckets
 from megarl.weights.files.hf_extras import exported_config
 from megarl.weights.files.hf_index import INDEX
-from megarl.weights.files.safetensors_file import SafetensorsWriter, Spec
+from megarl.weights.files.raw_file import Spec
+from megarl.weights.files.safetensors_file import SafetensorsWriter
 
 SHARD_BYTES = 4 * 2**30
 CARRIED_TENSORS = "carried.safetensors"  # in the hf/ folder of a Megatron checkpoint
@@ -25,7 +27,7 @@ CARRIED_FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     file: str
     specs: dict[str, Spec]
 
@@ -34,22 +36,19 @@ class Shard:
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-def plan_shards(specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Consecutive tensors, at most `shard_bytes` a file unless one alone is larger. One file is model.safetensors."""
-    groups: list[dict[str, Spec]] = [{}]
-    size = 0
-    for name, spec in specs.items():
-        if groups[-1] and size + spec.nbytes > shard_bytes:
-            groups.append({})
-            size = 0
-        groups[-1][name] = spec
-        size += spec.nbytes
+def plan_shards(specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES) -> list[ShardFile]:
+    """Consecutive tensors, at most `shard_bytes` a file unless one alone is larger. One file is model.safetensors.
+
+    huggingface_hub's split sets a larger one aside, so that its files are not written one after the other.
+    """
+    groups = list(fill_buckets(((name, spec.nbytes) for name, spec in specs.items()), shard_bytes))
+    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
-    return [Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, 1)]
+        names = ["model.safetensors"]
+    return [ShardFile(file, {name: specs[name] for name in group}) for file, group in zip(names, groups, strict=True)]
 
 
-def write_index(folder: Path, shards: list[Shard]) -> None:
+def write_index(folder: Path, shards: list[ShardFile]) -> None:
     """Nothing for a single file, which needs none."""
     if len(shards) > 1:
         where = {name: shard.file for shard in shards for name in shard.specs}
@@ -60,7 +59,7 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
 class ShardedWriter:
     """Tensors in the order of `shards` into `folder`; a shard has its name only when it is whole and on disk."""
 
-    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+    def __init__(self, folder: Path, shards: list[ShardFile]) -> None:
         self.folder, self.shards = folder, shards
         self._pending = iter(shards)
         self._writer: SafetensorsWriter | None = None

@@ -11,7 +11,8 @@ from torch import Tensor
 from megarl.errors import UserError
 from megarl.weights.files.hf_extras import dequantized
 from megarl.weights.files.hf_index import HfIndex
-from megarl.weights.files.safetensors_file import DTYPES, SafetensorsFile, Spec
+from megarl.weights.files.raw_file import Spec
+from megarl.weights.files.safetensors_file import DTYPES, SafetensorsFile
 from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect
@@ -70,4 +71,4 @@ class HfReader:
         file = self.index.where[piece.hf_name]
         if file not in self._files:
             self._files[file] = SafetensorsFile(self.path / file, self.index.header(file))
-        return self._files[file].read(piece.hf_name, piece.rect.offset, piece.rect.size)
+        return self._files[file].read(piece.hf_name, piece.rect)

@@ -8,27 +8,27 @@ checkpoint: what differs between layouts is where the global tensors were cut.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megarl.checkpoints import hf_files
 from megarl.errors import UserError
 from megarl.weights.files.hf_folder import CARRIED_TENSORS
 from megarl.weights.files.hf_reader import HfReader
-from megarl.weights.files.safetensors_file import SafetensorsFile, Spec
+from megarl.weights.files.raw_file import Spec, put_together
+from megarl.weights.files.safetensors_file import SafetensorsFile
 from megarl.weights.files.shapes import refuse_shape
 from megarl.weights.files.torch_dist import METADATA, TorchDistReader
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.relations import HfSlice, Piece
 from megarl.weights.map.weight_map import Param, WeightMap, load_hf_config
-from megarl.weights.rect import Rect
+from megarl.weights.rect import Rect, Shape
 
 EXPERT = re.compile(r"(.*\.experts\.)local_experts\.(\d+)\.(.*)")
 # megatron-core files the norms under the linear they precede, as Transformer Engine fuses them (gpt_layer_specs.py)
@@ -42,11 +42,22 @@ VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # padd
 
 @dataclass(frozen=True)
 class Global:
-    """Where one rank's whole parameter lies: in the global tensor `key` of `shape`, at `lead` on the first axes."""
+    """Where a whole parameter lies: in the global tensor `key` of `shape`, at `lead` on the first axes."""
 
     key: str
-    lead: tuple[int, ...]
-    shape: tuple[int, ...]
+    lead: Shape
+    shape: Shape
+
+    def rect(self, local: Rect) -> Rect:
+        """A rectangle of the parameter as one of the global tensor."""
+        return Rect((*self.lead, *local.offset), (*(1 for _ in self.lead), *local.size))
+
+
+class Placed(NamedTuple):
+    """A piece of a whole parameter, and where the parameter lies."""
+
+    piece: Piece
+    where: Global
 
 
 def global_of(param: Param, num_experts: int) -> Global:
@@ -64,6 +75,15 @@ def whole_params(weight_map: WeightMap) -> list[tuple[Param, Global]]:
     """Every parameter of the model, with its global tensor."""
     alone = Layout()
     return [(param, global_of(param, weight_map.num_experts)) for param in weight_map.params(alone, alone.coord(0))]
+
+
+def placed_pieces(weight_map: WeightMap) -> dict[str, list[Placed]]:
+    """Hugging Face name -> the pieces of it, which lie in one parameter."""
+    placed: dict[str, list[Placed]] = {name: [] for name in weight_map.hf_shapes}
+    for param, where in whole_params(weight_map):
+        for piece in param.pieces:
+            placed[piece.hf_name].append(Placed(piece, where))
+    return placed
 
 
 def is_megatron(path: str | Path) -> bool:
@@ -85,13 +105,11 @@ class MegatronReader:
         self._stored = TorchDistReader(self.path)
         carried = hf_files(self.path) / CARRIED_TENSORS
         self._carried = SafetensorsFile(carried) if carried.is_file() else None
-        self._parts: dict[str, list[tuple[Piece, Global]]] = {}
-        for param, where in whole_params(self.weight_map):
+        for _, where in whole_params(self.weight_map):
             self._check(where)
-            for piece in param.pieces:
-                self._parts.setdefault(piece.hf_name, []).append((piece, where))
-        known = {where.key for parts in self._parts.values() for _, where in parts}
-        unknown = sorted(key for key in set(self._stored.tensors) - known if not NOT_WEIGHTS.match(key))
+        self._placed = placed_pieces(self.weight_map)
+        known = {placed.where.key for pieces in self._placed.values() for placed in pieces}
+        unknown = sorted(key for key in self._stored.tensors.keys() - known if not NOT_WEIGHTS.match(key))
         if unknown:
             raise UserError(
                 f"checkpoint {str(path)!r}: {unknown[0]!r} is unknown to the weight map; its config.json is of "
@@ -105,17 +123,17 @@ class MegatronReader:
         if where.key in VOCABULARY and self._padded(where.key, found, where.shape):
             return
 
-        def shape_of(other: WeightMap) -> tuple[int, ...]:
+        def shape_of(other: WeightMap) -> Shape:
             return {there.key: there.shape for _, there in whole_params(other)}[where.key]
 
         refuse_shape(str(self.path), where.key, found, where.shape, self.weight_map, shape_of)
 
-    def _padded(self, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    def _padded(self, key: str, found: Shape, wanted: Shape) -> bool:
         """Whether `found` is `wanted` and rows of padding, which are zero and stay so in training."""
         rows = found[0] - wanted[0]
         if rows <= 0 or found[1:] != wanted[1:]:
             return False
-        return not self._stored.read(key, [wanted[0], 0], [rows, found[1]]).any()
+        return not self._stored.read(key, Rect((wanted[0], 0), (rows, found[1]))).any()
 
     def __enter__(self) -> MegatronReader:
         return self
@@ -134,12 +152,12 @@ class MegatronReader:
     def spec(self, name: str) -> Spec:
         if self._carried and name in self._carried.tensors:
             return self._carried.tensors[name]
-        return Spec(self._stored.tensors[self._parts[name][0][1].key].dtype, self.weight_map.hf_shapes[name])
+        return Spec(self._stored.tensors[self._placed[name][0].where.key].dtype, self.weight_map.hf_shapes[name])
 
     def whole(self, name: str) -> Tensor:
         rect = Rect.whole(self.spec(name).shape)
         if self._carried and name in self._carried.tensors:
-            return self._carried.read(name, rect.offset, rect.size)
+            return self._carried.read(name, rect)
         return self.read(HfSlice(name, rect))
 
     def specs(self) -> dict[str, Spec]:
@@ -147,21 +165,16 @@ class MegatronReader:
         return {name: self.spec(name) for name in self.weight_map.hf_shapes}
 
     def read(self, piece: HfSlice) -> Tensor:
-        full: Tensor | None = None
-        for part, where in self._parts[piece.hf_name]:
-            rect = piece.rect.intersect(part.rect)
-            if rect is None:
-                continue
-            local = rect.within(part.rect).moved(part.offset)
-            ones = (1,) * len(where.lead)
-            block = self._stored.read(where.key, (*where.lead, *local.offset), (*ones, *local.size)).view(local.size)
-            if rect.size == piece.rect.size:
-                return block
-            if full is None:
-                full = torch.empty(piece.rect.size, dtype=block.dtype)
-            full[rect.within(piece.rect).slices] = block
-        assert full is not None, piece
-        return full
+        """A rectangle of a Hugging Face tensor, in the dtype that the checkpoint holds it in."""
+        tensor = put_together(piece.rect, self._parts(piece))
+        assert tensor is not None, piece
+        return tensor
+
+    def _parts(self, piece: HfSlice) -> Iterator[tuple[Rect, Tensor]]:
+        for placed, where in self._placed[piece.hf_name]:
+            if rect := piece.rect.intersect(placed.rect):
+                local = rect.within(placed.rect).moved(placed.offset)
+                yield rect, self._stored.read(where.key, where.rect(local)).view(rect.size)
 
 
 def open_weights(path: str | Path, weight_map: WeightMap) -> HfReader | MegatronReader:
@@ -170,46 +183,41 @@ def open_weights(path: str | Path, weight_map: WeightMap) -> HfReader | Megatron
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A chunk to be written: [start, start + shape) of the global
-    tensor, put together from `pieces` (positions within the chunk).
+class NewChunk:
+    """The rectangle `rect` of the global tensor `key`, to be written as one chunk. pieces: what fills it; their places
+    in the chunk leave out `lead`, the first axes of size 1 on which experts are stacked.
     """
 
     key: str
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
+    rect: Rect
+    lead: int
     pieces: tuple[Piece, ...]
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
-
-def cuts_of_rank(
-    weight_map: WeightMap, layout: Layout, rank: int, at: dict[str, list[tuple[Piece, Global]]]
-) -> Iterator[Cut]:
+def chunks_of_rank(
+    weight_map: WeightMap, layout: Layout, rank: int, placed: dict[str, list[Placed]]
+) -> Iterator[NewChunk]:
     """The chunks that `rank` of `layout` contributes, each content once
     over all ranks; padding of the vocabulary is left out.
     """
     for param in weight_map.params(layout, layout.coord(rank)):
         if param.replica:
             continue
-        groups: dict[tuple[int, ...], list[Piece]] = {}
+        groups: dict[Shape, list[Piece]] = {}  # by how far the whole parameter's place is from that in the rank's own
         for piece in param.pieces:
-            where, place = _place(piece, at[piece.hf_name])
-            groups.setdefault(place.within(piece.local).offset, []).append(piece)
+            where, whole = _find(piece, placed[piece.hf_name])
+            groups.setdefault(whole.within(piece.local).offset, []).append(piece)
         for shift, pieces in groups.items():
-            chunk = Rect.around([piece.local for piece in pieces])
-            if chunk.numel != sum(piece.rect.numel for piece in pieces):
+            local = Rect.around([piece.local for piece in pieces])
+            if local.numel != sum(piece.rect.numel for piece in pieces):
                 raise RuntimeError(f"{param.name}: its pieces leave gaps")
-            inside = (Piece(piece.hf_name, piece.rect, piece.local.within(chunk).offset) for piece in pieces)
-            start = (*where.lead, *chunk.moved(shift).offset)
-            yield Cut(where.key, start, (*(1 for _ in where.lead), *chunk.size), tuple(inside))
+            inside = (Piece(piece.hf_name, piece.rect, piece.local.within(local).offset) for piece in pieces)
+            yield NewChunk(where.key, where.rect(local.moved(shift)), len(where.lead), tuple(inside))
 
 
-def _place(piece: Piece, parts: list[tuple[Piece, Global]]) -> tuple[Global, Rect]:
-    """Where a rectangle of a Hugging Face tensor lies in the whole parameter."""
-    for part, where in parts:
-        if piece.rect.intersect(part.rect) == piece.rect:
-            return where, piece.rect.within(part.rect).moved(part.offset)
-    raise RuntimeError(f"{piece} crosses the parts of its parameter")
+def _find(piece: Piece, placed: list[Placed]) -> tuple[Global, Rect]:
+    """The parameter that holds a rank's piece, and where in the whole of it."""
+    for whole, where in placed:
+        if piece.rect.intersect(whole.rect) == piece.rect:
+            return where, piece.rect.within(whole.rect).moved(whole.offset)
+    raise RuntimeError(f"{piece} crosses the pieces of its parameter")

@@ -7,17 +7,16 @@ safetensors_header.py.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megarl.errors import UserError
+from megarl.weights.files.raw_file import RawFile, Spec, bytes_of
 from megarl.weights.files.safetensors_header import Entry, read_header
+from megarl.weights.rect import Rect
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,75 +35,6 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a tensor is, without its content."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-
-
-class RawFile:
-    """A file of row-major arrays, read by position. Raises UserError where the file is missing or ends too early."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise UserError(f"{str(path)!r} is missing; copy the checkpoint again") from None
-        except OSError as error:
-            raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-        self.size = os.fstat(self._handle).st_size
-
-    def close(self) -> None:
-        os.close(self._handle)
-
-    def read_bytes(self, offset: int, count: int) -> bytes:
-        data = bytearray(count)
-        self._fill(memoryview(data), offset)
-        return bytes(data)
-
-    def read(self, offset: int, spec: Spec, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The rectangle [start, start + shape) of the array of `spec` at byte `offset`.
-
-        Reads whole rows of the first axis that has more than one: of a
-        stacked expert's gate and up, only the half that is asked for.
-        """
-        if not spec.shape:
-            start, shape, rows, inner = (), (), 1, 1
-        elif len(spec.shape) > 1 and spec.shape[0] == 1:
-            return self.read(offset, Spec(spec.dtype, spec.shape[1:]), start[1:], shape[1:]).unsqueeze(0)
-        else:
-            rows, inner = shape[0], math.prod(spec.shape[1:])
-        block = torch.empty((rows, *spec.shape[1:]) if spec.shape else (), dtype=spec.dtype)
-        skip = start[0] * inner if start else 0
-        if block.numel():
-            self._fill(bytes_of(block), offset + skip * spec.dtype.itemsize)
-        if tuple(shape[1:]) == spec.shape[1:]:
-            return block
-        return block[(slice(None), *(slice(a, a + n) for a, n in zip(start[1:], shape[1:])))].contiguous()
-
-    def _fill(self, target: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(target):
-            count = os.preadv(self._handle, [target[done:]], offset + done)
-            if not count:
-                raise UserError(
-                    f"{str(self.path)!r} is truncated: it ends at byte {offset + done}; copy the checkpoint again"
-                )
-            done += count
-
-
 class SafetensorsFile:
     """`tensors` maps names to Spec. Raises UserError where the file is no whole safetensors file."""
 
@@ -114,8 +44,8 @@ class SafetensorsFile:
         self.tensors = {name: Spec(DTYPES[entry.dtype], entry.shape) for name, entry in self._entries.items()}
         self._file = RawFile(path)
 
-    def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return self._file.read(self._entries[name].offset, self.tensors[name], start, shape)
+    def read(self, name: str, rect: Rect) -> Tensor:
+        return self._file.read(self._entries[name].offset, self.tensors[name], rect)
 
     def close(self) -> None:
         self._file.close()
@@ -129,12 +59,12 @@ class SafetensorsWriter:
         self._specs = dict(specs)
         self._missing = set(specs)
         self._offsets: dict[str, int] = {}
-        at = 0
+        end = 0
         for name in sorted(
             specs, key=lambda name: -specs[name].dtype.itemsize
         ):  # stable; wide types first, so that all are aligned
-            self._offsets[name] = at
-            at += specs[name].nbytes
+            self._offsets[name] = end
+            end += specs[name].nbytes
         entries = {
             name: {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, begin + spec.nbytes]}
             for name, begin in self._offsets.items()
