@@ -66,10 +66,10 @@ def verify_hf(reader: MegatronReader, folder: Path, specs: dict[str, Spec]) -> N
     progress.finish()
 
 
-def same_bits(name: str, want: torch.Tensor, found: torch.Tensor, folder: Path) -> None:
+def same_bits(name: str, read: torch.Tensor, written: torch.Tensor, folder: Path) -> None:
     """Removes `folder` and raises UserError where they differ."""
-    as_bytes = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (want, found)]
-    if want.dtype != found.dtype or want.shape != found.shape or not torch.equal(*as_bytes):
+    as_bytes = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (read, written)]
+    if read.dtype != written.dtype or read.shape != written.shape or not torch.equal(*as_bytes):
         shutil.rmtree(folder)
         raise UserError(f"--verify: {name!r} was not written as it was read; check the disk and convert again")
 

@@ -114,16 +114,16 @@ def _tensor(reader: HfReader, chunk: NewChunk) -> torch.Tensor:
 
 def _global_specs(weight_map: WeightMap, specs: dict[str, Spec]) -> dict[str, Spec]:
     """UserError where tensors that make one parameter differ in dtype."""
-    found: dict[str, Spec] = {}
+    by_key: dict[str, Spec] = {}
     for param, where in whole_params(weight_map):
         for piece in param.pieces:
-            spec = found.setdefault(where.key, Spec(specs[piece.hf_name].dtype, where.shape))
+            spec = by_key.setdefault(where.key, Spec(specs[piece.hf_name].dtype, where.shape))
             if spec.dtype != specs[piece.hf_name].dtype:
                 raise UserError(
                     f"tensor {piece.hf_name!r} is {specs[piece.hf_name].dtype}, others of {where.key!r} are "
                     f"{spec.dtype}; use one dtype"
                 )
-    return found
+    return by_key
 
 
 def verify_megatron(reader: HfReader, folder: Path, weight_map: WeightMap, specs: dict[str, Spec]) -> None:

@@ -41,21 +41,21 @@ class HfIndex:
         self.block: tuple[int, int] | None = tuple(quantization["weight_block_size"]) if quantization else None
 
     def _where(self) -> dict[str, str]:
-        found = sorted(file.name for file in self.path.glob("*.safetensors"))
-        if (self.path / INDEX).is_file() and SINGLE not in found:
+        files = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if (self.path / INDEX).is_file() and SINGLE not in files:
             where = read_index(self.path)
-            if missing := sorted(set(where.values()) - set(found)):
+            if missing := sorted(set(where.values()) - set(files)):
                 raise UserError(
                     f"model.path {str(self.path)!r} lacks {missing[0]}, which its index names; copy the checkpoint "
                     "again"
                 )
             return where
-        if SINGLE not in found and len(found) != 1:
-            has = f"{len(found)} safetensors files but no {INDEX}" if found else "no *.safetensors"
+        if SINGLE not in files and len(files) != 1:
+            has = f"{len(files)} safetensors files but no {INDEX}" if files else "no *.safetensors"
             raise UserError(
                 f"model.path {str(self.path)!r} has {has}; save it with safe_serialization, or copy it again"
             )
-        file = SINGLE if SINGLE in found else found[0]
+        file = SINGLE if SINGLE in files else files[0]
         return dict.fromkeys(self.header(file), file)
 
     def header(self, file: str) -> dict[str, Entry]:
@@ -110,28 +110,28 @@ class HfIndex:
         return self._besides(weight_map)
 
     def _check_shape(self, weight_map: WeightMap, name: str, shape: Shape) -> None:
-        found = self.entry(name).shape
-        refuse_shape(str(self.path), name, found, shape, weight_map, lambda other: other.hf_shapes[name])
+        stored = self.entry(name).shape
+        refuse_shape(str(self.path), name, stored, shape, weight_map, lambda other: other.hf_shapes[name])
         if self.block is not None and self.scaled(name):
-            blocks = tuple(-(-n // size) for n, size in zip(shape, self.block))
-            found = self.entry(name + SCALE).shape
-            refuse_shape(str(self.path), name + SCALE, found, blocks, weight_map, lambda _: blocks)
+            blocks = tuple(-(-n // size) for n, size in zip(shape, self.block, strict=True))
+            stored = self.entry(name + SCALE).shape
+            refuse_shape(str(self.path), name + SCALE, stored, blocks, weight_map, lambda _: blocks)
 
     def _besides(self, weight_map: WeightMap) -> list[str]:
         """What the checkpoint holds beside the map. UserError for what config.json does not know."""
         hf_config, layers = weight_map.hf_config, weight_map.num_layers
         extra = int(hf_config.get("num_nextn_predict_layers", hf_config.get("num_mtp_layers", 0)) or 0)
-        prediction = tuple(f"model.layers.{layer}." for layer in range(layers, layers + extra))
-        found: list[str] = []
+        prefixes = tuple(f"model.layers.{layer}." for layer in range(layers, layers + extra))
+        prediction: list[str] = []
         unknown: list[str] = []
         for name in sorted(self.where.keys() - weight_map.hf_shapes.keys()):
             if name.endswith(COMPUTED) or (name.endswith(SCALE) and self.scaled(name.removesuffix(SCALE))):
                 continue
-            (found if prediction and name.startswith(prediction) else unknown).append(name)
+            (prediction if prefixes and name.startswith(prefixes) else unknown).append(name)
         if unknown:
             raise UserError(
                 f"model.path: the checkpoint holds {len(unknown)} tensors that a {hf_config['model_type']} with its "
                 f"config.json has not, first {', '.join(map(repr, unknown[:3]))}; use the config.json that belongs to "
                 "it"
             )
-        return found
+        return prediction

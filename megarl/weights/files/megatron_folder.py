@@ -62,13 +62,13 @@ class Placed(NamedTuple):
 
 def global_of(param: Param, num_experts: int) -> Global:
     """`param`: of the only rank of a world of one, so that its layer and expert numbers are global."""
-    found = EXPERT.fullmatch(param.name)
-    if not found:
+    expert = EXPERT.fullmatch(param.name)
+    if not expert:
         key = param.name
         for name, filed in FUSED:
             key = key.replace(name, filed)
         return Global(key, (), param.shape)
-    return Global(found[1] + "experts." + found[3], (int(found[2]),), (num_experts, *param.shape))
+    return Global(expert[1] + "experts." + expert[3], (int(expert[2]),), (num_experts, *param.shape))
 
 
 def whole_params(weight_map: WeightMap) -> list[tuple[Param, Global]]:
@@ -119,21 +119,21 @@ class MegatronReader:
     def _check(self, where: Global) -> None:
         if where.key not in self._stored.tensors:
             raise UserError(f"checkpoint {str(self.path)!r} lacks {where.key!r}; its config.json is of another model")
-        found = self._stored.tensors[where.key].shape
-        if where.key in VOCABULARY and self._padded(where.key, found, where.shape):
+        stored = self._stored.tensors[where.key].shape
+        if where.key in VOCABULARY and self._padded(where.key, stored, where.shape):
             return
 
         def shape_of(other: WeightMap) -> Shape:
             return {there.key: there.shape for _, there in whole_params(other)}[where.key]
 
-        refuse_shape(str(self.path), where.key, found, where.shape, self.weight_map, shape_of)
+        refuse_shape(str(self.path), where.key, stored, where.shape, self.weight_map, shape_of)
 
-    def _padded(self, key: str, found: Shape, wanted: Shape) -> bool:
-        """Whether `found` is `wanted` and rows of padding, which are zero and stay so in training."""
-        rows = found[0] - wanted[0]
-        if rows <= 0 or found[1:] != wanted[1:]:
+    def _padded(self, key: str, stored: Shape, wanted: Shape) -> bool:
+        """Whether `stored` is `wanted` and rows of padding, which are zero and stay so in training."""
+        rows = stored[0] - wanted[0]
+        if rows <= 0 or stored[1:] != wanted[1:]:
             return False
-        return not self._stored.read(key, Rect((wanted[0], 0), (rows, found[1]))).any()
+        return not self._stored.read(key, Rect((wanted[0], 0), (rows, stored[1]))).any()
 
     def __enter__(self) -> MegatronReader:
         return self

@@ -17,29 +17,31 @@ UNSET = ("head_dim", "num_key_value_heads")  # keys with a default that follows 
 
 
 def refuse_shape(
-    source: str, name: str, found: Shape, wanted: Shape, weight_map: WeightMap, shape_of: Callable[[WeightMap], Shape]
+    source: str, name: str, stored: Shape, wanted: Shape, weight_map: WeightMap, shape_of: Callable[[WeightMap], Shape]
 ) -> None:
-    """Raises UserError unless found == wanted. shape_of: the shape of tensor `name` in a map."""
-    if found == wanted:
+    """Raises UserError unless stored == wanted. shape_of: the shape of tensor `name` in a map."""
+    if stored == wanted:
         return
-    keys = ", ".join(keys_behind(weight_map, shape_of, found, wanted))
+    keys = ", ".join(keys_behind(weight_map, shape_of, stored, wanted))
     raise UserError(
-        f"model.path {source!r}: tensor {name!r} has shape {found}, config.json wants {wanted}"
+        f"model.path {source!r}: tensor {name!r} has shape {stored}, config.json wants {wanted}"
         f"{f' ({keys})' if keys else ''}; use the config.json that belongs to the weights"
     )
 
 
 def keys_behind(
-    weight_map: WeightMap, shape_of: Callable[[WeightMap], Shape], found: Shape, wanted: Shape
+    weight_map: WeightMap, shape_of: Callable[[WeightMap], Shape], stored: Shape, wanted: Shape
 ) -> list[str]:
-    """The keys of config.json, with their values, on which the axes depend in which `found` differs from `wanted`."""
+    """The keys of config.json, with their values, on which the axes depend in which `stored` differs from `wanted`."""
     hf_config = weight_map.hf_config
     unset: dict[str, int] = {key: 0 for key in UNSET if not hf_config.get(key)}
     sizes = {key: value for key, value in hf_config.items() if type(value) is int and value > 0} | unset
     keys = []
     for key, value in sizes.items():
         other = _shape_with(hf_config, key, 2 * value or 7, shape_of)
-        if other and any(x != y and z != y for x, y, z in zip(found, wanted, other)):
+        if other and any(
+            x != y and z != y for x, y, z in zip(stored, wanted, other, strict=False)
+        ):  # axes may differ in number
             keys.append(f"{key} {value}" if value else f"{key} is not given")
     return keys
 

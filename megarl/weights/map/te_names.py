@@ -20,12 +20,12 @@ _EXPERT = re.compile(r"(.*\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.wei
 
 def transformer_engine_names(names: Collection[str], grouped_experts: bool) -> dict[str, str]:
     """Name in the map -> name in the model, for all parameters of one model chunk."""
-    held = set(names)
+    present = set(names)
 
     def rename(name: str) -> str:
         if norm := _NORM.fullmatch(name):
             linear = norm[1] + FUSED_NORMS[norm[2]]
-            return f"{linear}.layer_norm_weight" if f"{linear}.weight" in held else name
+            return f"{linear}.layer_norm_weight" if f"{linear}.weight" in present else name
         if grouped_experts and (expert := _EXPERT.fullmatch(name)):
             return f"{expert[1]}.{expert[3]}.weight{expert[2]}"
         return name

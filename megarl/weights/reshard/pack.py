@@ -50,7 +50,7 @@ class _Arrived(NamedTuple):
     source: int
     slice: HfSlice
     checksum: int  # as sent
-    found: int | None  # None until the slice is in its place
+    actual: int | None  # None until the slice is in its place
 
 
 def assemble(bucket: Sequence[Message[HfSlice]], buffers: Sequence[Tensor], manifest: Manifest) -> dict[str, Tensor]:
@@ -65,22 +65,22 @@ def assemble(bucket: Sequence[Message[HfSlice]], buffers: Sequence[Tensor], mani
         raw = buffer.cpu().numpy()
         checksums = raw[end : end + HASH.itemsize * len(message.slices)].view(HASH).tolist()
         for each, offset, checksum in zip(message.slices, offsets, checksums, strict=True):
-            view, rect, found = _view(buffer, offset, each, manifest.dtypes), manifest.shards[each.hf_name].rect, None
+            view, rect, actual = _view(buffer, offset, each, manifest.dtypes), manifest.shards[each.hf_name].rect, None
             if each.rect.size == rect.size:
                 shards[each.hf_name] = view
-                found = bytes_hash(raw[offset : offset + view.nbytes])
+                actual = bytes_hash(raw[offset : offset + view.nbytes])
             else:
                 if each.hf_name not in shards:
                     shards[each.hf_name] = torch.empty(rect.size, dtype=view.dtype, device=view.device)
                 shards[each.hf_name][each.rect.within(rect).slices].copy_(view)
-            arrived.append(_Arrived(message.source, each, checksum, found))
-    for source, each, checksum, found in arrived:
-        if found is None:
+            arrived.append(_Arrived(message.source, each, checksum, actual))
+    for source, each, checksum, actual in arrived:
+        if actual is None:
             rect = manifest.shards[each.hf_name].rect
-            found = tensor_hash(shards[each.hf_name][each.rect.within(rect).slices])
-        if found != checksum:
+            actual = tensor_hash(shards[each.hf_name][each.rect.within(rect).slices])
+        if actual != checksum:
             raise Corrupted(
-                f"{each} from trainer rank {source} arrived with checksum {found:016x}, was sent with {checksum:016x}"
+                f"{each} from trainer rank {source} arrived with checksum {actual:016x}, was sent with {checksum:016x}"
             )
     return shards
 

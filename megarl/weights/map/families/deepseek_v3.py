@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.weights.map.families import common, unsupported
-from megarl.weights.map.families.common import Hf, row
+from megarl.weights.map.families.common import HfConfig, row
 from megarl.weights.map.relations import Replicated, Split
 from megarl.weights.map.weight_map import Entry, Family
 
@@ -21,32 +21,32 @@ DEFAULTS = dict(
 )
 
 
-def refuse(hf: Hf) -> str | None:
+def refuse(config: HfConfig) -> str | None:
     halves = unsupported.fault(
-        (hf.get("rope_interleave") is False and "rope_interleave false", "megatron-core's MLA rotates neighbours")
+        (config.get("rope_interleave") is False and "rope_interleave false", "megatron-core's MLA rotates neighbours")
     )
-    return unsupported.anywhere(hf, scalings=("yarn",)) or unsupported.sigmoid_router(hf) or halves
+    return unsupported.anywhere(config, scalings=("yarn",)) or unsupported.sigmoid_router(config) or halves
 
 
-def family(hf: Hf) -> Family:
+def family(config: HfConfig) -> Family:
     return Family(
-        model={**common.transformer(hf), **_latent_attention(hf), **common.sigmoid_router(hf)},
-        gpt=dict(position_embedding_type="rope", max_sequence_length=hf["max_position_embeddings"]),
-        entries=(*common.ends(hf), *common.norms(hf), *_attention(hf), *common.sigmoid_experts(hf)),
+        model={**common.transformer(config), **_latent_attention(config), **common.sigmoid_router(config)},
+        gpt=dict(position_embedding_type="rope", max_sequence_length=config["max_position_embeddings"]),
+        entries=(*common.ends(config), *common.norms(config), *_attention(config), *common.sigmoid_experts(config)),
     )
 
 
-def _latent_attention(hf: Hf) -> dict[str, Any]:
+def _latent_attention(config: HfConfig) -> dict[str, Any]:
     """Keyword arguments of MLATransformerConfig. Without mscale keys
     YaRN scales by its default; with them, by their quotient.
     """
-    rope = common.rope_parameters(hf)
+    rope = common.rope_parameters(config)
     yarn: dict[str, Any] = {}
     if rope["rope_type"] == "yarn":
         yarn = dict(
             rotary_scaling_factor=rope["factor"],
             original_max_position_embeddings=rope.get(
-                "original_max_position_embeddings", hf["max_position_embeddings"]
+                "original_max_position_embeddings", config["max_position_embeddings"]
             ),
             beta_fast=rope.get("beta_fast") or 32,
             beta_slow=rope.get("beta_slow") or 1,
@@ -55,25 +55,25 @@ def _latent_attention(hf: Hf) -> dict[str, Any]:
         )
     return dict(
         multi_latent_attention=True,
-        num_query_groups=hf["num_attention_heads"],
-        kv_channels=hf["v_head_dim"],
-        q_lora_rank=hf["q_lora_rank"],
-        kv_lora_rank=hf["kv_lora_rank"],
-        qk_head_dim=hf["qk_nope_head_dim"],
-        qk_pos_emb_head_dim=hf["qk_rope_head_dim"],
-        v_head_dim=hf["v_head_dim"],
+        num_query_groups=config["num_attention_heads"],
+        kv_channels=config["v_head_dim"],
+        q_lora_rank=config["q_lora_rank"],
+        kv_lora_rank=config["kv_lora_rank"],
+        qk_head_dim=config["qk_nope_head_dim"],
+        qk_pos_emb_head_dim=config["qk_rope_head_dim"],
+        v_head_dim=config["v_head_dim"],
         rope_type="yarn" if yarn else "rope",
         rotary_base=rope.get("rope_theta", 10_000.0),
         **yarn,
     )
 
 
-def _attention(hf: Hf) -> tuple[Entry, ...]:
+def _attention(config: HfConfig) -> tuple[Entry, ...]:
     """Down projections are whole on every rank (megarl/engine/mla.py); vLLM replicates them too."""
-    hidden, heads, lora = hf["hidden_size"], hf["num_attention_heads"], hf["kv_lora_rank"]
-    query, rotary = heads * (hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]), hf["qk_rope_head_dim"]
-    key_value, value = heads * (hf["qk_nope_head_dim"] + hf["v_head_dim"]), heads * hf["v_head_dim"]
-    if (rank := hf["q_lora_rank"]) is None:
+    hidden, heads, lora = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    query, rotary = heads * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"]), config["qk_rope_head_dim"]
+    key_value, value = heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), heads * config["v_head_dim"]
+    if (rank := config["q_lora_rank"]) is None:
         queries = [row("self_attention.linear_q_proj.weight", Split(0), {"self_attn.q_proj.weight": (query, hidden)})]
     else:
         queries = [

@@ -5,7 +5,7 @@ and QKV bias, DeepSeek-V3's router, dense first layers.
 from __future__ import annotations
 
 from megarl.weights.map.families import common, unsupported
-from megarl.weights.map.families.common import Hf
+from megarl.weights.map.families.common import HfConfig
 from megarl.weights.map.weight_map import Family
 
 DEFAULTS = dict(
@@ -19,19 +19,24 @@ DEFAULTS = dict(
 )
 
 
-def refuse(hf: Hf) -> str | None:
-    return unsupported.anywhere(hf, biased_output=None, partial=True) or unsupported.sigmoid_router(hf)
+def refuse(config: HfConfig) -> str | None:
+    return unsupported.anywhere(config, biased_output=None, partial=True) or unsupported.sigmoid_router(config)
 
 
-def family(hf: Hf) -> Family:
-    bias, norm = bool(hf["attention_bias"]), bool(hf["use_qk_norm"])
+def family(config: HfConfig) -> Family:
+    bias, norm = bool(config["attention_bias"]), bool(config["use_qk_norm"])
     return Family(
-        model={**common.transformer(hf), **common.sigmoid_router(hf), "add_qkv_bias": bias, "qk_layernorm": norm},
-        gpt=common.gpt(hf, partial=0.5),
+        model={
+            **common.transformer(config),
+            **common.sigmoid_router(config),
+            "add_qkv_bias": bias,
+            "qk_layernorm": norm,
+        },
+        gpt=common.gpt(config, partial=0.5),
         entries=(
-            *common.ends(hf),
-            *common.norms(hf),
-            *common.attention(hf, qk_norm=norm, qkv_bias=bias),
-            *common.sigmoid_experts(hf),
+            *common.ends(config),
+            *common.norms(config),
+            *common.attention(config, qk_norm=norm, qkv_bias=bias),
+            *common.sigmoid_experts(config),
         ),
     )

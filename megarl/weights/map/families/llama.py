@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from megarl.weights.map.families import common, unsupported
-from megarl.weights.map.families.common import Hf
+from megarl.weights.map.families.common import HfConfig
 from megarl.weights.map.weight_map import Family
 
 DEFAULTS = dict(num_key_value_heads=None)
 
 
-def refuse(hf: Hf) -> str | None:
-    return unsupported.anywhere(hf, scalings=("llama3",))
+def refuse(config: HfConfig) -> str | None:
+    return unsupported.anywhere(config, scalings=("llama3",))
 
 
-def family(hf: Hf) -> Family:
+def family(config: HfConfig) -> Family:
     return Family(
-        model=common.transformer(hf),
-        gpt=common.gpt(hf),
-        entries=(*common.ends(hf), *common.norms(hf), *common.attention(hf), *common.dense_mlp(hf)),
+        model=common.transformer(config),
+        gpt=common.gpt(config),
+        entries=(*common.ends(config), *common.norms(config), *common.attention(config), *common.dense_mlp(config)),
     )

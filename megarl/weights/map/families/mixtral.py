@@ -5,7 +5,7 @@ layer under names of their own, renormalised softmax router.
 from __future__ import annotations
 
 from megarl.weights.map.families import common, unsupported
-from megarl.weights.map.families.common import Hf
+from megarl.weights.map.families.common import HfConfig
 from megarl.weights.map.relations import Replicated
 from megarl.weights.map.weight_map import Family
 
@@ -13,24 +13,24 @@ DEFAULTS = dict(num_key_value_heads=8)
 MOE = "block_sparse_moe."
 
 
-def refuse(hf: Hf) -> str | None:
-    return unsupported.anywhere(hf) or unsupported.softmax_router(hf)
+def refuse(config: HfConfig) -> str | None:
+    return unsupported.anywhere(config) or unsupported.softmax_router(config)
 
 
-def family(hf: Hf) -> Family:
-    width = hf["intermediate_size"]
-    every = list(range(hf["num_hidden_layers"]))
-    router = {MOE + "gate.weight": (common.num_experts(hf), hf["hidden_size"])}
+def family(config: HfConfig) -> Family:
+    width = config["intermediate_size"]
+    every = list(range(config["num_hidden_layers"]))
+    router = {MOE + "gate.weight": (common.num_experts(config), config["hidden_size"])}
     return Family(
-        model={**common.transformer(hf), **common.softmax_router(hf, every, width, renormalised=True)},
-        gpt=common.gpt(hf, theta=1e6),
+        model={**common.transformer(config), **common.softmax_router(config, every, width, renormalised=True)},
+        gpt=common.gpt(config, theta=1e6),
         entries=(
-            *common.ends(hf),
-            *common.norms(hf),
-            *common.attention(hf),
+            *common.ends(config),
+            *common.norms(config),
+            *common.attention(config),
             common.row("mlp.router.weight", Replicated(), router, "moe"),
             *common.gated_mlp(
-                hf,
+                config,
                 width,
                 "mlp.experts.local_experts.{expert}",
                 MOE + "experts.{expert}",

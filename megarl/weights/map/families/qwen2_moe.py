@@ -5,7 +5,7 @@ expert behind a sigmoid gate.
 from __future__ import annotations
 
 from megarl.weights.map.families import common, unsupported
-from megarl.weights.map.families.common import Hf
+from megarl.weights.map.families.common import HfConfig
 from megarl.weights.map.relations import Replicated
 from megarl.weights.map.weight_map import Family
 
@@ -19,31 +19,33 @@ DEFAULTS = dict(
 )
 
 
-def refuse(hf: Hf) -> str | None:
-    return unsupported.anywhere(hf) or unsupported.softmax_router(hf)
+def refuse(config: HfConfig) -> str | None:
+    return unsupported.anywhere(config) or unsupported.softmax_router(config)
 
 
-def family(hf: Hf) -> Family:
-    width, shared = hf["moe_intermediate_size"], hf["shared_expert_intermediate_size"]
-    bias = hf["qkv_bias"]
-    router = common.softmax_router(hf, common.sparse_step_layers(hf), width, renormalised=hf["norm_topk_prob"])
-    gate = {"mlp.shared_expert_gate.weight": (1, hf["hidden_size"])}
+def family(config: HfConfig) -> Family:
+    width, shared = config["moe_intermediate_size"], config["shared_expert_intermediate_size"]
+    bias = config["qkv_bias"]
+    router = common.softmax_router(
+        config, common.sparse_step_layers(config), width, renormalised=config["norm_topk_prob"]
+    )
+    gate = {"mlp.shared_expert_gate.weight": (1, config["hidden_size"])}
     return Family(
         model={
-            **common.transformer(hf),
+            **common.transformer(config),
             **router,
             "add_qkv_bias": bias,
             "moe_shared_expert_intermediate_size": shared,
             "moe_shared_expert_gate": True,
         },
-        gpt=common.gpt(hf),
+        gpt=common.gpt(config),
         entries=(
-            *common.ends(hf),
-            *common.norms(hf),
-            *common.attention(hf, qkv_bias=bias),
-            *common.experts(hf, width),
-            *common.gated_mlp(hf, shared, "mlp.shared_experts", "mlp.shared_expert", "moe"),
+            *common.ends(config),
+            *common.norms(config),
+            *common.attention(config, qkv_bias=bias),
+            *common.experts(config, width),
+            *common.gated_mlp(config, shared, "mlp.shared_experts", "mlp.shared_expert", "moe"),
             common.row("mlp.shared_experts.gate_weight", Replicated(), gate, "moe"),
-            *common.dense_mlp(hf),
+            *common.dense_mlp(config),
         ),
     )

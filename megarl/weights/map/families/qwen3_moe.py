@@ -5,7 +5,7 @@ softmax router, no shared expert.
 from __future__ import annotations
 
 from megarl.weights.map.families import common, unsupported
-from megarl.weights.map.families.common import Hf
+from megarl.weights.map.families.common import HfConfig
 from megarl.weights.map.weight_map import Family
 
 DEFAULTS = dict(
@@ -17,27 +17,29 @@ DEFAULTS = dict(
 )
 
 
-def refuse(hf: Hf) -> str | None:
+def refuse(config: HfConfig) -> str | None:
     shared = unsupported.fault(
         (
-            hf.get("shared_expert_intermediate_size") and "shared_expert_intermediate_size",
+            config.get("shared_expert_intermediate_size") and "shared_expert_intermediate_size",
             "transformers ignores it in this family, vLLM does not; remove it from config.json",
         )
     )
-    return unsupported.anywhere(hf) or unsupported.softmax_router(hf) or shared
+    return unsupported.anywhere(config) or unsupported.softmax_router(config) or shared
 
 
-def family(hf: Hf) -> Family:
-    width = hf["moe_intermediate_size"]
-    router = common.softmax_router(hf, common.sparse_step_layers(hf), width, renormalised=hf["norm_topk_prob"])
+def family(config: HfConfig) -> Family:
+    width = config["moe_intermediate_size"]
+    router = common.softmax_router(
+        config, common.sparse_step_layers(config), width, renormalised=config["norm_topk_prob"]
+    )
     return Family(
-        model={**common.transformer(hf), **router, "qk_layernorm": True},
-        gpt=common.gpt(hf),
+        model={**common.transformer(config), **router, "qk_layernorm": True},
+        gpt=common.gpt(config),
         entries=(
-            *common.ends(hf),
-            *common.norms(hf),
-            *common.attention(hf, qk_norm=True),
-            *common.experts(hf, width),
-            *common.dense_mlp(hf),
+            *common.ends(config),
+            *common.norms(config),
+            *common.attention(config, qk_norm=True),
+            *common.experts(config, width),
+            *common.dense_mlp(config),
         ),
     )

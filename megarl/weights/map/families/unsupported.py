@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.weights.map.families.common import Hf, rope_parameters
+from megarl.weights.map.families.common import HfConfig, rope_parameters
 
 
 def anywhere(
-    hf: Hf,
+    config: HfConfig,
     *,
     biased_output: str | None = "attention_bias",
     scalings: tuple[str, ...] = (),
@@ -21,23 +21,26 @@ def anywhere(
     """
     full = "set it to false (or null) in config.json to train with full attention"
     return fault(
-        (hf.get("hidden_act", "silu") != "silu" and f"hidden_act {hf.get('hidden_act')!r}", "use a model of SiLU"),
         (
-            hf.get("tie_word_embeddings") and "tie_word_embeddings true",
+            config.get("hidden_act", "silu") != "silu" and f"hidden_act {config.get('hidden_act')!r}",
+            "use a model of SiLU",
+        ),
+        (
+            config.get("tie_word_embeddings") and "tie_word_embeddings true",
             "use a checkpoint that has its own lm_head.weight",
         ),
         (
-            biased_output and hf.get(biased_output) and f"{biased_output} true",
+            biased_output and config.get(biased_output) and f"{biased_output} true",
             "Megatron's output projection has no bias",
         ),
-        (hf.get("mlp_bias") and "mlp_bias true", "use a checkpoint without biases in its MLPs"),
-        (_window(hf), full),
-        (_rope_fault(hf, scalings), "remove it from config.json to train within the original context"),
+        (config.get("mlp_bias") and "mlp_bias true", "use a checkpoint without biases in its MLPs"),
+        (_window(config), full),
+        (_rope_fault(config, scalings), "remove it from config.json to train within the original context"),
         (
-            not partial and _partial_rotation(hf),
+            not partial and _partial_rotation(config),
             "transformers ignores it in this family, vLLM does not; remove it from config.json",
         ),
-        (_quantization_fault(hf), "dequantise the checkpoint first"),
+        (_quantization_fault(config), "dequantise the checkpoint first"),
     )
 
 
@@ -46,33 +49,33 @@ def fault(*pairs: tuple[Any, str]) -> str | None:
     return next((f"model.path: {what} is not supported; {fix}" for what, fix in pairs if what), None)
 
 
-def softmax_router(hf: Hf) -> str | None:
+def softmax_router(config: HfConfig) -> str | None:
     """megatron-core refuses the softmax of one logit."""
-    one = hf["num_experts_per_tok"] == 1 and (hf["model_type"] == "mixtral" or hf["norm_topk_prob"])
+    single = config["num_experts_per_tok"] == 1 and (config["model_type"] == "mixtral" or config["norm_topk_prob"])
     return fault(
         (
-            one and "num_experts_per_tok 1 with renormalised gates",
+            single and "num_experts_per_tok 1 with renormalised gates",
             "every gate would be 1 and the router would not learn",
         )
     )
 
 
-def sigmoid_router(hf: Hf) -> str | None:
-    groups, kept, top_k = hf["n_group"] or 1, hf["topk_group"] or 1, hf["num_experts_per_tok"]
+def sigmoid_router(config: HfConfig) -> str | None:
+    groups, kept, top_k = config["n_group"] or 1, config["topk_group"] or 1, config["num_experts_per_tok"]
     ranked = kept < groups and top_k // kept != 2
-    plain = hf["norm_topk_prob"] == (top_k == 1)
+    plain = config["norm_topk_prob"] == (top_k == 1)
     return fault(
         (
-            hf.get("scoring_func", "sigmoid") != "sigmoid" and f"scoring_func {hf.get('scoring_func')!r}",
+            config.get("scoring_func", "sigmoid") != "sigmoid" and f"scoring_func {config.get('scoring_func')!r}",
             "only sigmoid is",
         ),
         (
-            hf.get("topk_method", "noaux_tc") != "noaux_tc" and f"topk_method {hf.get('topk_method')!r}",
+            config.get("topk_method", "noaux_tc") != "noaux_tc" and f"topk_method {config.get('topk_method')!r}",
             "only noaux_tc is",
         ),
-        (hf.get("moe_layer_freq", 1) != 1 and f"moe_layer_freq {hf.get('moe_layer_freq')}", "only 1 is"),
+        (config.get("moe_layer_freq", 1) != 1 and f"moe_layer_freq {config.get('moe_layer_freq')}", "only 1 is"),
         (
-            plain and f"norm_topk_prob {hf['norm_topk_prob']} with {top_k} experts a token",
+            plain and f"norm_topk_prob {config['norm_topk_prob']} with {top_k} experts a token",
             "megatron-core renormalises from two on",
         ),
         (
@@ -82,16 +85,16 @@ def sigmoid_router(hf: Hf) -> str | None:
     )
 
 
-def _window(hf: Hf) -> str | None:
-    if hf.get("use_sliding_window"):
+def _window(config: HfConfig) -> str | None:
+    if config.get("use_sliding_window"):
         return "use_sliding_window true"
-    if "use_sliding_window" not in hf and hf.get("sliding_window"):
-        return f"sliding_window {hf['sliding_window']}"
-    return "layer_types with 'sliding_attention'" if "sliding_attention" in (hf.get("layer_types") or []) else None
+    if "use_sliding_window" not in config and config.get("sliding_window"):
+        return f"sliding_window {config['sliding_window']}"
+    return "layer_types with 'sliding_attention'" if "sliding_attention" in (config.get("layer_types") or []) else None
 
 
-def _rope_fault(hf: Hf, scalings: tuple[str, ...]) -> str | None:
-    rope = rope_parameters(hf)
+def _rope_fault(config: HfConfig, scalings: tuple[str, ...]) -> str | None:
+    rope = rope_parameters(config)
     if nested := next((key for key, value in rope.items() if isinstance(value, dict)), None):
         return f"rope_parameters of {nested!r} alone"
     kind = rope["rope_type"]
@@ -113,13 +116,13 @@ def _rope_fault(hf: Hf, scalings: tuple[str, ...]) -> str | None:
     return f"rope scaling {kind!r} with {wrong} {rope.get(wrong)!r}" if wrong else None
 
 
-def _partial_rotation(hf: Hf) -> str | None:
-    part = rope_parameters(hf).get("partial_rotary_factor")
+def _partial_rotation(config: HfConfig) -> str | None:
+    part = rope_parameters(config).get("partial_rotary_factor")
     return f"partial_rotary_factor {part}" if part not in (None, 1) else None
 
 
-def _quantization_fault(hf: Hf) -> str | None:
-    quantization = hf.get("quantization_config")
+def _quantization_fault(config: HfConfig) -> str | None:
+    quantization = config.get("quantization_config")
     if not quantization:
         return None
     method = quantization.get("quant_method")
