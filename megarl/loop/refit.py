@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -81,15 +82,14 @@ class Refit:
         Under sync.quantize all of these see the same quantised weights: the trainer's own are swapped out meanwhile.
         """
         start = time.perf_counter()
-        model, config = self.engine.model, self.config.sync
-        shapes, tp_group, etp_group = model.weight_map.hf_shapes, model.parallel.tp_group, model.parallel.etp_group
+        model, digests = self.engine.model, self.config.sync.digests
         if not self.synced:
             self.connect()
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
-        with quantized_weights(model.params(), shapes, config.quantize, config.quantize_also, tp_group, etp_group):
+        with self._quantized():
             with phase("sync"):
                 scores = self.fleet.push(self.outgoing.buckets(model.params()), self.canary.tolist())
-                if config.digests == "every" or (config.digests == "first" and not self.synced):
+                if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
             with phase("canary"):
                 values["sync/canary_max_diff"] = self._compare_canary(scores)
@@ -104,19 +104,19 @@ class Refit:
         """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does
         not hold what the last sync gave it. Collective.
         """
-        model, how, client = self.engine.model, self.config.sync, self.fleet.client
-        parallel, shapes = model.parallel, model.weight_map.hf_shapes
+        client = self.fleet.client
         scores: list[Canary] = []
-        if parallel.is_main and client is not None:
+        if self.engine.model.parallel.is_main and client is not None:
             with self.fleet.watched():
-                scores = [client.score(self.canary.tolist(), server) for server in range(len(client.servers))]
-        with (
-            phase("canary"),
-            quantized_weights(
-                model.params(), shapes, how.quantize, how.quantize_also, parallel.tp_group, parallel.etp_group
-            ),
-        ):
+                scores = [Canary(*client.score(self.canary.tolist(), server)) for server in range(len(client.servers))]
+        with phase("canary"), self._quantized():
             self._compare_canary(scores)
+
+    def _quantized(self) -> AbstractContextManager[None]:
+        """Inside, the trainer's weights are those that the rollout gets (sync.quantize). Collective."""
+        model, sync, parallel = self.engine.model, self.config.sync, self.engine.model.parallel
+        shapes, groups = model.weight_map.hf_shapes, (parallel.tp_group, parallel.etp_group)
+        return quantized_weights(model.params(), shapes, sync.quantize, sync.quantize_also, *groups)
 
     def _check_digests(self, version: int) -> None:
         """What the workers hold against an engine loaded from disk: the

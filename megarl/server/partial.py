@@ -27,7 +27,9 @@ class PartialTensor(Tensor):
     hf_name: str
 
     @staticmethod
-    def __new__(cls: type[PartialTensor], local: Tensor, rect: Rect, shape: Shape, hf_name: str) -> Tensor:
+    def __new__(  # type: ignore[misc]
+        cls: type[PartialTensor], local: Tensor, rect: Rect, shape: Shape, hf_name: str
+    ) -> Tensor:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         self.local, self.rect, self.hf_name = local, rect, hf_name
         return self
