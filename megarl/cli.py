@@ -5,15 +5,17 @@ heavy is imported before a command is known to be right.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import megarl
+from megarl.announce import announce
 from megarl.commands.arguments import COMMANDS, Parser, parse
 from megarl.errors import UserError
 
@@ -26,6 +28,7 @@ MODULES = {  # what every rank of a command runs: its main(arguments)
     "sft": "megarl.commands.sft",
     "score": "megarl.commands.score",
     "generate": "megarl.commands.generate",
+    "eval": "megarl.commands.evaluate",
     "compare": "megarl.commands.compare",
 }
 
@@ -71,21 +74,12 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    """run, train, sft, score, generate, compare: starts the ranks, or is one where an outer torchrun started us."""
+    """run, train, sft, score, generate, eval, compare: starts the ranks, or is one that an outer torchrun started."""
     from megarl.checkpoints import finished
     from megarl.refusals import check
 
     config = _config(args)
-    options = []
-    if getattr(args, "input", None) is not None:
-        if not os.path.isfile(args.input):
-            raise UserError(f"--input {args.input!r} does not exist; give a JSONL file")
-        options = ["--input", args.input]
-        if args.command in ("compare", "generate"):
-            config.data.prompts = args.input
-        if args.command != "compare":
-            _check_output(args.output, args.input)
-            options += ["--output", args.output]
+    options = _options(args, config)
     world = os.environ.get("WORLD_SIZE")
     inside_torchrun = world is not None and "RANK" in os.environ
     if inside_torchrun and args.command == "run":
@@ -101,36 +95,85 @@ def _launch(args: argparse.Namespace) -> int:
         args.command,
         world_size=int(world) if inside_torchrun and world else processes.ranks_of(args.command, config),
     )
+    if args.command == "score" and os.environ.get("RANK", "0") == "0":
+        from megarl.commands.score_input import check_rows
+        from megarl.weights.map.weight_map import WeightMap, load_hf_config
+
+        check_rows(Path(args.input), config, WeightMap(load_hf_config(config.model.path)))
     if inside_torchrun and not args.dry_run:
         main_of = importlib.import_module(MODULES[args.command]).main
-        with owned(processes.log_dir_of(args.command, config)) if os.environ["RANK"] == "0" else nullcontext():
+        with (
+            owned(processes.log_dir_of(args.command, config)) if os.environ["RANK"] == "0" else contextlib.nullcontext()
+        ):
             return main_of([args.config, *args.overrides, *options])
     if args.command in ("run", "train") and (line := finished(config)):
         print(line)
         return 0
-    planned = processes.make_plan(args.command, MODULES[args.command], config, [args.config, *args.overrides], options)
-    if args.dry_run:
-        print(processes.describe(planned, config, args.command))
-        return 0
-    from megarl.launch.local import launch
+    with _served_model(args, config) as model:
+        arguments = [args.config, *args.overrides, *model]
+        planned = processes.make_plan(args.command, MODULES[args.command], config, arguments, options)
+        if args.dry_run:
+            print(processes.describe(planned, config, args.command))
+            return 0
+        from megarl.launch.local import launch
 
-    try:
-        return launch(planned)
-    finally:
-        if args.command in ("run", "train"):
-            from megarl.report.live import page_of_a_run_that_ended
+        try:
+            return launch(planned)
+        finally:
+            if args.command in ("run", "train"):
+                from megarl.report.live import page_of_a_run_that_ended
 
-            page_of_a_run_that_ended(config.run.dir)
+                page_of_a_run_that_ended(config.run.dir)
 
 
-def _check_output(path: str, given: str) -> None:
+def _options(args: argparse.Namespace, config: Config) -> list[str]:
+    """Files that a command reads and writes, judged, as options for its ranks. Prompts become data.prompts."""
+    if args.command == "eval":
+        if args.output is not None:
+            _check_output(args.output, config.eval.prompts)
+        options = ["--output", args.output or os.path.join(config.run.dir, "eval.jsonl")]
+        return [*options, *(["--json"] if args.json else [])]
+    if getattr(args, "input", None) is None:
+        return []
+    if not os.path.isfile(args.input):
+        raise UserError(f"--input {args.input!r} does not exist; give a JSONL file")
+    if args.command in ("compare", "generate"):
+        config.data.prompts = args.input
+    if args.command == "compare":
+        return ["--input", args.input]
+    _check_output(args.output, args.input)
+    return ["--input", args.input, "--output", args.output]
+
+
+@contextlib.contextmanager
+def _served_model(args: argparse.Namespace, config: Config) -> Iterator[list[str]]:
+    """Overrides by which vLLM alone serves the model: a checkpoint of a run is a Hugging Face folder meanwhile."""
+    from megarl.checkpoints import hf_files
+    from megarl.launch.processes import WITHOUT_ENGINE
+
+    path = Path(config.model.path)
+    routes = ["replay.mode=none", "replay.metrics=false"] if args.command == "eval" else []  # nobody looks at them
+    if args.command not in WITHOUT_ENGINE or hf_files(path) == path or args.dry_run:
+        yield routes
+        return
+    from megarl.convert.to_hf import megatron_to_hf
+    from megarl.weights.files.hf_folder import SHARD_BYTES
+
+    os.makedirs(config.run.dir, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{args.command}_", dir=config.run.dir) as folder:
+        announce(f"converting {path}, which vLLM cannot read")
+        megatron_to_hf(path, Path(folder) / "model", SHARD_BYTES)
+        yield [*routes, f"model.path={folder}/model"]
+
+
+def _check_output(path: str, given: str | None) -> None:
     """Raises UserError where the file could not be written at the end of all work, or is the input."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
         raise UserError(f"--output {path!r} is a folder; give a file")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--output {path!r}: {folder!r} is no folder that can be written to; make it or give another")
-    if os.path.exists(path) and os.path.samefile(path, given):
+    if given and os.path.exists(path) and os.path.samefile(path, given):
         raise UserError(f"--output {path!r} is the --input; give another file")
 
 
@@ -191,6 +234,7 @@ RUNNERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sft": _launch,
     "score": _launch,
     "generate": _launch,
+    "eval": _launch,
     "compare": _launch,
     "report": _report,
     "plan": _plan,

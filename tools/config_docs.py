@@ -23,7 +23,7 @@ Made from megarl/config.py by `python tools/config_docs.py`; do not edit. A run 
 
     megarl run examples/quickstart.yaml train.lr=1e-4 objective.is_cap=10
 
-Unknown keys are refused. The resolved tree is written to config.yaml in the run's folder.
+Unknown keys are refused. One file may serve all commands; a `key=value` that its command would ignore is refused. The resolved tree is written to config.yaml in the run's folder.
 """
 
 

@@ -51,6 +51,12 @@ def _file_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="JSONL")
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    _launch_arguments(parser)
+    parser.add_argument("--output", metavar="JSONL", help="the responses (default run.dir/eval.jsonl)")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object, the last line")
+
+
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     _launch_arguments(parser)
     parser.add_argument(
@@ -105,6 +111,7 @@ COMMANDS = {
     "sft": Command("supervised fine-tuning on demonstrations: the cold start", _launch_arguments),
     "score": Command("log-probabilities, entropy and routes of given tokens, by the training engine", _file_arguments),
     "generate": Command("responses to given prompts, by the rollout engine", _file_arguments),
+    "eval": Command("mean@k and pass@k of a model on eval.prompts, and its responses to read", _eval_arguments),
     "compare": Command(
         "the mismatch between the engines before training: generate, then score; a table and a page", _compare_arguments
     ),

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from megarl.announce import announce, plural
 from megarl.checkpoints import hf_files
 from megarl.commands.arguments import parse
-from megarl.commands.score import HAS_ROUTE, LIVE_ROUTES, ROUTES, SCORE_GAP, WholePack, encode_npy, gather_packs
+from megarl.commands.jsonl import encode_npy
+from megarl.commands.score import HAS_ROUTE, LIVE_ROUTES, ROUTES, SCORE_GAP, WholePack, gather_packs
 from megarl.config import Config, load_config
 from megarl.data import Prompt, load_tokenizer, prompts_of
 from megarl.engine.build import Engine, build_engine

@@ -2,15 +2,12 @@
 of given tokens, by the training engine in any layout.
 
 In:  {"tokens": prompt + response, "prompt_len": n, "routes": optional base64 npy [T-1, L, K]} a line.
-Out: {"logprobs": [T-1], "entropy": [T-1], "routes": base64 npy [T-1, L, K]} a line, in the order of the input.
+Out: {"logprobs": [T-1], "entropy": [T-1], "routes": base64 npy [T-1, L, K]} a line, in the order of the input, with the
+prompt, text, answer and reward that `megarl generate` may have put there.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,100 +19,127 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megarl.announce import announce
 from megarl.commands.arguments import parse
+from megarl.commands.jsonl import encode_npy, rows_to
+from megarl.commands.score_input import count_rows, read_rows
 from megarl.config import Config, load_config
 from megarl.engine.batch import Pack, assign, make_packs, router_rows
 from megarl.engine.build import Engine, build_engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import TokenScores
-from megarl.errors import UserError
-from megarl.replay.routes import accept_routes
-from megarl.weights.map.weight_map import WeightMap, load_hf_config
+from megarl.observe.progress import Rows
+
+PACKS_A_CHUNK = 8  # full ones of each replica: what is in memory at a time
+READABLE = ("prompt", "text", "answer", "reward")
 
 
 def main(argv: list[str]) -> int:
     args = parse("score", argv)
     config = load_config(args.config, args.overrides)
-    rows = read_rows(Path(args.input), config, WeightMap(load_hf_config(config.model.path)))
+    announce(f"loading the weights of {config.model.path}")
     engine = build_engine(config, temperature=config.score.temperature)
-    scored = score(rows, engine, config)
     if engine.model.parallel.is_main:
-        partial = Path(args.output + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in scored), encoding="utf-8")
-        os.replace(partial, args.output)
+        shown = Rows("scored", count_rows(Path(args.input)))
+        with rows_to(args.output) as write:
+            for scored in score_file(Path(args.input), engine, config):
+                for row in scored:
+                    write(row)
+                shown.add(len(scored))
+        shown.close()
+        print(f"wrote {args.output}")
+    else:
+        for _ in score_file(Path(args.input), engine, config):
+            pass
     dist.barrier()
     destroy_parallel()
     return 0
 
 
-def read_rows(path: Path, config: Config, weight_map: WeightMap) -> list[dict[str, Any]]:
-    """The input's rows, routes decoded; UserError names the first wrong line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # not at U+2028
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            tokens = row["tokens"]
-            if not (isinstance(tokens, list) and len(tokens) >= 2 and all(isinstance(t, int) for t in tokens)):
-                raise ValueError("'tokens' is not a list of at least two token ids")
-            if not 0 <= min(tokens) <= max(tokens) < weight_map.vocab_size:
-                raise ValueError(f"a token lies outside the vocabulary of {weight_map.vocab_size}")
-            if row.get("routes") is not None:
-                row["routes"] = _routes(row["routes"], len(tokens) - 1, weight_map)
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{path} line {number}: {what}; a row is {{'tokens', 'prompt_len', 'routes'?}}") from None
-        if row.get("routes") is not None and config.replay_mode == "none":
-            raise UserError(
-                f"{path} line {number} has routes, but replay.mode is none; set replay.mode=R3 or drop them"
-            )
-        rows.append(row)
-    if not rows:
-        raise UserError(f"--input {str(path)!r} holds no rows")
-    return rows
+@dataclass(frozen=True)
+class Share:
+    """What a replica scores of a chunk of `rows` rows. packs: of each, the numbers of its rows in the chunk.
+
+    tokens, routes: by these numbers; routes int16 [T-1, L, K], or None where this share is routed live.
+    """
+
+    rows: int
+    packs: list[list[int]]
+    tokens: dict[int, list[int]]
+    routes: dict[int, np.ndarray] | None
 
 
-def _routes(text: str, rows: int, weight_map: WeightMap) -> np.ndarray:
-    try:
-        routes = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
-        return accept_routes(
-            routes, rows, weight_map.moe_layers, weight_map.num_layers, weight_map.num_experts, weight_map.top_k
-        )
-    except (ValueError, TypeError, EOFError, AttributeError) as error:
-        raise ValueError(f"'routes': {error}") from None
+def score_file(path: Path, engine: Engine, config: Config) -> Iterator[list[dict[str, Any]]]:
+    """Output rows, chunk by chunk, on rank 0, which alone reads the file (empty lists elsewhere). Collective."""
+    parallel = engine.model.parallel
+    layout = parallel.layout
+    chunks = _chunks(path, engine, config) if parallel.is_main else iter(())
+    while True:
+        chunk = next(chunks, None)
+        shares = _shares(chunk, engine, config) if chunk else [None] * layout.dp
+        mine: list[Any] = [None]
+        by_rank = [shares[layout.coord(rank).dp] for rank in range(layout.world)] if parallel.is_main else None
+        dist.scatter_object_list(mine, by_rank, src=0)
+        if mine[0] is None:
+            return
+        yield _score(mine[0], chunk or [], engine)
 
 
-def score(rows: list[dict[str, Any]], engine: Engine, config: Config) -> list[dict[str, Any]]:
-    """Output rows, on rank 0 (empty elsewhere). Responses with and without routes go into packs of their own."""
-    at, shape = engine.model.parallel, route_shape(engine.model)
-    results: dict[int, dict[str, Any]] = {}
+def _chunks(path: Path, engine: Engine, config: Config) -> Iterator[list[dict[str, Any]]]:
+    budget = PACKS_A_CHUNK * engine.model.parallel.layout.dp * config.engine.micro_batch_tokens
+    chunk: list[dict[str, Any]] = []
+    tokens = 0
+    for row in read_rows(path, config, engine.model.weight_map):
+        chunk.append(row)
+        tokens += len(row["tokens"])
+        if tokens >= budget:
+            yield chunk
+            chunk, tokens = [], 0
+    if chunk:
+        yield chunk
+
+
+def _shares(chunk: list[dict[str, Any]], engine: Engine, config: Config) -> list[list[Share]]:
+    """For each replica its shares. Rows with and without routes go into packs of their own."""
+    layout = engine.model.parallel.layout
+    shares: list[list[Share]] = [[] for _ in range(layout.dp)]
     for replay in (False, True):
-        members = [i for i, row in enumerate(rows) if (row.get("routes") is not None) == replay]
+        members = [i for i, row in enumerate(chunk) if (row.get("routes") is not None) == replay]
         if not members:
             continue
-        multiple = at.layout.pp if at.layout.vpp > 1 else 1
-        assigned = assign(
-            [len(rows[i]["tokens"]) - 1 for i in members], at.layout.dp, config.engine.micro_batch_tokens, multiple
-        )
-        tokens = [torch.tensor(row["tokens"]) for row in rows]
-        numbers = [[members[i] for i in chosen] for chosen in assigned[at.coord.dp]]
-        packs = make_packs(numbers, tokens, [1] * len(rows), at.layout, at.coord)
-        if replay:
+        lengths = [len(chunk[i]["tokens"]) - 1 for i in members]
+        multiple = layout.pp if layout.vpp > 1 else 1
+        assigned = assign(lengths, layout.dp, config.engine.micro_batch_tokens, multiple)
+        for replica, places in enumerate(assigned):
+            packs = [[members[i] for i in pack] for pack in places]
+            numbers = [i for pack in packs for i in pack]
+            routes = {i: chunk[i]["routes"].astype(np.int16) for i in numbers} if replay else None
+            shares[replica].append(Share(len(chunk), packs, {i: chunk[i]["tokens"] for i in numbers}, routes))
+    return shares
+
+
+def _score(shares: list[Share], chunk: list[dict[str, Any]], engine: Engine) -> list[dict[str, Any]]:
+    """The chunk's output rows on rank 0, which has the chunk; none elsewhere."""
+    at, shape = engine.model.parallel, route_shape(engine.model)
+    results: dict[int, dict[str, Any]] = {}
+    for share in shares:
+        tokens = [torch.tensor(share.tokens.get(i, [0]), dtype=torch.long) for i in range(share.rows)]
+        packs = make_packs(share.packs, tokens, [1] * share.rows, at.layout, at.coord)
+        if share.routes is not None:
             none = np.zeros((0, len(engine.model.weight_map.moe_layers), shape.top_k), np.int16)
             for pack in packs:
-                full = np.concatenate([none, *(rows[i]["routes"].astype(np.int16) for i in pack.responses)])
+                full = np.concatenate([none, *(share.routes[i] for i in pack.responses)])
                 attach_routes(pack, torch.from_numpy(full), at, shape)
-        scored = engine.logprobs(packs, "replay" if replay else "record")
+        scored = engine.logprobs(packs, "record" if share.routes is None else "replay")
         for whole in gather_packs(engine, packs, scored, (LIVE_ROUTES,)):
             live = whole.values.get(LIVE_ROUTES, np.zeros((whole.rows, 0, shape.top_k)))  # a dense model has none
             for i, span in whole.spans():
-                routes = live[span] if rows[i].get("routes") is None else rows[i]["routes"]
-                results[i] = {
+                given = chunk[i].get("routes")
+                results[i] = {key: chunk[i][key] for key in READABLE if key in chunk[i]} | {
                     "logprobs": whole.values["logprobs"][span].tolist(),
                     "entropy": whole.values["entropy"][span].tolist(),
-                    "routes": encode_npy(routes.astype(shape.dtype)),
+                    "routes": encode_npy((live[span] if given is None else given).astype(shape.dtype)),
                 }
     return [results[i] for i in sorted(results)]
 
@@ -193,13 +217,6 @@ def _part(engine: Engine, pack: Pack, scored: TokenScores | None, names: tuple[s
             **{k: v for k, v in found.items() if k not in _BY_LAYER},
         }
     return part
-
-
-def encode_npy(array: np.ndarray) -> str:
-    """base64 of the array in numpy's .npy format."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 if __name__ == "__main__":

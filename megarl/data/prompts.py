@@ -41,8 +41,8 @@ WHOLE_LIMIT = "rollout.max_prompt_tokens + rollout.max_new_tokens ="
 
 @dataclass
 class Prompt:
-    """tokens: what the model is given; text: the same before tokenization; line: 1-based number in the file; row: all
-    of the row, for rewards that ask for it.
+    """tokens: what the model is given; text: the tokens before tokenization; line: 1-based number in the
+    file; row: all of the row, for rewards that ask for it. has_answer: false where the row has none, and none is needed.
     """
 
     tokens: list[int]
@@ -50,6 +50,7 @@ class Prompt:
     text: str
     line: int
     row: dict[str, Any] = field(default_factory=dict, repr=False)
+    has_answer: bool = True
 
 
 def prompts_of(
@@ -105,6 +106,7 @@ def load_prompts(
 
     With a chat template every prompt goes through it, a plain text as one user message, and the turn of the assistant
     is opened; without one a plain text is encoded as it is. An assistant's turn that ends a row's messages is left out.
+    needs_answer: else a row without a usable answer has none, and is no bad row.
     A prompt of more than `max_tokens` tokens is a bad row, and so is an answer of which `fault_of_answer` says
     something. say: is told once which keys were read, where they are not "prompt" or "messages" and "answer".
     vocabulary: the model's; None is the tokenizer's own.
@@ -121,8 +123,8 @@ def load_prompts(
             tokens, text = encode_prompt(question, tokenizer)
             _check_ids(tokens, vocabulary.size, tokenizer.convert_ids_to_tokens)
             _check_length(len(tokens), max_tokens, PROMPT_LIMIT)
-            answer, where = _answer(row, columns, fault_of_answer) if needs_answer else ("", "")
-            prompts.append(Prompt(tokens, answer, text, line, row))
+            answer, where = _answer(row, columns, fault_of_answer) if needs_answer else _known_answer(row, columns)
+            prompts.append(Prompt(tokens, answer, text, line, row, needs_answer or where != ""))
             shapes[_shape(question, "the answer from", where, "left out")] += 1
         except BadLine as error:
             bad += _bad_line(path, line, error, on_bad_line)
@@ -299,6 +301,14 @@ def _answer(row: dict[str, Any], columns: Columns, fault_of_answer: AnswerFault 
     if fault_of_answer and (fault := fault_of_answer(answer)):
         raise BadLine(f"answer {answer!r}, from {where}: {fault}")
     return answer, where
+
+
+def _known_answer(row: dict[str, Any], columns: Columns) -> tuple[str, str]:
+    """("", "") where there is none."""
+    try:
+        return answer_of(row, columns)
+    except BadLine:
+        return "", ""
 
 
 def _sound(row: dict[str, Any] | BadLine) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from megarl.errors import UserError
 from megarl.launch.ports import reserve_port
 from megarl.launch.supervisor import Process
 
-WITH_ROLLOUTS = ("run", "generate", "compare")
+WITH_ROLLOUTS = ("run", "generate", "eval", "compare")
+WITHOUT_ENGINE = ("generate", "eval")  # one rank talks to the rollout workers
 ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # for the trainers; vLLM brings its own
 WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's logs alone
 
@@ -35,7 +36,7 @@ def describe(plan: Plan, config: Config, command: str) -> str:
     """What would start: the layout, the sizes of a step, every process as a line that a shell would run."""
     at, batch, responses = config.parallel, config.batch, config.batch.prompts * config.batch.group
     lines = [f"{command}: {plan.trainer.name}, {len(plan.rollouts)} rollout worker(s), run.dir {config.run.dir}"]
-    if command != "generate":
+    if command not in WITHOUT_ENGINE:
         dp = plan.ranks // (at.tp * at.pp * at.cp)
         sizes = ", ".join(f"{name} {size}" for name, size in at.model_dump(exclude_none=True).items())
         lines.append(f"layout: {sizes}, dp {dp}, sequence parallelism {'on' if at.tp > 1 else 'off'}")
@@ -55,10 +56,8 @@ def describe(plan: Plan, config: Config, command: str) -> str:
 
 
 def ranks_of(command: str, config: Config) -> int:
-    """Local trainer ranks `command` starts. `generate` needs none of
-    the training engine: one rank talks to the rollout workers.
-    """
-    return 1 if command == "generate" else config.launch.trainers
+    """Local trainer ranks `command` starts."""
+    return 1 if command in WITHOUT_ENGINE else config.launch.trainers
 
 
 def log_dir_of(command: str, config: Config) -> Path:

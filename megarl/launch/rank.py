@@ -3,7 +3,8 @@ LOG_DIR MODULE ARGUMENTS...` calls MODULE.main(ARGUMENTS).
 
 Rank 0 keeps the terminal for its standard output. All other output goes to
 LOG_DIR/trainer_RANK.log. A rank that fails appends one JSON line to LOG_DIR/failures.jsonl,
-from which the supervisor tells the first cause from its echoes on the other ranks.
+from which the supervisor tells the first cause from its echoes on the other ranks. torch elastic's own error files
+(@record) have whole seconds, and echoes come within milliseconds; its redirects put each stream of each rank apart.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def main(argv: list[str]) -> int:
         _report(log_dir, rank, f"megarl: error: {error}")
         print(f"megarl: error: {error}", file=sys.stderr)
         return 2
-    except Exception:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # torch's CheckpointException is no Exception
         _report(log_dir, rank, None)
         traceback.print_exc()
         return 1

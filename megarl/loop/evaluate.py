@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch.distributed as dist
 
 from megarl.config import Config
@@ -13,6 +12,7 @@ from megarl.errors import UserError
 from megarl.loop.reduce import Values
 from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
+from megarl.reward.figures import evaluation_figures
 from megarl.reward.pool import Score
 
 
@@ -20,7 +20,6 @@ from megarl.reward.pool import Score
 class _Evaluated:
     """line: of the prompt, in eval.prompts."""
 
-    group: int
     line: int
     score: Score
 
@@ -34,7 +33,7 @@ def evaluate(sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], conf
     settings = config.eval
     rollouts = sampler.sample_for_evaluation(prompts, settings.samples, settings.temperature)
     scored = [
-        _Evaluated(rollout.group, rollout.prompt.line, score)
+        _Evaluated(rollout.prompt.line, score)
         for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True)
     ]
     gathered: list[list[_Evaluated]] = [[] for _ in range(dist.get_world_size())]
@@ -46,13 +45,5 @@ def evaluate(sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], conf
             f"evaluation, a response to the prompt on line {bad[0].line} of {settings.prompts}: {bad[0].score.fault}; "
             "mend it, or leave such responses out by train.on_bad_batch=skip"
         )
-    rewards: dict[int, list[float]] = {}
-    for one in everyone:
-        if not one.score.fault:
-            rewards.setdefault(one.group, []).append(one.score.value)
-    counts: Values = {"eval/k": float(settings.samples), "eval/bad_samples": float(len(bad))}
-    if not rewards:
-        return counts
-    passed = [max(group) >= config.data.pass_threshold for group in rewards.values()]
-    mean = np.mean([value for group in rewards.values() for value in group])
-    return {"eval/mean_at_k": float(mean), "eval/pass_at_k": float(np.mean(passed)), **counts}
+    scores = [one.score for one in everyone]
+    return {**evaluation_figures(scores, settings.samples, config.data.pass_threshold)}

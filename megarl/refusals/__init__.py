@@ -19,25 +19,25 @@ from megarl.refusals.case import Case
 
 LOOP = ("run", "train")
 ENGINE = (*LOOP, "sft", "score", "compare")
-ROLLOUT = (*LOOP, "rollout", "generate", "compare")
-ALL = (*ENGINE, "rollout", "generate")
+ROLLOUT = (*LOOP, "rollout", "generate", "eval", "compare")
+ALL = (*ENGINE, "rollout", "generate", "eval")
 PLAN = ("plan",)  # looks at config.json and layouts alone
 
 REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (model_folder.model_path, ALL + PLAN),
     (model_folder.megatron_checkpoint, ALL),
-    (model_folder.tokenizer, ("run", "train", "sft", "rollout", "generate", "compare")),
+    (model_folder.tokenizer, ("sft", *ROLLOUT)),
     (model_folder.family, ALL + PLAN),
     (model_folder.architecture, ALL + PLAN),
     (model_folder.block_fp8, ROLLOUT),
     (model_folder.deepseek_router, ROLLOUT),
     (model_folder.glm_head_dim, ROLLOUT),
-    (model_folder.ends, (*LOOP, "sft", "generate", "compare")),
+    (model_folder.ends, (*LOOP, "sft", "generate", "eval", "compare")),
     (files.prompts, (*LOOP, "compare")),
     (files.prompts_to_answer, ("generate",)),
-    (files.eval_prompts, LOOP),
+    (files.eval_prompts, (*LOOP, "eval")),
     (files.demonstrations, ("sft",)),
-    (files.reward, (*LOOP, "compare")),
+    (files.reward, (*LOOP, "compare", "eval")),
     (files.loggers, (*LOOP, "sft")),
     (files.run_dir, ALL),
     (files.run_dir_of_another, (*LOOP, "sft")),
@@ -55,17 +55,17 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (work.group, LOOP),
     (work.sft_batch, ("sft",)),
     (work.replay, (*LOOP, "score", "compare")),
-    (work.quantize, ("generate",)),
+    (work.quantize, ("generate", "eval")),
     (work.lag, ROLLOUT),
     (work.lengths, ROLLOUT),
     (work.overlong, LOOP),
     (work.temperature, ROLLOUT),
-    (work.evaluation, LOOP),
+    (work.evaluation, (*LOOP, "eval")),
     (work.micro_batch, (*LOOP, "compare")),
     (layouts.rollout_tp, ROLLOUT + PLAN),
     (gpu.transformer_engine, ENGINE),
     (gpu.loader, ("sft",)),
-    (gpu.rollout_python, ("run", "generate", "compare")),
+    (gpu.rollout_python, ("run", "generate", "eval", "compare")),
     (gpu.colocate, LOOP),
     (gpu.rollout_kernels, ROLLOUT),
     (server.heads_on_a_cpu, ROLLOUT),

@@ -40,7 +40,7 @@ def prompts_to_answer(case: Case) -> str | None:
 def eval_prompts(case: Case) -> str | None:
     path = case.config.eval.prompts
     if path is None:
-        return None
+        return "eval.prompts is unset; give a file of prompts with answers" if case.command == "eval" else None
     return _file("eval.prompts", path, "a file of prompts, or leave it unset") or _rows(case, path, "prompts")
 
 
@@ -63,16 +63,17 @@ def reward(case: Case) -> str | None:
     from megarl.reward.pool import try_reward
 
     data = case.config.data
+    path = case.config.eval.prompts if case.command == "eval" else data.prompts
     if "." not in data.reward:
         get_reward(data.reward)
-    if data.reward in FAST or not data.prompts or os.environ.get("RANK", "0") != "0":
+    if data.reward in FAST or not path or os.environ.get("RANK", "0") != "0":
         return None  # nothing can fail, there is nothing to try it on, or rank 0 tries it
-    row, prompt, answer = first_prompt(case.config, data.prompts)
+    row, prompt, answer = first_prompt(case.config, path)
     sample = RewardInput(answer, answer, prompt, row=row, tokens=range(8), prompt_tokens=range(8))
     try:
         try_reward(data, sample)
     except UserError as error:
-        return f"{error} (tried with the first row of {data.prompts}, its answer as the response)"
+        return f"{error} (tried with the first row of {path}, its answer as the response)"
     return None
 
 

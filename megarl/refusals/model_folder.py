@@ -5,6 +5,7 @@ Weights are judged by the headers of their files: no tensor is read.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megarl.checkpoints import hf_files
@@ -37,7 +38,7 @@ def megatron_checkpoint(case: Case) -> str | None:
         return None
     if not (folder / ".metadata").is_file():
         return f"model.path {str(folder)!r} is not a whole checkpoint, it has no .metadata; give another"
-    if case.command == "generate":
+    if case.command in ("generate", "eval") and "RANK" in os.environ:  # megarl's own launcher converts it first
         hint = f"python checkpoints_conversion/megatron_to_hf.py --megatron {folder} --out DIR"
         return (
             f"model.path {str(folder)!r} is a Megatron checkpoint, which {case.command} cannot give to vLLM; convert "

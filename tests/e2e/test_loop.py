@@ -4,6 +4,7 @@ sync, a killed run goes on, a dead worker ends everything.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -122,6 +123,30 @@ def test_engines_agree_after_every_sync_with_r3(whole: list[dict[str, Any]], ben
         and phases["update"] == 4 * STEPS
         and phases["checkpoint"] == STEPS // 2
     ), phases
+
+
+def test_fault_20_eval_of_a_checkpoint_is_what_the_run_said_of_it(
+    whole: list[dict[str, Any]], bench: Bench, cold: Path
+) -> None:
+    """The last evaluation of the run, on the weights of its last checkpoint, with the same seeds."""
+    config = r3(bench, cold)
+    override = f"model.path={bench.folder}/whole/checkpoints/step_10"
+    command = bench.finish("eval", "evaluated", {**config, "run": {}}, override, "--json")
+    figures = json.loads(command.out.splitlines()[-1])
+    assert {key: figures[key] for key in ("eval/k", *EVAL_KEYS)} == {
+        key: whole[-1][key] for key in ("eval/k", *EVAL_KEYS)
+    }
+    assert figures["prompts"] == 16 and figures["eval/bad_samples"] == 0
+    rows = [json.loads(line) for line in (bench.folder / "evaluated" / "eval.jsonl").read_text().splitlines()]
+    assert len(rows) == 32 and sum(row["reward"] for row in rows) == pytest.approx(32 * figures["eval/mean_at_k"])
+    for row in rows:
+        assert row["reward"] == float(row["text"].strip()[-1:] == row["answer"]) and row["prompt"][-1] == "="
+        assert row["routes"] is None and len(row["logprobs"]) == len(row["tokens"]) - row["prompt_len"]
+    assert "converting" in command.out and sorted(p.name for p in (bench.folder / "evaluated").iterdir()) == [
+        ".logs.eval.lock",
+        "eval.jsonl",
+        "logs.eval",
+    ]
 
 
 def test_a_finished_run_starts_nothing(whole: list[dict[str, Any]], bench: Bench, cold: Path) -> None:

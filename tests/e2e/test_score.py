@@ -37,6 +37,10 @@ def generated(bench: Bench, config: dict[str, Any]) -> Path:
     )
     rows = read(out)
     assert len(rows) == 64 and {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    prompts = read(bench.folder / "data" / "valid.jsonl")
+    for row, given in zip(rows, [prompt for prompt in prompts for _ in range(4)]):  # fault 17: rows to read
+        assert (row["prompt"], row["answer"]) == (given["prompt"], given["answer"])
+        assert row["reward"] == float(row["text"].strip() == row["answer"])
     rng = np.random.default_rng(0)
     noise = [{"tokens": rng.integers(0, 32, length).tolist(), "prompt_len": 1} for length in (2, 3, 31, 64, 200)]
     both = bench.folder / "both.jsonl"
@@ -50,12 +54,13 @@ def test_score_agrees_with_transformers_and_with_generate(
     bench: Bench, config: dict[str, Any], cold: Path, generated: Path
 ) -> None:
     out = bench.folder / "scored.jsonl"
-    config = {**config, "replay": {"mode": "R3"}, "engine": {"micro_batch_tokens": 256}}
+    config = {**config, "replay": {"mode": "R3"}, "engine": {"micro_batch_tokens": 64}}  # several chunks
     bench.finish("score", "score", config, "--input", str(generated), "--output", str(out))
     rows, scored = read(generated), read(out)
     assert len(scored) == len(rows) == 2 * 64 + 5
     worst = replayed = 0.0
     for row, answer in zip(rows, scored):
+        assert all(row.get(key) == answer.get(key) for key in ("prompt", "text", "answer", "reward"))
         logprobs, experts = judged(cold, row["tokens"], TEMPERATURE)
         ours = np.array(answer["logprobs"])
         worst = max(worst, float(np.abs(ours - logprobs).max()))

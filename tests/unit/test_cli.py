@@ -62,6 +62,14 @@ def test_fault_03_an_output_that_cannot_be_or_is_the_input(
         assert said in capfd.readouterr().err
 
 
+def test_fault_16_a_wrong_row_for_score_is_named_before_anything_starts(
+    run_yaml: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = str(run_yaml.parent / "prompts.jsonl")
+    assert main(["score", str(run_yaml), "--input", given, "--output", "o.jsonl"]) == 2
+    assert capfd.readouterr().err.startswith(f"megarl: error: {given} line 1: key 'tokens' is missing")
+
+
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["--help"])
@@ -84,7 +92,8 @@ def test_a_dry_run_prints_all_and_starts_nothing(run_yaml: Path, capfd: pytest.C
 
 
 def test_options_of_score_reach_the_ranks(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    given = str(run_yaml.parent / "prompts.jsonl")
+    given = str(run_yaml.parent / "rows.jsonl")
+    Path(given).write_text('{"tokens": [3, 4], "prompt_len": 1}\n')
     assert (
         main(["score", str(run_yaml), "score.temperature=0.7", "--input", given, "--output", "o.jsonl", "--dry-run"])
         == 0

@@ -34,6 +34,8 @@ def test_the_table_names_what_exists_and_every_key_has_a_reader() -> None:
         ("compare", ["sync.quantize=int4", "objective=grpo", "objective.is_cap=3", "batch.prompts=3"], ""),
         ("compare", ["objective.eps_low=0.1"], "does not read objective.eps_low, megarl run does"),
         ("compare", ["engine.distributed_optimizer=true"], "does not read engine.distributed_optimizer"),
+        ("eval", ["eval.samples=2", "rollout.engines=2", "data.reward=digit_sum"], ""),
+        ("eval", ["rollout.temperature=0.5"], "does not read rollout.temperature"),
         ("plan", ["engine.recompute=full", "parallel.tp=2"], ""),
         ("plan", ["rollout.temperature=1"], "does not read rollout.temperature"),
     ],
@@ -48,7 +50,9 @@ def test_fault_06_an_override_that_is_ignored(command: str, overrides: list[str]
 
 
 def test_fault_06_by_the_command_line(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    given = ["--input", str(run_yaml.parent / "prompts.jsonl"), "--output", "o.jsonl", "--dry-run"]
+    rows = run_yaml.parent / "rows.jsonl"
+    rows.write_text('{"tokens": [3, 4], "prompt_len": 1}\n')
+    given = ["--input", str(rows), "--output", "o.jsonl", "--dry-run"]
     assert main(["score", str(run_yaml), *given]) == 0  # its file holds keys of other commands
     assert main(["score", str(run_yaml), "batch.group=2", *given]) == 2
     assert capfd.readouterr().err.startswith("megarl: error: override 'batch.group=2': megarl score does not read")

@@ -165,6 +165,7 @@ def test_descendants_are_found_across_sessions() -> None:
 RANKS = """
 import os, sys, time
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from megarl.errors import UserError
 
 def main(argv):
@@ -174,7 +175,7 @@ def main(argv):
     dist.barrier()
     if rank == 1:
         if what == "raise":
-            raise ValueError("boom")
+            raise CheckpointException("boom", {0: (ValueError("boom"), None)})
         if what == "refuse":
             raise UserError("line 3 of the file is bad; mend it")
         if what == "killed":

@@ -255,6 +255,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         {},
         ["sync.quantize int4", "megarl generate serves the weights", "set sync.quantize=none"],
     ),
+    ("eval_prompts", "eval", ["eval.prompts=null"], {}, ["eval.prompts is unset", "give a file of prompts"]),
     ("lag", "run", ["rollout.max_lag=2"], {}, ["rollout.max_lag 2", "set rollout.max_lag=0"]),
     (
         "lengths",
@@ -336,7 +337,7 @@ def test_every_refusal_of_the_table_has_a_case() -> None:
     assert {refusal.__name__ for refusal, _ in refusals.REFUSALS} == {case[0] for case in CASES} | APART
 
 
-@pytest.mark.parametrize("command", ["run", "sft", "score", "generate"])
+@pytest.mark.parametrize("command", ["run", "sft", "score", "generate", "eval"])
 def test_nothing_is_refused_where_nothing_is_wrong(run_yaml: Path, command: str) -> None:
     refusals.check(load_config(run_yaml), command)
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megarl.commands.score import encode_npy, read_rows
+from megarl.commands.jsonl import encode_npy
+from megarl.commands.score_input import check_rows, count_rows, read_rows
 from megarl.config import Config, load_config
 from megarl.errors import UserError
 from megarl.weights.map.weight_map import WeightMap
@@ -29,7 +30,10 @@ def read(folder: Path, weight_map: WeightMap, *lines: Any, mode: str = "R3") -> 
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     path.write_text(text, encoding="utf-8")
     config: Config = load_config(None, [f"replay.mode={mode}"])
-    return read_rows(path, config, weight_map)
+    check_rows(path, config, weight_map)
+    rows = list(read_rows(path, config, weight_map))
+    assert len(rows) == count_rows(path)
+    return rows
 
 
 def row(routes: np.ndarray | None = GOOD, **changes: Any) -> dict[str, Any]:

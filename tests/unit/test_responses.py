@@ -1,0 +1,88 @@
+"""Rows of generate and eval, and what an evaluation says of its scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megarl.commands import responses
+from megarl.commands.jsonl import rows_to
+from megarl.commands.responses import Answered
+from megarl.config import load_config
+from megarl.data import Prompt
+from megarl.reward.figures import evaluation_figures
+from megarl.reward.pool import Score
+from megarl.rollout.response import Response
+
+BAD = Score(math.nan, "raised ValueError")
+
+
+@pytest.mark.parametrize(
+    ("scores", "figures"),
+    [
+        ([Score(1), Score(0), Score(0), Score(0)], (0.25, 0.5, 0)),
+        ([Score(0.5), Score(0.4), Score(0.9), Score(0)], (0.45, 0.0, 0)),  # below the threshold: no pass
+        ([BAD, Score(1), Score(0), Score(0)], (0.5, 0.5, 1)),  # a failed reward is no 0
+        ([BAD, BAD, Score(1), Score(0)], (0.5, 1.0, 2)),  # nor is a prompt without any
+    ],
+)
+def test_fault_20_mean_and_pass_at_k(scores: list[Score], figures: tuple[float, float, float]) -> None:
+    found = evaluation_figures(scores, 2, 1.0)
+    assert (found["eval/mean_at_k"], found["eval/pass_at_k"], found["eval/bad_samples"]) == pytest.approx(figures)
+    assert found["eval/k"] == 2
+
+
+def test_an_evaluation_without_any_reward_has_no_figure() -> None:
+    assert evaluation_figures([BAD, BAD], 2, 1.0) == {"eval/k": 2.0, "eval/bad_samples": 2.0}
+
+
+def response(tokens: list[int], prompt_len: int) -> Response:
+    logprobs = np.zeros(len(tokens) - prompt_len, np.float32)
+    return Response(np.array(tokens, np.int32), prompt_len, logprobs, None, [], "stop")
+
+
+def test_fault_17_rows_carry_text_prompt_and_reward() -> None:
+    group = [response([1, 2, 3], 1), response([1, 4], 1)]
+    with_answer = Answered(Prompt([1], "7", "x=", 1), group, ["a", "b"], [Score(1.0), BAD])
+    first, second = with_answer.rows()
+    assert (first["prompt"], first["text"], first["answer"], first["reward"]) == ("x=", "a", "7", 1.0)
+    assert (second["reward"], second["reward_fault"]) == (None, "raised ValueError") and "reward_fault" not in first
+    assert first["tokens"] == [1, 2, 3] and first["prompt_len"] == 1 and first["routes"] is None
+    without = Answered(Prompt([1], "", "x=", 1, has_answer=False), group, ["a", "b"], [])
+    assert all("reward" not in row and "answer" not in row for row in without.rows())
+
+
+def test_groups_come_in_the_order_of_the_prompts_whatever_ends_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Client:
+        def __init__(self, workers: list[str], timeout_s: float) -> None: ...
+        def generate(self, prompts: list[Any], n: int, *rest: Any, seed: int) -> list[Any]:
+            asked.append((seed, len(prompts)))
+            return [[response([*prompt, seed + i * n], 1)] * n for i, prompt in enumerate(prompts)]
+
+    monkeypatch.setattr(responses, "RolloutClient", Client)
+    config = load_config(None, ["rollout.max_num_seqs=48", "run.seed=5"])
+    prompts = [Prompt([i], "", "", i) for i in range(7)]
+    fleet: Any = SimpleNamespace(workers=["a", "b"])
+    with responses._asking(fleet, config, prompts, 2, 1.0, []) as groups:
+        found = [group[0].tokens.tolist() for group in groups]
+    assert found == [[i, 5 + 2 * i] for i in range(7)]  # the seed of a prompt does not hang on its request
+    assert sorted(asked) == [(5, 3), (11, 3), (17, 1)]
+
+
+def test_a_file_of_rows_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyError), rows_to(path) as write:
+        write({"a": 1})
+        raise KeyError
+    assert not path.exists()
+    with rows_to(path) as write:
+        write({"a": "ä\u2028"})
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == [{"a": "ä\u2028"}]
