@@ -16,6 +16,7 @@ from megarl.errors import UserError
 from megarl.hints import meant
 from megarl.objective.presets import ObjectiveConfig, resolve_objective
 
+MOST_RESPONSES = 16_384  # to one prompt: vLLM's VLLM_MAX_N_SEQUENCES
 DType = Literal["auto", "float32", "bfloat16"]
 CANARY_TOKENS = 64  # a weight sync is checked by scoring so many
 
@@ -88,7 +89,7 @@ class ReplayConfig(Section):
 
 class BatchConfig(Section):
     prompts: int = Field(16, ge=1, description="Prompts a step (B), over all data-parallel ranks.")
-    group: int = Field(8, ge=1, description="Responses a prompt (G).")
+    group: int = Field(8, ge=1, le=MOST_RESPONSES, description="Responses a prompt (G).")
     minibatches: int = Field(1, ge=1, description="Optimizer steps a rollout (N); 1 is on-policy.")
     equal_groups: Literal["keep", "drop", "refill"] = Field(
         "keep",
@@ -259,7 +260,7 @@ class DataConfig(Section):
 class EvalConfig(Section):
     prompts: str | None = Field(None, description="Validation prompts, JSONL; unset turns evaluation off.")
     every: int = Field(0, ge=0, description="Evaluate every this many steps, and at the end; 0 is only at the end.")
-    samples: int = Field(1, ge=1, description="Responses a prompt (k of mean@k and pass@k).")
+    samples: int = Field(1, ge=1, le=MOST_RESPONSES, description="Responses a prompt (k of mean@k and pass@k).")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature of the evaluation; 0 is greedy.")
     max_prompts: int = Field(256, ge=1, description="Use at most this many prompts of the file.")
 
@@ -330,7 +331,7 @@ class SftConfig(Section):
 
 class RunConfig(Section):
     dir: str = Field("runs/default", description="Everything the run writes lies here.")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the order of the prompts and of all sampling.")
     save_every: int = Field(
         0, ge=0, description="Checkpoint every this many steps, and at the end; 0 is only at the end."
     )

@@ -30,6 +30,8 @@ from megarl.objective.presets import ObjectiveConfig
         ("sync.quant=int4", "did you mean 'sync.quantize'?"),
         ("score.zzz=1", "unknown config key 'score.zzz'; section 'score' has temperature"),
         ("train.lr=fast", "config key 'train.lr' = 'fast': input should be a valid number"),
+        ("run.seed=-1", "config key 'run.seed' = -1: input should be greater than or equal to 0"),
+        ("batch.group=20000", "config key 'batch.group' = 20000: input should be less than or equal to 16384"),
         ("parallel.tp=0", "config key 'parallel.tp' = 0: input should be greater than or equal to 1"),
         ("batch.group=2.5", "config key 'batch.group' = 2.5: input should be a valid integer"),
         ("replay.mode=R4", "config key 'replay.mode' = 'R4': input should be 'none', 'R2' or 'R3'"),
