@@ -42,7 +42,7 @@ WHOLE_LIMIT = "rollout.max_prompt_tokens + rollout.max_new_tokens ="
 @dataclass
 class Prompt:
     """tokens: what the model is given; text: the tokens before tokenization; line: 1-based number in the
-    file; row: all of the row, for rewards that ask for it. has_answer: false where the row has none, and none is needed.
+    file; row: all of the row, for rewards that ask for it. has_answer: false where none was needed and found.
     """
 
     tokens: list[int]

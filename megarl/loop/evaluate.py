@@ -33,8 +33,7 @@ def evaluate(sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], conf
     settings = config.eval
     rollouts = sampler.sample_for_evaluation(prompts, settings.samples, settings.temperature)
     scored = [
-        _Evaluated(rollout.prompt.line, score)
-        for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True)
+        _Evaluated(rollout.prompt.line, score) for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True)
     ]
     gathered: list[list[_Evaluated]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, scored)

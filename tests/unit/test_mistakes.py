@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from megarl import refusals
+from megarl.cli import main
 from megarl.config import load_config
 from megarl.errors import UserError
+from megarl.launch import local
 from tools.tiny_model import make_tokenizer
 
 REWARDS = """
@@ -106,3 +108,43 @@ def test_demonstrations_that_end_with_the_assistant_are_not_refused(config_of) -
     refusals.check(config, "sft")
     config.rollout.max_new_tokens = 16
     assert "64 tokens are more than rollout.max_prompt_tokens + rollout.max_new_tokens = 40" in line_of(config, "sft")
+
+
+COMMANDS: list[tuple[list[str], dict[str, Any], list[str]]] = [
+    (["run", "train.learning_rate=1e-5"], {}, ["'train.learning_rate'; did you mean 'train.lr'?"]),
+    (["run", "model.path=Qwen/Qwen3-30B-A3B"], {}, ["model.path 'Qwen/Qwen3-30B-A3B'", "nothing is fetched"]),
+    (["run", "rollout.kv_cache_gib=0.00001"], {}, ["rollout.kv_cache_gib 1e-05", "raise"]),
+    (["run"], {"head_dim": 16}, ["head_dim 16", "on a CPU"]),
+    (["run"], {"vocab_size": 16}, ["vocab_size", "16"]),
+    (["score"], {"moe_intermediate_size": 16}, ["moe_intermediate_size"]),
+    (["run", "run.dir=/proc/x/y"], {}, ["/proc/x"]),
+    (["run", "run.loggers=[collections.OrderedDict]"], {}, ["run.loggers 'collections.OrderedDict'"]),
+    (["run", "eval.temperature=0", "eval.samples=2"], {}, ["eval.samples 2 with eval.temperature 0", "set"]),
+    (["sft", "sft.out={folder}"], {}, ["sft.out", "already exists"]),
+    (["generate", "sync.quantize=int4"], {}, ["sync.quantize int4", "none"]),
+    (["eval", "train.lr=1"], {}, ["megarl eval does not read train.lr"]),
+    (["run", "train.lr=1e-5", "train.min_lr=1", "train.lr_decay_style=linear"], {}, ["train.min_lr 1 is above"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "hf", "says"), COMMANDS, ids=[" ".join(argv) or "run" for argv, _, _ in COMMANDS])
+def test_a_mistake_by_the_command_line_starts_nothing(
+    run_yaml: Path,
+    hf_config: dict[str, Any],
+    argv: list[str],
+    hf: dict[str, Any],
+    says: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = run_yaml.parent
+    monkeypatch.setattr(local, "supervise", lambda *_, **__: pytest.fail("processes were started"))
+    (folder / "model" / "config.json").write_text(json.dumps(hf_config | hf))
+    (folder / "rows.jsonl").write_text('{"prompt": "1", "answer": "1", "tokens": [3, 4], "prompt_len": 1}\n')
+    command, *overrides = [word.format(folder=folder) for word in argv]
+    files = ["--input", f"{folder}/rows.jsonl", "--output", f"{folder}/out.jsonl"]
+    assert main([command, str(run_yaml), *overrides, *(files if command in ("score", "generate") else [])]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("megarl: error: ") and err.count("\n") == 1, err
+    assert [words for words in says if words not in err] == [], err
+    assert not (folder / "run").exists()

@@ -28,7 +28,7 @@ BAD = Score(math.nan, "raised ValueError")
     [
         ([Score(1), Score(0), Score(0), Score(0)], (0.25, 0.5, 0)),
         ([Score(0.5), Score(0.4), Score(0.9), Score(0)], (0.45, 0.0, 0)),  # below the threshold: no pass
-        ([BAD, Score(1), Score(0), Score(0)], (0.5, 0.5, 1)),  # a failed reward is no 0
+        ([BAD, Score(1), Score(0), Score(0)], (1 / 3, 0.5, 1)),  # a failed reward is no 0
         ([BAD, BAD, Score(1), Score(0)], (0.5, 1.0, 2)),  # nor is a prompt without any
     ],
 )
