@@ -155,7 +155,8 @@ class WholePack:
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         """Each response with its rows."""
-        for i, start, end in zip(self.responses, self.starts, [*self.starts[1:], self.rows], strict=True):
+        ends = [*self.starts, self.rows][1:]  # none of a pack without responses
+        for i, start, end in zip(self.responses, self.starts, ends, strict=True):
             yield i, slice(start, end)
 
 

@@ -85,3 +85,10 @@ def test_routes_without_replay_and_no_rows(tmp_path: Path, weight_map: WeightMap
         read(tmp_path, weight_map, row(), mode="none")
     with pytest.raises(UserError, match="holds no rows"):
         read(tmp_path, weight_map, "")
+
+
+def test_a_replica_may_have_a_pack_without_responses() -> None:
+    from megarl.commands.score import WholePack
+
+    assert list(WholePack([], [], 8, {}).spans()) == []
+    assert list(WholePack([4, 2], [0, 3], 8, {}).spans()) == [(4, slice(0, 3)), (2, slice(3, 8))]
