@@ -43,7 +43,7 @@ def _row(name: str, line: bytes, config: Config, weight_map: WeightMap) -> dict[
         if not (isinstance(tokens, list) and len(tokens) >= 2 and all(isinstance(t, int) for t in tokens)):
             raise ValueError("'tokens' is not a list of at least two token ids")
         if not 0 <= min(tokens) <= max(tokens) < weight_map.vocab_size:
-            raise ValueError(f"a token lies outside the vocabulary of {weight_map.hf['vocab_size']}")
+            raise ValueError(f"a token lies outside the vocabulary of {weight_map.vocab_size}")
         if row.get("routes") is not None:
             row["routes"] = _routes(row["routes"], len(tokens) - 1, weight_map)
     except (ValueError, KeyError, TypeError) as error:
