@@ -115,6 +115,12 @@ def no_sound(last: Path, fault: str) -> str:
     )
 
 
+def how_to_go_on(config: Config) -> str:
+    """What to say of a run that a signal ended."""
+    last = newest(Path(config.run.dir) / "checkpoints")
+    return f"the same command goes on after step {step_of(last)}" if last else "nothing is saved yet"
+
+
 def finished(config: Config) -> str | None:
     """One line if run.dir already holds the run's last step, so that nothing is left to start."""
     last = newest(Path(config.run.dir) / "checkpoints")

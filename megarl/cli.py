@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import megarl
 from megarl.announce import announce
 from megarl.commands.arguments import COMMANDS, Parser, parse
-from megarl.errors import UserError
+from megarl.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from megarl.config import Config
@@ -75,7 +75,7 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _launch(args: argparse.Namespace) -> int:
     """run, train, sft, score, generate, eval, compare: starts the ranks, or is one that an outer torchrun started."""
-    from megarl.checkpoints import finished
+    from megarl.checkpoints import finished, how_to_go_on
     from megarl.refusals import check
 
     config = _config(args)
@@ -89,6 +89,7 @@ def _launch(args: argparse.Namespace) -> int:
         )
     from megarl.launch import processes
     from megarl.launch.lock import owned
+    from megarl.launch.stop import leave
 
     check(
         config,
@@ -102,10 +103,14 @@ def _launch(args: argparse.Namespace) -> int:
         check_rows(Path(args.input), config, WeightMap(load_hf_config(config.model.path)))
     if inside_torchrun and not args.dry_run:
         main_of = importlib.import_module(MODULES[args.command]).main
-        with (
-            owned(processes.log_dir_of(args.command, config)) if os.environ["RANK"] == "0" else contextlib.nullcontext()
-        ):
-            return main_of([args.config, *args.overrides, *options])
+        lock = owned(processes.log_dir_of(args.command, config))
+        with lock if os.environ["RANK"] == "0" else contextlib.nullcontext():
+            try:
+                return main_of([args.config, *args.overrides, *options])
+            except Stopped as stopped:
+                if os.environ["RANK"] == "0":
+                    print(f"megarl: {how_to_go_on(config)}", file=sys.stderr)
+                leave(128 + stopped.signum)  # without waiting for threads that wait for a server
     if args.command in ("run", "train") and (line := finished(config)):
         print(line)
         return 0
@@ -117,10 +122,14 @@ def _launch(args: argparse.Namespace) -> int:
             return 0
         from megarl.launch.local import launch
 
+        status = 1
         try:
-            return launch(planned)
+            status = launch(planned)
+            return status
         finally:
             if args.command in ("run", "train"):
+                if status > 128:
+                    print(f"megarl: {how_to_go_on(config)}", file=sys.stderr)
                 from megarl.report.live import page_of_a_run_that_ended
 
                 page_of_a_run_that_ended(config.run.dir)

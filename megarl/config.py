@@ -343,6 +343,13 @@ class RunConfig(Section):
             "(docs/checkpoints.md), force takes them."
         ),
     )
+    preempt_s: float = Field(
+        60,
+        gt=0,
+        description=(
+            "After Ctrl-C or SIGTERM: seconds for the running step and a last checkpoint; then the run ends without."
+        ),
+    )
     rollout_samples: int = Field(
         4, ge=0, description="Responses written to rollouts/ each step, for reading and for the report."
     )

@@ -15,9 +15,8 @@ from megarl.config import Config, load_config
 from megarl.data import PromptStream, load_tokenizer
 from megarl.data.stream import content_digest
 from megarl.engine.build import build_engine
-from megarl.engine.checkpoint import save_checkpoint
 from megarl.engine.parallel import destroy_parallel
-from megarl.errors import UserError
+from megarl.errors import Stopped, UserError
 from megarl.loop.batch import ScoredRollouts, build_batch
 from megarl.loop.colocate import MemoryTurns
 from megarl.loop.dull import DullSteps
@@ -28,6 +27,7 @@ from megarl.loop.reduce import Values, rates
 from megarl.loop.refit import Refit
 from megarl.loop.resume import resume
 from megarl.loop.sampler import Sampler
+from megarl.loop.saving import Saver
 from megarl.loop.scoring import RewardScorer
 from megarl.observe.output import Output
 from megarl.observe.trace import phase
@@ -52,7 +52,6 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     content = content_digest(config.data.prompts)
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content)
     learner = Learner(config, engine)
-    folder = Path(config.run.dir) / "checkpoints"
     dull, stop = DullSteps(config), ""
     step = done = 0  # rollout steps, optimizer steps
     if state := resume(Path(config.run.dir), engine, learner.critic):
@@ -65,17 +64,18 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
     refit = Refit(config, engine, fleet)
+    saver = Saver(config, engine, learner.critic)
     try:
         announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)
-        while step < config.train.steps and not stop:
+        while step < config.train.steps and not (stop or saver.ending):
             start = time.perf_counter()
             fleet.check()
             rollouts = ScoredRollouts(config, parallel, done)
             with fleet.watched():
                 while wanted := rollouts.wanted():
                     drawn = [prompts.train[i] for i in stream.next(wanted)]
-                    sampled = sampler.sample(drawn, rollouts.groups, step)
+                    sampled = sampler.sample(drawn, rollouts.groups, step, saver.stop)
                     rollouts.add(sampled, scorer.score(sampled.rollouts))
             batch = build_batch(rollouts, engine, step)
             with turns.training(fleet):
@@ -87,24 +87,29 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             metrics |= rates(metrics, time.perf_counter() - start)
             stop = dull.add(step, metrics)
             last = bool(stop) or step == config.train.steps
-            if last or (config.run.save_every and step % config.run.save_every == 0):
-                state = {"optimizer_steps": done, "stream": stream.state_dict()}
-                with phase("checkpoint"), turns.training(fleet):
-                    save_checkpoint(engine, folder, step, state, config.run.keep, learner.critic)
+            if saver.due(step, {"optimizer_steps": done, "stream": stream.state_dict()}, last=last):
+                with turns.training(fleet):
+                    saver.save()
+            evaluated = last or (config.eval.every and step % config.eval.every == 0)
             try:
-                if prompts.validation and (last or (config.eval.every and step % config.eval.every == 0)):
+                if prompts.validation and evaluated and not saver.ending:
                     with phase("evaluate"), fleet.watched():
                         metrics |= evaluate(sampler, scorer, prompts.validation, config)
             finally:  # the step is done, whatever becomes of its evaluation
                 if output:
                     output.write(step, metrics, batch.samples, learned.notes)
+    except Stopped as stopped:  # Ctrl-C or SIGTERM, while rollouts were awaited
+        with turns.training(fleet):
+            saver.interrupted(stopped)
     finally:
         scorer.close()
         fleet.close()
+        saver.stop.close()
     if output:
         output.close()
     if stop:
         raise UserError(stop)
+    saver.end()
 
 
 if __name__ == "__main__":  # under torchrun: `megarl train`, with its refusals and its one-line errors

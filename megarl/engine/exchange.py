@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megarl.engine.batch import Meta, Pack, make_pack, pack_lengths, router_rows, scatter_rows
 from megarl.engine.parallel import Parallel
-from megarl.errors import UserError
+from megarl.errors import Stopped, UserError
 from megarl.replay.routes import route_dtype, spread_routes
 from megarl.rollout.response import Response
 from megarl.weights.map.layout import Coord, Layout
@@ -267,15 +267,16 @@ class _Reader:
         return out
 
 
-def gather_metas(mine: list[Meta], parallel: Parallel, fault: str | None = None) -> list[Meta]:
+def gather_metas(mine: list[Meta], parallel: Parallel, fault: str | Stopped | None = None) -> list[Meta]:
     """The metas of all responses, on every rank, in order of their groups; within one in their owner's order.
 
-    Where a rank has a `fault`, every rank raises it as a UserError: none is left waiting for the one that found it.
+    Where a rank has a `fault`, every rank raises it, a text as a UserError: none is left waiting for the one that found
+    it.
     """
-    everyone: list[tuple[list[Meta], str | None]] = [([], None)] * parallel.layout.world
+    everyone: list[tuple[list[Meta], str | Stopped | None]] = [([], None)] * parallel.layout.world
     dist.all_gather_object(everyone, (mine, fault))
-    if faults := [found for _, found in everyone if found]:
-        raise UserError(faults[0])
+    for found in (found for _, found in everyone if found):
+        raise found if isinstance(found, Stopped) else UserError(found)
     return sorted((meta for metas, _ in everyone for meta in metas), key=lambda meta: meta.group)
 
 

@@ -18,18 +18,22 @@ from megarl.launch.supervisor import Process
 
 WITH_ROLLOUTS = ("run", "generate", "eval", "compare")
 WITHOUT_ENGINE = ("generate", "eval")  # one rank talks to the rollout workers
+STOP_MARGIN_S = 5.0
 ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # for the trainers; vLLM brings its own
 WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's logs alone
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The trainer ranks (under torchrun) and the rollout workers that serve them."""
+    """The trainer ranks (under torchrun) and the rollout workers that serve them. stop_s: how long the ranks may take
+    to end by themselves after a signal.
+    """
 
     trainer: Process
     rollouts: list[Process]
     log_dir: Path
     ranks: int
+    stop_s: float = 0.0
 
 
 def describe(plan: Plan, config: Config, command: str) -> str:
@@ -106,7 +110,9 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
         )
         for i in range(engines)
     ]
-    return Plan(trainer, rollouts, log_dir, ranks)
+    # the ranks know the limit themselves, and say that they passed it
+    stop_s = config.run.preempt_s + STOP_MARGIN_S if command in ("run", "train") else 0.0
+    return Plan(trainer, rollouts, log_dir, ranks, stop_s)
 
 
 def _environment(config: Config, host: str) -> dict[str, str]:

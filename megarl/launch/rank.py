@@ -9,6 +9,7 @@ from which the supervisor tells the first cause from its echoes on the other ran
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,8 +18,9 @@ import time
 import traceback
 from pathlib import Path
 
-from megarl.errors import UserError
+from megarl.errors import Stopped, UserError
 from megarl.launch.lifeline import die_with_parent
+from megarl.launch.stop import supervised
 
 FAILURES = "failures.jsonl"
 
@@ -29,24 +31,31 @@ def log_path(log_dir: Path, rank: int) -> Path:
 
 def main(argv: list[str]) -> int:
     die_with_parent(os.getppid())
+    supervised()
     log_dir, module, arguments = Path(argv[0]), argv[1], argv[2:]
     rank = int(os.environ["RANK"])
     _redirect(log_path(log_dir, rank), keep_stdout=rank == 0)
     try:
         return importlib.import_module(module).main(arguments)
     except UserError as error:
-        _report(log_dir, rank, f"megarl: error: {error}")
-        print(f"megarl: error: {error}", file=sys.stderr)
+        line = f"megarl: error: {error}"
+        reported = _report(log_dir, rank, line)
+        _log(traceback.format_exc() if error.__cause__ else "", line)
+        if not reported and rank == 0:
+            print(line)  # a full disk takes neither report nor log; the terminal does
         return 2
+    except Stopped as stopped:
+        return 128 + stopped.signum
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # torch's CheckpointException is no Exception
         _report(log_dir, rank, None)
-        traceback.print_exc()
+        _log(traceback.format_exc())
         return 1
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
 
 
 def _redirect(log: Path, keep_stdout: bool) -> None:
@@ -57,9 +66,19 @@ def _redirect(log: Path, keep_stdout: bool) -> None:
             os.dup2(file.fileno(), 1)
 
 
-def _report(log_dir: Path, rank: int, user_error: str | None) -> None:
-    with (log_dir / FAILURES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), "rank": rank, "user_error": user_error}) + "\n")
+def _report(log_dir: Path, rank: int, user_error: str | None) -> bool:
+    """False where the disk takes nothing."""
+    try:
+        with (log_dir / FAILURES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "rank": rank, "user_error": user_error}) + "\n")
+    except OSError:
+        return False
+    return True
+
+
+def _log(*texts: str) -> None:
+    with contextlib.suppress(OSError):
+        print(*filter(None, texts), sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from megarl.launch.lifeline import adopt_orphans, descendants, die_with_parent
 
 _POLL_S = 0.05
 _LOG_TAIL = 25
+_FULL_BYTES = 2**16
 
 
 @dataclass
@@ -42,14 +44,20 @@ class _Stopped(BaseException):
 
 
 def supervise(
-    main: Process, helpers: list[Process], *, grace_s: float = 5.0, explain: Callable[[], str | None] = lambda: None
+    main: Process,
+    helpers: list[Process],
+    *,
+    grace_s: float = 5.0,
+    stop_s: float = 0.0,
+    explain: Callable[[], str | None] = lambda: None,
 ) -> int:
     """Runs `main` and its `helpers` until `main` ends; returns the exit status of the whole.
 
     0 if main ended with 0. If main fails or a helper ends with a status other than 0, one line names it, its log's last
     lines follow, and the status is its own (1 for a signal). `explain()` may give a better text for a failure of main.
-    SIGINT gives 130, SIGTERM 143. In every case all processes are ended before this returns: SIGTERM, after `grace_s`
-    seconds SIGKILL. A helper may end with 0 early.
+    SIGINT gives 130, SIGTERM 143; with `stop_s`, main first gets SIGUSR1 and so many seconds to end by itself, or until
+    a second signal. In every case all processes are ended before this returns: SIGTERM, after `grace_s` seconds
+    SIGKILL. A helper may end with 0 early.
     """
     adopt_orphans()
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -64,8 +72,16 @@ def supervise(
             running[process.name] = _start(process)
         status = _watch(main, helpers, running, explain)
     except _Stopped as stopped:
-        print(f"\nmegarl: {signal.Signals(stopped.signum).name}, ending all processes", file=sys.stderr, flush=True)
         status = 128 + stopped.signum
+        child = running.get(main.name) if stop_s else None
+        how = f"; what is not saved is saved first, at most {stop_s:g} s (again: at once)" if child else ""
+        print(
+            f"\nmegarl: {signal.Signals(stopped.signum).name}, ending all processes{how}", file=sys.stderr, flush=True
+        )
+        with contextlib.suppress(_Stopped, ProcessLookupError, subprocess.TimeoutExpired):
+            if child:
+                child.send_signal(signal.SIGUSR1)
+                child.wait(stop_s)
     finally:
         for signum in before:
             signal.signal(signum, lambda *_: _kill_everything())
@@ -124,8 +140,10 @@ def failure_text(process: Process, code: int) -> str:
 
 
 def ended_text(what: str, log: Path) -> str:
-    """One line that says what happened, then the last lines of the log."""
+    """One line that says what happened, then the last lines of the log. A full disk, which takes no log, is named."""
     tail = log_tail(log)
+    if shutil.disk_usage(log.parent).free < _FULL_BYTES:
+        what += f", and the disk of {str(log.parent)!r} is full: make room there"
     text = f"megarl: error: {what}; all processes are being ended"
     return f"{text}; last lines of {log}:\n{tail}" if tail else f"{text}; its log {log} is empty"
 

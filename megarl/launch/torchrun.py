@@ -6,6 +6,7 @@ gives an exit status and a line in failures.jsonl, not a screenful.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
@@ -23,6 +25,7 @@ from megarl.launch.rank import FAILURES
 def main(argv: list[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     log_dir = Path(argv[0])
+    signal.signal(signal.SIGUSR1, _pass_on)
     try:
         run(parse_args(argv[1:]))
     except SignalException as stopped:
@@ -32,13 +35,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _pass_on(number: int, frame: object) -> None:
+    """To the ranks: a last checkpoint (launch/stop.py)."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "megarl.launch.rank" in child.cmdline():
+                child.send_signal(number)
+
+
 def _record(log_dir: Path, codes: dict[int, int]) -> int:
     """Writes ranks that a signal killed, which could not say so themselves; returns the status to exit with.
 
     SIGTERM is left out: with it torchrun itself ends the peers of a failed rank.
     """
     killed = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
-    with (log_dir / FAILURES).open("a", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), (log_dir / FAILURES).open("a", encoding="utf-8") as file:  # a disk may be full
         for rank, code in killed.items():
             file.write(json.dumps({"time": time.time(), "rank": rank, "signal": -code}) + "\n")
     return 1 if killed else max(1, *codes.values())

@@ -75,9 +75,11 @@ class ScoredRollouts:
         return batch.prompts - len(teaching_groups(self.metas, self.config).trained)
 
     def add(self, sampled: Sampled, scores: list[Score]) -> None:
-        """Tells every rank of what each has fetched. Collective. UserError where a rank has wrong routes."""
+        """Tells every rank of what each has fetched. Collective. UserError where a rank has wrong routes, Stopped
+        where a signal ended the wait of one.
+        """
         metas = [self._meta(rollout, score) for rollout, score in zip(sampled.rollouts, scores, strict=True)]
-        gathered = gather_metas(metas, self.parallel, sampled.wrong_routes)
+        gathered = gather_metas(metas, self.parallel, sampled.stopped or sampled.wrong_routes)
         self.metas += gathered
         self.rollouts += sampled.rollouts
         self.groups += len({meta.group for meta in gathered})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from megarl.config import Config
 from megarl.data import Prompt, vocabulary_of
 from megarl.engine.build import Engine
+from megarl.errors import Stopped
+from megarl.launch.stop import StopRequest
 from megarl.observe.trace import phase
 from megarl.replay.routes import accept_routes
 from megarl.rollout.client import RolloutClient
@@ -28,11 +31,12 @@ class Rollout:
 @dataclass(frozen=True)
 class Sampled:
     """rollouts: those this rank fetched, group by group. wrong_routes: what is wrong with the first bad routes, in one
-    line that names the response; None if nothing is.
+    line that names the response; None if nothing is. stopped: that a signal ended the wait for them.
     """
 
     rollouts: list[Rollout]
     wrong_routes: str | None = None
+    stopped: Stopped | None = None
 
 
 class Sampler:
@@ -46,18 +50,22 @@ class Sampler:
         self.parallel, self.weight_map = engine.model.parallel, engine.model.weight_map
         self.wants_routes = config.wants_routes and bool(self.weight_map.moe_layers)
 
-    def sample(self, prompts: list[Prompt], first_group: int, step: int) -> Sampled:
+    def sample(self, prompts: list[Prompt], first_group: int, step: int, stop: StopRequest | None = None) -> Sampled:
         """batch.group responses to each prompt; a replica asks for its share. prompts: the same on every rank.
 
-        first_group: number of the first prompt's group. step: rollout steps done before this one; it seeds the draw.
+        first_group: number of the first prompt's group. step: rollout steps done before this one; it seeds
+        the draw. stop: what may end the wait.
         """
         config, mine = self.config, self._share(len(prompts))
         seed = (config.run.seed * 1_000_003 + step) * 1_000_003 % 2**31
         seed += (first_group + int(mine[0]) if len(mine) else 0) * config.batch.group
-        with phase("rollout"):
-            groups = self.generate(
-                [prompts[i] for i in mine], config.batch.group, config.rollout.temperature, seed=seed
-            )
+        try:
+            with phase("rollout"), stop.interruptible() if stop else nullcontext():
+                groups = self.generate(
+                    [prompts[i] for i in mine], config.batch.group, config.rollout.temperature, seed=seed
+                )
+        except Stopped as stopped:  # the other ranks wait for this one: they are told by ScoredRollouts.add
+            return Sampled([], stopped=stopped)
         rollouts = [
             Rollout(first_group + int(i), prompts[i], response)
             for i, group in zip(mine, groups, strict=self.client is not None)

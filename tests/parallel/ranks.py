@@ -20,6 +20,7 @@ from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.exchange import LossInputs, exchange, gather_metas
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine
+from megarl.errors import Stopped, UserError
 from megarl.rollout.response import Response
 from megarl.weights.files.hf_reader import HfReader
 
@@ -106,6 +107,12 @@ def exchanged_rows(model: str) -> None:
         everything = {i: _response(i, engine) for i in range(7)}
         owners = [at.ingest_rank(dp) for dp in range(at.layout.dp)]
         held = {i: r for i, r in everything.items() if owners[i % len(owners)] == at.coord.rank}
+        for fault, kind in ((Stopped(15), Stopped), ("wrong", UserError)):  # one rank's; all must raise it
+            try:
+                gather_metas([], at, fault if at.coord.rank == at.layout.world - 1 else None)
+            except kind:
+                continue
+            raise AssertionError(f"rank {at.coord.rank} did not learn of {fault!r}")
         metas = gather_metas([_meta(i, r, at.coord.rank) for i, r in held.items()], at)
         assert [meta.group for meta in metas] == list(range(7))
         members = [[[0, 3], [6]], [[1, 2], [4, 5]]] if at.layout.dp > 1 else [[[0, 3, 6], [1, 2], [4, 5]]]

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,7 @@ from megarl.launch import processes
 from megarl.launch.lifeline import descendants
 from megarl.launch.local import explain_trainer, launch
 from megarl.launch.lock import owned
+from megarl.launch.supervisor import ended_text
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 SLEEP = "import time; time.sleep(600)"
@@ -33,7 +35,7 @@ PARENT = (
 
 
 def supervisor(
-    tmp_path: Path, main: str, helpers: list[str], before: str = "", grace_s: float = 1.0
+    tmp_path: Path, main: str, helpers: list[str], before: str = "", grace_s: float = 1.0, stop_s: float = 0.0
 ) -> subprocess.Popen[str]:
     """A process that supervises `main` and `helpers`, given as Python
     code; MARK in the environment finds what it leaves behind.
@@ -45,7 +47,7 @@ def supervisor(
     def process(name, code):
         return Process(name, [sys.executable, "-c", code], Path({str(tmp_path)!r}) / (name + ".log"), stdout_to_terminal=name == "main")
     {before}
-    sys.exit(supervise(process("main", {main!r}), [process(f"helper{{i}}", c) for i, c in enumerate({helpers!r})], grace_s={grace_s}))
+    sys.exit(supervise(process("main", {main!r}), [process(f"helper{{i}}", c) for i, c in enumerate({helpers!r})], grace_s={grace_s}, stop_s={stop_s}))
     """
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -128,6 +130,38 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=30) == 130
     assert left_behind(tmp_path) == []
+
+
+ASKED = """
+import signal, sys, time
+def save(*_):
+    time.sleep({seconds}); print("saved", flush=True); sys.exit(3)
+signal.signal(signal.SIGUSR1, save)
+print("ready", flush=True)
+while True: time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "signals", "saved"), [(0.5, 1, True), (600, 2, False), (600, 1, False)])
+def test_fault_18_main_may_save_until_a_second_signal_or_its_time_is_over(
+    tmp_path: Path, seconds: float, signals: int, saved: bool
+) -> None:
+    run = supervisor(tmp_path, ASKED.format(seconds=seconds), [SLEEP], stop_s=600 if saved or signals == 2 else 1)
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    for _ in range(signals):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (130, "saved\n" if saved else "")
+    assert err.startswith("\nmegarl: SIGINT, ending all processes; what is not saved is saved first, at most ")
+    assert left_behind(tmp_path) == []
+
+
+def test_fault_16_a_full_disk_is_named_where_it_takes_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "is full" not in ended_text("a rank failed", tmp_path / "log")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    said = f"megarl: error: a rank failed, and the disk of {str(tmp_path)!r} is full: make room there; all processes"
+    assert ended_text("a rank failed", tmp_path / "log").startswith(said)
 
 
 def test_kill_9_of_the_supervisor_leaves_no_process(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Ctrl-C and SIGTERM at a trainer rank: its step ends, or the wait for rollouts does, for a last checkpoint in time.
+
+A rank with nothing to save ends at once. Else the signal is remembered: it cannot end a rank in the middle of an
+update, whose peers would wait. Where a rank only waits for the rollout servers (`interruptible`), it raises Stopped;
+the others learn of it by what they wait for next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from megarl.errors import Stopped
+
+# The supervisor of `megarl run` asks by the first: SIGTERM is how torchrun ends the peers of a rank that failed. Who
+# starts the ranks by torchrun has the others.
+SUPERVISED = (signal.SIGUSR1,)
+ALONE = (signal.SIGTERM, signal.SIGINT)
+TWICE_S = 1.0  # a signal may reach a rank directly and by torchrun; one that comes later is meant
+_supervised = False
+
+
+class StopRequest:
+    """Takes the signals from its making to close(); outside the main thread, which alone gets them, none.
+
+    unsaved: whether a step was done since the last checkpoint. asked: the signal that came, or 0.
+    """
+
+    def __init__(self, within_s: float) -> None:
+        self.unsaved, self.asked = False, 0
+        self._within_s, self._may_raise = within_s, False
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        # a handler in Python waits for the main thread, which may be in a collective for good; this thread does not
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=[reader], daemon=True).start()
+        self._before = {number: signal.signal(number, self._take) for number in (SUPERVISED if _supervised else ALONE)}
+
+    def close(self) -> None:
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._before_fd)
+            os.close(self._writer)
+        self._before = {}
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Stopped, at once, when a signal comes or has come."""
+        self._may_raise = True
+        try:
+            if self.asked:
+                raise Stopped(self.asked)
+            yield
+        finally:
+            self._may_raise = False
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.asked = self.asked or number
+        if self._may_raise:
+            raise Stopped(number)
+
+    def _listen(self, reader: int) -> None:
+        """Ends the process where nothing is to be saved, at a second signal, and when the time is over."""
+        first, deadline = 0.0, None
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([reader], [], [], left)[0]:
+                print(f"no checkpoint within run.preempt_s {self._within_s:g}: ending without", file=sys.stderr)
+                leave(128 + self.asked)
+            came = os.read(reader, 1)
+            if not came:
+                os.close(reader)
+                return
+            if came[0] not in self._before:
+                continue
+            now = time.monotonic()
+            if not self.unsaved or (deadline and now - first > TWICE_S):
+                leave(128 + came[0])
+            if deadline is None:
+                first, deadline = now, now + self._within_s
+
+
+def supervised() -> None:
+    """Says that `megarl run` is above this process. Its signal ends this one, until a StopRequest takes it."""
+    global _supervised
+    _supervised = True
+    signal.signal(signal.SIGUSR1, lambda number, frame: leave(128 + number))
+
+
+def leave(status: int) -> None:
+    """Ends this process now, whatever its threads wait for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)

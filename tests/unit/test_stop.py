@@ -1,0 +1,90 @@
+"""A signal at a trainer rank: when it ends the rank at once, when it is remembered, when the time is over."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from megarl.launch.stop import TWICE_S
+
+RANK = """
+import signal, sys, threading, time
+from megarl.errors import Stopped
+from megarl.launch import stop
+
+if {supervised}:
+    stop.supervised()
+request = stop.StopRequest(within_s={within_s})
+request.unsaved = {unsaved}
+print("ready", flush=True)
+{body}
+"""
+WAITS = """
+try:
+    with request.interruptible():
+        time.sleep(600)
+except Stopped as stopped:
+    print("stopped by", stopped.signum)
+"""
+UPDATES = """
+until = time.monotonic() + 600
+while not request.asked:
+    time.sleep(0.05)
+try:
+    with request.interruptible():
+        pass
+except Stopped:
+    print("stopped after the update")
+"""
+# as in a collective: a call into C that ends for no signal
+STUCK = """
+import ctypes
+mutex = (ctypes.c_char * 64)()
+for _ in range(2):
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def rank(body: str, *, unsaved: bool = True, within_s: float = 600, supervised: bool = False) -> subprocess.Popen[str]:
+    code = textwrap.dedent(RANK).format(body=body, unsaved=unsaved, within_s=within_s, supervised=supervised)
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    return run
+
+
+@pytest.mark.parametrize(
+    ("supervised", "signum"), [(False, signal.SIGTERM), (False, signal.SIGINT), (True, signal.SIGUSR1)]
+)
+def test_fault_18_a_wait_for_rollouts_ends_at_once_and_an_update_is_not_cut(supervised: bool, signum: int) -> None:
+    for body, said in ((WAITS, f"stopped by {int(signum)}\n"), (UPDATES, "stopped after the update\n")):
+        run = rank(body, supervised=supervised)
+        run.send_signal(signum)
+        out, err = run.communicate(timeout=60)
+        assert (run.returncode, out, err) == (0, said, "")
+
+
+def test_fault_18_a_rank_with_nothing_to_save_ends_at_once_wherever_it_is() -> None:
+    run = rank(STUCK, unsaved=False)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143
+
+
+def test_fault_18_a_rank_that_cannot_save_in_time_ends_without() -> None:
+    run = rank(STUCK, within_s=0.5)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (143, "no checkpoint within run.preempt_s 0.5: ending without\n")
+
+
+def test_fault_18_the_same_signal_by_two_ways_is_one_and_a_later_one_ends_the_rank() -> None:
+    run = rank(STUCK)
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(2 * TWICE_S)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143
