@@ -89,7 +89,7 @@ class StopRequest:
             if not self.unsaved or (deadline and now - first > TWICE_S):
                 leave(128 + came[0])
             if deadline is None:
-                first, deadline = now, now + self._within_s
+                self.asked, first, deadline = came[0], now, now + self._within_s
 
 
 def supervised() -> None:

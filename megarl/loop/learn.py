@@ -93,7 +93,7 @@ class Learner:
         step: rollout steps done before this one. A batch without mini-batches has nothing to learn from.
         """
         times = Times()
-        self.critic_norm = {}
+        self.critic_norm = {}  # a step without an update of the critic has none
         self._step, self._names, self._guarded = step + 1, batch.names, ""
         packs = [pack for minibatch in batch.minibatches for pack in minibatch]
         routing = _Routing(self.moe_layers, self.columns)
