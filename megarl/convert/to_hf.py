@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megarl.checkpoints import hf_files
+from megarl.checkpoints import STATE, damage, hf_files
 from megarl.convert.output import fingerprint, output_folder
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
@@ -21,6 +21,8 @@ from megarl.weights.files.safetensors_file import SafetensorsWriter
 
 def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = False) -> None:
     """Every tensor in the dtype the checkpoint holds it in. Memory: a small multiple of the largest tensor."""
+    if (megatron / STATE).is_file() and (fault := damage(megatron, contents=True)):
+        raise UserError(f"checkpoint {str(megatron)!r} is damaged ({fault}); copy it again, or give another")
     with MegatronReader(megatron) as reader:
         trained = reader.specs()
         specs = trained | {name: reader.spec(name) for name in reader.carried(reader.weight_map)}

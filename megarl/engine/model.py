@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megarl.engine.attention import RowRotary
 from megarl.engine.experts import uneven_width
 from megarl.engine.parallel import Parallel
 from megarl.engine.profile import Profile, choose_profile
+from megarl.engine.soundness import check_source
 from megarl.engine.specs import layer_specs, profile_settings
 from megarl.weights.files.megatron_folder import open_weights
 from megarl.weights.map.te_names import transformer_engine_names
@@ -158,6 +160,8 @@ def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
     """
     model.source = path
     of_the_source = WeightMap(model.weight_map.hf_config) if fresh else model.weight_map
+    if not fresh:
+        check_source(Path(path))
     with open_weights(path, of_the_source) as reader, torch.no_grad():
         if not fresh:  # a critic's folder is the policy's, which has been checked
             reader.carried(model.weight_map)  # names what is missing, unknown or of another shape

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megarl.checkpoints import damage, no_sound, remove_leftovers, whole_checkpoints
+from megarl.checkpoints import no_sound, remove_leftovers, whole_checkpoints
 from megarl.engine.checkpoint import load_checkpoint
+from megarl.engine.soundness import damage_on_any_rank
 from megarl.engine.step import Engine
 from megarl.errors import UserError
 
@@ -64,7 +65,7 @@ def agree(folder: Path) -> Path | None:
     Newer ones that are damaged are named and set aside, as step_N.damaged: the run writes those steps again. UserError
     where all are damaged.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     told: list[list[str]] = [[]]
     if rank == 0:
         remove_leftovers(folder)
@@ -72,9 +73,7 @@ def agree(folder: Path) -> Path | None:
     dist.broadcast_object_list(told, src=0)
     faults: dict[str, str] = {}
     for name in told[0]:
-        everyone: list[str | None] = [None] * world
-        dist.all_gather_object(everyone, damage(folder / name, contents=True, share=(rank, world)))
-        fault = next(filter(None, everyone), None)
+        fault = damage_on_any_rank(folder / name)
         if fault is None:
             if rank == 0:
                 _set_aside(folder, faults, name)

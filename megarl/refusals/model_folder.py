@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megarl.checkpoints import hf_files
+from megarl.checkpoints import STATE, damage, hf_files
 from megarl.refusals.case import Case
 
 
@@ -38,6 +38,8 @@ def megatron_checkpoint(case: Case) -> str | None:
         return None
     if not (folder / ".metadata").is_file():
         return f"model.path {str(folder)!r} is not a whole checkpoint, it has no .metadata; give another"
+    if (folder / STATE).is_file() and (fault := damage(folder)):
+        return f"model.path {str(folder)!r} is damaged ({fault}); copy the checkpoint again, or give another"
     if case.command in ("generate", "eval") and "RANK" in os.environ:  # megarl's own launcher converts it first
         hint = f"python checkpoints_conversion/megatron_to_hf.py --megatron {folder} --out DIR"
         return (

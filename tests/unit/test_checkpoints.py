@@ -6,6 +6,7 @@ Between layouts: tests/parallel/test_resume.py.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megarl import refusals
 from megarl.checkpoints import damage, newest, whole_checkpoints
 from megarl.config import load_config
+from megarl.convert.commands import megatron_to_hf_main
 from megarl.engine.build import Engine, build_engine
 from megarl.errors import UserError
 from tools.bench.gpu.common import packs_of
@@ -144,6 +147,21 @@ def test_fault_12_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     flip(run_dir / "checkpoints" / "step_2" / "__0_1.distcp")
     with pytest.raises(UserError, match=r"step_2' is damaged \(.*\), and there is no whole one before it"):
         resume(run_dir, engine)
+
+
+def test_fault_12_a_flipped_bit_in_a_model_path_and_in_a_conversion_is_named(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_dir / "checkpoints" / "step_4"
+    flip(path / "__0_0.distcp")
+    said = r"step_4' is damaged \(the checksum of __0_0.distcp is another\)"
+    with pytest.raises(UserError, match=said):
+        engine_of(path)
+    assert megatron_to_hf_main(["--megatron", str(path), "--out", str(tmp_path / "hf")]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"step_4' is damaged \(__0_0.distcp is missing\)"):
+        refusals.check(load_config(None, [f"model.path={path}"]), "score")
 
 
 def test_fault_12_what_torch_says_of_a_checkpoint_is_one_line(engine: Engine, model: Path, run_dir: Path) -> None:
