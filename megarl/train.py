@@ -20,7 +20,7 @@ from megarl.errors import Stopped, UserError
 from megarl.loop.batch import ScoredRollouts, build_batch
 from megarl.loop.colocate import MemoryTurns
 from megarl.loop.dull import DullSteps
-from megarl.loop.evaluate import evaluate
+from megarl.loop.evaluate import Evaluation
 from megarl.loop.learn import Learner
 from megarl.loop.prompts import load_run_prompts
 from megarl.loop.reduce import Values, rates
@@ -30,7 +30,6 @@ from megarl.loop.sampler import Sampler
 from megarl.loop.saving import Saver
 from megarl.loop.scoring import RewardScorer
 from megarl.observe.output import Output
-from megarl.observe.trace import phase
 from megarl.report.live import LivePage
 from megarl.rollout.fleet import Fleet
 
@@ -63,11 +62,14 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest)
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
+    evaluation = Evaluation(config, sampler, scorer, prompts.validation, output)
     refit = Refit(config, engine, fleet)
     saver = Saver(config, engine, learner.critic)
     try:
         announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)
+        with fleet.watched():
+            evaluation.catch_up(step)
         while step < config.train.steps and not (stop or saver.ending):
             start = time.perf_counter()
             fleet.check()
@@ -86,18 +88,15 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done)}
             metrics |= rates(metrics, time.perf_counter() - start)
             stop = dull.add(step, metrics)
+            if output:
+                output.write(step, metrics, batch.samples, learned.notes)
             last = bool(stop) or step == config.train.steps
             if saver.due(step, {"optimizer_steps": done, "stream": stream.state_dict()}, last=last):
                 with turns.training(fleet):
                     saver.save()
-            evaluated = last or (config.eval.every and step % config.eval.every == 0)
-            try:
-                if prompts.validation and evaluated and not saver.ending:
-                    with phase("evaluate"), fleet.watched():
-                        metrics |= evaluate(sampler, scorer, prompts.validation, config)
-            finally:  # the step is done, whatever becomes of its evaluation
-                if output:
-                    output.write(step, metrics, batch.samples, learned.notes)
+            if not saver.ending:
+                with fleet.watched():
+                    evaluation.after(step, last=last)
     except Stopped as stopped:  # Ctrl-C or SIGTERM, while rollouts were awaited
         with turns.training(fleet):
             saver.interrupted(stopped)

@@ -12,8 +12,46 @@ from megarl.errors import UserError
 from megarl.loop.reduce import Values
 from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
+from megarl.observe.metrics import read_metrics
+from megarl.observe.output import Output
+from megarl.observe.trace import phase
 from megarl.reward.figures import evaluation_figures
 from megarl.reward.pool import Score
+
+
+class Evaluation:
+    """When the policy is evaluated: every eval.every steps and at the end. Every rank calls every method.
+
+    It follows the step's row and checkpoint, which so outlive whatever becomes of it; its numbers are added to the row.
+    output: on rank 0.
+    """
+
+    def __init__(
+        self, config: Config, sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], output: Output | None
+    ) -> None:
+        self.config, self.prompts, self.output = config, prompts, output
+        self.sampler, self.scorer = sampler, scorer
+
+    def after(self, step: int, *, last: bool) -> None:
+        """An evaluation, where one is due after `step`. last: the run ends here."""
+        every = self.config.eval.every
+        if self.prompts and (last or (every and step % every == 0)):
+            with phase("evaluate"):
+                values = evaluate(self.sampler, self.scorer, self.prompts, self.config)
+            if self.output:
+                self.output.evaluated(step, values)
+
+    def catch_up(self, step: int) -> None:
+        """That of `step`, which the run goes on from, where a run that was ended between checkpoint and evaluation owes
+        it.
+        """
+        owed = [False]
+        if dist.get_rank() == 0 and step:
+            rows = read_metrics(self.config.run.dir)
+            owed = [bool(rows) and rows[-1]["step"] == step and "eval/k" not in rows[-1]]
+        dist.broadcast_object_list(owed, src=0)
+        if owed[0]:
+            self.after(step, last=False)
 
 
 @dataclass(frozen=True)

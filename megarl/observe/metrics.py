@@ -41,9 +41,24 @@ class MetricsLogger:
         """One row. A value is a number or a list of numbers (one a MoE layer); what is
         not finite is written as null.
         """
-        row = {"step": step, **{key: _plain(value) for key, value in metrics.items()}}
+        row = {"step": step, **_plain_row(metrics)}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        self._pass_on(step, row)
+
+    def amend(self, step: int, metrics: Mapping[str, Value]) -> dict[str, Any]:
+        """More of the last row, which is `step`'s; returns it all. The file is replaced: it holds one row a step."""
+        more = _plain_row(metrics)
+        row = {**read_metrics(self.path.parent)[-1], **more}
+        if row["step"] != step:
+            raise ValueError(f"the last row of {self.path} is of step {row['step']}, not {step}")
+        self._file.close()
+        self._replace([*read_metrics(self.path.parent)[:-1], row])
+        self._file = self.path.open("a", encoding="utf-8")
+        self._pass_on(step, more)
+        return row
+
+    def _pass_on(self, step: int, row: Mapping[str, Any]) -> None:
         scalars = dict(pair for key, value in row.items() for pair in _scalars(key, value))
         for name, logger in list(self._loggers.items()):
             try:
@@ -65,7 +80,9 @@ class MetricsLogger:
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
-        rows = [row for row in read_metrics(self.path.parent) if row["step"] <= step]
+        self._replace([row for row in read_metrics(self.path.parent) if row["step"] <= step])
+
+    def _replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
         whole = self.path.with_suffix(".tmp")
         whole.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         os.replace(whole, self.path)
@@ -90,6 +107,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and type(row.get("step")) is int:
             rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def _plain_row(metrics: Mapping[str, Value]) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in metrics.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -51,6 +51,11 @@ class Output:
             write_worst(self.dir, step, notes.worst, decode)
         self.page.refresh()
 
+    def evaluated(self, step: int, metrics: dict[str, float | list[float]]) -> None:
+        """What an evaluation after `step` adds to its row, which has been written."""
+        self.progress.update(step, self.logger.amend(step, metrics))
+        self.page.refresh()
+
     def close(self) -> None:
         self.logger.close()
         self.progress.close()
