@@ -69,7 +69,7 @@ def _config(args: argparse.Namespace) -> Config:
     from megarl.refusals.keys import refuse_ignored
 
     config = load_config(args.config, args.overrides)
-    refuse_ignored(args.command, args.overrides)
+    refuse_ignored(args.command, config, args.overrides)
     return config
 
 

@@ -4,6 +4,8 @@ the command line is meant for this command, and one that it would ignore is refu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import yaml
 
 from megarl.config import Config, walk
@@ -33,6 +35,29 @@ READS = {
 }
 
 
+# keys (a section with a dot: all of its keys), when they are read, and the setting that it takes
+NEEDS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    (
+        "critic.",
+        lambda config: config.objective.advantage == "gae",
+        "objective.advantage gae, as of objective=ppo",
+    ),
+    (
+        "eval.every eval.samples eval.temperature eval.max_prompts",
+        lambda config: config.eval.prompts is not None,
+        "eval.prompts",
+    ),
+    ("batch.max_refills", lambda config: config.batch.equal_groups == "refill", "batch.equal_groups=refill"),
+    ("data.overlong_penalty", lambda config: config.data.overlong_buffer > 0, "data.overlong_buffer above 0"),
+    (
+        "train.min_lr train.lr_decay_iters",
+        lambda config: config.train.lr_decay_style != "constant",
+        "a train.lr_decay_style other than constant",
+    ),
+    ("sync.quantize_also", lambda config: config.sync.quantize != "none", "a sync.quantize other than none"),
+)
+
+
 def reads(command: str, key: str) -> bool:
     """Whether `command` reads `key`, a dotted name; a section's name alone counts as any of its keys."""
     section = key.partition(".")[0]
@@ -42,8 +67,8 @@ def reads(command: str, key: str) -> bool:
     return key in words or section in words or (key == section and any(word.startswith(f"{key}.") for word in words))
 
 
-def refuse_ignored(command: str, overrides: list[str]) -> None:
-    """Raises UserError for the first override, key=value, that `command` would ignore."""
+def refuse_ignored(command: str, config: Config, overrides: list[str]) -> None:
+    """Raises UserError for the first override, key=value, that `command` would ignore. config: with the overrides."""
     for item in overrides:
         key, _, text = item.partition("=")
         for given in _keys(key, text):
@@ -53,6 +78,12 @@ def refuse_ignored(command: str, overrides: list[str]) -> None:
                     f"override {item!r}: megarl {command} does not read {given}, megarl {' and '.join(others)} does; "
                     "leave it out (in CONFIG it may stay)"
                 )
+            for keys, is_read, setting in NEEDS:
+                mine = any(given == key or (key.endswith(".") and given.startswith(key)) for key in keys.split())
+                if mine and not is_read(config):
+                    raise UserError(
+                        f"override {item!r}: {given} is read only with {setting}; set that too, or leave it out"
+                    )
 
 
 def _keys(key: str, text: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megarl.cli import main
+from megarl.config import load_config
 from megarl.errors import UserError
 from megarl.refusals.keys import READS, all_keys, reads, refuse_ignored
 
@@ -24,7 +25,7 @@ def test_the_table_names_what_exists_and_every_key_has_a_reader() -> None:
         ("score", ["score.temperature=0.7", "train.lr=1"], "'train.lr=1': megarl score does not read train.lr, megarl"),
         ("score", ["rollout.temperature=0.7"], "megarl run and generate and compare does; leave it out (in CONFIG"),
         ("sft", ["batch.group=4"], "does not read batch.group"),
-        ("sft", ["engine.distributed_optimizer=true", "train.min_lr=0"], ""),
+        ("sft", ["engine.distributed_optimizer=true", "train.lr=1"], ""),
         ("run", ["sft.batch=4"], "megarl run does not read sft.batch, megarl sft does"),
         ("run", ["score.temperature=1"], "does not read score.temperature"),
         ("rollout", ["train.lr=1", "launch.store=a:1"], ""),
@@ -34,8 +35,14 @@ def test_the_table_names_what_exists_and_every_key_has_a_reader() -> None:
         ("compare", ["sync.quantize=int4", "objective=grpo", "objective.is_cap=3", "batch.prompts=3"], ""),
         ("compare", ["objective.eps_low=0.1"], "does not read objective.eps_low, megarl run does"),
         ("compare", ["engine.distributed_optimizer=true"], "does not read engine.distributed_optimizer"),
-        ("eval", ["eval.samples=2", "rollout.engines=2", "data.reward=digit_sum"], ""),
+        ("eval", ["eval.samples=2", "eval.prompts=p.jsonl", "rollout.engines=2", "data.reward=digit_sum"], ""),
         ("eval", ["rollout.temperature=0.5"], "does not read rollout.temperature"),
+        ("run", ["critic.lr=1e-4"], "critic.lr is read only with objective.advantage gae, as of objective=ppo"),
+        ("run", ["critic.lr=1e-4", "objective=ppo"], ""),
+        ("run", ["eval.every=2"], "eval.every is read only with eval.prompts; set that too"),
+        ("sft", ["train.min_lr=1e-6"], "train.min_lr is read only with a train.lr_decay_style other than constant"),
+        ("run", ["batch.max_refills=3"], "batch.equal_groups=refill"),
+        ("compare", ["sync.quantize_also=[router]"], "sync.quantize_also is read only with a sync.quantize"),
         ("plan", ["engine.recompute=full", "parallel.tp=2"], ""),
         ("plan", ["rollout.temperature=1"], "does not read rollout.temperature"),
     ],
@@ -43,10 +50,10 @@ def test_the_table_names_what_exists_and_every_key_has_a_reader() -> None:
 def test_fault_06_an_override_that_is_ignored(command: str, overrides: list[str], message: str) -> None:
     if message:
         with pytest.raises(UserError) as error:
-            refuse_ignored(command, overrides)
+            refuse_ignored(command, load_config(None, overrides), overrides)
         assert message in str(error.value) and "\n" not in str(error.value)
     else:
-        refuse_ignored(command, overrides)
+        refuse_ignored(command, load_config(None, overrides), overrides)
 
 
 def test_fault_06_by_the_command_line(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +66,6 @@ def test_fault_06_by_the_command_line(run_yaml: Path, capfd: pytest.CaptureFixtu
 
 
 def test_what_shares_a_gpu_in_a_run_does_not_in_other_commands(run_yaml: Path) -> None:
-    from megarl.config import load_config
     from megarl.launch.processes import make_plan
 
     config = load_config(run_yaml, ["launch.colocate=true"])
