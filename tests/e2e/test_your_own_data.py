@@ -43,6 +43,8 @@ def test_fault_24_from_rows_to_transformers(tmp_path: Path) -> None:
     )
     metrics = [json.loads(line) for line in (tmp_path / "runs" / "gsm8k" / "metrics.jsonl").open(encoding="utf-8")]
     assert [row["step"] for row in metrics] == [1, 2] and "eval/mean_at_k" in metrics[-1]
+    judged = [json.loads(line) for line in (tmp_path / "runs" / "gsm8k" / "eval.jsonl").open(encoding="utf-8")]
+    assert "mean@4" in said[3] and len(judged) == 4 * 4 and all(row["reward"] in (0.0, 1.0) for row in judged)
     [last] = blocks("python", " final")
     assert run(tmp_path, [sys.executable, "-c", last])
 
