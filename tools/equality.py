@@ -4,18 +4,22 @@
 
 For every layout and every replay mode, log-probabilities, loss and gradient of one mini-batch are
 compared with those of a single rank that runs one micro-batch. R3 replays adversarial routes that
-differ at every token. The figure is max |a - b| / max |b|, the worst over all tensors; the limit
-is 1e-5 in float32. Ranks are real processes over gloo, one launch for each world size.
+differ at every token. Under R3 whole training steps follow: three Adam updates with clipping by the
+learner, whose metrics and whose change of every parameter are compared too. The figure is
+max |a - b| / max |b|, the worst over all tensors; the limit is 1e-5 in float32. Ranks are real
+processes over gloo, one launch for each world size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,13 +47,18 @@ class Row:
     quick: bool = False
 
 
+# The first step has two mini-batches after a pi_old pass, the second one whose own pass is pi_old. Adam's epsilon is
+# of the size of the gradients: where it is tiny, the sign of a gradient that is rounding alone decides an update.
+STEPS = (2, 1)
+TRAIN = ["train.lr=1e-2", "train.adam_eps=1e-3", "train.clip_grad=0.5", "replay.metrics=true"]
 SMALL = {"micro_batch_tokens": 48}  # several micro-batches of different lengths
 MODELS = {  # arguments of make_tiny_model; the default family is Qwen3-MoE
-    "moe": {},
+    "moe": {"vocab_size": 33},  # padded under TP
     "dense_first": {"dense_layers": [0]},
     "deepseek": {
         "family": "deepseek_v3",
         "top_k": 4,
+        "vocab_size": 33,
     },  # latent attention, expert bias, 2 of 4 groups, shared expert, dense first layer
     "qwen2": {"family": "qwen2_moe", "kv_heads": 4},  # QKV bias, a shared expert behind a gate
     "llama": {"family": "llama"},  # no experts
@@ -114,6 +123,7 @@ ROWS = [
         model="deepseek",
         quick=True,
     ),
+    Row("DeepSeek, PP4, first stage all dense", 4, {"pp": 4}, SMALL, model="deepseek"),
     Row("DeepSeek, PP2 full recompute", 2, {"pp": 2}, {"recompute": "full", **SMALL}, model="deepseek"),
     Row("Qwen2-MoE, TP2 PP2 ETP2", 4, {"tp": 2, "pp": 2, "etp": 2}, SMALL, model="qwen2", quick=True),
     Row("Llama, TP2 PP2", 4, {"tp": 2, "pp": 2}, SMALL, model="llama", quick=True),
@@ -147,14 +157,15 @@ PAGE = """# Equality over layouts
 
 Printed by `python tools/equality.py --write docs/equality.md` ({rows} layouts, float32, gloo). Each figure is the largest
 |a - b| / max |b| against a single rank with one micro-batch, over log-probabilities, loss and every gradient tensor; the limit is 1e-5.
-R3 replays adversarial routes that differ at every token.
+R3 replays adversarial routes that differ at every token. The last column is of whole training steps under R3, three Adam updates with
+clipping: every metric of the learner, and the change of every parameter beyond the rounding of its storage.
 
 {table}
 """
 
 
 def compare(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """row -> mode -> {logprobs, loss, grad}: relative differences from the single rank."""
+    """row -> mode -> {logprobs, loss, grad}, under R3 also {metrics, update}: relative differences from the single rank."""
     import torch
 
     from tools.tiny_model import make_tiny_model
@@ -179,8 +190,13 @@ def compare(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
         for row in rows:
             want = torch.load(folder / f"reference {row.model}.pt")
             got = torch.load(folder / f"{row.name}.pt")
+            rounding = want["R3"].pop("rounding")
             results[row.name] = {
-                mode: {key: _difference(got[mode][key], want[mode][key]) for key in want[mode]} for mode in MODES
+                mode: {
+                    key: _difference(got[mode][key], want[mode][key], rounding if key == "update" else {})
+                    for key in want[mode]
+                }
+                for mode in MODES
             }
     return results
 
@@ -228,21 +244,24 @@ def _launch(folder: Path, world: int, rows: list[Row]) -> None:
         raise SystemExit(f"the {world}-rank launch failed:\n{done.stderr[-3000:]}")
 
 
-def _difference(got: Any, want: Any) -> float:
-    """max |a - b| / max |b|: of a tensor, or the worst of a dictionary of tensors."""
+def _difference(got: Any, want: Any, rounding: Mapping[str, float] | float = 0.0) -> float:
+    """max |a - b| / max |b|: of a tensor, or the worst of a dictionary of tensors. `rounding` is taken off |a - b|."""
     if isinstance(want, dict):
-        return max(_difference(got[name], want[name]) for name in want)
-    scale = float(want.abs().max())
-    return float((got - want).abs().max()) / scale if scale else float(got.abs().max())
+        if got.keys() != want.keys():
+            return math.inf
+        of = rounding if isinstance(rounding, Mapping) else {}
+        return max(_difference(got[name], want[name], of.get(name, 0.0)) for name in want)
+    scale, difference = float(want.abs().max()), float((got - want).abs().max())
+    allowed = rounding if isinstance(rounding, float) else 0.0
+    return math.inf if math.isnan(difference) else max(difference - allowed, 0.0) / (scale or 1.0)
 
 
 def render(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    lines = [
-        "| layout | " + " | ".join(f"{mode}: log-prob, loss, gradient" for mode in MODES) + " |",
-        "|---|" + "---|" * len(MODES),
-    ]
+    columns = [(mode, ("logprobs", "loss", "grad")) for mode in MODES] + [("R3", ("metrics", "update"))]
+    titles = [*(f"{mode}: log-prob, loss, gradient" for mode in MODES), "steps: metrics, update"]
+    lines = ["| layout | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
     for name, modes in results.items():
-        cells = [", ".join(f"{modes[mode][key]:.1e}" for key in ("logprobs", "loss", "grad")) for mode in MODES]
+        cells = [", ".join(f"{modes[mode][key]:.1e}" for key in keys) for mode, keys in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -267,9 +286,10 @@ def worker(folder: Path, names: list[str]) -> None:
         keys = [f"parallel.{k}={v}" for k, v in row.parallel.items()] + [
             f"engine.{k}={v}" for k, v in row.engine.items()
         ]
-        config = load_config(None, [f"model.path={folder / row.model}", *keys])
-        engine = build_engine(config, optimizer_steps=1, temperature=TEMPERATURE)
+        config = load_config(None, [f"model.path={folder / row.model}", *TRAIN, *keys])
+        engine = build_engine(config, optimizer_steps=sum(STEPS), temperature=TEMPERATURE)
         result = {mode: measure(engine, config, mode) for mode in MODES}
+        result["R3"] |= train_steps(engine, config)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{row.name}.pt")
         dist.barrier()
@@ -302,23 +322,56 @@ def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
             pack.passes.old_routes = pack.passes.live_routes
     sums = engine.gradients(packs, {"none": "record", "R2": "replay_old", "R3": "replay"}[mode], learner._loss)
     loss = sum((float(part["loss/value:sum"]) for part in sums), 0.0) if at.coord.tp == at.coord.cp == 0 else 0.0
+    if config.engine.distributed_optimizer:
+        _gather_shards(engine)
     everyone: list[Any] = [None] * at.layout.world
-    dist.all_gather_object(everyone, (mine, loss, gradients(engine, config.engine.distributed_optimizer)))
+    dist.all_gather_object(everyone, (mine, loss))
     logprobs = {k: v for rank in everyone for k, v in rank[0].items()}
-    full = {name: torch.zeros(shape) for name, shape in engine.model.weight_map.hf_shapes.items()}
-    for _, _, pieces in everyone:
-        for piece, value in pieces:
-            full[piece.hf_name][piece.rect.slices] = value
     return {
         "logprobs": torch.cat([logprobs[i] for i in sorted(logprobs)]),
         "loss": torch.tensor(sum(rank[1] for rank in everyone)),
-        "grad": full,
+        "grad": whole_tensors(engine, lambda tensor: tensor.main_grad),
     }
 
 
-def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
-    """This rank's packs of the fixed responses: the trainer's own assignment, arrays and,
-    for R3, adversarial routes.
+def train_steps(engine: Any, config: Any) -> dict[str, Any]:
+    """Whole steps of the learner under R3: every metric but times; by how much each parameter has changed; and what of
+    that rounding may have done, half a unit in the last place of its largest number at every update.
+    """
+    import torch
+
+    from megarl.loop.batch import Batch
+    from megarl.loop.learn import Learner
+
+    config = config.model_copy(deep=True)
+    config.replay.mode = "R3" if engine.model.weight_map.moe_layers else "none"
+    learner = Learner(config, engine)
+    before = whole_tensors(engine, lambda tensor: tensor.detach())
+    metrics: dict[str, Any] = {}
+    for step, count in enumerate(STEPS):
+        each = len(RESPONSES) // count
+        members = [list(range(i * each, (i + 1) * each)) for i in range(count)]
+        minibatches = [lay_out(engine, config, with_routes=True, members=chosen) for chosen in members]
+        batch = Batch(
+            minibatches, [str(i) for i in range(len(RESPONSES))], {}, [], sampled=list(range(0, len(RESPONSES), 5))
+        )
+        learned = learner.learn(batch, step)
+        values = {name: value for name, value in learned.metrics.items() if not name.startswith("time/")}
+        values["worst tokens"] = [row["difference"] for row in learned.notes.worst]
+        values |= {f"old log-probabilities of {i}": value for i, value in learned.notes.sampled.items()}
+        metrics |= {f"{step} {name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    after = whole_tensors(engine, lambda tensor: tensor.detach())
+    updates = sum(STEPS)
+    return {
+        "metrics": metrics,
+        "update": {name: after[name] - before[name] for name in before},
+        "rounding": {name: updates * 2**-24 * float(tensor.abs().max()) for name, tensor in after.items()},
+    }
+
+
+def lay_out(engine: Any, config: Any, with_routes: bool, members: list[int] | None = None) -> list[Any]:
+    """This rank's packs of the fixed responses, or of some: the trainer's own
+    assignment, arrays and, for R3, adversarial routes.
     """
     import torch
 
@@ -343,33 +396,45 @@ def lay_out(engine: Any, config: Any, with_routes: bool) -> list[Any]:
     ]
     multiple = at.layout.pp if at.layout.vpp > 1 else 1
     prompts = [p for p, _ in RESPONSES]
-    assigned = assign([n - 1 for n in lengths], at.layout.dp, config.engine.micro_batch_tokens, multiple)[at.coord.dp]
+    chosen = list(range(len(RESPONSES))) if members is None else members
+    rows = [lengths[i] - 1 for i in chosen]
+    places = assign(rows, at.layout.dp, config.engine.micro_batch_tokens, multiple)[at.coord.dp]
+    assigned = [[chosen[place] for place in pack] for pack in places]
     packs = make_packs(assigned, tokens, prompts, at.layout, at.coord)
     for pack in packs:
-        members = pack.responses
-        prompt_lens = [prompts[i] for i in members]
-        pack.rollout.logprobs = scatter_rows(pack, [mu[i] for i in members], prompt_lens)
-        pack.rollout.denominators.fill_(len(RESPONSES))
-        for start, i in zip(pack.starts, members, strict=True):
+        responses = pack.responses
+        prompt_lens = [prompts[i] for i in responses]
+        pack.rollout.logprobs = scatter_rows(pack, [mu[i] for i in responses], prompt_lens)
+        pack.rollout.denominators.fill_(len(chosen))
+        for start, i in zip(pack.starts, responses, strict=True):
             rows = slice(start, start + lengths[i] - 1)
             pack.rollout.rewards[rows] = pack.rollout.advantages[rows] = advantage[i]
             pack.rollout.group_ids[rows] = i // 3
         if with_routes and weight_map.moe_layers:
             empty = torch.zeros(0, len(weight_map.moe_layers), weight_map.top_k)
-            attach_routes(pack, torch.cat([routes[i] for i in members]) if members else empty, at, shape)
+            attach_routes(pack, torch.cat([routes[i] for i in responses]) if responses else empty, at, shape)
     return packs
 
 
-def gradients(engine: Any, distributed_optimizer: bool) -> list[tuple[Any, Any]]:
-    """(piece, gradient) of the parameters this rank is the first to hold."""
-    if distributed_optimizer:
-        _gather_shards(engine)
-    return [
-        (piece, tensor.main_grad[piece.local.slices].clone())
+def whole_tensors(engine: Any, part: Callable[[Any], Any]) -> dict[str, Any]:
+    """Hugging Face tensors put together from part(parameter) of the ranks that are the first to hold one; on every
+    rank. Collective.
+    """
+    import torch
+    import torch.distributed as dist
+
+    mine = [
+        (piece, part(tensor)[piece.local.slices].clone())
         for param, tensor in engine.model.params()
         if param.replica == 0 and not param.buffer
         for piece in param.pieces
     ]
+    everyone: list[Any] = [None] * engine.model.parallel.layout.world
+    dist.all_gather_object(everyone, mine)
+    full = {name: torch.zeros(shape) for name, shape in engine.model.weight_map.hf_shapes.items()}
+    for piece, value in (pair for pieces in everyone for pair in pieces):
+        full[piece.hf_name][piece.rect.slices] = value
+    return full
 
 
 def _gather_shards(engine: Any) -> None:

@@ -182,7 +182,7 @@ class Engine:
                 collect_non_loss_data=forward_only,
                 **between,
             )
-        for i, pack in enumerate(packs):
+        for i, pack in enumerate(packs if routes != "off" else []):
             self._keep_routes(pack, [recorded[c, i] for c in range(len(self.model.chunks)) if (c, i) in recorded])
         return result
 
@@ -220,6 +220,11 @@ class Engine:
         return out, partial(consume, pack, temperature)
 
     def _keep_routes(self, pack: Pack, chunks: list[LiveRoutes]) -> None:
+        """A stage without MoE layers keeps routes of no layers, so that sums over stages meet the same rows on each."""
+        weight_map = self.model.weight_map
+        if not chunks and weight_map.moe_layers:
+            rows = len(self.predicting_rows(pack))
+            chunks = [LiveRoutes(torch.zeros(rows, 0, weight_map.top_k, dtype=torch.int16), None)]
         if chunks:
             pack.passes.live_routes = torch.cat([chunk.routes for chunk in chunks], dim=1).cpu()
             gaps = [chunk.score_gap for chunk in chunks if chunk.score_gap is not None]

@@ -59,8 +59,9 @@ def worst_of(packs: list[Pack]) -> list[Row]:
             continue
         old = pack.passes.old_logprobs.cpu().float()
         difference = ((old - pack.rollout.logprobs).abs() * pack.mask).nan_to_num(posinf=torch.finfo(torch.float32).max)
+        least = found[-1]["difference"] if len(found) == COUNT else -1.0  # of the packs before
         for value, row in zip(*difference.topk(min(COUNT, pack.padded)), strict=True):
-            if pack.mask[row] and (len(found) < COUNT or value > found[-1]["difference"]):
+            if pack.mask[row] and value > least:
                 found.append(_row(pack, int(row), float(value), float(old[row])))
         found = sorted(found, key=lambda token: -token["difference"])[:COUNT]
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from megarl.engine.batch import make_packs
-from megarl.engine.build import DEVICE  # noqa: F401  sets the device up before megatron-core is imported
 from megarl.observe.worst import AFTER, COUNT, logprobs_of, worst_of
 from megarl.weights.map.layout import Layout
 
@@ -36,6 +35,17 @@ def test_the_worst_tokens_of_packs() -> None:
         -5.0,
     )
     assert len(rest) == COUNT - 2 and all(row["difference"] == 1 for row in rest)
+
+
+def test_the_worst_tokens_do_not_depend_on_the_packs() -> None:
+    layout = Layout(world=1)
+    tokens = [torch.arange(12), torch.arange(20, 32)]
+    differences = [torch.arange(11) + 0.5, torch.arange(11) + 0.25]  # a little less in the second response
+    for assigned in ([[0, 1]], [[0], [1]], [[1], [0]]):
+        packs = make_packs(assigned, tokens, [1, 1], layout, layout.coord(0))
+        for pack in packs:
+            pack.passes.old_logprobs = torch.cat([differences[i] for i in pack.responses])
+        assert [row["difference"] for row in worst_of(packs)] == [10.5, 10.25, 9.5, 9.25, 8.5, 8.25, 7.5, 7.25]
 
 
 def test_the_log_probabilities_of_the_responses_that_are_shown() -> None:
