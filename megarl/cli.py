@@ -80,6 +80,8 @@ def _launch(args: argparse.Namespace) -> int:
 
     config = _config(args)
     options = _options(args, config)
+    if args.command in ("compare", "generate") and args.input is not None:
+        config = config.changed(data={"prompts": args.input})
     world = os.environ.get("WORLD_SIZE")
     inside_torchrun = world is not None and "RANK" in os.environ
     if inside_torchrun and args.command == "run":
@@ -146,8 +148,6 @@ def _options(args: argparse.Namespace, config: Config) -> list[str]:
         return []
     if not os.path.isfile(args.input):
         raise UserError(f"--input {args.input!r} does not exist; give a JSONL file")
-    if args.command in ("compare", "generate"):
-        config.data.prompts = args.input
     if args.command == "compare":
         return ["--input", args.input]
     _check_output(args.output, args.input)

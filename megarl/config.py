@@ -414,6 +414,12 @@ class Config(Section):
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
 
+    def changed(self, **sections: dict[str, Any]) -> Config:
+        """A new configuration with other values for some keys of some sections; this one stays as it is."""
+        return self.model_copy(
+            update={name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
+        )
+
     @property
     def replay_mode(self) -> Literal["none", "R2", "R3"]:
         """replay.mode, or its default for the degree of off-policiness N (docs/objective.md, "Mini-batches")."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.config import ParallelConfig
-from megarl.engine.build import DEVICE, Parallel, init_parallel
+from megarl.engine.device import setup_device
+from megarl.engine.parallel import Parallel, init_parallel
 
 
 def one_rank() -> Parallel:
     """megarl.engine.parallel.destroy_parallel() ends it."""
-    return init_parallel(ParallelConfig(), DEVICE, seed=0)
+    return init_parallel(ParallelConfig(), setup_device(), seed=0)
 
 
 def expert_layer(kind: Any, experts: int, hidden: int, width: int, **changes: Any) -> Any:

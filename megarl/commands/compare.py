@@ -55,8 +55,11 @@ def main(argv: list[str]) -> int:
             f"{len(prompts)} prompts are fewer than the {parallel.layout.dp} data-parallel ranks; give more, or fewer "
             "ranks"
         )
-    config.replay.mode = config.replay_mode  # unset, it would follow batch.minibatches
-    config.batch.prompts, config.batch.minibatches, config.batch.equal_groups = len(prompts), 1, "keep"
+    has_routes = bool(engine.model.weight_map.moe_layers)
+    config = config.changed(
+        replay={"mode": config.replay_mode if has_routes else "none"},  # unset, it would follow batch.minibatches
+        batch={"prompts": len(prompts), "minibatches": 1, "equal_groups": "keep"},
+    )
     fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest)
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)

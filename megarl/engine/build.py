@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from megarl.config import Config
 from megarl.engine.device import make_deterministic, setup_device
-
-DEVICE = setup_device()  # before anything below imports megatron-core
-
-from megarl.engine.exchange import RouteShape  # noqa: E402
-from megarl.engine.model import Model, build_model, load_weights, wrap_for_training  # noqa: E402
-from megarl.engine.optim import build_optimizer  # noqa: E402
-from megarl.engine.parallel import Parallel, init_parallel  # noqa: E402
-from megarl.engine.step import Engine  # noqa: E402
-from megarl.weights.map.weight_map import WeightMap, load_hf_config  # noqa: E402
+from megarl.engine.exchange import RouteShape
+from megarl.engine.model import Model, build_model, load_weights, wrap_for_training
+from megarl.engine.optim import build_optimizer
+from megarl.engine.parallel import Parallel, init_parallel
+from megarl.engine.step import Engine
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 
 def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float = 1.0) -> Engine:
-    """Process groups, model filled from model.path, and, with
-    optimizer_steps > 0, gradient buffers, optimizer and schedule.
-
-    A model without experts has no routes: `config` is changed so that replay and its metrics are off.
+    """Device, process groups, model filled from model.path, and, with optimizer_steps > 0, gradient buffers,
+    optimizer and schedule.
     """
+    device = setup_device()
     if config.engine.deterministic:
         make_deterministic()
-    parallel = init_parallel(config.parallel, DEVICE, config.run.seed)
+    parallel = init_parallel(config.parallel, device, config.run.seed)
     weight_map = WeightMap(load_hf_config(config.model.path))
-    if not weight_map.moe_layers:
-        config.replay.mode, config.replay.metrics = "none", False
     model = build_model(config, weight_map, parallel)
     load_weights(model, config.model.path)
     if optimizer_steps:
@@ -52,4 +46,4 @@ def route_shape(model: Model) -> RouteShape:
     return RouteShape(stages, model.weight_map.num_experts, model.weight_map.top_k)
 
 
-__all__ = ["DEVICE", "Engine", "Parallel", "build_engine", "route_shape"]
+__all__ = ["Engine", "Parallel", "build_engine", "route_shape"]

@@ -75,8 +75,8 @@ def value_map(hf_config: dict[str, Any]) -> WeightMap:
 
 def build_critic(config: Config, parallel: Parallel, optimizer_steps: int) -> Critic:
     """Trunk from model.path, a head of zeros, an optimizer under critic.lr with the schedule of train.*."""
-    own = config.model_copy(deep=True)
-    own.train.lr, own.train.min_lr = config.critic.lr, config.train.min_lr * config.critic.lr / config.train.lr
+    lr = config.critic.lr
+    own = config.changed(train={"lr": lr, "min_lr": config.train.min_lr * lr / config.train.lr})
     model = build_model(own, value_map(load_hf_config(config.model.path)), parallel, ValueHead)
     load_weights(model, config.model.path, fresh=VALUE_HEAD)
     wrap_for_training(model, own)

@@ -1,15 +1,14 @@
 """The device: CUDA with NCCL, or CPU with gloo. The only module that knows the difference.
 
-`setup_device()` must run before any other import of megatron.core, and checks its release.
-On CUDA it only picks the device. On a CPU it answers, for megatron-core 0.16, every call
-that assumes CUDA; each answer names the file it is for (paths under megatron/core).
+Importing megarl.engine changes nothing in torch or megatron-core: `setup_device()` does, once, before the first model
+or process group of this process. On CUDA it picks the device; on a CPU it also answers, for megatron-core 0.16, every
+call that assumes CUDA; each answer names the file it is for (paths under megatron/core).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import os
 import sys
 import warnings
@@ -20,7 +19,8 @@ from typing import Any
 
 import torch
 
-MEGATRON_CORE = "0.16"  # the release whose internals megarl/engine/ answers for or replaces
+from megarl.engine.megatron_compat import check_release, replace_parts
+
 CPU = torch.device("cpu")
 
 
@@ -39,22 +39,16 @@ class Device:
 def setup_device() -> Device:
     """Picks the device of this process and makes megatron-core run on it. Idempotent.
 
-    Raises RuntimeError on another release of megatron-core than the one whose internals megarl/engine/ replaces, here
-    and in permutation.py and pipeline.py.
+    RuntimeError on another release of megatron-core than megarl is written for (megatron_compat.py).
     """
-    found = importlib.metadata.version("megatron-core")
-    if not found.startswith(MEGATRON_CORE + "."):
-        raise RuntimeError(
-            f"megatron-core {found}: megarl replaces parts of {MEGATRON_CORE}.x; pip install "
-            f"'megatron-core=={MEGATRON_CORE}.1'"
-        )
+    check_release()
+    replace_parts()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return Device(device, "nccl")
-    os.environ.setdefault(
-        "TORCHDYNAMO_DISABLE", "1"
-    )  # megatron's jit_fuser is torch.compile; without a C++ toolchain it would fail
+    # megatron's jit_fuser is torch.compile; without a C++ toolchain it would fail
+    importlib.import_module("torch._dynamo").config.disable = True
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|NVIDIA Resiliency|hopper|Flash).*")
     warnings.filterwarnings("ignore", module=r"megatron\..*")

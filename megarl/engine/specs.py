@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megarl.engine.attention import PackedCausalAttention
 from megarl.engine.experts import GroupedExperts
 from megarl.engine.mla import PackedLatentAttention
-from megarl.engine.permutation import install as permute_by_index
 from megarl.engine.profile import Profile
 
 
@@ -35,7 +34,6 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def layer_specs(profile: Profile, config: TransformerConfig, moe: Iterable[bool]) -> TransformerBlockSubmodules:
     """`moe`: for each layer of the chunk, whether it has experts."""
-    permute_by_index()
     if profile.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -9,9 +9,6 @@ import random
 import pytest
 import torch
 
-from megarl.engine.build import DEVICE  # noqa: F401 # first: it makes megatron-core run on a CPU
-
-# isort: split
 from megarl.engine.attention import SHORTEST, PackedCausalAttention, groups_of_segments, packed_sequences
 
 LENGTHS = [3, 300, 1, 280, 40, 150, 41, 39, 2, 149]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +37,46 @@ def test_trap_19_every_size_is_passed_and_expert_tensor_parallelism_is_1_under_t
         asked["expert_tensor_parallel_size"] == asked["expert_model_parallel_size"] == 1
         and asked["tensor_model_parallel_size"] == 2
     )
+
+
+IMPORTS = """
+import importlib, os, pkgutil, torch
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+watched = lambda: (torch.cuda.current_device, torch.cuda.Stream, torch.cuda.synchronize, torch.Tensor.cuda,
+                   torch.Tensor.type, token_dispatcher.permute, moe_utils.torch, dict(os.environ))
+before = watched()
+for room in ("engine", "loop", "commands", "replay", "objective", "weights"):
+    package = importlib.import_module("megarl." + room)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if module.name != "megarl.engine.te_attention":
+            importlib.import_module(module.name)
+importlib.import_module("megarl.train")
+assert watched() == before
+from megarl.engine.device import setup_device
+setup_device()
+first = watched()
+assert first[5] is not before[5] and first[-1] == before[-1]
+"""
+
+
+def test_importing_megarl_changes_nothing_in_torch_and_megatron() -> None:
+    """setup_device does, and says nothing to child processes through the environment."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_nothing_in_megarl_changes_a_configuration() -> None:
+    """A resolved configuration is a new one (Config.changed)."""
+    found = []
+    for path in (Path(__file__).resolve().parents[2] / "megarl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                for part in target.elts if isinstance(target, ast.Tuple) else [target]:
+                    key = ast.unparse(part) if isinstance(part, ast.Attribute) else ""
+                    if re.fullmatch(r"(self\.)?config\.\w+\.\w+", key) and "server" not in path.parts:
+                        found.append(f"{path.name}:{part.lineno}: {key}")
+    assert not found
 
 
 def test_another_release_of_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from megarl.engine.build import DEVICE  # noqa: F401  (before megatron-core)
-
-# isort: split
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from megarl.engine import permutation
+from megarl.engine.device import setup_device
 
+setup_device()
 PLAIN = dict(fused=False, drop_and_pad=False)
 
 

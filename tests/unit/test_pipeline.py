@@ -14,16 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-
-from megarl.engine.build import DEVICE  # noqa: F401  (before megatron-core)
-
-# isort: split
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import schedules
 
 from megarl.engine import pipeline
+from megarl.engine.device import setup_device
 from megarl.weights.map.layout import Layout
 
+setup_device()
 HIDDEN, WAIT_S = 2, 60.0
 here = threading.local()  # of a stage: its group, its config, its messages, the passes it made
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megarl.config import EngineConfig, load_config
-from megarl.engine.build import DEVICE
+from megarl.engine.device import setup_device
 from megarl.engine.model import Model, _transformer_config
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.profile import choose_profile
@@ -268,7 +268,7 @@ def test_trap_04_multi_token_prediction_layers_are_skipped(world):
         chunk.mtp.config,
         SimpleNamespace(moe_layers=[1, 2]),
         world,
-        choose_profile(EngineConfig(), DEVICE),
+        choose_profile(EngineConfig(), setup_device()),
         bare=[chunk],
     )
     assert [(i, router.layer_number) for i, router in model.routers()] == [(0, 2), (1, 3)]
@@ -429,7 +429,7 @@ def test_trap_12_more_than_256_experts():
 def test_trap_13_expert_bias_is_frozen_and_there_is_no_auxiliary_loss(world, hf_config):
     """The engine's config says so. The count that would move the bias is of the experts used, the replayed ones."""
     config = _transformer_config(
-        load_config(None, []), WeightMap(hf_config), world, choose_profile(EngineConfig(), DEVICE)
+        load_config(None, []), WeightMap(hf_config), world, choose_profile(EngineConfig(), setup_device())
     )
     assert config.moe_router_bias_update_rate == 0 and config.moe_aux_loss_coeff == 0
     assert config.moe_router_load_balancing_type == "none" and config.moe_z_loss_coeff is None

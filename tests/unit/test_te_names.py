@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 import te_stub; te_stub.install()
 from megarl.config import load_config
-from megarl.engine.build import DEVICE, init_parallel, build_model, WeightMap
+from megarl.engine.build import init_parallel, build_model, WeightMap
+from megarl.engine.device import setup_device
 import torch
 from megarl.engine import model as module
 from megarl.engine.batch import make_packs
@@ -27,7 +28,7 @@ settings = module.profile_settings
 module.profile_settings = lambda profile: {{**settings(profile), "moe_permute_fusion": False}}  # makes a CUDA tensor
 for experts, dense in (("grouped", [0]), ("sequential", [])):
     config = load_config(None, ["engine.transformer_impl=transformer_engine", "engine.experts=" + experts])
-    at = init_parallel(config.parallel, DEVICE, 0)
+    at = init_parallel(config.parallel, setup_device(), 0)
     model = build_model(config, WeightMap({{**json.loads({hf!r}), "mlp_only_layers": dense}}), at)  # raises where a name or a shape differs
     assert model.profile.transformer_engine and model.profile.adam == "Transformer Engine", model.profile
     print(json.dumps([name for _, name in model.named_entries()]))

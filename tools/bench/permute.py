@@ -47,14 +47,14 @@ def measure(
     """Seconds of each timed pair: (megatron-core's, by index)."""
     import torch
 
-    from megarl.engine.build import DEVICE
+    from megarl.engine.device import setup_device
 
     # isort: split
     from megatron.core.transformer.moe import moe_utils
 
     from megarl.engine import permutation
 
-    x = torch.randn(tokens, hidden, device=DEVICE.device, dtype=dtype, requires_grad=True)
+    x = torch.randn(tokens, hidden, device=setup_device().device, dtype=dtype, requires_grad=True)
     chosen = torch.rand(tokens, experts).topk(top_k, 1).indices
     routing_map = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True)
     probs = (torch.rand(tokens, experts) * routing_map).requires_grad_()

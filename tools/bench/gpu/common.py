@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from megarl.config import Config, load_config
-from megarl.engine.build import DEVICE, init_parallel
+from megarl.engine.device import setup_device
 from megarl.engine.model import build_model, wrap_for_training
 from megarl.engine.optim import build_optimizer
+from megarl.engine.parallel import init_parallel
 from megarl.engine.step import Engine
 from megarl.weights.map.weight_map import WeightMap
 from tools.bench.gpu.roofline import QWEN3_30B_A3B
 
+DEVICE = setup_device()
 ON_GPU = DEVICE.device.type == "cuda"
 SMALL = dict(
     hidden_size=64,

@@ -1,0 +1,30 @@
+"""Which release of megatron-core megarl is written for, and what it replaces in it whatever the device.
+
+What a CPU needs besides is in device.py; what is no replacement but a subclass lies where it is used (pipeline.py,
+mla.py).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+MEGATRON_CORE = "0.16"  # the release whose internals megarl/engine/ answers for or replaces
+
+
+def check_release() -> None:
+    """RuntimeError on another release of megatron-core than the one whose internals megarl/engine/ replaces, in
+    device.py, permutation.py and pipeline.py.
+    """
+    found = importlib.metadata.version("megatron-core")
+    if not found.startswith(MEGATRON_CORE + "."):
+        raise RuntimeError(
+            f"megatron-core {found}: megarl replaces parts of {MEGATRON_CORE}.x; pip install "
+            f"'megatron-core=={MEGATRON_CORE}.1'"
+        )
+
+
+def replace_parts() -> None:
+    """In this process, for every model built from here on: rows go to the experts and back by index."""
+    from megarl.engine import permutation
+
+    permutation.install()
