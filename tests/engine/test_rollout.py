@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megarl.rollout.client import RolloutClient, RolloutError, Server
+from megarl.rollout.registry import WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import decode
 from tests.engine.support import EOS, Rollout, judged, prompts
@@ -97,8 +98,9 @@ def test_a_refused_request_is_one_line(rollout: Rollout) -> None:
     with pytest.raises(RolloutError, match=r"^rollout server http://\S+/megarl/generate: .*maximum") as caught:
         rollout.client.generate([[3] * 300], 1, 1.0, 16, [])
     assert "\n" not in str(caught.value)
+    absent = WorkerInfo(0, "http://127.0.0.1:9", 1, 0, "", "")
     with pytest.raises(RolloutError, match="connection lost"):
-        RolloutClient(["http://127.0.0.1:9"], timeout_s=2).generate([[3]], 1, 1.0, 1, [])
+        RolloutClient([absent], timeout_s=2).generate([[3]], 1, 1.0, 1, [])
 
 
 def test_trap_15_a_preempted_request_has_the_routes_and_logprobs_of_one_policy(
