@@ -121,16 +121,16 @@ def _shares(chunk: list[dict[str, Any]], engine: Engine, config: Config) -> list
 
 def _score(shares: list[Share], chunk: list[dict[str, Any]], engine: Engine) -> list[dict[str, Any]]:
     """The chunk's output rows on rank 0, which has the chunk; none elsewhere."""
-    at, shape = engine.model.parallel, route_shape(engine.model)
+    parallel, shape = engine.model.parallel, route_shape(engine.model)
     results: dict[int, dict[str, Any]] = {}
     for share in shares:
         tokens = [torch.tensor(share.tokens.get(i, [0]), dtype=torch.long) for i in range(share.rows)]
-        packs = make_packs(share.packs, tokens, [1] * share.rows, at.layout, at.coord)
+        packs = make_packs(share.packs, tokens, [1] * share.rows, parallel.layout, parallel.coord)
         if share.routes is not None:
             none = np.zeros((0, len(engine.model.weight_map.moe_layers), shape.top_k), np.int16)
             for pack in packs:
                 full = np.concatenate([none, *(share.routes[i] for i in pack.responses)])
-                attach_routes(pack, torch.from_numpy(full), at, shape)
+                attach_routes(pack, torch.from_numpy(full), parallel, shape)
         scored = engine.logprobs(packs, "record" if share.routes is None else "replay")
         for whole in gather_packs(engine, packs, scored, (LIVE_ROUTES,)):
             live = whole.values.get(LIVE_ROUTES, np.zeros((whole.rows, 0, shape.top_k)))  # a dense model has none
@@ -173,19 +173,19 @@ def gather_packs(
 
     Collective. Fields by layer come as [rows, all MoE layers, ...]; a field that no rank holds is left out.
     """
-    at, shape = engine.model.parallel, route_shape(engine.model)
+    parallel, shape = engine.model.parallel, route_shape(engine.model)
     mine = [_part(engine, pack, scored[n] if scored else None, names) for n, pack in enumerate(packs)]
-    everyone: list[Any] = [None] * at.layout.world
-    dist.gather_object(mine, everyone if at.is_main else None, dst=0)
+    everyone: list[Any] = [None] * parallel.layout.world
+    dist.gather_object(mine, everyone if parallel.is_main else None, dst=0)
     whole = []
-    for dp in range(at.layout.dp) if at.is_main else []:
-        ranks = [rank for rank in range(at.layout.world) if at.layout.coord(rank).dp == dp]
+    for dp in range(parallel.layout.dp) if parallel.is_main else []:
+        ranks = [rank for rank in range(parallel.layout.world) if parallel.layout.coord(rank).dp == dp]
         for n, pack in enumerate(everyone[ranks[0]]):
             values: dict[str, np.ndarray] = {}
             for rank in ranks:
                 part = everyone[rank][n]
                 values |= part["values"]
-                layers = list(shape.layers_of_stage[at.layout.coord(rank).pp])
+                layers = list(shape.layers_of_stage[parallel.layout.coord(rank).pp])
                 for name, piece in part["by_layer"].items():
                     size = (part["padded"], len(engine.model.weight_map.moe_layers), *piece.shape[2:])
                     values.setdefault(name, np.zeros(size, piece.dtype))[np.ix_(part["at"], layers)] = piece
@@ -197,7 +197,7 @@ def _part(engine: Engine, pack: Pack, scored: TokenScores | None, names: tuple[s
     """What this rank knows of one of its packs: its own rows and
     layers; on the last stage also what is the same on all its ranks.
     """
-    at = engine.model.parallel
+    parallel = engine.model.parallel
     found = {name: value.cpu().numpy() for name in names if (value := attrgetter(name)(pack)) is not None}
     if HAS_ROUTE in found:  # one value a row, here as one a layer too
         found[HAS_ROUTE] = np.broadcast_to(found[HAS_ROUTE][:, None], found[ROUTES].shape[:2])
@@ -208,9 +208,9 @@ def _part(engine: Engine, pack: Pack, scored: TokenScores | None, names: tuple[s
         "padded": pack.padded,
     }
     part["by_layer"] = {name: value for name, value in found.items() if name in _BY_LAYER}
-    part["at"] = router_rows(pack.padded, at.layout, at.coord).numpy()
+    part["at"] = router_rows(pack.padded, parallel.layout, parallel.coord).numpy()
     part["values"] = {}
-    if scored is not None and at.coord.tp == at.coord.cp == 0:
+    if scored is not None and parallel.coord.tp == parallel.coord.cp == 0:
         logprobs, entropy = (x.cpu().numpy() for x in scored)
         part["values"] = {
             "logprobs": logprobs,

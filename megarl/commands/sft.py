@@ -87,10 +87,12 @@ def mine(rows: list[int], engine: Engine, config: Config) -> list[list[int]]:
 
 def lay_out(plan: StepPlan, tokens: list[list[Tensor]], shards: Shards, engine: Engine) -> list[Pack]:
     """Packs of the demonstrations that the loader read."""
-    at = engine.model.parallel
+    parallel = engine.model.parallel
     places, flat = iter(range(sum(map(len, plan.packs)))), [t for pack in tokens for t in pack]
     prompt_lens = [shards.prompt_len(i) for pack in plan.packs for i in pack]
-    return make_packs([[next(places) for _ in pack] for pack in plan.packs], flat, prompt_lens, at.layout, at.coord)
+    return make_packs(
+        [[next(places) for _ in pack] for pack in plan.packs], flat, prompt_lens, parallel.layout, parallel.coord
+    )
 
 
 def nll(targets: int, pack: Pack, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
@@ -103,9 +105,9 @@ def total_loss(results: list[Sums], engine: Engine) -> float:
     """The batch's loss on every rank. Only the last stage has parts, and its
     tensor-parallel ranks have the same ones.
     """
-    at = engine.model.parallel
-    total = torch.zeros((), dtype=torch.float64, device=at.device.device)
-    if at.is_last_stage and at.coord.tp == at.coord.cp == 0:
+    parallel = engine.model.parallel
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device.device)
+    if parallel.is_last_stage and parallel.coord.tp == parallel.coord.cp == 0:
         total += sum(part["loss"] for part in results)
     dist.all_reduce(total)
     return float(total)

@@ -192,7 +192,7 @@ def _transformer_config(
     config: Config, weight_map: WeightMap, parallel: Parallel, profile: Profile
 ) -> TransformerConfig:
     dtype = parallel.device.dtype(config.engine.dtype)
-    at = parallel.layout
+    layout = parallel.layout
     recompute: dict[str, Any] = {}
     if config.engine.recompute == "full":
         recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -201,15 +201,15 @@ def _transformer_config(
     latent = weight_map.model.get("multi_latent_attention", False)
     return (MLATransformerConfig if latent else TransformerConfig)(
         **weight_map.model,
-        tensor_model_parallel_size=at.tp,
-        pipeline_model_parallel_size=at.pp,
-        virtual_pipeline_model_parallel_size=at.vpp if at.vpp > 1 else None,
-        context_parallel_size=at.cp,
-        expert_model_parallel_size=at.ep,
-        expert_tensor_parallel_size=at.etp,
-        sequence_parallel=at.tp > 1,
-        num_layers_in_first_pipeline_stage=at.first_stage_layers,
-        num_layers_in_last_pipeline_stage=at.last_stage_layers,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        sequence_parallel=layout.tp > 1,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -129,27 +129,27 @@ class Engine:
 
     def _head(self, pack: Pack, logits: Tensor, temperature: float) -> tuple[Tensor, ...]:
         """log pi and entropy of all rows of the pack, from this rank's logits [1, rows, columns]."""
-        at = self.model.parallel
-        labels = pack.labels[cp_rows(pack.padded, at.layout.cp, at.coord.cp)].to(logits.device)
-        group, vocab_size = at.tp_group if at.layout.tp > 1 else None, self.model.weight_map.vocab_size
+        parallel = self.model.parallel
+        labels = pack.labels[cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)].to(logits.device)
+        group, vocab_size = parallel.tp_group if parallel.layout.tp > 1 else None, self.model.weight_map.vocab_size
         return self._whole(pack, *vocab_parallel_logprobs(logits.squeeze(0), labels, temperature, group, vocab_size))
 
     def _whole(self, pack: Pack, *mine: Tensor) -> tuple[Tensor, ...]:
         """This rank's rows -> all rows of the pack [T], in order. Under
         CP each rank computes its own; the loss is of whole responses.
         """
-        at = self.model.parallel
-        if at.layout.cp == 1:
+        parallel = self.model.parallel
+        if parallel.layout.cp == 1:
             return mine
         order = (
-            torch.cat([cp_rows(pack.padded, at.layout.cp, rank) for rank in range(at.layout.cp)])
+            torch.cat([cp_rows(pack.padded, parallel.layout.cp, rank) for rank in range(parallel.layout.cp)])
             .argsort()
             .to(mine[0].device)
         )
         # Every rank computes the same loss and keeps the gradient of its own rows, so that summing over the ranks
         # counts each row once.
         gathered = gather_from_sequence_parallel_region(
-            torch.stack(mine, dim=1), tensor_parallel_output_grad=False, group=at.cp_group
+            torch.stack(mine, dim=1), tensor_parallel_output_grad=False, group=parallel.cp_group
         )
         return gathered[order].unbind(1)
 
@@ -163,10 +163,12 @@ class Engine:
         temperature: float | None = None,
     ) -> list[Any]:
         recorded: dict[tuple[int, int], LiveRoutes] = {}
-        at = self.model.parallel
+        parallel = self.model.parallel
         between: dict[str, Any] = {}
-        if at.layout.pp > 1:
-            messages = StageMessages(self.model.config, at.layout, at.coord, [pack.padded for pack in packs])
+        if parallel.layout.pp > 1:
+            messages = StageMessages(
+                self.model.config, parallel.layout, parallel.coord, [pack.padded for pack in packs]
+            )
             between = {"p2p_communicator": messages, "pg_collection": schedule_groups()}
         with replay_schedule(self._routers) if routes != "off" else nullcontext() as replay:
             result = get_forward_backward_func()(
@@ -207,8 +209,8 @@ class Engine:
             target = None if given is None else given[:, self._layers[index]].to(device)
             has_route = None if has_route is None or has_route.all() else has_route.to(device)
             context = replay.forward(index, target, has_route, replay=routes in ("replay", "replay_old"))
-        at = self.model.parallel
-        mine = cp_rows(pack.padded, at.layout.cp, at.coord.cp)
+        parallel = self.model.parallel
+        mine = cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)
         tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
         # bf16 logits stay bf16: megatron-core would copy all of them to float32, 20 GB for 32k tokens, and their
         # gradient too.

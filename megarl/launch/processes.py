@@ -38,12 +38,12 @@ class Plan:
 
 def describe(plan: Plan, config: Config, command: str) -> str:
     """What would start: the layout, the sizes of a step, every process as a line that a shell would run."""
-    at, batch, responses = config.parallel, config.batch, config.batch.prompts * config.batch.group
+    parallel, batch, responses = config.parallel, config.batch, config.batch.prompts * config.batch.group
     lines = [f"{command}: {plan.trainer.name}, {len(plan.rollouts)} rollout worker(s), run.dir {config.run.dir}"]
     if command not in WITHOUT_ENGINE:
-        dp = plan.ranks // (at.tp * at.pp * at.cp)
-        sizes = ", ".join(f"{name} {size}" for name, size in at.model_dump(exclude_none=True).items())
-        lines.append(f"layout: {sizes}, dp {dp}, sequence parallelism {'on' if at.tp > 1 else 'off'}")
+        dp = plan.ranks // (parallel.tp * parallel.pp * parallel.cp)
+        sizes = ", ".join(f"{name} {size}" for name, size in parallel.model_dump(exclude_none=True).items())
+        lines.append(f"layout: {sizes}, dp {dp}, sequence parallelism {'on' if parallel.tp > 1 else 'off'}")
         if command in ("run", "train"):
             groups, share = batch.prompts // batch.minibatches, -(-responses // batch.minibatches // dp)
             lines.append(

@@ -45,5 +45,5 @@ class Case:
 
     @property
     def dp(self) -> int:
-        at = self.config.parallel
-        return self.world // (at.tp * at.pp * at.cp)
+        parallel = self.config.parallel
+        return self.world // (parallel.tp * parallel.pp * parallel.cp)

@@ -16,24 +16,24 @@ def _divides(size: int, key: str, count: int, what: str) -> str | None:
 
 
 def world(case: Case) -> str | None:
-    at = case.config.parallel
-    size = at.tp * at.pp * at.cp
+    parallel = case.config.parallel
+    size = parallel.tp * parallel.pp * parallel.cp
     if case.world % size:
         return (
-            f"parallel tp {at.tp} x pp {at.pp} x cp {at.cp} needs a multiple of {size} trainer ranks, there are "
-            f"{case.world}; "
+            f"parallel tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} needs a multiple of {size} trainer "
+            f"ranks, there are {case.world}; "
             f"set launch.trainers={-(-case.world // size) * size} or change the layout"
         )
     return None
 
 
 def expert_world(case: Case) -> str | None:
-    at = case.config.parallel
-    size = at.etp * at.ep * at.pp
+    parallel = case.config.parallel
+    size = parallel.etp * parallel.ep * parallel.pp
     if case.world % size:
         return (
-            f"parallel etp {at.etp} x ep {at.ep} x pp {at.pp} needs a multiple of {size} trainer ranks, there are "
-            f"{case.world}; "
+            f"parallel etp {parallel.etp} x ep {parallel.ep} x pp {parallel.pp} needs a multiple of {size} trainer "
+            f"ranks, there are {case.world}; "
             f"set launch.trainers={-(-case.world // size) * size} or lower parallel.ep"
         )
     return None
@@ -55,44 +55,45 @@ def ffn(case: Case) -> str | None:
 
 
 def layers(case: Case) -> str | None:
-    at = case.config.parallel
-    if at.vpp > 1 and at.pp == 1:
-        return f"parallel.vpp {at.vpp} needs more than one pipeline stage; set parallel.pp or parallel.vpp=1"
+    parallel = case.config.parallel
+    if parallel.vpp > 1 and parallel.pp == 1:
+        return f"parallel.vpp {parallel.vpp} needs more than one pipeline stage; set parallel.pp or parallel.vpp=1"
     layers = case.model["num_layers"]
-    uneven = at.first_stage_layers is not None or at.last_stage_layers is not None
+    uneven = parallel.first_stage_layers is not None or parallel.last_stage_layers is not None
     if uneven:
-        return _uneven_layers(at, layers)
-    if layers % (at.pp * at.vpp):
+        return _uneven_layers(parallel, layers)
+    if layers % (parallel.pp * parallel.vpp):
         return (
-            f"parallel pp {at.pp} x vpp {at.vpp} does not divide the model's {layers} layers; use a product that "
-            f"divides {layers}"
+            f"parallel pp {parallel.pp} x vpp {parallel.vpp} does not divide the model's {layers} layers; use a "
+            f"product that divides {layers}"
         )
     return None
 
 
-def _uneven_layers(at: ParallelConfig, layers: int) -> str | None:
-    given = f"parallel first_stage_layers {at.first_stage_layers}, last_stage_layers {at.last_stage_layers}"
-    if at.vpp > 1 or at.pp == 1:
-        return f"{given} need pp > 1 and vpp 1, not pp {at.pp}, vpp {at.vpp}; leave them unset or change parallel"
+def _uneven_layers(parallel: ParallelConfig, layers: int) -> str | None:
+    given = f"parallel first_stage_layers {parallel.first_stage_layers}, last_stage_layers {parallel.last_stage_layers}"
+    if parallel.vpp > 1 or parallel.pp == 1:
+        here = f"pp {parallel.pp}, vpp {parallel.vpp}"
+        return f"{given} need pp > 1 and vpp 1, not {here}; leave them unset or change parallel"
     from megarl.weights.map.layout import Layout
 
-    sizes = Layout(**at.model_dump(), world=at.tp * at.pp * at.cp).stage_sizes(layers)
+    sizes = Layout(**parallel.model_dump(), world=parallel.tp * parallel.pp * parallel.cp).stage_sizes(layers)
     if min(sizes) < 1 or sum(sizes) != layers:
         return f"{given} leave stages of {sizes} layers, not {layers} in all; change one of them"
     return None
 
 
 def experts(case: Case) -> str | None:
-    at = case.config.parallel
+    parallel = case.config.parallel
     count = case.model.get("num_moe_experts")
     if not count:
-        if at.ep > 1 or at.etp > 1:
-            return f"parallel ep {at.ep}, etp {at.etp}: the model has no experts; set both to 1"
+        if parallel.ep > 1 or parallel.etp > 1:
+            return f"parallel ep {parallel.ep}, etp {parallel.etp}: the model has no experts; set both to 1"
         return None
     if count > MOST_EXPERTS:
         return f"model.path: {count} experts are more than routes can name ({MOST_EXPERTS}); megarl keeps them as int16"
-    return _divides(at.ep, "parallel.ep", count, "experts") or _divides(
-        at.etp, "parallel.etp", case.model["moe_ffn_hidden_size"], "moe_intermediate_size"
+    return _divides(parallel.ep, "parallel.ep", count, "experts") or _divides(
+        parallel.etp, "parallel.etp", case.model["moe_ffn_hidden_size"], "moe_intermediate_size"
     )
 
 
