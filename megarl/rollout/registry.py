@@ -143,6 +143,7 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[Worker
             _raise_if_failed(store, index)
             if index not in workers and (told := _told(store, f"rollout/{index}/info")) is not None:
                 workers[index] = from_known(json.loads(told))
+                announce(f"rollout server {workers[index].url} answers, {len(workers)} of {n}")
         if len(workers) >= n:
             return [workers[index] for index in sorted(workers)][:n]
         if time.monotonic() > deadline:

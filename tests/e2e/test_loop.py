@@ -226,7 +226,7 @@ def test_no_replay_a_bad_line_skipped_and_a_worker_killed(bench: Bench, cold: Pa
     config["data"] |= {"prompts": str(prompts), "on_bad_line": "skip"}
     config["train"]["steps"] = 1000
     command = bench.start("run", "none", config)
-    command.wait_until(lambda: len(bench.rows("none")) >= 8, "step 8")
+    command.wait_until(lambda: len(bench.rows("none")) >= 9, "step 9")  # the evaluation of step 8 is over
     server = next(pid for pid, line in command.processes().items() if "vllm.entrypoints.openai.api_server" in line)
     os.kill(server, signal.SIGKILL)
     assert command.wait() in (1, 2)  # the worker's status or the rank's, whichever ends first
