@@ -15,8 +15,8 @@ from megarl.convert.commands import hf_to_megatron_main
 from tests.e2e.conftest import DP2, Bench
 from tests.e2e.test_loop import configuration
 
-# One worker a replica, 64 samples a step: the evaluation after the second step raises, and again the third step in the
-# run that resumes there.
+# One worker a replica, 64 samples a step and 16 an evaluation: the evaluation after the second step raises, and again,
+# in the run that resumes there and makes up for it, the third step.
 REWARD = """
 from pathlib import Path
 calls, before = 0, Path(__file__).with_name("stopped_before")
@@ -24,7 +24,7 @@ again = before.exists()
 def failing(response, answer, prompt):
     global calls
     calls += 1
-    if calls == (5 if again else 133):
+    if calls == (21 if again else 133):
         before.touch()
         raise RuntimeError("disk full")
     return float(response.strip()[-1:] == answer)
@@ -71,6 +71,7 @@ def test_ppo_stops_at_a_failing_reward_and_resumes_its_critic(
     assert "resuming after step 2\n" in again.out
     assert "step 3: no update, 2 samples are bad, the first: response " in again.out
     rows = bench.rows("ppo")
+    assert rows[1]["eval/bad_samples"] == 0 and 0 <= rows[1]["eval/mean_at_k"] <= 1
     assert [row["version/weights"] for row in rows] == [
         0,
         2,
