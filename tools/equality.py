@@ -323,7 +323,7 @@ def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
     sums = engine.gradients(packs, {"none": "record", "R2": "replay_old", "R3": "replay"}[mode], learner._loss)
     loss = sum((float(part["loss/value:sum"]) for part in sums), 0.0) if at.coord.tp == at.coord.cp == 0 else 0.0
     if config.engine.distributed_optimizer:
-        _gather_shards(engine)
+        gather_shards(engine)
     everyone: list[Any] = [None] * at.layout.world
     dist.all_gather_object(everyone, (mine, loss))
     logprobs = {k: v for rank in everyone for k, v in rank[0].items()}
@@ -437,7 +437,7 @@ def whole_tensors(engine: Any, part: Callable[[Any], Any]) -> dict[str, Any]:
     return full
 
 
-def _gather_shards(engine: Any) -> None:
+def gather_shards(engine: Any) -> None:
     """With the distributed optimizer each rank has reduced only its
     shard of every gradient bucket: brings the shards together.
     """

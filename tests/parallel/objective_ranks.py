@@ -25,7 +25,7 @@ from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
 from megarl.loop.batch import Batch
 from megarl.loop.learn import Learner
-from tools.equality import RESPONSES, gradients, lay_out
+from tools.equality import RESPONSES, gather_shards, lay_out, whole_tensors
 
 LAYOUTS: dict[str, list[str]] = {
     "one": ["engine.micro_batch_tokens=4096"],
@@ -62,13 +62,11 @@ def move(engine: Engine, size: float, but: str = "") -> None:
 
 def whole(engine: Engine, mine: Any, sharded: bool) -> Any:
     """Gradients of all ranks as whole Hugging Face tensors, and `mine` of all ranks."""
+    if sharded:
+        gather_shards(engine)
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (mine, gradients(engine, sharded)))
-    full = {name: torch.zeros(shape) for name, shape in engine.model.weight_map.hf_shapes.items()}
-    for _, pieces in everyone:
-        for piece, value in pieces:
-            full[piece.hf_name][piece.rect.slices] = value
-    return full, [part for part, _ in everyone]
+    dist.all_gather_object(everyone, mine)
+    return whole_tensors(engine, lambda tensor: tensor.main_grad), everyone
 
 
 def by_response(packs: list[Pack], values: list[torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -21,6 +21,7 @@ from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine
 from megarl.weights.files.torch_dist import TorchDistReader
+from megarl.weights.rect import Rect
 
 SHARDED = "engine.distributed_optimizer=true"
 TP2_PP2_EP2 = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
@@ -101,8 +102,8 @@ def compare(want: Path, got: Path, tolerance: float) -> None:
     a, b = TorchDistReader(want), TorchDistReader(got)
     assert a.tensors.keys() == b.tensors.keys(), sorted(a.tensors.keys() ^ b.tensors.keys())[:3]
     for key in a.tensors:
-        shape = [min(n, m) for n, m in zip(a.tensors[key].shape, b.tensors[key].shape)]  # a padded vocabulary
-        one, other = (reader.read(key, [0] * len(shape), shape) for reader in (a, b))
+        shape = tuple(map(min, a.tensors[key].shape, b.tensors[key].shape))  # a padded vocabulary
+        one, other = (reader.read(key, Rect.whole(shape)) for reader in (a, b))
         if not tolerance:
             assert torch.equal(one, other), (got, key)
         else:
