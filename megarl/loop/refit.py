@@ -22,7 +22,7 @@ from megarl.engine.export import export_hf
 from megarl.errors import UserError
 from megarl.loop.reduce import Values
 from megarl.observe.trace import phase
-from megarl.replay.routes import only_moe_layers
+from megarl.replay.routes import accept_routes
 from megarl.rollout.fleet import Fleet
 from megarl.rollout.registry import common_tp
 from megarl.rollout.sync_leader import Canary, SyncSettings
@@ -144,7 +144,15 @@ class Refit:
         for server, (logprobs, routes) in enumerate(answers[0]):
             (pack,) = make_packs([[0]], [self.canary], [1], parallel.layout, parallel.coord)
             if routes is not None and self.route_shape is not None:
-                routes = only_moe_layers(routes, model.weight_map.moe_layers, model.weight_map.num_layers)
+                size = model.weight_map
+                try:
+                    routes = accept_routes(
+                        routes, len(self.canary) - 1, size.moe_layers, size.num_layers, size.num_experts, size.top_k
+                    )
+                except ValueError as wrong:
+                    raise UserError(
+                        f"weight sync: routes of the canary from {self.fleet.urls[server]}: {wrong}"
+                    ) from None
                 attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), parallel, self.route_shape)
             packs = [pack] * (parallel.layout.pp if parallel.layout.vpp > 1 else 1)
             scored = self.engine.logprobs(packs, "off" if pack.rollout.routes is None else "replay", temperature=1.0)
