@@ -22,7 +22,9 @@ def launch(plan: Plan) -> int:
     """Starts every process of `plan`, waits, ends them all; returns the exit status.
     UserError where run.dir is in use.
     """
-    os.environ.setdefault(RUN_SECRET, new_secret())  # the processes inherit it
+    secret = os.environ.get(RUN_SECRET) or new_secret()
+    for process in [plan.trainer, *plan.rollouts]:
+        process.env[RUN_SECRET] = secret
     with owned(plan.log_dir):
         _fresh(plan.log_dir)
         workers = f" and {plural(len(plan.rollouts), 'rollout worker')}" if plan.rollouts else ""

@@ -38,7 +38,7 @@ class WorkerInfo:
     pid: int
     host: str
     log: str
-    tokens: Tokens = Tokens("", "")
+    tokens: Tokens = field(default=Tokens("", ""), compare=False)
     beat: int = field(default=-1, compare=False)
     seen_at: float = field(default=0.0, compare=False)  # this process's monotonic clock, seconds
 
