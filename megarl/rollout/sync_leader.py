@@ -45,7 +45,7 @@ class SyncSettings:
     senders: int
     staged: bool
     timeout_s: float
-    shared: bool = False  # trainer and workers share GPUs: megarl.weights.transport.groups.shared
+    shared: bool = False  # trainer and workers share GPUs: megarl.weights.transport.shared
 
 
 class SyncLeader:

@@ -28,7 +28,7 @@ def run(smoke: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(ranks: int, smoke: bool, device: str, shared: bool = False) -> dict[str, Any]:
-    """shared: all ranks on one GPU, through megarl.weights.transport.groups.shared."""
+    """shared: all ranks on one GPU, through megarl.weights.transport.shared."""
     sizes = (1 << 20, 3, 3) if smoke else (256 << 20, 8, 6)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
@@ -65,8 +65,8 @@ def rank_of(
     """Rank 0 sends every bucket to the last rank (itself where it is
     alone), which compares what it got with what was to come.
     """
-    from megarl.weights.transport.groups.groups import WeightGroup
-    from megarl.weights.transport.groups.shared import SharedGroup
+    from megarl.weights.transport.groups import WeightGroup
+    from megarl.weights.transport.shared import SharedGroup
 
     where = torch.device(device, 0 if shared else rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
