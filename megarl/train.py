@@ -88,10 +88,11 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done)}
             metrics |= rates(metrics, time.perf_counter() - start)
             stop = dull.add(step, metrics)
+            last = bool(stop) or step == config.train.steps
+            due = saver.due(step, {"optimizer_steps": done, "stream": stream.state_dict()}, last=last)
             if output:
                 output.write(step, metrics, batch.samples, learned.notes)
-            last = bool(stop) or step == config.train.steps
-            if saver.due(step, {"optimizer_steps": done, "stream": stream.state_dict()}, last=last):
+            if due:
                 with turns.training(fleet):
                     saver.save()
             if not saver.ending:

@@ -30,8 +30,9 @@ class Saver:
         """Whether to save now, after `step` steps. state: plain JSON of that moment, for a save() that may come later.
         last: the run ends here anyway. Collective.
         """
-        self._signum = self._asked_anywhere()
+        # before the collective: what a rank does after it, writing the step's row for one, finds every rank ready to save
         self._unsaved, self.stop.unsaved = (step, state), True
+        self._signum = self._asked_anywhere()
         every = self.config.run.save_every
         self.ending = bool(self._signum) and not last
         return self.ending or last or bool(every and step % every == 0)

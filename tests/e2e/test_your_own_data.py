@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.unit.test_your_own_data import TEMPLATE, blocks
+from tests.unit.test_own_data_shapes import TEMPLATE, blocks
 from tools.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
