@@ -117,7 +117,7 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
         "--skip-tokenizer-init",
     ]
     command += ["--weight-transfer-config", json.dumps({"backend": BACKEND}), "--seed", str(config.run.seed)]
-    command += ["--middleware", "megarl.server.routes.RolloutEndpoint"]
+    command += ["--middleware", "megarl.server.endpoints.RolloutEndpoint"]
     command += ["--worker-extension-cls", "megarl.server.worker_extension.WorkerExtension"]
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     if config.model.trust_remote_code:

@@ -1,4 +1,4 @@
-"""The routes that our vLLM servers have besides vLLM's own: `--middleware megarl.server.routes.RolloutEndpoint`.
+"""The routes that our vLLM servers have besides vLLM's own: `--middleware megarl.server.endpoints.RolloutEndpoint`.
 
     POST /megarl/generate    a batch of prompts in one request, one binary body back
     POST /megarl/score       teacher-forced log-probabilities and routes of one sequence
