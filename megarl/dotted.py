@@ -31,11 +31,11 @@ def import_dotted(key: str, name: str, kind: str, built_in: Iterable[str]) -> Ca
     if os.getcwd() not in sys.path:  # a console script does not look there, `python -m` does
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module_name), attribute, None)
+        target = getattr(importlib.import_module(module_name), attribute, None)
     except Exception as error:  # a user's module may raise anything
         raise UserError(
             f"{key} {name!r}: importing {module_name!r} failed ({type(error).__name__}: {error}); check the path"
         ) from None
-    if not callable(found):
+    if not callable(target):
         raise UserError(f"{key} {name!r}: module {module_name!r} has no {kind} {attribute!r}; give module.{kind}")
-    return found
+    return target

@@ -98,13 +98,13 @@ def render() -> str:
 
 def public(file: Path, wanted: tuple[str, ...]) -> Iterator[Definition]:
     """The definitions of a file by those names, in that order; if none are named, all that are public."""
-    found = {
+    definitions = {
         node.name: node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, Definition)
     }
-    for name in wanted or [name for name in found if not name.startswith("_")]:
-        if name not in found:
+    for name in wanted or [name for name in definitions if not name.startswith("_")]:
+        if name not in definitions:
             raise SystemExit(f"{file.relative_to(ROOT)} has no {name}; mend SECTIONS in tools/api_docs.py")
-        yield found[name]
+        yield definitions[name]
 
 
 def described(node: Definition) -> str:

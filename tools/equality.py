@@ -210,10 +210,10 @@ def _make_dense(folder: Path, config: dict[str, Any], dense_layers: list[int]) -
     generator = torch.Generator().manual_seed(7)
     hidden, width = config["hidden_size"], config["intermediate_size"]
     for layer in dense_layers:
-        at = f"model.layers.{layer}.mlp."
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(at)}
+        prefix = f"model.layers.{layer}.mlp."
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
         for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
-            tensors[f"{at}{name}_proj.weight"] = torch.randn(shape, generator=generator) * 0.08
+            tensors[f"{prefix}{name}_proj.weight"] = torch.randn(shape, generator=generator) * 0.08
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "mlp_only_layers": dense_layers}), encoding="utf-8")
 
@@ -309,23 +309,27 @@ def measure(engine: Any, config: Any, mode: str) -> dict[str, Any]:
     config.replay.mode, config.batch.minibatches = mode, 2  # two: with its own pi_old pass
     learner = Learner(config, engine)
     packs = lay_out(engine, config, with_routes=mode == "R3")
-    at = engine.model.parallel
+    parallel = engine.model.parallel
     replay_old = {"none": "record", "R2": "record", "R3": "replay"}[mode]
     scored = engine.logprobs(packs, replay_old)
-    mine = {}
+    local = {}
     for pack, (logprobs, _) in zip(packs, scored, strict=False):
         # pi_old is not pi: a fixed change that depends on the token only makes every branch of the loss count
         pack.passes.old_logprobs = logprobs + 0.1 * torch.sin(pack.labels.float() + pack.positions.float())
-        mine |= {i: logprobs[s : s + sum(RESPONSES[i]) - 1] for i, s in zip(pack.responses, pack.starts, strict=True)}
+        local |= {i: logprobs[s : s + sum(RESPONSES[i]) - 1] for i, s in zip(pack.responses, pack.starts, strict=True)}
     if mode == "R2":
         for pack in packs:
             pack.passes.old_routes = pack.passes.live_routes
     sums = engine.gradients(packs, {"none": "record", "R2": "replay_old", "R3": "replay"}[mode], learner._loss)
-    loss = sum((float(part["loss/value:sum"]) for part in sums), 0.0) if at.coord.tp == at.coord.cp == 0 else 0.0
+    loss = (
+        sum((float(part["loss/value:sum"]) for part in sums), 0.0)
+        if parallel.coord.tp == parallel.coord.cp == 0
+        else 0.0
+    )
     if config.engine.distributed_optimizer:
         gather_shards(engine)
-    everyone: list[Any] = [None] * at.layout.world
-    dist.all_gather_object(everyone, (mine, loss))
+    everyone: list[Any] = [None] * parallel.layout.world
+    dist.all_gather_object(everyone, (local, loss))
     logprobs = {k: v for rank in everyone for k, v in rank[0].items()}
     return {
         "logprobs": torch.cat([logprobs[i] for i in sorted(logprobs)]),
@@ -379,7 +383,7 @@ def lay_out(engine: Any, config: Any, with_routes: bool, members: list[int] | No
     from megarl.engine.build import route_shape
     from megarl.engine.exchange import attach_routes
 
-    at, shape = engine.model.parallel, route_shape(engine.model)
+    parallel, shape = engine.model.parallel, route_shape(engine.model)
     weight_map = engine.model.weight_map
     generator = torch.Generator().manual_seed(3)
     lengths = [p + r for p, r in RESPONSES]
@@ -394,13 +398,13 @@ def lay_out(engine: Any, config: Any, with_routes: bool, members: list[int] | No
         ]
         for n in lengths
     ]
-    multiple = at.layout.pp if at.layout.vpp > 1 else 1
+    multiple = parallel.layout.pp if parallel.layout.vpp > 1 else 1
     prompts = [p for p, _ in RESPONSES]
     chosen = list(range(len(RESPONSES))) if members is None else members
     rows = [lengths[i] - 1 for i in chosen]
-    places = assign(rows, at.layout.dp, config.engine.micro_batch_tokens, multiple)[at.coord.dp]
+    places = assign(rows, parallel.layout.dp, config.engine.micro_batch_tokens, multiple)[parallel.coord.dp]
     assigned = [[chosen[place] for place in pack] for pack in places]
-    packs = make_packs(assigned, tokens, prompts, at.layout, at.coord)
+    packs = make_packs(assigned, tokens, prompts, parallel.layout, parallel.coord)
     for pack in packs:
         responses = pack.responses
         prompt_lens = [prompts[i] for i in responses]
@@ -412,7 +416,7 @@ def lay_out(engine: Any, config: Any, with_routes: bool, members: list[int] | No
             pack.rollout.group_ids[rows] = i // 3
         if with_routes and weight_map.moe_layers:
             empty = torch.zeros(0, len(weight_map.moe_layers), weight_map.top_k)
-            attach_routes(pack, torch.cat([routes[i] for i in responses]) if responses else empty, at, shape)
+            attach_routes(pack, torch.cat([routes[i] for i in responses]) if responses else empty, parallel, shape)
     return packs
 
 
@@ -423,14 +427,14 @@ def whole_tensors(engine: Any, part: Callable[[Any], Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    mine = [
+    local = [
         (piece, part(tensor)[piece.local.slices].clone())
         for param, tensor in engine.model.params()
         if param.replica == 0 and not param.buffer
         for piece in param.pieces
     ]
     everyone: list[Any] = [None] * engine.model.parallel.layout.world
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, local)
     full = {name: torch.zeros(shape) for name, shape in engine.model.weight_map.hf_shapes.items()}
     for piece, value in (pair for pieces in everyone for pair in pieces):
         full[piece.hf_name][piece.rect.slices] = value

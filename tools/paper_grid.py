@@ -105,13 +105,13 @@ def make_task(folder: Path) -> None:
     if not (folder / "model" / "config.json").is_file():
         make_tiny_model(folder / "model.partial", layers=3, moe_intermediate=32)
         (folder / "model.partial").rename(folder / "model")
-    for name, own in arms.COLD_STARTS.items():
+    for name, keys_of_start in arms.COLD_STARTS.items():
         if not (folder / name / "config.json").is_file():
             keys = [
                 f"model.path={folder / 'model'}",
                 f"sft.data={folder / 'demos.jsonl'}",
                 f"sft.out={folder / name}",
-                *own,
+                *keys_of_start,
             ]
             command = [
                 sys.executable,
@@ -165,8 +165,8 @@ def lane(queue: Path, folder: Path, out: Path, deadline: float) -> int:
         arguments = [str(arms.BASE), *first.overrides(out), "sync.quantize=none", f"run.dir={folder}"]
         plan = make_plan("run", "tools.grid.lane", load_config(arguments[0], arguments[1:]), arguments)
         argv = list(plan.trainer.argv)
-        at = argv.index("tools.grid.lane") + 1
-        argv[at:at] = [str(queue), str(out), str(deadline)]
+        place = argv.index("tools.grid.lane") + 1
+        argv[place:place] = [str(queue), str(out), str(deadline)]
         plan = dataclasses.replace(plan, trainer=dataclasses.replace(plan.trainer, argv=argv))
         status = launch(plan)
         if status in (0, 130, 143):  # 128 + SIGINT, SIGTERM

@@ -103,9 +103,9 @@ def table(
     out = folder / f"rows_{len(list(folder.glob('rows_*')))}.jsonl"
     out.touch()
     for world in sorted({LAYOUTS[name][0] for name in layouts}):
-        mine = [name for name in layouts if LAYOUTS[name][0] == world]
+        names = [name for name in layouts if LAYOUTS[name][0] == world]
         work = dict(
-            layouts=mine,
+            layouts=names,
             workers=workers,
             port=port,
             model=str(model),

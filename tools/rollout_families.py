@@ -56,8 +56,8 @@ def main() -> int:
     rows: dict[str, dict[str, Any]] = {}
     for family in args.family:  # each in a process of its own: vLLM does not start twice in one
         done = subprocess.run([sys.executable, __file__, "--worker", family], capture_output=True, text=True)
-        found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        rows[family] = json.loads(found[0].removeprefix(MARK)) if found else {"error": done.stderr.strip()[-300:]}
+        marked = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        rows[family] = json.loads(marked[0].removeprefix(MARK)) if marked else {"error": done.stderr.strip()[-300:]}
         print(family, json.dumps(rows[family]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -105,10 +105,10 @@ def serve(family: str, folder: Path) -> dict[str, Any]:
         for output in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False):
             choice = output.outputs[0]
             logprobs, routes = judge(checkpoint, [*output.prompt_token_ids, *choice.token_ids])
-            found = np.array(
+            rollout_logprobs = np.array(
                 [entry[token].logprob for entry, token in zip(choice.logprobs, choice.token_ids, strict=True)]
             )
-            worst = max(worst, float(np.abs(found - logprobs[PROMPT - 1 :]).max()))
+            worst = max(worst, float(np.abs(rollout_logprobs - logprobs[PROMPT - 1 :]).max()))
             if experts:
                 captured = np.asarray(choice.routed_experts)
                 row["captured_layers"] = captured.shape[1]

@@ -109,11 +109,11 @@ def compare(engine: Engine, batch: Batch, captured: bool) -> list[Compared]:
     for routes in ("record", "replay") if captured else ("off",):
         passes.append((routes, gather_packs(engine, packs, engine.logprobs(packs, routes), FIELDS)))
     live, replayed = passes[0][1], passes[1][1] if captured else [None] * len(passes[0][1])
-    found = {}
-    for one, other in zip(live, replayed, strict=True):
-        for i, span in one.spans():
-            found[i] = _compared(one, other, span)
-    return [found[i] for i in sorted(found)]
+    compared = {}
+    for live_pack, replayed_pack in zip(live, replayed, strict=True):
+        for i, span in live_pack.spans():
+            compared[i] = _compared(live_pack, replayed_pack, span)
+    return [compared[i] for i in sorted(compared)]
 
 
 def _compared(live: WholePack, replayed: WholePack | None, span: slice) -> Compared:
@@ -130,7 +130,7 @@ def _compared(live: WholePack, replayed: WholePack | None, span: slice) -> Compa
 
 
 def _pass(pack: WholePack, span: slice, predicts: np.ndarray) -> Pass:
-    names = {"logprobs": "logprobs", "own": LIVE_ROUTES, "gap": SCORE_GAP}
+    names = {"logprobs": "logprobs", "top_k": LIVE_ROUTES, "gap": SCORE_GAP}
     return Pass(**{key: pack.values[name][span][predicts] for key, name in names.items() if name in pack.values})
 
 

@@ -78,12 +78,12 @@ def score_file(path: Path, engine: Engine, config: Config) -> Iterator[list[dict
     while True:
         chunk = next(chunks, None)
         shares = _shares(chunk, engine, config) if chunk else [None] * layout.dp
-        mine: list[Any] = [None]
+        assigned: list[Any] = [None]
         by_rank = [shares[layout.coord(rank).dp] for rank in range(layout.world)] if parallel.is_main else None
-        dist.scatter_object_list(mine, by_rank, src=0)
-        if mine[0] is None:
+        dist.scatter_object_list(assigned, by_rank, src=0)
+        if assigned[0] is None:
             return
-        yield _score(mine[0], chunk or [], engine)
+        yield _score(assigned[0], chunk or [], engine)
 
 
 def _chunks(path: Path, engine: Engine, config: Config) -> Iterator[list[dict[str, Any]]]:
@@ -174,9 +174,9 @@ def gather_packs(
     Collective. Fields by layer come as [rows, all MoE layers, ...]; a field that no rank holds is left out.
     """
     parallel, shape = engine.model.parallel, route_shape(engine.model)
-    mine = [_part(engine, pack, scored[n] if scored else None, names) for n, pack in enumerate(packs)]
+    parts = [_part(engine, pack, scored[n] if scored else None, names) for n, pack in enumerate(packs)]
     everyone: list[Any] = [None] * parallel.layout.world
-    dist.gather_object(mine, everyone if parallel.is_main else None, dst=0)
+    dist.gather_object(parts, everyone if parallel.is_main else None, dst=0)
     whole = []
     for dp in range(parallel.layout.dp) if parallel.is_main else []:
         ranks = [rank for rank in range(parallel.layout.world) if parallel.layout.coord(rank).dp == dp]
@@ -188,7 +188,7 @@ def gather_packs(
                 layers = list(shape.layers_of_stage[parallel.layout.coord(rank).pp])
                 for name, piece in part["by_layer"].items():
                     size = (part["padded"], len(engine.model.weight_map.moe_layers), *piece.shape[2:])
-                    values.setdefault(name, np.zeros(size, piece.dtype))[np.ix_(part["at"], layers)] = piece
+                    values.setdefault(name, np.zeros(size, piece.dtype))[np.ix_(part["router_rows"], layers)] = piece
             whole.append(WholePack(pack["responses"], pack["starts"], pack["rows"], values))
     return whole
 
@@ -198,24 +198,24 @@ def _part(engine: Engine, pack: Pack, scored: TokenScores | None, names: tuple[s
     layers; on the last stage also what is the same on all its ranks.
     """
     parallel = engine.model.parallel
-    found = {name: value.cpu().numpy() for name in names if (value := attrgetter(name)(pack)) is not None}
-    if HAS_ROUTE in found:  # one value a row, here as one a layer too
-        found[HAS_ROUTE] = np.broadcast_to(found[HAS_ROUTE][:, None], found[ROUTES].shape[:2])
+    fields = {name: value.cpu().numpy() for name in names if (value := attrgetter(name)(pack)) is not None}
+    if HAS_ROUTE in fields:  # one value a row, here as one a layer too
+        fields[HAS_ROUTE] = np.broadcast_to(fields[HAS_ROUTE][:, None], fields[ROUTES].shape[:2])
     part: dict[str, Any] = {
         "responses": pack.responses,
         "starts": pack.starts,
         "rows": pack.rows,
         "padded": pack.padded,
     }
-    part["by_layer"] = {name: value for name, value in found.items() if name in _BY_LAYER}
-    part["at"] = router_rows(pack.padded, parallel.layout, parallel.coord).numpy()
+    part["by_layer"] = {name: value for name, value in fields.items() if name in _BY_LAYER}
+    part["router_rows"] = router_rows(pack.padded, parallel.layout, parallel.coord).numpy()
     part["values"] = {}
     if scored is not None and parallel.coord.tp == parallel.coord.cp == 0:
         logprobs, entropy = (x.cpu().numpy() for x in scored)
         part["values"] = {
             "logprobs": logprobs,
             "entropy": entropy,
-            **{k: v for k, v in found.items() if k not in _BY_LAYER},
+            **{k: v for k, v in fields.items() if k not in _BY_LAYER},
         }
     return part
 

@@ -36,7 +36,9 @@ def main(argv: list[str]) -> int:
     announce(f"tokenising {config.sft.data}")
     shards = tokenise(config, run_dir / "shards", main=parallel.is_main)
     stream = PromptStream(len(shards), config.run.seed, config.data.shuffle)
-    plans = planner(stream.next, config.sft.batch, config.train.steps, shards, lambda rows: mine(rows, engine, config))
+    plans = planner(
+        stream.next, config.sft.batch, config.train.steps, shards, lambda rows: local_packs(rows, engine, config)
+    )
     loaded = batches(config.data.loader, plans, shards, parallel.device.device)
     logger = progress = None
     if parallel.is_main:
@@ -78,7 +80,7 @@ def tokenise(config: Config, folder: Path, *, main: bool) -> Shards:
     return Shards(folder)
 
 
-def mine(rows: list[int], engine: Engine, config: Config) -> list[list[int]]:
+def local_packs(rows: list[int], engine: Engine, config: Config) -> list[list[int]]:
     """This rank's packs of one step, given the rows of its demonstrations."""
     layout, coord = engine.model.parallel.layout, engine.model.parallel.coord
     multiple = layout.pp if layout.vpp > 1 else 1

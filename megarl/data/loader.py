@@ -147,13 +147,13 @@ def planner(
     batch: int,
     steps: int,
     shards: Shards,
-    mine: Callable[[list[int]], list[list[int]]],
+    local_packs: Callable[[list[int]], list[list[int]]],
 ) -> Iterator[StepPlan]:
-    """order(n): the next n demonstrations. mine(rows of a step's
+    """order(n): the next n demonstrations. local_packs(rows of a step's
     demonstrations): this rank's packs, as places among them.
     """
     for _ in range(steps):
         chosen = order(batch)
-        packs = [[chosen[place] for place in pack] for pack in mine([shards.length(i) - 1 for i in chosen])]
+        packs = [[chosen[place] for place in pack] for pack in local_packs([shards.length(i) - 1 for i in chosen])]
         lengths, prompts = sum(map(shards.length, chosen)), sum(map(shards.prompt_len, chosen))
         yield StepPlan(packs, lengths - prompts, lengths)

@@ -112,7 +112,7 @@ def load_prompts(
     vocabulary: the model's; None is the tokenizer's own.
     Raises UserError, one line, for a missing or empty file, and for the first bad row if `on_bad_line` is "error".
     """
-    vocabulary = vocabulary or _own(tokenizer)
+    vocabulary = vocabulary or _vocabulary_of(tokenizer)
     prompts: list[Prompt] = []
     shapes: Counter[str] = Counter()
     bad = 0
@@ -147,7 +147,7 @@ def load_demonstrations(
     The response is a key of the row or the assistant's turn that ends its messages; earlier turns are prompt.
     `max_tokens` bounds the whole. Skipped rows are counted in one log line.
     """
-    vocabulary = vocabulary or _own(tokenizer)
+    vocabulary = vocabulary or _vocabulary_of(tokenizer)
     demonstrations: list[tuple[list[int], int]] = []
     shapes: Counter[str] = Counter()
     bad = 0
@@ -182,7 +182,7 @@ def check_rows(
     longest = rollout.max_prompt_tokens + (rollout.max_new_tokens if kind == "demonstrations" else 0)
     template = has_chat_template(config.model.path)
     check_tokens = _quick_check(config.model.path, longest, limit)
-    kept = bad = 0
+    usable = bad = 0
     for line, row in read_rows(path, shape):
         try:
             row = _sound(row)
@@ -195,10 +195,10 @@ def check_rows(
             if not template:
                 _needs_no_template(question)
             check_tokens([message.get("content") for message in question.messages], response)
-            kept += 1
+            usable += 1
         except BadLine as error:
             bad += _bad_line(path, line, error, config.data.on_bad_line)
-    _refuse_nothing(path, kept, bad)
+    _refuse_nothing(path, usable, bad)
 
 
 def _quick_check(path: str, longest: int, limit: str) -> Callable[[Sequence[Any], str], None]:
@@ -317,7 +317,7 @@ def _sound(row: dict[str, Any] | BadLine) -> dict[str, Any]:
     return row
 
 
-def _own(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+def _vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, so a response could not end; give rollout.stop_token_ids=[ID]")
     return Vocabulary(len(tokenizer), (tokenizer.eos_token_id,))
@@ -368,6 +368,6 @@ def _bad_line(path: str | Path, line: int, error: BadLine, on_bad_line: OnBadLin
     return 1
 
 
-def _refuse_nothing(path: str | Path, kept: int, bad: int) -> None:
-    if not kept:
+def _refuse_nothing(path: str | Path, usable: int, bad: int) -> None:
+    if not usable:
         raise UserError(f"data file {str(path)!r} holds no usable row ({bad} bad lines); give at least one")

@@ -21,16 +21,16 @@ def write_shards(data: Sequence[tuple[list[int], int]], folder: Path, shard_toke
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.npy").unlink(missing_ok=True)
     index: list[tuple[int, int, int, int]] = []
-    held: list[np.ndarray] = []
-    shard = at = 0
+    arrays: list[np.ndarray] = []
+    shard = start = 0
     for tokens, prompt_len in data:
-        if held and at + len(tokens) > shard_tokens:
-            np.save(folder / f"tokens_{shard:05d}.npy", np.concatenate(held))
-            held, shard, at = [], shard + 1, 0
-        index.append((shard, at, len(tokens), prompt_len))
-        held.append(np.asarray(tokens, dtype=np.int32))
-        at += len(tokens)
-    np.save(folder / f"tokens_{shard:05d}.npy", np.concatenate(held))
+        if arrays and start + len(tokens) > shard_tokens:
+            np.save(folder / f"tokens_{shard:05d}.npy", np.concatenate(arrays))
+            arrays, shard, start = [], shard + 1, 0
+        index.append((shard, start, len(tokens), prompt_len))
+        arrays.append(np.asarray(tokens, dtype=np.int32))
+        start += len(tokens)
+    np.save(folder / f"tokens_{shard:05d}.npy", np.concatenate(arrays))
     np.save(folder / "index.npy", np.asarray(index, dtype=np.int64))
 
 

@@ -16,7 +16,7 @@ CONTENT = "content"  # key of a stream's state
 def content_digest(path: str | Path) -> str:
     """Of a file's bytes, or of a folder's files with their names: what tells that the rows are the same ones."""
     root, digest = Path(path), xxhash.xxh3_128()
-    for file in sorted(one for one in root.rglob("*") if one.is_file()) if root.is_dir() else [root]:
+    for file in sorted(entry for entry in root.rglob("*") if entry.is_file()) if root.is_dir() else [root]:
         digest.update(file.relative_to(root).as_posix().encode() if file != root else b"")
         with file.open("rb") as stream:
             while block := stream.read(2**22):

@@ -41,10 +41,10 @@ def end_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, size: int) ->
     which the chat template ends the assistant's turn, if it is one of them.
     """
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    found = [*eos, *declared_ends(config.model.path), *config.rollout.stop_token_ids]
-    ends = list(dict.fromkeys(token for token in found if 0 <= token < size))
+    declared = [*eos, *declared_ends(config.model.path), *config.rollout.stop_token_ids]
+    ends = list(dict.fromkeys(token for token in declared if 0 <= token < size))
     if not ends:
-        beyond = f" ({', '.join(map(str, found))} are not below vocab_size {size})" if found else ""
+        beyond = f" ({', '.join(map(str, declared))} are not below vocab_size {size})" if declared else ""
         raise UserError(
             f"model.path {config.model.path!r}: neither its tokenizer nor generation_config.json nor config.json names "
             f"an eos token{beyond}, so no response would end; give rollout.stop_token_ids=[ID]"
@@ -68,10 +68,10 @@ def _eos_of(file: Path) -> list[int]:
         named = tree.get("eos_token_id")
     except (ValueError, AttributeError):
         raise UserError(f"{str(file)!r} is not a JSON object; copy the checkpoint again") from None
-    found = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(type(token) is int for token in found):
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(token) is int for token in ids):
         raise UserError(f"{str(file)!r}: eos_token_id {named!r} is neither a token id nor a list of them; mend it")
-    return found
+    return ids
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -92,8 +92,8 @@ def _masters(part: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _tensors(part: Any, param: torch.Tensor, master: torch.Tensor) -> dict[str, torch.Tensor]:
     state = part.optimizer.state[master]
-    own = {} if master is param else {MASTER: master}
-    return {**{name: state[name] for name in MOMENTS}, **own}
+    master_entry = {} if master is param else {MASTER: master}
+    return {**{name: state[name] for name in MOMENTS}, **master_entry}
 
 
 def _of_shards(part: DistributedOptimizer, weights: dict[str, Any], loading: bool) -> State:

@@ -111,9 +111,9 @@ def router_rows(padded: int, layout: Layout, coord: Coord) -> Tensor:
 
     Tokens, labels and routes are all cut by this one function or by cp_rows, which it slices.
     """
-    mine = cp_rows(padded, layout.cp, coord.cp)
-    each = len(mine) // layout.tp
-    return mine[coord.tp * each : (coord.tp + 1) * each]
+    cp_local = cp_rows(padded, layout.cp, coord.cp)
+    each = len(cp_local) // layout.tp
+    return cp_local[coord.tp * each : (coord.tp + 1) * each]
 
 
 def pack_lengths(rows: list[int], layout: Layout) -> list[int]:
@@ -131,12 +131,12 @@ def assign(rows: list[int], replicas: int, budget: int, multiple: int = 1) -> li
     """
     order = sorted(range(len(rows)), key=lambda i: (-rows[i], i))
     load = [0] * replicas
-    mine: list[list[int]] = [[] for _ in range(replicas)]
+    by_replica: list[list[int]] = [[] for _ in range(replicas)]
     for i in order:
         replica = min(range(replicas), key=lambda r: (load[r], r))
-        mine[replica].append(i)
+        by_replica[replica].append(i)
         load[replica] += rows[i]
-    packed = [_first_fit(members, rows, budget) for members in mine]
+    packed = [_first_fit(members, rows, budget) for members in by_replica]
     count = max(len(packs) for packs in packed)
     count = -(-count // multiple) * multiple
     return [packs + [[] for _ in range(count - len(packs))] for packs in packed]

@@ -76,10 +76,10 @@ def value_map(hf_config: dict[str, Any]) -> WeightMap:
 def build_critic(config: Config, parallel: Parallel, optimizer_steps: int) -> Critic:
     """Trunk from model.path, a head of zeros, an optimizer under critic.lr with the schedule of train.*."""
     lr = config.critic.lr
-    own = config.changed(train={"lr": lr, "min_lr": config.train.min_lr * lr / config.train.lr})
-    model = build_model(own, value_map(load_hf_config(config.model.path)), parallel, ValueHead)
+    critic_config = config.changed(train={"lr": lr, "min_lr": config.train.min_lr * lr / config.train.lr})
+    model = build_model(critic_config, value_map(load_hf_config(config.model.path)), parallel, ValueHead)
     load_weights(model, config.model.path, fresh=VALUE_HEAD)
-    wrap_for_training(model, own)
+    wrap_for_training(model, critic_config)
     critic = Critic(model, temperature=1.0)
-    critic.set_optimizer(*build_optimizer(own, model, optimizer_steps))
+    critic.set_optimizer(*build_optimizer(critic_config, model, optimizer_steps))
     return critic

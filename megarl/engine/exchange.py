@@ -90,15 +90,15 @@ def exchange(
     for rank in range(layout.world) if responses else []:
         there = layout.coord(rank)
         outgoing[rank] = _encode(assignment[there.dp], metas, responses, layout, there, route_shape)
-    mine = assignment[me.dp]
-    shares = _shares(mine, metas, layout, me) if route_shape else []
+    local_packs = assignment[me.dp]
+    shares = _shares(local_packs, metas, layout, me) if route_shape else []
     sizes = dict.fromkeys(sorted({meta.owner for meta in metas}), 0)
-    for i in (i for pack in mine for i in pack):
+    for i in (i for pack in local_packs for i in pack):
         sizes[metas[i].owner] += 4 * metas[i].tokens + 4 * (metas[i].tokens - metas[i].prompt_len)
     for share in shares:
         sizes[metas[share.response].owner] += _route_bytes(share, metas[share.response], me, route_shape)
     incoming = _swap(outgoing, sizes, parallel)
-    exchanged = _fill(mine, shares, metas, incoming, parallel, route_shape)
+    exchanged = _fill(local_packs, shares, metas, incoming, parallel, route_shape)
     for pack in exchanged.packs:
         for start, i in zip(pack.starts, pack.responses, strict=True):
             rows = slice(start, start + metas[i].rows)
@@ -117,7 +117,7 @@ def _lengths(packs: list[list[int]], metas: Sequence[Meta], layout: Layout) -> l
 
 def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord: Coord) -> list[_Share]:
     """What the routers of the rank at `coord` see, as runs of consecutive rows of one response."""
-    found = []
+    shares = []
     for number, (members, length) in enumerate(zip(packs, _lengths(packs, metas, layout), strict=True)):
         edges = np.cumsum([0] + [metas[i].rows for i in members])
         rows = router_rows(length, layout, coord).numpy()
@@ -127,8 +127,8 @@ def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord
         for run in np.split(np.arange(len(rows)), breaks) if len(rows) else []:
             place, first = owner[run[0]], rows[run[0]]
             start = int(first - edges[place])
-            found.append(_Share(members[place], number, start, start + len(run), int(run[0])))
-    return found
+            shares.append(_Share(members[place], number, start, start + len(run), int(run[0])))
+    return shares
 
 
 def _encode(
@@ -148,10 +148,12 @@ def _encode(
     if route_shape is not None:
         layers = list(route_shape.layers_of_stage[coord.pp])
         for share in _shares(packs, metas, layout, coord):
-            held = responses[share.response].routes if share.response in responses else None
-            if held is not None:
+            response_routes = responses[share.response].routes if share.response in responses else None
+            if response_routes is not None:
                 parts.append(
-                    np.ascontiguousarray(held[share.first : share.last][:, layers], dtype=route_shape.dtype).tobytes()
+                    np.ascontiguousarray(
+                        response_routes[share.first : share.last][:, layers], dtype=route_shape.dtype
+                    ).tobytes()
                 )
     return b"".join(parts)
 
@@ -259,24 +261,24 @@ def attach_routes(pack: Pack, full: Tensor, parallel: Parallel, route_shape: Rou
 
 class _Reader:
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+        self._data, self._offset = data, 0
 
     def take(self, dtype: np.dtype | type, count: int) -> np.ndarray:
-        out = np.frombuffer(self._data, dtype=dtype, count=count, offset=self._at)
-        self._at += out.nbytes
+        out = np.frombuffer(self._data, dtype=dtype, count=count, offset=self._offset)
+        self._offset += out.nbytes
         return out
 
 
-def gather_metas(mine: list[Meta], parallel: Parallel, fault: str | Stopped | None = None) -> list[Meta]:
+def gather_metas(local_metas: list[Meta], parallel: Parallel, fault: str | Stopped | None = None) -> list[Meta]:
     """The metas of all responses, on every rank, in order of their groups; within one in their owner's order.
 
     Where a rank has a `fault`, every rank raises it, a text as a UserError: none is left waiting for the one that found
     it.
     """
     everyone: list[tuple[list[Meta], str | Stopped | None]] = [([], None)] * parallel.layout.world
-    dist.all_gather_object(everyone, (mine, fault))
-    for found in (found for _, found in everyone if found):
-        raise found if isinstance(found, Stopped) else UserError(found)
+    dist.all_gather_object(everyone, (local_metas, fault))
+    for failure in (failure for _, failure in everyone if failure):
+        raise failure if isinstance(failure, Stopped) else UserError(failure)
     return sorted((meta for metas, _ in everyone for meta in metas), key=lambda meta: meta.group)
 
 

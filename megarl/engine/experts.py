@@ -153,12 +153,12 @@ def _ends(tokens_per_expert: Tensor) -> Tensor:
 
 def _blocks(tokens_per_expert: list[int], rows: int) -> list[slice]:
     """Consecutive experts, at most `rows` rows together unless one alone has more."""
-    starts, held = [0], 0
+    starts, block_rows = [0], 0
     for expert, tokens in enumerate(tokens_per_expert):
-        if held and held + tokens > rows:
+        if block_rows and block_rows + tokens > rows:
             starts.append(expert)
-            held = 0
-        held += tokens
+            block_rows = 0
+        block_rows += tokens
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tokens_per_expert)], strict=True)]
 
 
@@ -189,10 +189,14 @@ def _stack(weights: Sequence[Tensor]) -> Tensor:
     The distributed optimizer moves parameters into a buffer of its own, last expert first: there it is a copy.
     """
     first = weights[0]
-    at = [weight.data_ptr() for weight in weights]
-    step = at[1] - at[0] if len(at) > 1 else first.nbytes
+    addresses = [weight.data_ptr() for weight in weights]
+    step = addresses[1] - addresses[0] if len(addresses) > 1 else first.nbytes
     same = all(weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for weight in weights)
-    if same and step >= first.nbytes and at == list(range(at[0], at[0] + len(at) * step, step)):
+    if (
+        same
+        and step >= first.nbytes
+        and addresses == list(range(addresses[0], addresses[0] + len(addresses) * step, step))
+    ):
         return first.as_strided((len(weights), *first.shape), (step // first.element_size(), *first.stride()))
     return torch.stack(list(weights))
 
@@ -201,9 +205,9 @@ def _deliver(weights: Sequence[Tensor], grads: Tensor) -> list[Tensor | None]:
     """Gradients [E, ...] go straight into Megatron's buffers, in one call, where there
     are any; else back to autograd.
     """
-    own: list[Tensor | None] = [*grads.unbind()]
+    expert_grads: list[Tensor | None] = [*grads.unbind()]
     if not hasattr(weights[0], "main_grad"):
-        return own
+        return expert_grads
     torch._foreach_add_([weight.main_grad for weight in weights], grads.unbind())  # type: ignore[attr-defined,arg-type]
     for weight in weights:
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]

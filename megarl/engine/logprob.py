@@ -27,7 +27,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         size, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
         tokens, columns = logits.shape
-        held = (
+        real_columns = (
             columns if vocab_size is None else min(max(vocab_size - rank * columns, 0), columns)
         )  # the rest is padding
         local = labels - rank * columns  # label as a column of this rank's shard
@@ -37,14 +37,14 @@ class _VocabParallelLogprob(torch.autograd.Function):
         stats = torch.empty(
             3, tokens, dtype=torch.float32, device=logits.device
         )  # sum exp, sum exp * logit, target logit
-        for part in _chunks(logits) if held else []:
-            peak[part] = logits[part, :held].amax(1).float() / temperature
+        for part in _chunks(logits) if real_columns else []:
+            peak[part] = logits[part, :real_columns].amax(1).float() / temperature
         if size > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
         for part in _chunks(logits):
             shifted = logits[part].to(torch.float32, copy=True).div_(temperature).sub_(peak[part, None])
             exp = shifted.exp()
-            exp[:, held:] = 0
+            exp[:, real_columns:] = 0
             stats[0, part] = exp.sum(1)
             stats[2, part] = shifted.gather(1, local[part, None]).squeeze(1) * inside[part]
             stats[1, part] = exp.mul_(shifted).sum(1)
@@ -54,7 +54,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         logprobs = stats[2] - log_z
         entropy = log_z - stats[1] / stats[0]
         ctx.save_for_backward(logits, local, inside, peak + log_z, entropy)
-        ctx.temperature, ctx.held = temperature, held
+        ctx.temperature, ctx.real_columns = temperature, real_columns
         return logprobs, entropy
 
     @staticmethod
@@ -73,7 +73,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
                 .neg_()
             )
             g.scatter_add_(1, local[part, None], (grad_logprobs[part] * inside[part])[:, None])
-            g[:, ctx.held :] = 0
+            g[:, ctx.real_columns :] = 0
             grad[part] = g.div_(ctx.temperature)
         return grad, None, None, None, None
 

@@ -15,10 +15,10 @@ def check_release() -> None:
     """RuntimeError on another release of megatron-core than the one whose internals megarl/engine/ replaces, in
     device.py, permutation.py and pipeline.py.
     """
-    found = importlib.metadata.version("megatron-core")
-    if not found.startswith(MEGATRON_CORE + "."):
+    installed = importlib.metadata.version("megatron-core")
+    if not installed.startswith(MEGATRON_CORE + "."):
         raise RuntimeError(
-            f"megatron-core {found}: megarl replaces parts of {MEGATRON_CORE}.x; pip install "
+            f"megatron-core {installed}: megarl replaces parts of {MEGATRON_CORE}.x; pip install "
             f"'megatron-core=={MEGATRON_CORE}.1'"
         )
 

@@ -60,16 +60,16 @@ class Model:
     def routers(self) -> list[tuple[int, TopKRouter]]:
         """The routers of this rank as (index among the model's MoE layers, router), in global order."""
         order = {layer: i for i, layer in enumerate(self.weight_map.moe_layers)}
-        found = [m for chunk in self.bare for m in chunk.decoder.modules() if isinstance(m, TopKRouter)]
-        return sorted(((order[r.layer_number - 1], r) for r in found), key=lambda pair: pair[0])
+        routers = [m for chunk in self.bare for m in chunk.decoder.modules() if isinstance(m, TopKRouter)]
+        return sorted(((order[r.layer_number - 1], r) for r in routers), key=lambda pair: pair[0])
 
 
 def _named_tensors(chunk: GPTModel) -> dict[str, torch.Tensor]:
     """Parameters, and the buffers that a checkpoint holds (a router's expert bias)."""
-    kept = chunk.state_dict().keys()
+    persistent = chunk.state_dict().keys()
     return {
         **dict(chunk.named_parameters()),
-        **{name: buffer for name, buffer in chunk.named_buffers() if name in kept},
+        **{name: buffer for name, buffer in chunk.named_buffers() if name in persistent},
     }
 
 

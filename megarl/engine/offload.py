@@ -31,15 +31,15 @@ class TrainingMemory:
     def release(self) -> None:
         """After a step: what the gradient buffers hold then has been used."""
         assert not self._sizes, "released already"
-        kept, host = self._optimizer_storages(), {}
-        for storage in kept:
-            held = self._host.get(_key(storage))
-            if held is None or held.numel() != storage.nbytes():
-                held = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._cuda)
-            host[_key(storage)] = held.copy_(_bytes(storage), non_blocking=True)
+        storages, host = self._optimizer_storages(), {}
+        for storage in storages:
+            host_copy = self._host.get(_key(storage))
+            if host_copy is None or host_copy.numel() != storage.nbytes():
+                host_copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._cuda)
+            host[_key(storage)] = host_copy.copy_(_bytes(storage), non_blocking=True)
         self._host = host
         self._synchronize()
-        for storage in [*kept, *self._gradient_storages()]:
+        for storage in [*storages, *self._gradient_storages()]:
             self._sizes.append((storage, storage.nbytes()))
             storage.resize_(0)
         torch.cuda.empty_cache()  # the rollout engine is another process
@@ -47,8 +47,8 @@ class TrainingMemory:
     def restore(self) -> None:
         for storage, size in self._sizes:
             storage.resize_(size)
-            if (held := self._host.get(_key(storage))) is not None:
-                _bytes(storage).copy_(held, non_blocking=True)
+            if (host_copy := self._host.get(_key(storage))) is not None:
+                _bytes(storage).copy_(host_copy, non_blocking=True)
             else:
                 _bytes(storage).zero_()
         self._sizes = []
@@ -59,10 +59,10 @@ class TrainingMemory:
         model's own (a float32 parameter is its own master weight).
         """
         models = {_key(tensor.untyped_storage()) for engine in self._engines for _, tensor in engine.model.params()}
-        found = [
+        tensors = [
             tensor for engine in self._engines for tensor in _optimizer_tensors(engine) if tensor.is_cuda == self._cuda
         ]
-        storages = {_key(tensor.untyped_storage()): tensor.untyped_storage() for tensor in found}
+        storages = {_key(tensor.untyped_storage()): tensor.untyped_storage() for tensor in tensors}
         return [storage for key, storage in storages.items() if key not in models]
 
     def _gradient_storages(self) -> list[UntypedStorage]:

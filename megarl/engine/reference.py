@@ -23,7 +23,7 @@ class Reference:
     def __init__(self, model: Model) -> None:
         self._model = model
         pin = model.parallel.device.device.type == "cuda"  # not yet run
-        self._held = [_host_copy(tensor, pin) for _, tensor in model.params()]
+        self._stored = [_host_copy(tensor, pin) for _, tensor in model.params()]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -36,10 +36,10 @@ class Reference:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for held, (_, tensor) in zip(self._held, self._model.params(), strict=True):
+        for stored, (_, tensor) in zip(self._stored, self._model.params(), strict=True):
             live = tensor.detach().clone()
-            tensor.copy_(held)
-            held.copy_(live)
+            tensor.copy_(stored)
+            stored.copy_(live)
 
 
 def _host_copy(tensor: torch.Tensor, pin: bool) -> torch.Tensor:

@@ -86,6 +86,6 @@ def _te_layer(profile: Profile, config: TransformerConfig, moe: bool) -> ModuleS
         moe_grouped_gemm=profile.grouped_experts,
         qk_layernorm=config.qk_layernorm,
     )
-    own = config.context_parallel_size > 1
-    spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention if own else TePackedAttention
+    has_cp = config.context_parallel_size > 1
+    spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention if has_cp else TePackedAttention
     return spec

@@ -134,22 +134,22 @@ class Engine:
         group, vocab_size = parallel.tp_group if parallel.layout.tp > 1 else None, self.model.weight_map.vocab_size
         return self._whole(pack, *vocab_parallel_logprobs(logits.squeeze(0), labels, temperature, group, vocab_size))
 
-    def _whole(self, pack: Pack, *mine: Tensor) -> tuple[Tensor, ...]:
+    def _whole(self, pack: Pack, *local: Tensor) -> tuple[Tensor, ...]:
         """This rank's rows -> all rows of the pack [T], in order. Under
         CP each rank computes its own; the loss is of whole responses.
         """
         parallel = self.model.parallel
         if parallel.layout.cp == 1:
-            return mine
+            return local
         order = (
             torch.cat([cp_rows(pack.padded, parallel.layout.cp, rank) for rank in range(parallel.layout.cp)])
             .argsort()
-            .to(mine[0].device)
+            .to(local[0].device)
         )
         # Every rank computes the same loss and keeps the gradient of its own rows, so that summing over the ranks
         # counts each row once.
         gathered = gather_from_sequence_parallel_region(
-            torch.stack(mine, dim=1), tensor_parallel_output_grad=False, group=parallel.cp_group
+            torch.stack(local, dim=1), tensor_parallel_output_grad=False, group=parallel.cp_group
         )
         return gathered[order].unbind(1)
 
@@ -210,8 +210,8 @@ class Engine:
             has_route = None if has_route is None or has_route.all() else has_route.to(device)
             context = replay.forward(index, target, has_route, replay=routes in ("replay", "replay_old"))
         parallel = self.model.parallel
-        mine = cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)
-        tokens, positions = pack.tokens[mine].to(device), pack.positions[mine].to(device)
+        local_rows = cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)
+        tokens, positions = pack.tokens[local_rows].to(device), pack.positions[local_rows].to(device)
         # bf16 logits stay bf16: megatron-core would copy all of them to float32, 20 GB for 32k tokens, and their
         # gradient too.
         half = {"fp32_output": False} if self.model.config.bf16 else {}

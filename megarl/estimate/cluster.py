@@ -44,7 +44,7 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
     trained = ITEMSIZE[engine.dtype]
     training = Training(layout, trained, engine.distributed_optimizer, engine.recompute, engine.micro_batch_tokens)
     itemsize = trained if config.rollout.dtype == "auto" else ITEMSIZE[config.rollout.dtype]
-    sync, held = _sync(weight_map, layout, rollout, itemsize, hosts)
+    sync, rank_weights = _sync(weight_map, layout, rollout, itemsize, hosts)
     stages = []
     for stage in range(layout.pp):
         memory = stage_memory(weight_map, training, stage)
@@ -58,7 +58,7 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
             "tensors": len(weight_map.hf_shapes),
         },
         "train": {"ranks": world, "dp": layout.dp, "edp": layout.edp, "itemsize": trained, "stages": stages},
-        "rollout": {"ranks": rollout.world, "engines": rollout.engines, "itemsize": itemsize, "weights": held},
+        "rollout": {"ranks": rollout.world, "engines": rollout.engines, "itemsize": itemsize, "weights": rank_weights},
         "sync": sync,
     }
 
@@ -68,20 +68,20 @@ def _sync(
 ) -> tuple[dict[str, Any], int]:
     """Figures of one resharded sync, and the bytes of weights on the fullest rollout rank."""
     plan = make_plan(layout, rollout, weight_map, itemsize=itemsize)
-    load, held = plan.load, plan.held_bytes()
+    load, held_bytes = plan.load, plan.held_bytes()
     out = np.add.reduceat(load.sent, np.arange(0, layout.world, hosts.gpus))
     into = np.add.reduceat(load.received, np.arange(0, rollout.world, hosts.gpus))
     link = hosts.link * 1e9
     busiest = max(int(load.sent.max()), int(load.received.max()))
-    bound = max(plan.least_sent(), int(held.max()))
+    bound = max(plan.least_sent(), int(held_bytes.max()))
     sync = {
         "bytes": int(load.sent.sum()),
-        "bytes_over_held": float(load.sent.sum() / held.sum()),
+        "bytes_over_held": float(load.sent.sum() / held_bytes.sum()),
         "sender_max": int(load.sent.max()),
         "sender_mean": float(load.sent.mean()),
         "sender_bound": plan.least_sent(),
         "receiver_max": int(load.received.max()),
-        "receiver_bound": int(held.max()),
+        "receiver_bound": int(held_bytes.max()),
         "host_out_max": int(out.max()),
         "host_in_max": int(into.max()),
         "messages": load.messages,
@@ -91,15 +91,15 @@ def _sync(
         "seconds": busiest / link,
         "seconds_bound": bound / link,
     }
-    return sync, int(held.max())
+    return sync, int(held_bytes.max())
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(plan: dict[str, Any]) -> str:
     """The figures as tables."""
-    train, rollout, sync = found["train"], found["rollout"], found["sync"]
+    train, rollout, sync = plan["train"], plan["rollout"], plan["sync"]
     columns = ("parameters", "gradients", "optimizer", "activations", "logits", "total")
     lines = [
-        f"{found['model']['parameters'] / 1e9:,.2f} billion parameters in {found['model']['tensors']:,} tensors",
+        f"{plan['model']['parameters'] / 1e9:,.2f} billion parameters in {plan['model']['tensors']:,} tensors",
         "",
         f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank; activations and "
         "logits are estimates",
@@ -131,6 +131,6 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def run(config: Config, world: int, rollout_ep: int, hosts: Hosts, as_json: bool) -> int:
-    found = plan_run(config, world, rollout_ep, hosts)
-    print(json.dumps(found) if as_json else describe(found))
+    plan = plan_run(config, world, rollout_ep, hosts)
+    print(json.dumps(plan) if as_json else describe(plan))
     return 0

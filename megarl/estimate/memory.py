@@ -89,9 +89,9 @@ def _activations(weight_map: WeightMap, training: Training, stage: int) -> int:
     for chunk in range(layout.vpp):
         in_flight = _micro_batches_in_flight(layout, stage, chunk)
         for layer in layout.stage_layers(weight_map.num_layers, stage, chunk):
-            kept = layer_activations(weight_map, training, moe=layer in weight_map.moe_layers)
-            largest = max(largest, kept)
-            total += in_flight * (entering if training.recompute == "full" else kept)
+            layer_bytes = layer_activations(weight_map, training, moe=layer in weight_map.moe_layers)
+            largest = max(largest, layer_bytes)
+            total += in_flight * (entering if training.recompute == "full" else layer_bytes)
     return total + (largest if training.recompute == "full" else 0)
 
 
@@ -139,7 +139,7 @@ def _mlp(model: dict[str, Any], layout: Layout, rows: int, moe: bool) -> int:
     routed = (
         rows // layout.tp * model["moe_router_topk"] * layout.etp
     )  # on average; the busiest rank of an imbalanced layer has more
-    kept = routed * (2 * model["hidden_size"] + 2 * model["moe_ffn_hidden_size"] // layout.etp)
+    experts = routed * (2 * model["hidden_size"] + 2 * model["moe_ffn_hidden_size"] // layout.etp)
     router = rows // layout.tp * 3 * model["num_moe_experts"]
     shared = model.get("moe_shared_expert_intermediate_size") or 0
-    return kept + router + rows * 4 * shared // layout.tp
+    return experts + router + rows * 4 * shared // layout.tp

@@ -36,10 +36,10 @@ def adopt_orphans() -> None:
 
 def descendants(pid: int) -> list[int]:
     """The pids below `pid`, zombies left out, in no order."""
-    found = []
+    processes = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended while we looked
                 if child.status() != psutil.STATUS_ZOMBIE:
-                    found.append(child.pid)
-    return found
+                    processes.append(child.pid)
+    return processes

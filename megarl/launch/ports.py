@@ -16,7 +16,7 @@ SPAN = 12_000
 TRIES = 100
 
 
-_held: list[socket.socket] = []
+_reserved: list[socket.socket] = []
 
 
 def reserve_port(host: str) -> int:
@@ -35,5 +35,5 @@ def reserve_port(host: str) -> int:
     else:
         holder.bind((host, 0))
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after bind(): two holders must not share a port
-    _held.append(holder)
+    _reserved.append(holder)
     return int(holder.getsockname()[1])

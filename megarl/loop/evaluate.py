@@ -75,12 +75,12 @@ def evaluate(sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], conf
     ]
     gathered: list[list[_Evaluated]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, scored)
-    everyone = [one for rank in gathered for one in rank]
-    bad = [one for one in everyone if one.score.fault]
+    everyone = [response for rank in gathered for response in rank]
+    bad = [response for response in everyone if response.score.fault]
     if bad and config.train.on_bad_batch == "stop":
         raise UserError(
             f"evaluation, a response to the prompt on line {bad[0].line} of {settings.prompts}: {bad[0].score.fault}; "
             "mend it, or leave such responses out by train.on_bad_batch=skip"
         )
-    scores = [one.score for one in everyone]
+    scores = [response.score for response in everyone]
     return {**evaluation_figures(scores, settings.samples, config.data.pass_threshold)}

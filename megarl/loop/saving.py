@@ -30,7 +30,7 @@ class Saver:
         """Whether to save now, after `step` steps. state: plain JSON of that moment, for a save() that may come later.
         last: the run ends here anyway. Collective.
         """
-        # before the collective: what a rank does after it, writing the step's row for one, finds every rank ready to save
+        # before the collective: what a rank does after it, writing the step's row for one, finds all ready to save
         self._unsaved, self.stop.unsaved = (step, state), True
         self._signum = self._asked_anywhere()
         every = self.config.run.save_every

@@ -80,14 +80,14 @@ def gae(
         torch.argsort(seq_ids[places], stable=True)
     ]  # responses one after the other, whatever lies between their tokens
     seq, v, r = seq_ids[order].tolist(), values[order].double().tolist(), rewards[order].double().tolist()
-    advantage, found = 0.0, [0.0] * len(order)
+    advantage, advantages = 0.0, [0.0] * len(order)
     for t in reversed(range(len(order))):
         last = t + 1 == len(order) or seq[t + 1] != seq[t]
         later_value, later = (0.0, 0.0) if last else (v[t + 1], advantage)
         advantage = (r[t] if last else 0.0) + gamma * later_value - v[t] + gamma * lam * later
-        found[t] = advantage
+        advantages[t] = advantage
     out = torch.zeros_like(values)
-    out[order] = torch.tensor(found, dtype=torch.float64, device=values.device).to(values.dtype)
+    out[order] = torch.tensor(advantages, dtype=torch.float64, device=values.device).to(values.dtype)
     return out, torch.where(mask.bool(), out + values, 0.0)
 
 

@@ -83,12 +83,12 @@ def denominators(lengths: Tensor, group_ids: Tensor, config: ObjectiveConfig) ->
     the `denominator` with which policy_loss may be split in any way, groups included.
     """
     exact = lengths.double()
-    one, count = torch.ones_like(exact), len(exact)
+    ones, count = torch.ones_like(exact), len(exact)
     if config.denominator == "tokens":
-        return one * exact.sum()
+        return ones * exact.sum()
     if config.denominator == "group_tokens":
         group = number(group_ids)
         return group.spread_sums(exact).clamp(min=1) * group.count
     if config.denominator == "response_tokens":
         return exact.clamp(min=1) * count
-    return one * count * (config.max_length if config.denominator == "max_length" else 1)
+    return ones * count * (config.max_length if config.denominator == "max_length" else 1)

@@ -33,7 +33,7 @@ def try_outside(config: ObjectiveConfig) -> None:
                 f"{key} failed on an example ({reason}); it is called as {call} and must give {wanted}"
             ) from None
         if not _fits(part, given):
-            raise UserError(f"{key} gave {_told(given)} on an example of {N}; it must give {wanted}")
+            raise UserError(f"{key} gave {_described(given)} on an example of {N}; it must give {wanted}")
 
 
 def _example(part: str) -> tuple[object, ...]:
@@ -57,7 +57,7 @@ def _is(x: object, *, floating: bool) -> bool:
     return x.is_floating_point() if floating else x.dtype == torch.bool
 
 
-def _told(given: object) -> str:
+def _described(given: object) -> str:
     if isinstance(given, Factor):
-        return f"Factor({_told(given.value)}, {_told(given.cut)})"
+        return f"Factor({_described(given.value)}, {_described(given.cut)})"
     return f"a {given.dtype} tensor {list(given.shape)}" if isinstance(given, Tensor) else repr(given)[:80]

@@ -145,11 +145,11 @@ def find_logger(name: str) -> Callable[..., Logger]:
                 "'megarl[loggers]'"
             )
         return kind
-    own = import_dotted("run.loggers", name, "class", BUILT_IN)
-    wrong = " and ".join(method for method in ("log", "close") if not callable(getattr(own, method, None)))
+    logger_class = import_dotted("run.loggers", name, "class", BUILT_IN)
+    wrong = " and ".join(method for method in ("log", "close") if not callable(getattr(logger_class, method, None)))
     wrong = wrong and f"has no {wrong}"
     try:
-        inspect.signature(own).bind(Path(), {}, 0)
+        inspect.signature(logger_class).bind(Path(), {}, 0)
     except (TypeError, ValueError) as error:
         wrong = wrong or f"cannot be made so: {error}"
     if wrong:
@@ -157,7 +157,7 @@ def find_logger(name: str) -> Callable[..., Logger]:
             f"run.loggers {name!r} {wrong}; a logger is made as Class(run_dir, settings, resumed_step) and has "
             "log(step, scalars) and close()"
         )
-    return own
+    return logger_class
 
 
 def make_logger(name: str, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> Logger:

@@ -40,31 +40,31 @@ def take_notes(packs: list[Pack], sampled: list[int]) -> TokenNotes:
 
 def logprobs_of(packs: list[Pack], responses: set[int]) -> dict[int, list[float]]:
     """log pi_old of the tokens that are learnt from, for each of these responses that lies in these packs."""
-    found = {}
+    logprobs = {}
     for pack in packs:
         for place, response in enumerate(pack.responses):
             if response in responses and pack.passes.old_logprobs is not None:
                 rows = (pack.seq_ids == place) & (pack.mask > 0)
-                found[response] = pack.passes.old_logprobs.cpu().float()[rows.cpu()].tolist()
-    return found
+                logprobs[response] = pack.passes.old_logprobs.cpu().float()[rows.cpu()].tolist()
+    return logprobs
 
 
 def worst_of(packs: list[Pack]) -> list[Row]:
     """The COUNT response tokens of these packs with the largest |log
     pi_old - log mu|, largest first, as token numbers with context.
     """
-    found: list[Row] = []
+    worst: list[Row] = []
     for pack in packs:
         if pack.passes.old_logprobs is None or not pack.rows:
             continue
         old = pack.passes.old_logprobs.cpu().float()
         difference = ((old - pack.rollout.logprobs).abs() * pack.mask).nan_to_num(posinf=torch.finfo(torch.float32).max)
-        least = found[-1]["difference"] if len(found) == COUNT else -1.0  # of the packs before
+        least = worst[-1]["difference"] if len(worst) == COUNT else -1.0  # of the packs before
         for value, row in zip(*difference.topk(min(COUNT, pack.padded)), strict=True):
             if pack.mask[row] and value > least:
-                found.append(_row(pack, int(row), float(value), float(old[row])))
-        found = sorted(found, key=lambda token: -token["difference"])[:COUNT]
-    return found
+                worst.append(_row(pack, int(row), float(value), float(old[row])))
+        worst = sorted(worst, key=lambda token: -token["difference"])[:COUNT]
+    return worst
 
 
 def _row(pack: Pack, row: int, difference: float, old: float) -> Row:
@@ -80,10 +80,10 @@ def _row(pack: Pack, row: int, difference: float, old: float) -> Row:
     }
 
 
-def gather_notes(mine: TokenNotes) -> TokenNotes:
+def gather_notes(local: TokenNotes) -> TokenNotes:
     """All ranks' notes at rank 0, of the worst tokens COUNT; nothing elsewhere. Every rank must call it."""
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everyone, dst=0)
+    dist.gather_object(local, everyone, dst=0)
     worst = sorted((row for notes in everyone or [] for row in notes.worst), key=lambda row: -row["difference"])
     return TokenNotes(worst[:COUNT], {n: values for notes in everyone or [] for n, values in notes.sampled.items()})
 

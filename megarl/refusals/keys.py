@@ -79,8 +79,8 @@ def refuse_ignored(command: str, config: Config, overrides: list[str]) -> None:
                     "leave it out (in CONFIG it may stay)"
                 )
             for keys, is_read, setting in NEEDS:
-                mine = any(given == key or (key.endswith(".") and given.startswith(key)) for key in keys.split())
-                if mine and not is_read(config):
+                is_given = any(given == key or (key.endswith(".") and given.startswith(key)) for key in keys.split())
+                if is_given and not is_read(config):
                     raise UserError(
                         f"override {item!r}: {given} is read only with {setting}; set that too, or leave it out"
                     )

@@ -167,14 +167,14 @@ def _with_gaps(key: str, rows: Rows) -> Values:
 def _limits(keys: dict[str, str], precision: Precision) -> list[tuple[float, str, str]]:
     """The levels of this chart's metrics, each once; in words that name the curve where not all have the same."""
     rules = [rule for rule in RULES if rule.key in keys and rule.kind in ("above", "below", "rising")]
-    found: dict[tuple[float, str], dict[str, str]] = {}
+    words_of_limit: dict[tuple[float, str], dict[str, str]] = {}
     for rule in rules:
         level, side = rule.level_at(precision), "below" if rule.kind == "below" else "above"
         words = f"{side} {show(level)}{' and rising' if rule.kind == 'rising' else ''}"
-        found.setdefault((level, side), {})[rule.key] = words
+        words_of_limit.setdefault((level, side), {})[rule.key] = words
     return [
         (level, side, next(iter(words.values())) if len(words) == len(keys) else _named(words, keys))
-        for (level, side), words in found.items()
+        for (level, side), words in words_of_limit.items()
     ]
 
 

@@ -83,8 +83,8 @@ class Axes:
         return LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        at = math.log10(value) if self.log else value
-        return TOP + (self.high - at) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+        scaled = math.log10(value) if self.log else value
+        return TOP + (self.high - scaled) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Values with their labels, three to six of them."""
@@ -107,8 +107,10 @@ class Axes:
             parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
         step = max(1, round(nice((self.last - self.first) / 4)))
-        for at in range(-(-self.first // step) * step, self.last + 1, step):
-            parts.append(f'<text class="tick" x="{self.x(at):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{at}</text>')
+        for tick in range(-(-self.first // step) * step, self.last + 1, step):
+            parts.append(
+                f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{tick}</text>'
+            )
         return "".join(parts)
 
 
@@ -145,8 +147,8 @@ def line_chart(
     axes = Axes(steps, min(present + bounds), max(present + bounds), log)
     window = len(steps) // 40
     parts = [axes.frame()]
-    for i, (one, values) in enumerate(zip(series, usable, strict=True)):
-        style = f"s{colour_of(one, i)} d{one.dash % 4}"
+    for i, (curve, values) in enumerate(zip(series, usable, strict=True)):
+        style = f"s{colour_of(curve, i)} d{curve.dash % 4}"
         if window > 1 and not log:
             parts.append(_path(axes, steps, values, f"line faint {style}"))
             values = smooth(values, window)

@@ -47,15 +47,15 @@ def _versions() -> list[str]:
             continue
         seen.add(name)
         try:
-            found = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             if extra is None or (extra == "cpu" and name == "megatron-core"):
                 problems.append(f"{name} {pinned} is not installed")
             continue
-        same = found.split("+")[0] == pinned
-        _line(name, found if same else f"{found}, pinned {pinned}")
+        same = installed.split("+")[0] == pinned
+        _line(name, installed if same else f"{installed}, pinned {pinned}")
         if not same:
-            problems.append(f"{name} {found} is installed, {pinned} is pinned")
+            problems.append(f"{name} {installed} is installed, {pinned} is pinned")
     return problems
 
 

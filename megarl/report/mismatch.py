@@ -31,12 +31,12 @@ Figures = dict[str, float | list[float] | None]
 class Pass:
     """One teacher-forced pass of the training engine over one response. n = response tokens, L = MoE layers, K = top-k.
 
-    own: top-k of the live scores, under replay given the replayed earlier layers. gap: how far the rollout's experts
+    top_k: of the live scores, under replay given the replayed earlier layers. gap: how far the rollout's experts
     lie below them in score. Both are of the rows that predict the response, None where no routes were captured.
     """
 
     logprobs: np.ndarray  # [n]
-    own: np.ndarray | None = None  # [n, L, K]
+    top_k: np.ndarray | None = None  # [n, L, K]
     gap: np.ndarray | None = None  # [n, L]
 
 
@@ -51,15 +51,15 @@ class Compared:
     live: Pass
     replayed: Pass | None
 
-    def differs(self, one: Pass) -> np.ndarray | None:
+    def differs(self, scored: Pass) -> np.ndarray | None:
         """bool [n, L]: the set of experts is not the rollout's. None where either set is unknown."""
-        return None if (agree := self.agreement(one)) is None else agree < 1
+        return None if (agree := self.agreement(scored)) is None else agree < 1
 
-    def agreement(self, one: Pass) -> np.ndarray | None:
+    def agreement(self, scored: Pass) -> np.ndarray | None:
         """float32 [n, L]: the share of experts that are the rollout's."""
-        if one.own is None or self.routes is None:
+        if scored.top_k is None or self.routes is None:
             return None
-        return agreement(torch.from_numpy(one.own), torch.from_numpy(self.routes[self.prompt_len - 1 :])).numpy()
+        return agreement(torch.from_numpy(scored.top_k), torch.from_numpy(self.routes[self.prompt_len - 1 :])).numpy()
 
 
 def figures(responses: list[Compared], which: str, is_cap: float) -> Figures | None:
@@ -69,27 +69,29 @@ def figures(responses: list[Compared], which: str, is_cap: float) -> Figures | N
     mismatch/ratio_mean: mean of pi/mu. routing/gap_*: median and ninth
     decile of the score gap over the (token, layer) that differ.
     """
-    passes = [one for response in responses if (one := getattr(response, which)) is not None]
+    passes = [scored for response in responses if (scored := getattr(response, which)) is not None]
     if not passes:
         return None
-    ours = torch.from_numpy(np.concatenate([one.logprobs for one in passes]))
+    ours = torch.from_numpy(np.concatenate([scored.logprobs for scored in passes]))
     mu = torch.from_numpy(np.concatenate([response.rollout for response in responses]))
-    found: Figures = dict(finish(mismatch_metrics(ours, mu, torch.ones_like(mu), is_cap)))
-    found["mismatch/ratio_mean"] = float((ours.double() - mu.double()).exp().mean())
+    values: Figures = dict(finish(mismatch_metrics(ours, mu, torch.ones_like(mu), is_cap)))
+    values["mismatch/ratio_mean"] = float((ours.double() - mu.double()).exp().mean())
     routed = [
-        (known, one.gap) for r, one in zip(responses, passes, strict=True) if (known := r.agreement(one)) is not None
+        (known, scored.gap)
+        for r, scored in zip(responses, passes, strict=True)
+        if (known := r.agreement(scored)) is not None
     ]
     if not routed:
-        return found
+        return values
     agree = np.concatenate([known for known, _ in routed])
     gaps = np.concatenate([gap[known < 1] for known, gap in routed if gap is not None])
-    found["routing/agree_rollout_old"] = float(agree.mean(dtype=np.float64))
-    found["routing/layer_agreement"] = agree.mean(0, dtype=np.float64).tolist()
-    found["routing/any_layer_differs_frac"] = float((agree < 1).any(1).mean())
-    found["routing/gap_median"] = float(np.median(gaps)) if len(gaps) else None
-    found["routing/gap_p90"] = float(np.quantile(gaps, 0.9)) if len(gaps) else None
-    found["routing/worst_gap"] = float(gaps.max()) if len(gaps) else 0.0
-    return found
+    values["routing/agree_rollout_old"] = float(agree.mean(dtype=np.float64))
+    values["routing/layer_agreement"] = agree.mean(0, dtype=np.float64).tolist()
+    values["routing/any_layer_differs_frac"] = float((agree < 1).any(1).mean())
+    values["routing/gap_median"] = float(np.median(gaps)) if len(gaps) else None
+    values["routing/gap_p90"] = float(np.quantile(gaps, 0.9)) if len(gaps) else None
+    values["routing/worst_gap"] = float(gaps.max()) if len(gaps) else 0.0
+    return values
 
 
 def worst_tokens(
@@ -97,26 +99,26 @@ def worst_tokens(
 ) -> list[dict[str, Any]]:
     """The response tokens with the largest |log pi - log mu| with live routing, largest first, in their text."""
     order = [(abs(float(d)), i, t) for i, r in enumerate(responses) for t, d in enumerate(r.live.logprobs - r.rollout)]
-    found = []
+    rows = []
     for difference, i, t in sorted(order, key=lambda entry: (-entry[0], entry[1:]))[:count]:
         response = responses[i]
-        at = response.prompt_len + t
+        place = response.prompt_len + t
         row: dict[str, Any] = {
             "response": i,
             "position": t,
-            "before": decode(response.tokens[max(0, at - BEFORE) : at]),
-            "token": decode([response.tokens[at]]),
-            "after": decode(response.tokens[at + 1 : at + 1 + AFTER]),
+            "before": decode(response.tokens[max(0, place - BEFORE) : place]),
+            "token": decode([response.tokens[place]]),
+            "after": decode(response.tokens[place + 1 : place + 1 + AFTER]),
             "difference": difference,
             "rollout": float(response.rollout[t]),
         }
         for which in PASSES:
-            one = getattr(response, which)
-            row[which] = None if one is None else float(one.logprobs[t])
-            differs = None if one is None else response.differs(one)
+            scored = getattr(response, which)
+            row[which] = None if scored is None else float(scored.logprobs[t])
+            differs = None if scored is None else response.differs(scored)
             row[f"layers_{which}"] = None if differs is None else np.flatnonzero(differs[t]).tolist()
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 # key of Figures, its name, its form
@@ -140,11 +142,16 @@ def table(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     ran = [report[which] for which in PASSES if report[which] is not None]
     rows = []
     for key, name, form in ROWS:
-        values = [one.get(key) for one in ran]
+        values = [values_of_pass.get(key) for values_of_pass in ran]
         if any(value is not None for value in values):
             rows.append((name, ["-" if value is None else form.format(value) for value in values]))
     for layer in range(len(ran[0].get("routing/layer_agreement") or [])):
-        rows.append((f"agreement, MoE layer {layer}", [f"{one['routing/layer_agreement'][layer]:.4%}" for one in ran]))
+        rows.append(
+            (
+                f"agreement, MoE layer {layer}",
+                [f"{values_of_pass['routing/layer_agreement'][layer]:.4%}" for values_of_pass in ran],
+            )
+        )
     return rows
 
 
@@ -156,8 +163,8 @@ def text_table(report: dict[str, Any]) -> str:
     lines = [" " * width + "".join(f"{name:>18}" for name in head)]
     lines += [f"{name:{width}}" + "".join(f"{value:>18}" for value in values) for name, values in rows]
     heading, findings = verdict(report)
-    told = "\n".join([f"verdict: {heading}", *(f"  {finding.line}" for finding in findings)])
-    return f"{subject(report)}\n{told}\n\n" + "\n".join(lines)
+    judged = "\n".join([f"verdict: {heading}", *(f"  {finding.line}" for finding in findings)])
+    return f"{subject(report)}\n{judged}\n\n" + "\n".join(lines)
 
 
 def verdict(report: dict[str, Any]) -> tuple[str, list[Finding]]:

@@ -78,7 +78,7 @@ def judge(rows: Rows, precision: Precision) -> Verdict:
     """The verdict on a run. At most one finding a metric and section: of two rules that it breaks, the first."""
     findings: list[Finding] = []
     for rule in RULES:
-        if any(one.rule.key == rule.key and one.rule.section == rule.section for one in findings):
+        if any(finding.rule.key == rule.key and finding.rule.section == rule.section for finding in findings):
             continue
         text = _broken(rule, rule.level_at(precision), rows)
         if text:
@@ -117,8 +117,10 @@ def _broken(rule: Rule, level: float, rows: Rows) -> str:
     values = column(rows, rule.key)
     end = _mean(_end(values))
     if rule.kind in ("above", "below"):
-        found = _level(rule, level, end)
-        return "" if found is None else found.text + (" and rising" if end is not None and _rises(end, values) else "")
+        finding = _level(rule, level, end)
+        return (
+            "" if finding is None else finding.text + (" and rising" if end is not None and _rises(end, values) else "")
+        )
     if len(rows) < LEAST_STEPS:
         return ""
     if rule.kind == "idle":

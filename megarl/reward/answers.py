@@ -35,8 +35,8 @@ def last_boxed(text: str) -> str | None:
     if start < 0:
         return None
     depth, first = 0, text.index("{", start)
-    for found in re.finditer(r"\\.|[{}]", text[first:], re.DOTALL):  # a brace behind a backslash is a character
-        depth += {"{": 1, "}": -1}.get(found.group(), 0)
+    for match in re.finditer(r"\\.|[{}]", text[first:], re.DOTALL):  # a brace behind a backslash is a character
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if not depth:
-            return text[first + 1 : first + found.start()].strip()
+            return text[first + 1 : first + match.start()].strip()
     return ""

@@ -47,8 +47,8 @@ def fault_of_gold(answer: str) -> str:
     if not re.search(r"[^\W_]|\\[A-Za-z]|[∞∅]", gold):
         return "holds nothing to compare with; give the final expression"
     depth = 0
-    for found in re.findall(r"\\.|[{}]", gold, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(found, 0)
+    for token in re.findall(r"\\.|[{}]", gold, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(token, 0)
         if depth < 0:
             break
     return "has braces that do not close; mend its LaTeX" if depth else ""
@@ -72,9 +72,9 @@ def clean(expression: str) -> str:
         expression = re.sub(r"(?<!\\)\$", "", expression)
     expression = re.sub(r"\\!|\{,\}", "", expression)
     expression = re.sub(r"(?<=\d)\\[,;: ](?=\d{3})", "", expression)
-    expression = _MONEY.sub(lambda found: found.group(1) or "", expression.strip())
+    expression = _MONEY.sub(lambda match: match.group(1) or "", expression.strip())
     fraction = r"(\d*)\s*([¼-¾⅐-⅞])"
-    expression = re.sub(fraction, lambda found: _mixed(found.group(1), found.group(2)), expression)
+    expression = re.sub(fraction, lambda match: _mixed(match.group(1), match.group(2)), expression)
     return expression.replace("−", "-").strip()
 
 

@@ -238,5 +238,5 @@ class RewardPool:
 
 def _environment(variables: Sequence[str]) -> dict[str, str]:
     chosen = {*VARIABLES, *variables}
-    kept = {key: value for key, value in os.environ.items() if key in chosen or key.startswith("LC_")}
-    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
+    allowed = {key: value for key, value in os.environ.items() if key in chosen or key.startswith("LC_")}
+    return {**allowed, "CUDA_VISIBLE_DEVICES": ""}

@@ -100,8 +100,8 @@ def _unbind(whole: PartialTensor, dim: int = 0) -> list[Tensor]:
 def _unsqueeze(whole: PartialTensor, dim: int) -> Tensor:
     dim %= whole.dim() + 1
     offset, size, shape = (
-        (*axes[:dim], one, *axes[dim:])
-        for axes, one in ((whole.rect.offset, 0), (whole.rect.size, 1), (tuple(whole.shape), 1))
+        (*axes[:dim], entry, *axes[dim:])
+        for axes, entry in ((whole.rect.offset, 0), (whole.rect.size, 1), (tuple(whole.shape), 1))
     )
     return PartialTensor(whole.local.unsqueeze(dim), Rect(offset, size), shape, whole.hf_name)
 

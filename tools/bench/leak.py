@@ -39,14 +39,14 @@ KINDS = {  # a word of the command line -> what the process is
 
 def resident(root: int) -> dict[int, int]:
     """pid -> resident bytes (VmRSS) of `root` and all below it."""
-    found = {}
+    rss = {}
     for pid in [root, *descendants(root)]:
         try:
             lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-            found[pid] = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+            rss[pid] = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
         except (OSError, StopIteration):  # it has ended
             continue
-    return found
+    return rss
 
 
 def kind(pid: int) -> str:

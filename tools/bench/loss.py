@@ -122,10 +122,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
         run()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     moves = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
+    allocated = most = 0
     for event in sorted(moves, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+        allocated += event.nbytes()
+        most = max(most, allocated)
     return most
 
 

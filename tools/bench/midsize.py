@@ -51,16 +51,16 @@ def inside(folder: Path, pairs: int, count: int) -> None:
 
     config = load_config(None, [f"model.path={folder / 'model'}"])
     engine = build_engine(config, optimizer_steps=1)
-    at = engine.model.parallel
+    parallel = engine.model.parallel
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(3, 24, (n,), generator=generator) for n in lengths(count)]
     rows = [len(t) - 1 for t in tokens]
     packs = make_packs(
-        assign(rows, at.layout.dp, config.engine.micro_batch_tokens)[at.coord.dp],
+        assign(rows, parallel.layout.dp, config.engine.micro_batch_tokens)[parallel.coord.dp],
         tokens,
         [1] * count,
-        at.layout,
-        at.coord,
+        parallel.layout,
+        parallel.coord,
     )
 
     def loss(pack: Any, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -79,7 +79,7 @@ def inside(folder: Path, pairs: int, count: int) -> None:
         dist.all_reduce(total)
         return wall, float(spent)
 
-    judge = Transformers(folder / "model", tokens, at.layout.world) if at.is_main else None
+    judge = Transformers(folder / "model", tokens, parallel.layout.world) if parallel.is_main else None
 
     def theirs() -> Seconds:
         dist.barrier()

@@ -61,7 +61,7 @@ def measure(
     grad, grad_probs = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens * top_k)
     times: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs + 2):
-        for module, kept in list(zip((moe_utils, permutation), times, strict=True))[:: 1 if pair % 2 else -1]:
+        for module, seconds in list(zip((moe_utils, permutation), times, strict=True))[:: 1 if pair % 2 else -1]:
             start = time.process_time()
             rows, probs_N, index = module.permute(
                 x, routing_map, probs=probs, num_out_tokens=tokens * top_k, fused=False, drop_and_pad=False
@@ -71,7 +71,7 @@ def measure(
             )
             torch.autograd.backward([out, probs_N], [grad, grad_probs])
             if pair >= 2:
-                kept.append(time.process_time() - start)
+                seconds.append(time.process_time() - start)
             x.grad = probs.grad = None
     return times
 

@@ -94,7 +94,7 @@ def measure(hf: dict[str, Any], train: Layout, rollout: RolloutLayout) -> dict[s
     planned = time.process_time()
     load = plan.load
     summed = time.process_time()
-    held = plan.held_bytes()
+    held_bytes = plan.held_bytes()
     return {
         "plan_s": planned - start,
         "figures_s": summed - planned,
@@ -107,11 +107,11 @@ def measure(hf: dict[str, Any], train: Layout, rollout: RolloutLayout) -> dict[s
         "sender_mean_gib": float(load.sent.mean() / 2**30),
         "sender_bound_gib": plan.least_sent() / 2**30,
         "receiver_max_gib": float(load.received.max() / 2**30),
-        "receiver_bound_gib": float(held.max() / 2**30),
+        "receiver_bound_gib": float(held_bytes.max() / 2**30),
         "sender_max_over_mean": float(load.sent.max() / load.sent.mean()),
         "sender_max_over_bound": float(load.sent.max() / plan.least_sent()),
         "sender_in_step_over_max": float(load.lockstep / load.sent.max()),
-        "sent_over_held": float(load.sent.sum() / held.sum()),
+        "sent_over_held": float(load.sent.sum() / held_bytes.sum()),
         "destinations_per_sender": int((load.pairs > 0).sum(1).max()),
         "sources_per_receiver": int((load.pairs > 0).sum(0).max()),
     }
@@ -129,11 +129,11 @@ def main() -> None:
     parser.add_argument("--model", choices=list(CASES), default="qwen3-235b")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found = measure(*CASES[args.model])
+    figures = measure(*CASES[args.model])
     if args.json:
-        print(json.dumps({"model": args.model, **found}))
+        print(json.dumps({"model": args.model, **figures}))
         return
-    for name, value in found.items():
+    for name, value in figures.items():
         print(f"{name:24} {value:14,.4f}" if isinstance(value, float) else f"{name:24} {value:14,}")
 
 

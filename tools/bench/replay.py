@@ -82,12 +82,14 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
     ]
     config = load_config(None, [*keys, *overrides])
     engine = build_engine(config, optimizer_steps=4, temperature=1.0)
-    at = engine.model.parallel
+    parallel = engine.model.parallel
     learners = {mode: Learner(config, engine) for mode in ("R3", "none")}
     learners["none"].replay_mode = "none"
     prompt = Prompt([], "", "", 0)
-    fetched = [Rollout(group, prompt, response) for group, response in (_responses(engine) if at.is_ingest else [])]
-    rollouts = ScoredRollouts(config, at, steps_done=0)
+    fetched = [
+        Rollout(group, prompt, response) for group, response in (_responses(engine) if parallel.is_ingest else [])
+    ]
+    rollouts = ScoredRollouts(config, parallel, steps_done=0)
     rollouts.add(Sampled(fetched), [Score(float(n % 3 == 0), "") for n in range(len(fetched))])
     groups = sorted({meta.group for meta in rollouts.metas})
 
@@ -103,7 +105,7 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
 
     parts: dict[str, list[dict[str, float]]] = {mode: [] for mode in learners}
 
-    def one(mode: str) -> Seconds:
+    def timed_step(mode: str) -> Seconds:
         dist.barrier()
         start, cpu = time.perf_counter(), time.process_time()
         minibatches = move(rollouts, groups, engine).minibatches
@@ -121,31 +123,31 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
 
     gc.freeze()
     gc.disable()
-    times = interleaved(lambda: one("R3"), lambda: one("none"), pairs)
-    if at.is_main:
+    times = interleaved(lambda: timed_step("R3"), lambda: timed_step("none"), pairs)
+    if parallel.is_main:
         result = {**judged(on_clock(times)), "cpu": judged(on_cpu(times))}
         medians = {
             mode: {k: statistics.median(row[k] for row in rows[WARM_UP:]) for k in rows[0]}
             for mode, rows in parts.items()
         }
         (folder / "step.json").write_text(json.dumps({**result, "parts_s": medians}), encoding="utf-8")
-    if at.is_main and os.environ.get("PROFILE"):
-        _profile(one, Path(os.environ["PROFILE"]))
+    if parallel.is_main and os.environ.get("PROFILE"):
+        _profile(timed_step, Path(os.environ["PROFILE"]))
     elif os.environ.get("PROFILE"):
         for mode in ("R3", "none") * 10:
-            one(mode)
+            timed_step(mode)
     dist.barrier()
     destroy_parallel()
 
 
-def _profile(one: Callable[[str], Seconds], folder: Path) -> None:
+def _profile(timed_step: Callable[[str], Seconds], folder: Path) -> None:
     """cProfile of either mode, 10 steps each, interleaved."""
     import cProfile
 
     profiles = {mode: cProfile.Profile() for mode in ("R3", "none")}
     for mode in ("R3", "none") * 10:
         profiles[mode].enable()
-        one(mode)
+        timed_step(mode)
         profiles[mode].disable()
     folder.mkdir(parents=True, exist_ok=True)
     for mode, profile in profiles.items():
@@ -156,8 +158,8 @@ def _responses(engine: Any) -> list[tuple[int, Any]]:
     """(prompt, response) of this replica's share, with random distinct experts."""
     from megarl.rollout.response import Response
 
-    rng, at, weight_map = np.random.default_rng(1), engine.model.parallel, engine.model.weight_map
-    layers, rows, found = len(weight_map.moe_layers), PROMPT_TOKENS + NEW_TOKENS - 1, []
+    rng, parallel, weight_map = np.random.default_rng(1), engine.model.parallel, engine.model.weight_map
+    layers, rows, responses = len(weight_map.moe_layers), PROMPT_TOKENS + NEW_TOKENS - 1, []
     for prompt in range(PROMPTS):
         for _ in range(GROUP):
             tokens = rng.integers(3, 24, rows + 1).astype(np.int32)
@@ -166,9 +168,9 @@ def _responses(engine: Any) -> list[tuple[int, Any]]:
             )
             logprobs = -rng.exponential(3.0, NEW_TOKENS).astype(np.float32)
             span = [{"version": 0, "start": 0, "end": NEW_TOKENS}]
-            found.append((prompt, Response(tokens, PROMPT_TOKENS, logprobs, routes, span, "length")))
-    mine = set(np.array_split(np.arange(PROMPTS), at.layout.dp)[at.coord.dp].tolist())
-    return [(prompt, response) for prompt, response in found if prompt in mine]
+            responses.append((prompt, Response(tokens, PROMPT_TOKENS, logprobs, routes, span, "length")))
+    local_prompts = set(np.array_split(np.arange(PROMPTS), parallel.layout.dp)[parallel.coord.dp].tolist())
+    return [(prompt, response) for prompt, response in responses if prompt in local_prompts]
 
 
 def launch_step(folder: Path, ranks: int, pairs: int, routes: str, overrides: list[str]) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def capture(folder: Path, pairs: int, overrides: list[str]) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         on, off = (stack.enter_context(_server(folder, captured, overrides)) for captured in (True, False))
 
-        def one(client: Any, captured: bool) -> Seconds:
+        def timed_generation(client: Any, captured: bool) -> Seconds:
             start = time.perf_counter()
             groups = client.generate(prompts, GROUP, 1.0, NEW_TOKENS, [], seed=0)
             seconds = time.perf_counter() - start
@@ -209,7 +211,9 @@ def capture(folder: Path, pairs: int, overrides: list[str]) -> dict[str, Any]:
             )
             return seconds, 0.0
 
-        return judged(on_clock(interleaved(lambda: one(on, True), lambda: one(off, False), pairs)))
+        return judged(
+            on_clock(interleaved(lambda: timed_generation(on, True), lambda: timed_generation(off, False), pairs))
+        )
 
 
 @contextlib.contextmanager

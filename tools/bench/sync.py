@@ -138,22 +138,24 @@ def main() -> None:
             )
             work["out"] = str(folder / "times.json")
             run_ranks(__file__, WORLD, work)
-            found = json.loads((folder / "times.json").read_text(encoding="utf-8"))
-    report(found, args)
+            measured = json.loads((folder / "times.json").read_text(encoding="utf-8"))
+    report(measured, args)
 
 
-def report(found: dict[str, Any], args: argparse.Namespace) -> None:
-    held, sent = found["figures"]["reshard"]["held"], found["figures"]["reshard"]["sent"]
-    copy = memory_copy(held, args.rounds)
+def report(measured: dict[str, Any], args: argparse.Namespace) -> None:
+    held_bytes, sent = measured["figures"]["reshard"]["held"], measured["figures"]["reshard"]["sent"]
+    copy = memory_copy(held_bytes, args.rounds)
     medians = {
         way: {part: statistics.median(row[part] for row in rows) for part in rows[0]}
-        for way, rows in found["times"].items()
+        for way, rows in measured["times"].items()
     }
     print(
-        f"{held / 2**20:.0f} MiB held by 2 rollout ranks; one memory copy of them takes {copy:.3f} s; medians of "
+        f"{held_bytes / 2**20:.0f} MiB held by 2 rollout ranks; one memory copy of them takes {copy:.3f} s; medians of "
         f"{args.rounds}"
     )
-    print(f"reshard: sent / held {sum(sent) / held:.4f}, largest sender / mean {max(sent) * WORLD / sum(sent):.4f}")
+    print(
+        f"reshard: sent / held {sum(sent) / held_bytes:.4f}, largest sender / mean {max(sent) * WORLD / sum(sent):.4f}"
+    )
     print(f"{'':12}{'seconds':>9}{'of copy':>9}{'of broadcast':>14}   parts")
     for way, parts in medians.items():
         detail = ", ".join(f"{name} {value:.3f}" for name, value in parts.items() if name != "total")
@@ -161,7 +163,8 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> None:
         print(f"{way:12}{parts['total']:9.3f}{parts['total'] / copy:9.1f}{ratio:14.3f}   {detail}")
     if args.json:
         args.json.write_text(
-            json.dumps({"copy_s": copy, "held_bytes": held, "sent_bytes": sent, "median_s": medians}, indent=1) + "\n",
+            json.dumps({"copy_s": copy, "held_bytes": held_bytes, "sent_bytes": sent, "median_s": medians}, indent=1)
+            + "\n",
             encoding="utf-8",
         )
 

@@ -39,12 +39,12 @@ class Claim:
     @property
     def verdict(self) -> str:
         """shown: every part that was run holds and all were run. not shown: one does not hold."""
-        found = {part.verdict for part in self.parts}
-        if found == {"not run"}:
+        verdicts = {part.verdict for part in self.parts}
+        if verdicts == {"not run"}:
             return "not run"
-        if "no" in found:
+        if "no" in verdicts:
             return "not shown"
-        return "shown" if found == {"yes"} else "undecided"
+        return "shown" if verdicts == {"yes"} else "undecided"
 
 
 def bootstrap(differences: list[float], level: float = 0.95) -> tuple[float, float]:

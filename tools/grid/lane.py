@@ -64,12 +64,12 @@ def main(argv: list[str]) -> int:
     for run in runs:
         if time.time() > deadline:
             break
-        with _claimed(out, run) as mine:
-            if mine and not ended(out, run) and not _do(run, out, connect, fleet):
+        with _claimed(out, run) as claimed:
+            if claimed and not ended(out, run) and not _do(run, out, connect, fleet):
                 status = 3  # the server may be in an unknown state: the next lane starts a fresh one
                 break
-    for one in fleet:
-        one.leave()
+    for connection in fleet:
+        connection.leave()
     destroy_parallel()
     return status
 

@@ -45,15 +45,17 @@ def _compact(results: Results) -> str:
 
 
 def render(results: Results, pictures: list[Picture]) -> str:
-    found = {precision: claims(results, precision) for precision in JUDGED}
-    found = {precision: each for precision, each in found.items() if any(claim.verdict != "not run" for claim in each)}
+    judged = {precision: claims(results, precision) for precision in JUDGED}
+    judged = {
+        precision: each for precision, each in judged.items() if any(claim.verdict != "not run" for claim in each)
+    }
     rows = [
         f"| {same[0].name} | {same[0].text} | " + " | ".join(f"**{c.verdict}**" for c in same) + " |"
-        for same in zip(*found.values(), strict=True)
+        for same in zip(*judged.values(), strict=True)
     ]
     parts = [
         f"| {c.name} | {p.text} | {p.measured or '-'} | {p.verdict} |"
-        for precision, each in found.items()
+        for precision, each in judged.items()
         for c in each
         for p in c.parts
         if p.verdict != "not run" or precision == COARSE
@@ -71,7 +73,7 @@ def render(results: Results, pictures: list[Picture]) -> str:
                 warmup=results["warmup"],
                 **_sizes(rl),
             ),
-            "| claim | rollouts in | " + " | ".join(found) + " |\n|---|---|" + "---|" * len(found),
+            "| claim | rollouts in | " + " | ".join(judged) + " |\n|---|---|" + "---|" * len(judged),
             *rows,
             "\n## Part by part\n",
             "Reward is the mean of a run's last eighth. Medians over seeds of the first and of the second arm; then "

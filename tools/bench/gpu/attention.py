@@ -54,18 +54,18 @@ def run(smoke: bool) -> Iterator[dict[str, Any]]:
             packed = packed_sequences(lengths, [[range(tokens)]], 0).to(DEVICE.device)
             results = {}
             for way, choose in ways.items():
-                kept, module.varlen_attention = module.varlen_attention, choose
+                standard, module.varlen_attention = module.varlen_attention, choose
                 try:
-                    found = measure(layer, (q, k, v), grad, packed)
+                    row = measure(layer, (q, k, v), grad, packed)
                 finally:
-                    module.varlen_attention = kept
-                results[way] = found.pop("results")
+                    module.varlen_attention = standard
+                results[way] = row.pop("results")
                 flops = sum(2.0 * n * n * heads * dim for n in lengths)  # causal: half of 4 n^2
                 rates = {
-                    "forward_flops_per_s": flops / found["forward_s"],
-                    "flops_per_s": 3.5 * flops / found["both_s"],
+                    "forward_flops_per_s": flops / row["forward_s"],
+                    "flops_per_s": 3.5 * flops / row["both_s"],
                 }
-                row = {"tokens": tokens, "pack": kind, "sequences": len(lengths), "way": way, **found, **rates}
+                row = {"tokens": tokens, "pack": kind, "sequences": len(lengths), "way": way, **row, **rates}
                 if way == "varlen":
                     row["difference"] = [
                         relative(a, b) for a, b in zip(results["varlen"], results["rectangle"], strict=True)

@@ -88,11 +88,11 @@ def packs_of(engine: Engine, tokens: int, sequence: int) -> list[Any]:
     """
     from megarl.engine.batch import make_packs
 
-    at = engine.model.parallel
+    parallel = engine.model.parallel
     generator = torch.Generator().manual_seed(1)
     vocabulary, count = engine.model.weight_map.vocab_size, max(1, tokens // sequence)
     drawn = [torch.randint(vocabulary, (min(sequence, tokens) + 1,), generator=generator) for _ in range(count)]
-    [pack] = make_packs([list(range(count))], drawn, [1] * count, at.layout, at.coord)
+    [pack] = make_packs([list(range(count))], drawn, [1] * count, parallel.layout, parallel.coord)
     pack.rollout.advantages = torch.where(pack.seq_ids % 2 == 0, 1.0, -1.0)
     pack.rollout.logprobs = torch.full_like(pack.rollout.logprobs, -float(torch.tensor(float(vocabulary)).log()))
     pack.rollout.group_ids, pack.rollout.denominators = (
@@ -107,7 +107,7 @@ def describe_profile(engine: Engine) -> dict[str, Any]:
     return {"layers": profile.layers, "attention": profile.attention, "experts": profile.experts, "adam": profile.adam}
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - wanted| / |wanted|, in float64 on the CPU."""
-    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
-    return float((found - wanted).norm() / wanted.norm())
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return float((actual - expected).norm() / expected.norm())

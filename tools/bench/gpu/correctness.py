@@ -37,7 +37,7 @@ def outcome(dtype: str, experts: str, routes: torch.Tensor | None) -> dict[str, 
         "logprobs": logprobs.cpu(),
         "entropy": entropy.cpu(),
         "routes": routes,
-        "own": packs[0].passes.live_routes,
+        "live_routes": packs[0].passes.live_routes,
         "grads": grads,
     }
 
@@ -59,22 +59,25 @@ def run(smoke: bool) -> Iterator[dict[str, Any]]:
     passed = []
     for dtype in ("float32", "bfloat16"):
         for experts in ("grouped", "sequential"):
-            found = outcome(dtype, experts, reference["routes"])
-            worst = {name: relative(grad, reference["grads"][name]) for name, grad in found["grads"].items()}
-            at = max(worst, key=lambda name: worst[name])
+            result = outcome(dtype, experts, reference["routes"])
+            worst = {name: relative(grad, reference["grads"][name]) for name, grad in result["grads"].items()}
+            worst_name = max(worst, key=lambda name: worst[name])
             row: dict[str, Any] = {
                 "dtype": dtype,
                 "experts": experts,
-                "profile": found["profile"],
-                "logprobs": relative(found["logprobs"], reference["logprobs"]),
-                "entropy": relative(found["entropy"], reference["entropy"]),
-                "gradient_worst": worst[at],
-                "gradient_worst_name": at,
+                "profile": result["profile"],
+                "logprobs": relative(result["logprobs"], reference["logprobs"]),
+                "entropy": relative(result["entropy"], reference["entropy"]),
+                "gradient_worst": worst[worst_name],
+                "gradient_worst_name": worst_name,
                 "gradient": relative(
-                    *(torch.cat([g[n].flatten() for n in worst]) for g in (found["grads"], reference["grads"]))
+                    *(torch.cat([g[n].flatten() for n in worst]) for g in (result["grads"], reference["grads"]))
                 ),
                 "own_routes_equal": float(
-                    (found["own"].sort(-1).values == reference["own"].sort(-1).values).all(-1).float().mean()
+                    (result["live_routes"].sort(-1).values == reference["live_routes"].sort(-1).values)
+                    .all(-1)
+                    .float()
+                    .mean()
                 ),
             }
             row["passed"] = max(row["logprobs"], row["entropy"], row["gradient"]) <= LIMITS[dtype]

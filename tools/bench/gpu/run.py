@@ -42,16 +42,16 @@ PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "apex", "v
 def machine() -> dict[str, Any]:
     import torch
 
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+            versions[name] = None
     card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
-        "packages": found,
+        "packages": versions,
         "gpu": card and {"name": card.name, "bytes": card.total_memory, "multiprocessors": card.multi_processor_count},
         "when": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
@@ -105,12 +105,12 @@ def start(name: str, smoke: bool, out: Path, limit: float) -> bool:
         error = f"ended with status {status}"
     except subprocess.TimeoutExpired:
         status, error = 1, f"over its limit of {limit:.0f} s"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"part": name, "unfinished": True}
-    if "unfinished" in found and "error" not in found:
-        found["error"] = error
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"part": name, "unfinished": True}
+    if "unfinished" in result and "error" not in result:
+        result["error"] = error
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{name:14} {'FAILED' if status else 'ok'} in {time.perf_counter() - begun:.0f} s -> {file}", flush=True)
-    print(headline(found), flush=True)
+    print(headline(result), flush=True)
     return not status
 
 

@@ -16,12 +16,12 @@ from tools.bench.gpu.sync_nccl import measure
 
 
 def run(smoke: bool) -> Iterator[dict[str, Any]]:
-    found = measure(2, smoke, DEVICE.device.type, shared=True)
-    source = torch.randint(256, (found["bytes"],), dtype=torch.uint8, device=DEVICE.device)
+    figures = measure(2, smoke, DEVICE.device.type, shared=True)
+    source = torch.randint(256, (figures["bytes"],), dtype=torch.uint8, device=DEVICE.device)
     target = torch.empty_like(source)
     copy_s = seconds(lambda: target.copy_(source), 5, 2)
     rates = {
-        "sync_bytes_per_s": found.pop("bytes_per_s"),
-        "copy_bytes_per_s": found["bytes"] / copy_s,
+        "sync_bytes_per_s": figures.pop("bytes_per_s"),
+        "copy_bytes_per_s": figures["bytes"] / copy_s,
     }  # bytes moved once, in both
-    yield {**found, **rates, "of_copy": copy_s / found["median_s"]}
+    yield {**figures, **rates, "of_copy": copy_s / figures["median_s"]}

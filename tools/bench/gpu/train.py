@@ -93,7 +93,7 @@ def _depth(
     learner = Learner(config, engine)
     repeats, warm_up = (1, 1) if smoke else (7, 3)
     update = lambda mode: engine.gradients(packs, mode, learner._loss)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "profile": describe_profile(engine),
         "imbalance": float((counts.amax(1) / counts.mean(1)).mean()),  # busiest expert over the mean
         "gradients_s": {mode: seconds(lambda mode=mode: update(mode), repeats, warm_up) for mode in modes},
@@ -102,8 +102,8 @@ def _depth(
         "optimizer_s": seconds(lambda: engine.optimizer.step(), 1 if smoke else 3, 1),
     }
     if "replay" in modes:
-        found["kernels"] = _kernels(lambda: update("replay"))
-    return found
+        figures["kernels"] = _kernels(lambda: update("replay"))
+    return figures
 
 
 def _kernels(work: Any) -> list[dict[str, Any]]:

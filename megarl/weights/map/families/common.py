@@ -73,9 +73,9 @@ def sigmoid_router(config: HfConfig) -> dict[str, Any]:
     megatron-core ranks a group by the sum of its best top_k // group_topk
     experts, the model by its best two: equal where that is two.
     """
-    groups, kept = config["n_group"] or 1, config["topk_group"] or 1
+    groups, top_groups = config["n_group"] or 1, config["topk_group"] or 1
     width = config["moe_intermediate_size"]
-    limit = dict(moe_router_num_groups=groups, moe_router_group_topk=kept) if kept < groups else {}
+    limit = dict(moe_router_num_groups=groups, moe_router_group_topk=top_groups) if top_groups < groups else {}
     shared = (config["n_shared_experts"] or 0) * width
     return dict(
         num_moe_experts=num_experts(config),

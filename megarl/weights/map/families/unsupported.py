@@ -61,8 +61,8 @@ def softmax_router(config: HfConfig) -> str | None:
 
 
 def sigmoid_router(config: HfConfig) -> str | None:
-    groups, kept, top_k = config["n_group"] or 1, config["topk_group"] or 1, config["num_experts_per_tok"]
-    ranked = kept < groups and top_k // kept != 2
+    groups, top_groups, top_k = config["n_group"] or 1, config["topk_group"] or 1, config["num_experts_per_tok"]
+    ranked = top_groups < groups and top_k // top_groups != 2
     plain = config["norm_topk_prob"] == (top_k == 1)
     return fault(
         (
@@ -79,7 +79,7 @@ def sigmoid_router(config: HfConfig) -> str | None:
             "megatron-core renormalises from two on",
         ),
         (
-            ranked and f"topk_group {kept} of {groups} with {top_k} experts a token",
+            ranked and f"topk_group {top_groups} of {groups} with {top_k} experts a token",
             "megatron-core ranks groups by their best two experts only where num_experts_per_tok is twice topk_group",
         ),
     )
