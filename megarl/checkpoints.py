@@ -25,6 +25,7 @@ FILES = "files"  # in it: name of every other file -> [bytes, xxh3 of them]
 NAME = re.compile(r"step_(\d+)$")
 PARTIAL = re.compile(r"\.step_\d+\.partial$")
 READ_BYTES = 2**22
+SEEN_WITHIN_S = 10.0  # a network file system may show a new file late
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

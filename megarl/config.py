@@ -335,6 +335,9 @@ class RunConfig(Section):
     save_every: int = Field(
         0, ge=0, description="Checkpoint every this many steps, and at the end; 0 is only at the end."
     )
+    save_every_minutes: float = Field(
+        0, ge=0, description="Checkpoint also after the first step that ends so long after the last one; 0 never does."
+    )
     keep: int = Field(2, ge=1, description="Whole checkpoints kept; older ones are deleted.")
     resume: Literal["auto", "force"] = Field(
         "auto",

@@ -98,6 +98,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             if not saver.ending:
                 with fleet.watched():
                     evaluation.after(step, last=last)
+        saver.finish()
     except Stopped as stopped:  # Ctrl-C or SIGTERM, while rollouts were awaited
         with turns.training(fleet):
             saver.interrupted(stopped)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from megarl.checkpoints import (
     FILES,
     HF_FILES,
+    SEEN_WITHIN_S,
     STATE,
     hf_files,
     remove_leftovers,
@@ -31,6 +33,8 @@ from megarl.checkpoints import (
     whole_checkpoints,
 )
 from megarl.engine.adam_state import restore_state, sharded_state
+from megarl.engine.background import Background, Parts, copied, writers_group
+from megarl.engine.model import Model
 from megarl.engine.step import Engine
 from megarl.errors import UserError
 from megarl.weights.files.hf_folder import carry_files, carry_tensors
@@ -44,81 +48,138 @@ FAILURES = (Exception, CheckpointException)
 def save_checkpoint(
     engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, critic: Engine | None = None
 ) -> Path:
-    """Writes folder/step_N with model, optimizer, schedule, generator, `state` (plain JSON), config.json and tokenizer.
+    """begin_checkpoint, and waits until it is whole. Collective."""
+    begin_checkpoint(engine, folder, step, state, keep, critic).finish()
+    return folder / f"step_{step}"
 
-    Keeps the newest `keep`. A checkpoint so needs nothing else: it can be converted, and model.path can name it. A
-    critic lies in a folder of its own below it. UserError where it cannot be written; the checkpoints before it stay.
+
+def begin_checkpoint(
+    engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, critic: Engine | None = None
+) -> Background:
+    """Begins folder/step_N with model, optimizer, schedule, generator, `state` (plain JSON), config.json and tokenizer.
+
+    When this returns all is copied to host memory. A thread writes it; the folder has its name when all is on disk, and
+    the newest `keep` stay. A checkpoint so needs nothing else: it can be converted, and model.path can name it. A
+    critic lies in a folder of its own below it. UserError, here or from finish(), where it cannot be written; the
+    checkpoints before it stay. Collective; one at a time.
     """
-    main = dist.get_rank() == 0
     partial, whole = folder / f".step_{step}.partial", folder / f"step_{step}"
-    with _told(partial, whole):
-        if main:
+    group = writers_group()
+    try:
+        if dist.get_rank() == 0:
             remove_leftovers(folder)
             (partial / CRITIC if critic else partial).mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(_sharded(engine, loading=False), str(partial))
+        parts = [copied(_sharded(engine, loading=False), partial)]
         if critic is not None:
-            dist_checkpointing.save(_sharded(critic, loading=False), str(partial / CRITIC))
+            parts.append(copied(_sharded(critic, loading=False), partial / CRITIC))
             state = {**state, "critic_scheduler": critic.scheduler.state_dict()}
-        files = _sealed(partial)
-        if main:
-            (partial / HF_FILES).mkdir()
-            _carry(engine, whole_checkpoints(folder)[-1:], partial / HF_FILES)
-            rest = [path for path in partial.rglob("*") if path.is_file() and _name(path, partial) not in files]
-            files |= {_name(path, partial): _sealed_file(path) for path in rest}
-            state = {
-                **state,
-                "step": step,
-                "scheduler": engine.scheduler.state_dict(),
-                "rng": torch.get_rng_state().tolist(),
-                FILES: files,
-            }
-            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-            _flush(partial / STATE)
-            for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-                _flush(inner)
-            shutil.rmtree(whole, ignore_errors=True)
-            partial.rename(whole)
-            _flush(folder)
-            for old in whole_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
-        dist.barrier()
-    return whole
-
-
-@contextmanager
-def _told(partial: Path, whole: Path) -> Iterator[None]:
-    """Turns whatever fails in a save into one line, and gives back the room that was taken."""
-    try:
-        yield
-    except UserError:
-        raise
     except FAILURES as error:
         if isinstance(error, CheckpointException) and not error.failures:
             dist.barrier()  # another rank knows why and is about to say so
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(next(path for path in partial.parents if path.exists())).free
-        raise UserError(
-            f"checkpoint {str(whole)!r} cannot be written ({_cause(error)}); {free / 2**20:.0f} MiB are free there "
-            "now: make room (run.keep), then the same command goes on from the checkpoint before it"
-        ) from error
+        raise UserError(_cannot(partial, whole, error)) from error
+    state = {
+        **state,
+        "step": step,
+        "scheduler": engine.scheduler.state_dict(),
+        "rng": torch.get_rng_state().tolist(),
+    }
+    model, last = engine.model, whole_checkpoints(folder)[-1:]
+    return Background(
+        _Writing(parts, partial, whole, state, keep, lambda: _carry(model, last, partial / HF_FILES)).run, group
+    )
+
+
+@dataclass
+class _Writing:
+    """What the ranks' threads do together. carry: writes the Hugging Face files, on rank 0."""
+
+    parts: list[Parts]
+    partial: Path
+    whole: Path
+    state: dict[str, Any]
+    keep: int
+    carry: Callable[[], None]
+
+    def run(self, group: dist.ProcessGroup) -> None:
+        """UserError, the same on every rank, where one of them cannot write."""
+        mine: dict[str, Any] = {}
+        try:
+            mine["results"] = [part.write() for part in self.parts]
+            paths = self.partial.rglob(f"__{dist.get_rank()}_*.distcp")
+            mine["files"] = {_name(path, self.partial): _sealed_file(path) for path in paths}
+        except FAILURES as error:
+            mine["fault"] = _cause(error)
+        main, told = dist.get_rank() == 0, [""]
+        everyone: list[Any] | None = [None] * dist.get_world_size() if main else None
+        dist.gather_object(mine, everyone, group=group)
+        if everyone is not None:
+            try:
+                self._complete(everyone)
+            except FAILURES as error:
+                told = [_cannot(self.partial, self.whole, error)]
+        dist.broadcast_object_list(told, src=0, group=group)
+        if told[0]:
+            raise UserError(told[0])
+
+    def _complete(self, everyone: list[dict[str, Any]]) -> None:
+        """Rank 0: once all ranks have written, makes it whole and gives it its name."""
+        partial = self.partial
+        files: dict[str, list[int | str]] = {}
+        for rank, told in enumerate(everyone):
+            if "fault" in told:
+                raise _Fault(f"rank {rank}: {told['fault']}")
+            _expect(partial, rank, told["files"])
+            files |= told["files"]
+        for i, part in enumerate(self.parts):
+            part.finish([told["results"][i] for told in everyone])
+        self.carry()
+        rest = [path for path in partial.rglob("*") if path.is_file() and _name(path, partial) not in files]
+        files |= {_name(path, partial): _sealed_file(path) for path in rest}
+        (partial / STATE).write_text(json.dumps({**self.state, FILES: files}), encoding="utf-8")
+        _flush(partial / STATE)
+        for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+            _flush(inner)
+        shutil.rmtree(self.whole, ignore_errors=True)
+        partial.rename(self.whole)
+        _flush(partial.parent)
+        for old in whole_checkpoints(partial.parent)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+class _Fault(Exception):
+    """In words already."""
+
+
+def _expect(partial: Path, rank: int, files: dict[str, list[int | str]]) -> None:
+    """Rank 0 sees what another rank wrote; a network file system may show it late."""
+    until = time.monotonic() + SEEN_WITHIN_S
+    for name, (size, _) in files.items():
+        while not (partial / name).exists() or (partial / name).stat().st_size != size:
+            if time.monotonic() > until:
+                raise _Fault(f"rank 0 does not see {name} of rank {rank}: run.dir must be one folder for all ranks")
+            time.sleep(0.2)
+
+
+def _cannot(partial: Path, whole: Path, error: BaseException) -> str:
+    """Gives back the room that was taken, and says why in one line."""
+    shutil.rmtree(partial, ignore_errors=True)
+    free = shutil.disk_usage(next(path for path in partial.parents if path.exists())).free
+    return (
+        f"checkpoint {str(whole)!r} cannot be written ({_cause(error)}); {free / 2**20:.0f} MiB are free there "
+        "now: make room (run.keep), then the same command goes on from the checkpoint before it"
+    )
 
 
 def _cause(error: BaseException) -> str:
     """The innermost cause, in one line."""
+    if isinstance(error, _Fault):
+        return str(error)
     if isinstance(error, CheckpointException) and error.failures:
         return _cause(next(iter(error.failures.values()))[0])
     if error.__cause__ is not None:
         return _cause(error.__cause__)
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _sealed(partial: Path) -> dict[str, list[int | str]]:
-    """The checksums of all ranks' part files, each taken by the rank that wrote it. Collective."""
-    mine = partial.rglob(f"__{dist.get_rank()}_*.distcp")
-    everyone: list[dict[str, list[int | str]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, {_name(path, partial): _sealed_file(path) for path in mine})
-    return {name: one for files in everyone for name, one in files.items()}
 
 
 def _sealed_file(path: Path) -> list[int | str]:
@@ -139,11 +200,11 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _carry(engine: Engine, last: list[Path], target: Path) -> None:
+def _carry(model: Model, last: list[Path], target: Path) -> None:
     """config.json, tokenizer and untrained tensors of the model's
     source; these are links into the last checkpoint, if there is one.
     """
-    model = engine.model
+    target.mkdir()
     carry_files(hf_files(model.source), target)
     with open_weights(model.source, model.weight_map) as reader:
         known = last[0] / HF_FILES if last else hf_files(model.source)

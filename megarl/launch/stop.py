@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -31,11 +31,11 @@ _supervised = False
 class StopRequest:
     """Takes the signals from its making to close(); outside the main thread, which alone gets them, none.
 
-    unsaved: whether a step was done since the last checkpoint. asked: the signal that came, or 0.
+    unsaved(): whether a step is not in a whole checkpoint yet. asked: the signal that came, or 0.
     """
 
-    def __init__(self, within_s: float) -> None:
-        self.unsaved, self.asked = False, 0
+    def __init__(self, within_s: float, unsaved: Callable[[], bool]) -> None:
+        self._unsaved, self.asked = unsaved, 0
         self._within_s, self._may_raise = within_s, False
         self._before: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
@@ -86,7 +86,7 @@ class StopRequest:
             if came[0] not in self._before:
                 continue
             now = time.monotonic()
-            if not self.unsaved or (deadline and now - first > TWICE_S):
+            if not self._unsaved() or (deadline and now - first > TWICE_S):
                 leave(128 + came[0])
             if deadline is None:
                 self.asked, first, deadline = came[0], now, now + self._within_s

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megarl.checkpoints import no_sound, remove_leftovers, whole_checkpoints
+from megarl.checkpoints import SEEN_WITHIN_S, no_sound, remove_leftovers, whole_checkpoints
 from megarl.engine.checkpoint import load_checkpoint
 from megarl.engine.soundness import damage_on_any_rank
 from megarl.engine.step import Engine
 from megarl.errors import UserError
-
-SEEN_WITHIN_S = 10.0  # a network file system may show a new file late
 
 
 def resume(run_dir: Path, engine: Engine, critic: Engine | None = None) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from megarl.config import load_config
 from megarl.engine.adam_state import parts_of
 from megarl.engine.batch import Meta, Pack, make_packs, router_rows
 from megarl.engine.build import build_engine, route_shape
-from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
+from megarl.engine.checkpoint import begin_checkpoint, load_checkpoint, save_checkpoint
 from megarl.engine.exchange import LossInputs, exchange, gather_metas
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine
@@ -249,7 +249,7 @@ def interleaved_packs(model: str) -> None:
 
 
 def resume_is_exact(model: str) -> None:
-    """Two updates, a checkpoint, a third update: a fresh engine that
+    """Two updates, a checkpoint that is written during a third: a fresh engine that
     loads the checkpoint does the third update bitwise the same.
     """
     folder = [Path(tempfile.mkdtemp()) if dist.is_initialized() is False or dist.get_rank() == 0 else None]
@@ -262,11 +262,12 @@ def resume_is_exact(model: str) -> None:
         assert folder[0] is not None
         path = folder[0] / str(number)
         norms = [_update(engine, step) for step in range(2)]
-        whole = save_checkpoint(engine, path, 2, {"optimizer_steps": 2}, keep=1)
+        writing = begin_checkpoint(engine, path, 2, {"optimizer_steps": 2}, keep=1)
         norms.append(_update(engine, 2))
+        writing.finish()
         want = [tensor.detach().clone() for _, tensor in engine.model.params()]
         again = build_engine(config, optimizer_steps=10)
-        assert load_checkpoint(again, whole)["optimizer_steps"] == 2
+        assert load_checkpoint(again, path / "step_2")["optimizer_steps"] == 2
         assert _update(again, 2) == norms[2], keys
         assert all(torch.equal(a, tensor) for a, (_, tensor) in zip(want, again.model.params())), keys
 

@@ -9,13 +9,14 @@ import json
 import re
 import resource
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from megarl import refusals
-from megarl.checkpoints import damage, newest, whole_checkpoints
+from megarl.checkpoints import damage, newest, state_of, whole_checkpoints
 from megarl.config import load_config
 from megarl.convert.commands import megatron_to_hf_main
 from megarl.engine.build import Engine, build_engine
@@ -25,8 +26,10 @@ from tools.bench.gpu.correctness import _loss
 from tools.tiny_model import make_tiny_model
 
 # isort: split
+from megarl.engine import checkpoint
 from megarl.engine.adam_state import parts_of
-from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
+from megarl.engine.background import Parts
+from megarl.engine.checkpoint import begin_checkpoint, load_checkpoint, save_checkpoint
 from megarl.engine.parallel import destroy_parallel
 from megarl.loop.resume import agree, resume
 
@@ -87,6 +90,38 @@ def test_fault_05_what_the_configuration_names_is_the_configurations(model: Path
             assert (group["lr"], group["min_lr"], group["betas"], group["eps"]) == (1e-5, 1e-6, (0.8, 0.999), 1e-6)
             assert all(float(part.optimizer.state[tensor]["step"]) == 1 for tensor in group["params"])
     assert again.update(packs_of(again, 64, 32), "off", _loss)[1]["optim/lr"] == 1e-5
+
+
+def test_a_checkpoint_that_is_written_while_the_run_goes_on_is_that_of_its_moment(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, go = engine_of(model), threading.Event()
+    engine.update(packs_of(engine, 64, 32), "off", _loss)
+    want = save_checkpoint(engine, tmp_path / "a", 1, {}, keep=1)
+    write = Parts.write
+    monkeypatch.setattr(Parts, "write", lambda parts: go.wait(60) and write(parts))
+    writing = begin_checkpoint(engine, tmp_path / "b", 1, {}, keep=1)
+    engine.update(packs_of(engine, 64, 32), "off", _loss)
+    assert writing.running and not whole_checkpoints(tmp_path / "b")
+    go.set()
+    writing.finish()
+    (got,) = whole_checkpoints(tmp_path / "b")
+    tensors = [
+        {name: is_ for name, is_ in state_of(path)["files"].items() if ".distcp" in name} for path in (want, got)
+    ]
+    assert tensors[0] == tensors[1] and len(tensors[0]) == 2
+    assert not any(thread.name == "checkpoint" for thread in threading.enumerate())
+
+
+def test_fault_12_a_part_that_rank_0_does_not_see_makes_no_checkpoint(
+    engine: Engine, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a folder that hosts do not share."""
+    monkeypatch.setattr(checkpoint, "SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(checkpoint, "_sealed_file", lambda path: (path.unlink(), [1, "0"])[1])
+    with pytest.raises(UserError, match=r"rank 0 does not see __0_\d.distcp of rank 0: run.dir must be one"):
+        save_checkpoint(engine, run_dir / "checkpoints", 6, {}, keep=2)
+    assert [path.name for path in whole_checkpoints(run_dir / "checkpoints")] == ["step_2", "step_4"]
 
 
 def test_fault_16_a_disk_that_is_full_is_one_line_and_leaves_nothing(engine: Engine, run_dir: Path) -> None:

@@ -18,8 +18,7 @@ from megarl.launch import stop
 
 if {supervised}:
     stop.supervised()
-request = stop.StopRequest(within_s={within_s})
-request.unsaved = {unsaved}
+request = stop.StopRequest({within_s}, unsaved=lambda: {unsaved})
 print("ready", flush=True)
 {body}
 """
