@@ -4,11 +4,10 @@ eval` share.
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from megarl.data import Prompt, vocabulary_of
 from megarl.observe.progress import Rows
 from megarl.reward.inputs import Texts
 from megarl.reward.pool import Score, Scorer
-from megarl.rollout.client import RolloutClient
+from megarl.rollout import dispatch
+from megarl.rollout.client import sampling_of
+from megarl.rollout.dispatch import Request
 from megarl.rollout.fleet import Fleet
 from megarl.rollout.response import Response
-
-CONNECTIONS = 8  # requests that a server has at the same time: the end of one must not empty it
 
 
 @dataclass(frozen=True)
@@ -95,23 +94,27 @@ def _asking(
     fleet: Fleet, config: Config, prompts: list[Prompt], n: int, temperature: float, stop: list[int]
 ) -> Iterator[Iterator[list[Response]]]:
     """The groups, prompt by prompt. Every server has about as many responses at work as it decodes at the same time."""
-    share = max(1, config.rollout.max_num_seqs // (n * CONNECTIONS))  # prompts of one request
-    clients: queue.SimpleQueue[RolloutClient] = queue.SimpleQueue()
-    for client in [RolloutClient([worker], config.rollout.request_timeout_s) for worker in fleet.workers * CONNECTIONS]:
-        clients.put(client)
-
-    def ask(first: int) -> list[list[Response]]:
-        client = clients.get()
-        try:
-            tokens = [prompt.tokens for prompt in prompts[first : first + share]]
-            longest, seed = config.rollout.max_new_tokens, config.run.seed + first * n
-            return client.generate(tokens, n, temperature, longest, stop, seed=seed)
-        finally:
-            clients.put(client)
-
-    pool = ThreadPoolExecutor(clients.qsize(), "rollout")
+    assert fleet.client is not None
+    dispatcher, done = fleet.client.dispatcher, SimpleQueue[dispatch.Answered]()
+    sampling = sampling_of(n, temperature, config.rollout.max_new_tokens, stop)
+    requests = [
+        Request([prompt.tokens], n, sampling, [config.run.seed + number * n], done)
+        for number, prompt in enumerate(prompts)
+    ]
+    for request in requests:
+        dispatcher.submit(request)
     try:
-        parts: list[Future[list[list[Response]]]] = [pool.submit(ask, i) for i in range(0, len(prompts), share)]
-        yield (group for part in parts for group in part.result())
+        yield _in_order(requests, done)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        dispatcher.abandon(requests)
+
+
+def _in_order(requests: list[Request], done: SimpleQueue[dispatch.Answered]) -> Iterator[list[Response]]:
+    early: dict[Request, dispatch.Answered] = {}
+    for request in requests:
+        while request not in early:
+            answered = done.get()
+            if answered.error:
+                raise answered.error
+            early[answered.request] = answered
+        yield early.pop(request).groups[0]

@@ -34,17 +34,19 @@ def check_routes(routes: np.ndarray, rows: int, layers: int, num_experts: int, t
     if routes.dtype.kind not in "ui":
         raise ValueError(f"dtype {routes.dtype}, not an integer")
     expected = f"not {top_k} distinct experts of 0..{num_experts - 1}"
-    outside = (routes < 0) | (routes >= num_experts)
-    if outside.any():
+    if rows and (int(routes.max()) >= num_experts or int(routes.min()) < 0):
+        outside = (routes < 0) | (routes >= num_experts)
         row = int(outside.any(axis=(1, 2)).argmax())
         raise ValueError(f"row {row} names expert {int(routes[outside][0])}, {expected}")
     if top_k > 1 and rows and not routes.any():
         raise ValueError(f"all zero, {expected} a row: nothing was captured")
-    ordered = np.sort(routes, axis=-1)
-    same = (ordered[..., 1:] == ordered[..., :-1]).any(axis=(1, 2))
+    # K columns compared pair by pair: a sort of so many rows of so few takes twenty times as long
+    columns = np.ascontiguousarray(routes.reshape(-1, top_k).T)
+    same = np.zeros(rows * layers, bool)
+    for k in range(1, top_k):
+        same |= (columns[:k] == columns[k]).any(axis=0)
     if same.any():
-        row = int(same.argmax())
-        layer = int((ordered[row, :, 1:] == ordered[row, :, :-1]).any(axis=1).argmax())
+        row, layer = divmod(int(same.argmax()), layers)
         raise ValueError(
             f"row {row} names an expert twice, {routes[row, layer].tolist()} in MoE layer {layer}, {expected}"
         )

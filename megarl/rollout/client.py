@@ -6,24 +6,17 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from megarl.door import header
-from megarl.errors import UserError
-from megarl.rollout.registry import WorkerInfo
+from megarl.rollout.dispatch import Answered, Dispatcher, Request, wait_for
+from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.response import Response
-from megarl.rollout.wire import decode
-
-T = TypeVar("T")
-
-
-class RolloutError(UserError):
-    """A rollout server refused a request, or the connection to it broke. One line that names the server."""
+from megarl.rollout.wire import decode, refusal_of
 
 
 class Server:
@@ -58,7 +51,7 @@ class Server:
                         f"rollout server {self.url}{path}: connection lost ({type(error).__name__})"
                     ) from None
         if answer.status != 200:
-            raise RolloutError(f"rollout server {self.url}{path}: {_message(answer.status, content)}")
+            raise RolloutError(f"rollout server {self.url}{path}: {refusal_of(answer.status, content)}")
         return content
 
     def close(self) -> None:
@@ -76,11 +69,23 @@ class Server:
 
 
 class RolloutClient:
-    """Spreads prompts over the servers of `workers`; each request is one batch of prompts. Synchronous."""
+    """Spreads prompts over the servers of `workers`. Its methods wait for the answers.
 
-    def __init__(self, workers: list[WorkerInfo], timeout_s: float) -> None:
-        self.servers = [Server(worker.url, timeout_s, worker.tokens.data) for worker in workers]
-        self._pool = ThreadPoolExecutor(len(workers), "rollout") if len(workers) > 1 else None
+    at_once, wait_s: of the Dispatcher, which also takes what nobody waits for.
+    """
+
+    def __init__(self, workers: list[WorkerInfo], timeout_s: float, wait_s: float = 0.0, at_once: int = 0) -> None:
+        self.dispatcher = Dispatcher(workers, timeout_s, wait_s, at_once)
+        self._timeout_s = timeout_s
+        self.servers: list[Server] = []
+        self.set_workers(workers)
+
+    def set_workers(self, workers: list[WorkerInfo]) -> None:
+        """Whom to ask from now on."""
+        for server in self.servers:
+            server.close()
+        self.servers = [Server(worker.url, self._timeout_s, worker.tokens.data) for worker in workers]
+        self.dispatcher.set_servers(workers)
 
     def generate(
         self,
@@ -95,21 +100,24 @@ class RolloutClient:
         stop token that was sampled is part of its response.
 
         Every sampling parameter is sent: mu is the whole softmax at `temperature`. `seed` makes the draw repeatable
-        (response i of prompt p draws from seed + p n + i), at some cost in speed.
+        (response i of prompt p draws from seed + p n + i), at some cost in speed. One request a server: what a server
+        samples together depends on nothing but the prompts.
         """
-        chunks = np.array_split(np.arange(len(prompts)), len(self.servers))
-        sampling = _sampling(n, temperature, max_new_tokens, stop_token_ids)
-
-        def one(server: Server, chunk: np.ndarray) -> list[list[Response]]:
-            if not len(chunk):
-                return []
-            batch = [prompts[i] for i in chunk]
+        if not prompts:
+            return []
+        sampling, done = sampling_of(n, temperature, max_new_tokens, stop_token_ids), SimpleQueue[Answered]()
+        requests = []
+        for server, chunk in zip(self.servers, np.array_split(np.arange(len(prompts)), len(self.servers)), strict=True):
             seeds = None if seed is None else [seed + int(i) * n for i in chunk]
-            return _responses(
-                server.post("/megarl/generate", {"prompts": batch, "sampling": sampling, "seeds": seeds}), batch, n
-            )
-
-        return [group for part in self._on_all(lambda i: one(self.servers[i], chunks[i])) for group in part]
+            if len(chunk):
+                requests.append(Request([prompts[i] for i in chunk], n, sampling, seeds, done, server.url))
+        for request in requests:
+            self.dispatcher.submit(request)
+        try:
+            return [group for answered in wait_for(requests) for group in answered.groups]
+        except BaseException:  # an error, or a signal that ends the wait
+            self.dispatcher.abandon(requests)
+            raise
 
     def score(self, tokens: list[int], server: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
         """Teacher-forced at temperature 1: log-probabilities float32
@@ -120,20 +128,17 @@ class RolloutClient:
 
     def weight_versions(self) -> list[int]:
         """The version each server holds, in optimizer steps; 0 before the first sync."""
-        return self._on_all(lambda i: int(json.loads(self.servers[i].post("/megarl/sync/version", {}))["version"]))
+        answers = [server.post("/megarl/sync/version", {}) for server in self.servers]
+        return [int(json.loads(answer)["version"]) for answer in answers]
 
     def close(self) -> None:
         for server in self.servers:
             server.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _on_all(self, call: Callable[[int], T]) -> list[T]:
-        indices = range(len(self.servers))
-        return [call(0)] if self._pool is None else list(self._pool.map(call, indices))
+        self.dispatcher.close()
 
 
-def _sampling(n: int, temperature: float, max_new_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
+def sampling_of(n: int, temperature: float, max_new_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
+    """What a request asks of vLLM, every parameter named."""
     return {
         "n": n,
         "temperature": temperature,
@@ -147,39 +152,3 @@ def _sampling(n: int, temperature: float, max_new_tokens: int, stop_token_ids: l
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
     }
-
-
-def _responses(body: bytes, prompts: list[list[int]], n: int) -> list[list[Response]]:
-    header, arrays = decode(body)
-    routes = arrays.get("routes")
-    groups: list[list[Response]] = []
-    at = row = number = 0
-    for prompt in prompts:
-        head = np.array(prompt, np.int32)
-        group = []
-        for _ in range(n):
-            length = header["lengths"][number]
-            rows = len(prompt) + length - 1
-            spans = [
-                {"version": version, "start": start, "end": end} for version, start, end in header["versions"][number]
-            ]
-            group.append(
-                Response(
-                    tokens=np.concatenate([head, arrays["tokens"][at : at + length]]),
-                    prompt_len=len(prompt),
-                    logprobs=arrays["logprobs"][at : at + length],
-                    routes=None if routes is None else routes[row : row + rows],
-                    weight_versions=spans,
-                    finish_reason=header["finish"][number],
-                )
-            )
-            at, row, number = at + length, row + rows, number + 1
-        groups.append(group)
-    return groups
-
-
-def _message(status: int, content: bytes) -> str:
-    try:
-        return json.loads(content)["error"]
-    except (ValueError, KeyError, TypeError):
-        return f"status {status}: {content[:200].decode(errors='replace')}"

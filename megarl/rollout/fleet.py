@@ -15,8 +15,15 @@ import torch.distributed as dist
 
 from megarl.config import Config
 from megarl.errors import UserError
-from megarl.rollout.client import RolloutClient, RolloutError
-from megarl.rollout.registry import WorkerInfo, check_workers, open_store, request_shutdown, wait_for_workers
+from megarl.rollout.client import RolloutClient
+from megarl.rollout.registry import (
+    RolloutError,
+    WorkerInfo,
+    check_workers,
+    open_store,
+    request_shutdown,
+    wait_for_workers,
+)
 from megarl.rollout.sync_leader import Canary, SyncLeader, SyncSettings
 from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.transport.send import Outgoing, WeightSender
@@ -51,7 +58,10 @@ class Fleet:
         self.urls = [worker.url for worker in self.workers]
         if is_ingest and not main:
             self._store = open_store(host, int(port), is_master=False, timeout_s=config.rollout.start_timeout_s)
-        self.client = RolloutClient(self.workers, config.rollout.request_timeout_s) if is_ingest or main else None
+        self.client: RolloutClient | None = None
+        if is_ingest or main:
+            timeout_s, at_once = config.rollout.request_timeout_s, config.rollout.max_num_seqs
+            self.client = RolloutClient(self.workers, timeout_s, at_once=at_once)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -24,6 +24,10 @@ BEAT_S = 1.0
 STALE_S = 15.0  # a worker that has not beaten for so long is taken for dead
 
 
+class RolloutError(UserError):
+    """A rollout server refused a request, or the connection to it broke. One line that names the server."""
+
+
 class RolloutDied(UserError):
     """A rollout worker failed, or fell silent. The message's first line says which; the log's last lines follow."""
 

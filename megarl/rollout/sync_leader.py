@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megarl.rollout.client import RolloutError, Server
-from megarl.rollout.registry import WorkerInfo
+from megarl.rollout.client import Server
+from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.wire import decode
 
 ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it

@@ -17,17 +17,34 @@ def encode(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     """Little-endian: uint32 length of the JSON header, the header, then
     each array's bytes in the order of header["arrays"].
     """
-    layout = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
+    return b"".join(encode_parts(header, {name: [array] for name, array in arrays.items()}))
+
+
+def encode_parts(header: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> list[bytes | memoryview]:
+    """What encode gives, in parts that are not copied. Each array is given as pieces along its first axis, at least
+    one.
+    """
+    layout = [
+        [name, pieces[0].dtype.str, [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]]
+        for name, pieces in arrays.items()
+    ]
     text = json.dumps({**header, "arrays": layout}, separators=(",", ":")).encode()
-    return b"".join(
-        [struct.pack("<I", len(text)), text, *(np.ascontiguousarray(array).tobytes() for array in arrays.values())]
-    )
+    parts = [np.ascontiguousarray(piece) for pieces in arrays.values() for piece in pieces if piece.size]
+    return [struct.pack("<I", len(text)), text, *(piece.reshape(-1).view(np.uint8).data for piece in parts)]
 
 
-def decode(body: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def refusal_of(status: int, content: bytes) -> str:
+    """What an answer other than 200 says, in one line."""
+    try:
+        return json.loads(content)["error"]
+    except (ValueError, KeyError, TypeError):
+        return f"status {status}: {content[:200].decode(errors='replace')}"
+
+
+def decode(body: bytes | memoryview) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Inverse of encode; the arrays are read-only views of `body`. Raises ValueError when the body is cut short."""
     (length,) = struct.unpack_from("<I", body)
-    header = json.loads(body[4 : 4 + length])
+    header = json.loads(bytes(body[4 : 4 + length]))
     offset = 4 + length
     arrays = {}
     for name, dtype, shape in header.pop("arrays"):

@@ -33,7 +33,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from megarl import door
-from megarl.rollout.wire import ENGINE_DIED, encode
+from megarl.rollout.wire import ENGINE_DIED, encode, encode_parts
+
+Parts = list[bytes | memoryview]  # of one body, sent one after the other
 
 PREFIX = "/megarl/"
 DIRTY = (
@@ -97,7 +99,7 @@ class RolloutEndpoint:
             return ASLEEP
         return DIRTY if self._dirty and step == path else None
 
-    async def _answer(self, path: str, engine: EngineClient, request: dict[str, Any]) -> tuple[int, bytes]:
+    async def _answer(self, path: str, engine: EngineClient, request: dict[str, Any]) -> tuple[int, bytes | Parts]:
         try:
             if path.startswith("sync/"):
                 return 200, await self._sync(engine, path.removeprefix("sync/"), request)
@@ -113,7 +115,7 @@ class RolloutEndpoint:
 
     async def _generate(
         self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
-    ) -> bytes:
+    ) -> Parts:
         of_prompt: list[int | None] = [*seeds] if seeds else [None] * len(prompts)
         runs = [
             _run(engine, prompt, {**sampling, "seed": seed}) for prompt, seed in zip(prompts, of_prompt, strict=True)
@@ -129,15 +131,13 @@ class RolloutEndpoint:
                 for choice in choices
             ],
         }
-        arrays = {
-            "tokens": np.fromiter(itertools.chain.from_iterable(choice.token_ids for choice in choices), np.int32),
-            "logprobs": np.fromiter(
-                itertools.chain.from_iterable(choice.logprobs.logprobs for choice in choices), np.float32
-            ),
+        arrays: dict[str, list[np.ndarray]] = {
+            "tokens": [np.array(choice.token_ids, np.int32) for choice in choices],
+            "logprobs": [np.array(choice.logprobs.logprobs, np.float32) for choice in choices],
         }
         if choices[0].routed_experts is not None:
-            arrays["routes"] = np.concatenate([await self._routes(engine, choice) for choice in choices])
-        return encode(header, arrays)
+            arrays["routes"] = [await self._routes(engine, choice) for choice in choices]
+        return encode_parts(header, arrays)
 
     async def _score(self, engine: EngineClient, tokens: list[int]) -> bytes:
         """prompt_logprobs turns the prefix cache's reads off, so the
@@ -213,10 +213,13 @@ def _version(label: str) -> int:
     return 0 if label == "default" else int(label)
 
 
-async def _respond(send: Any, status: int, body: bytes) -> None:
-    headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/octet-stream")]
+async def _respond(send: Any, status: int, body: bytes | Parts) -> None:
+    parts = body if isinstance(body, list) else [body]
+    length = str(sum(len(part) for part in parts)).encode()
+    headers = [(b"content-length", length), (b"content-type", b"application/octet-stream")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    for number, part in enumerate(parts, start=1):  # send() waits while the socket takes no more
+        await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
 
 
 async def _body(receive: Any) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megarl.rollout.client import RolloutClient, RolloutError, Server
-from megarl.rollout.registry import WorkerInfo
+from megarl.rollout.client import RolloutClient, Server
+from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import decode
 from tests.engine.support import EOS, Rollout, judged, prompts

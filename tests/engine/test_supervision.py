@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megarl.launch.lifeline import descendants
 from megarl.rollout import registry
-from megarl.rollout.client import RolloutClient, RolloutError
-from megarl.rollout.registry import RolloutDied
+from megarl.rollout.client import RolloutClient
+from megarl.rollout.registry import RolloutDied, RolloutError
 from tests.engine.support import START_S, prompts, supervised
 from tests.engine.test_rollout import assert_judged
 

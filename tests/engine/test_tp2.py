@@ -15,8 +15,7 @@ import torch
 
 from megarl.launch.lifeline import descendants
 from megarl.rollout import registry
-from megarl.rollout.client import RolloutError
-from megarl.rollout.registry import RolloutDied
+from megarl.rollout.registry import RolloutDied, RolloutError
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 from megarl.weights.reshard.rollout_layout import VOCABULARY_MULTIPLE, RolloutLayout, rollout_rects
 from tests.engine.support import Rollout, SlicePusher, judged, prompts, supervised

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megarl.rollout.client import RolloutError, Server
-from megarl.rollout.registry import known
+from megarl.rollout.client import Server
+from megarl.rollout.registry import RolloutError, known
 from megarl.rollout.wire import decode
 from tests.engine.support import ROOT, Pusher, Rollout, judged, prompts
 from tests.engine.test_rollout import assert_judged

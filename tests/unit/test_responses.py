@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,9 @@ from megarl.config import load_config
 from megarl.data import Prompt
 from megarl.reward.figures import evaluation_figures
 from megarl.reward.pool import Score
+from megarl.rollout.client import RolloutClient
 from megarl.rollout.response import Response
+from tools.bench.stub_server import StubServer, generated
 
 BAD = Score(math.nan, "raised ValueError")
 
@@ -58,23 +61,24 @@ def test_fault_17_rows_carry_text_prompt_and_reward() -> None:
     assert all("reward" not in row and "answer" not in row for row in without.rows())
 
 
-def test_groups_come_in_the_order_of_the_prompts_whatever_ends_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
+def test_groups_come_in_the_order_of_the_prompts_whatever_ends_first() -> None:
+    async def reply(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        ((prompt,),) = asked["prompts"]
+        await asyncio.sleep(0.02 * (7 - prompt))
+        return 200, generated(asked, 1)
 
-    class Client:
-        def __init__(self, workers: list[str], timeout_s: float) -> None: ...
-        def generate(self, prompts: list[Any], n: int, *rest: Any, seed: int) -> list[Any]:
-            asked.append((seed, len(prompts)))
-            return [[response([*prompt, seed + i * n], 1)] * n for i, prompt in enumerate(prompts)]
-
-    monkeypatch.setattr(responses, "RolloutClient", Client)
     config = load_config(None, ["rollout.max_num_seqs=48", "run.seed=5"])
     prompts = [Prompt([i], "", "", i) for i in range(7)]
-    fleet: Any = SimpleNamespace(workers=["a", "b"])
-    with responses._asking(fleet, config, prompts, 2, 1.0, []) as groups:
-        found = [group[0].tokens.tolist() for group in groups]
-    assert found == [[i, 5 + 2 * i] for i in range(7)]  # the seed of a prompt does not hang on its request
-    assert sorted(asked) == [(5, 3), (11, 3), (17, 1)]
+    servers = [StubServer(reply), StubServer(reply)]
+    fleet: Any = SimpleNamespace(client=RolloutClient([server.info(i) for i, server in enumerate(servers)], 20))
+    try:
+        with responses._asking(fleet, config, prompts, 2, 1.0, []) as groups:
+            tokens = [group[0].tokens.tolist() for group in groups]
+        assert tokens == [[i, 5 + 2 * i] for i in range(7)]
+    finally:
+        fleet.client.close()
+        for server in servers:
+            server.close()
 
 
 def test_a_file_of_rows_is_whole_or_not_there(tmp_path: Path) -> None:

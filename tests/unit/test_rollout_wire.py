@@ -7,7 +7,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
-from megarl.rollout.client import RolloutError, Server, _responses
+from megarl.rollout.client import Server
+from megarl.rollout.registry import RolloutError
+from megarl.rollout.response import responses_of
 from megarl.rollout.wire import decode, encode
 
 
@@ -37,7 +39,7 @@ def test_a_body_is_cut_into_responses_of_their_own_lengths() -> None:
     }
     routes = np.repeat(np.arange(4, dtype=np.uint8), rows)[:, None, None] * np.ones((1, 2, 2), np.uint8)
     arrays = {"tokens": np.arange(10, dtype=np.int32), "logprobs": -np.arange(10, dtype=np.float32), "routes": routes}
-    groups = _responses(encode(header, arrays), prompts, 2)
+    groups = responses_of(encode(header, arrays), prompts, 2)
     assert [r.tokens.tolist() for group in groups for r in group] == [
         [3, 4, 0],
         [3, 4, 1, 2, 3],

@@ -1,0 +1,325 @@
+"""Requests for responses, spread over the rollout servers: each to the server with the least work, again to another
+where a server dies.
+
+A thread with an asyncio loop keeps all connections, so that the trainer's own thread computes meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import heapq
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from megarl.door import header
+from megarl.rollout.connection import Answer, Connection
+from megarl.rollout.registry import RolloutError, WorkerInfo
+from megarl.rollout.response import Response, responses_of
+from megarl.rollout.wire import ENGINE_DIED, refusal_of
+
+GENERATE = "/megarl/generate"
+TRIES = 3  # a request that was at work in so many servers when they were lost is not given to another
+
+
+@dataclass(eq=False)
+class Request:
+    """n responses to each of `prompts`, answered as a whole. seeds: of the first response to each prompt.
+
+    done: where its Answered goes. url: the server that is to have it, as long as it lives; "" for any.
+    """
+
+    prompts: list[list[int]]
+    n: int
+    sampling: dict[str, Any]
+    seeds: list[int] | None
+    done: SimpleQueue[Answered] = field(default_factory=SimpleQueue)
+    url: str = ""
+    tries: int = 0
+
+    @property
+    def responses(self) -> int:
+        return self.n * len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """groups: by prompt, n responses each. error: why there are none. seconds: from being sent to the answer."""
+
+    request: Request
+    groups: list[list[Response]]
+    error: RolloutError | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Running:
+    number: int
+    url: str
+    task: asyncio.Task[None]
+
+
+class _Link:
+    """One server: its free connections, and how many responses it has at work."""
+
+    def __init__(self, worker: WorkerInfo) -> None:
+        self.url, self.headers = worker.url, header(worker.tokens.data)
+        self.free: list[Connection] = []
+        self.at_work, self.lost = 0, ""
+        self.busy_s, self._since = 0.0, 0.0
+
+    def load(self, responses: int) -> None:
+        if not self.at_work:
+            self._since = time.monotonic()
+        self.at_work += responses
+        if not self.at_work:
+            self.busy_s += time.monotonic() - self._since
+
+    def busy_so_far(self) -> float:
+        return self.busy_s + (time.monotonic() - self._since if self.at_work else 0.0)
+
+    def close(self) -> None:
+        for connection in self.free:
+            connection.close()
+        self.free.clear()
+
+
+class Dispatcher:
+    """Safe from any thread. A request that a server answers by a refusal fails; one whose server is lost is sent to
+    another, from its beginning.
+
+    timeout_s: of one answer, from its sending. wait_s: how long requests wait where no server is left; 0 fails them at
+    once. at_once: responses that one server has at work; what is more waits here, where a later server can take it.
+    """
+
+    def __init__(self, workers: Sequence[WorkerInfo], timeout_s: float, wait_s: float = 0.0, at_once: int = 0) -> None:
+        self._timeout_s, self._wait_s, self._at_once = timeout_s, wait_s, at_once
+        self._links: dict[str, _Link] = {}
+        self._waiting: list[
+            tuple[int, Request]
+        ] = []  # a heap: what was asked first goes first, also when it comes back
+        self._numbers = itertools.count()
+        self._running: dict[Request, _Running] = {}
+        self._none_left: asyncio.TimerHandle | None = None
+        self._last_error: RolloutError | None = None
+        self.on_lost: Callable[[str, str], None] = lambda url, why: None  # called in the loop's thread
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
+        self._thread.start()
+        self.set_servers(workers)
+
+    def set_servers(self, workers: Sequence[WorkerInfo]) -> None:
+        """Whom to ask from now on. A server that was lost and is named again is tried again; what a server has at work
+        that is named no more goes to the others.
+        """
+        self._call(self._set_servers, list(workers))
+
+    def submit(self, request: Request) -> None:
+        """Its Answered comes to request.done."""
+        self._loop.call_soon_threadsafe(self._queue, request)
+
+    def abandon(self, requests: Sequence[Request]) -> None:
+        """Nobody wants them any more: a server that works on one drops it, and nothing comes to their queues."""
+        self._call(self._abandon, list(requests))
+
+    def drop(self, url: str, why: str) -> None:
+        """What this server has at work goes to the others; it is not asked before set_servers names it again."""
+        self._call(self._lose, url, RolloutError(f"rollout server {url}: {why}"), True)
+
+    def busy_seconds(self) -> dict[str, float]:
+        """By server, how long it has had something at work since the dispatcher was made."""
+        return self._call(lambda: {link.url: link.busy_so_far() for link in self._links.values()})
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._call(lambda: self._abandon([*self._running, *(request for _, request in self._waiting)]))
+            self._call(self._close_links)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                result.set_result(function(*args))
+            except BaseException as error:
+                result.set_exception(error)
+
+        self._loop.call_soon_threadsafe(run)
+        return result.result(60)
+
+    # What follows runs in the loop's thread.
+
+    def _close_links(self) -> None:
+        for link in self._links.values():
+            link.close()
+
+    def _set_servers(self, workers: list[WorkerInfo]) -> None:
+        named = {worker.url: worker for worker in workers}
+        for url in [url for url in self._links if url not in named]:
+            self._lose(url, RolloutError(f"rollout server {url}: left the run"), True)
+            self._links.pop(url).close()
+        for url, worker in named.items():
+            if url in self._links:
+                self._links[url].lost = ""
+            else:
+                self._links[url] = _Link(worker)
+        self._pump()
+
+    def _queue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (next(self._numbers), request))
+        self._pump()
+
+    def _abandon(self, requests: list[Request]) -> None:
+        gone = set(requests)
+        self._waiting = [(number, request) for number, request in self._waiting if request not in gone]
+        heapq.heapify(self._waiting)
+        for request in gone:
+            if running := self._running.pop(request, None):
+                running.task.cancel()
+
+    def _pump(self) -> None:
+        """Sends what waits, as far as the servers take it."""
+        usable = [link for link in self._links.values() if not link.lost]
+        if not usable:
+            self._wait_for_servers()
+            return
+        if self._none_left:
+            self._none_left.cancel()
+            self._none_left = None
+        later = []
+        while self._waiting:
+            number, request = heapq.heappop(self._waiting)
+            link = self._link_for(request, usable)
+            if link is None:
+                later.append((number, request))
+                if not request.url:
+                    break  # nobody has room
+                continue
+            link.load(request.responses)
+            task = self._loop.create_task(self._run(link, request))
+            self._running[request] = _Running(number, link.url, task)
+        for item in later:
+            heapq.heappush(self._waiting, item)
+
+    def _link_for(self, request: Request, usable: list[_Link]) -> _Link | None:
+        if request.url and (wanted := self._links.get(request.url)) and not wanted.lost:
+            return wanted
+        link = min(usable, key=lambda link: link.at_work)
+        fits = not self._at_once or not link.at_work or link.at_work + request.responses <= self._at_once
+        return link if fits or request.url else None
+
+    def _wait_for_servers(self) -> None:
+        """Where none is left: what waits fails, if none comes in time."""
+        if self._waiting and self._none_left is None:
+            self._none_left = self._loop.call_later(self._wait_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self._none_left = None
+        error = self._last_error or RolloutError("no rollout server is left")
+        while self._waiting:
+            _, request = heapq.heappop(self._waiting)
+            request.done.put(Answered(request, [], error))
+
+    async def _run(self, link: _Link, request: Request) -> None:
+        start = time.monotonic()
+        lost: RolloutError | None = None
+        try:
+            answer = await self._ask(link, request)
+        except TimeoutError:
+            lost = RolloutError(f"rollout server {link.url}{GENERATE}: no answer within {self._timeout_s:.0f} s")
+        except OSError as error:
+            lost = RolloutError(f"rollout server {link.url}{GENERATE}: connection lost ({type(error).__name__})")
+        finally:  # where it was cancelled, whoever did so has taken it from _running
+            link.load(-request.responses)
+        if lost is None and answer.status != 200:
+            message = refusal_of(answer.status, answer.body.tobytes())
+            refused = RolloutError(f"rollout server {link.url}{GENERATE}: {message}")
+            if message != ENGINE_DIED:
+                self._finish(request, Answered(request, [], refused))
+                return
+            lost = refused
+        if lost:
+            self._again(request)
+            self._lose(link.url, lost)
+            return
+        groups = responses_of(answer.body.data, request.prompts, request.n)
+        self._finish(request, Answered(request, groups, None, time.monotonic() - start))
+
+    def _finish(self, request: Request, answered: Answered) -> None:
+        self._running.pop(request, None)
+        request.done.put(answered)
+        self._pump()
+
+    def _again(self, request: Request) -> None:
+        """Back among those that wait, in its old place."""
+        request.tries += 1
+        heapq.heappush(self._waiting, (self._running.pop(request).number, request))
+
+    def _lose(self, url: str, error: RolloutError, others: bool = False) -> None:
+        """A server that cannot be asked any more. others: take from it what else it has at work; else that is left to
+        find out by itself.
+        """
+        link = self._links.get(url)
+        if link is None:
+            return
+        if not link.lost:
+            self.on_lost(url, str(error))
+        link.lost, self._last_error = str(error), error
+        link.close()
+        for request, running in [*self._running.items()] if others else []:
+            if running.url == url:
+                running.task.cancel()
+                self._again(request)
+        for number, request in [(number, request) for number, request in self._waiting if request.tries >= TRIES]:
+            self._waiting.remove((number, request))
+            request.done.put(Answered(request, [], error))
+        heapq.heapify(self._waiting)
+        self._pump()
+
+    async def _ask(self, link: _Link, request: Request) -> Answer:
+        given = {"prompts": request.prompts, "sampling": request.sampling, "seeds": request.seeds}
+        body = json.dumps(given, separators=(",", ":")).encode()
+        async with asyncio.timeout(self._timeout_s):
+            while link.free:
+                connection = link.free.pop()
+                with contextlib.suppress(ConnectionError):  # the server has closed it while it was free
+                    return await self._post(link, connection, body)
+                if connection.begun:
+                    raise ConnectionResetError("in the middle of an answer")
+            return await self._post(link, await Connection.open(link.url), body)
+
+    async def _post(self, link: _Link, connection: Connection, body: bytes) -> Answer:
+        answer = await connection.post(GENERATE, link.headers, body)
+        link.free.append(connection)
+        return answer
+
+
+def wait_for(requests: Sequence[Request]) -> list[Answered]:
+    """Every request's answer, in order, from the queue that all of them share. Raises the first error."""
+    answers: dict[Request, Answered] = {}
+    while len(answers) < len(requests):
+        answered = requests[0].done.get()
+        if answered.error:
+            raise answered.error
+        answers[answered.request] = answered
+    return [answers[request] for request in requests]
+
+
+def take(done: SimpleQueue[Answered], wait_s: float) -> list[Answered]:
+    """What has come: at least one, unless nothing comes within wait_s."""
+    taken: list[Answered] = []
+    with contextlib.suppress(Empty):
+        taken.append(done.get(timeout=wait_s) if wait_s else done.get_nowait())
+        while True:
+            taken.append(done.get_nowait())
+    return taken

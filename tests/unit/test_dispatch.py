@@ -1,0 +1,255 @@
+"""The dispatcher against servers without a model, over real sockets: who gets what, and what a lost server costs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megarl.rollout.client import RolloutClient
+from megarl.rollout.dispatch import TRIES, Answered, Dispatcher, Request, take, wait_for
+from megarl.rollout.registry import RolloutError, WorkerInfo
+from megarl.rollout.wire import ENGINE_DIED
+from tools.bench.stub_server import Reply, StubServer, generated
+
+N = 2
+
+
+async def at_once(request: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+    return 200, generated(request, 3, (2, 2))
+
+
+async def never(request: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def servers(*replies: Reply) -> Iterator[list[StubServer]]:
+    started = [StubServer(reply) for reply in replies]
+    try:
+        yield started
+    finally:
+        for server in started:
+            with contextlib.suppress(Exception):
+                server.close()
+
+
+@contextlib.contextmanager
+def dispatcher(*workers: WorkerInfo, **settings: Any) -> Iterator[Dispatcher]:
+    made = Dispatcher(workers, **{"timeout_s": 20.0, **settings})
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def request(seed: int, done: SimpleQueue[Answered], url: str = "") -> Request:
+    return Request([[7, 8]], N, {"n": N}, [seed], done, url)
+
+
+def requests(count: int) -> list[Request]:
+    done: SimpleQueue[Answered] = SimpleQueue()
+    return [request(10 * i, done) for i in range(count)]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError
+
+
+def test_answers_carry_what_was_asked() -> None:
+    with servers(at_once) as (server,), dispatcher(server.info()) as dispatch:
+        asked = requests(5)
+        for one in asked:
+            dispatch.submit(one)
+        for i, answered in enumerate(wait_for(asked)):
+            (group,) = answered.groups
+            assert [response.tokens.tolist() for response in group] == [[7, 8, *[10 * i + k] * 3] for k in range(N)]
+            assert all(response.routes is not None and response.routes.shape == (4, 2, 2) for response in group)
+            assert group[0].weight_versions == [{"version": 0, "start": 0, "end": 3}]
+        assert server.served == 5
+
+
+def test_the_body_is_received_where_it_stays() -> None:
+    """No copy of routes between the socket and the response: they are a view of the buffer that was received into."""
+    with servers(at_once) as (server,), dispatcher(server.info()) as dispatch:
+        (asked,) = requests(1)
+        dispatch.submit(asked)
+        routes = wait_for([asked])[0].groups[0][0].routes
+        assert routes is not None and routes.base is not None and not routes.flags.owndata
+
+
+def test_the_idler_server_is_asked_and_no_more_than_it_can_take() -> None:
+    """at_once 4 is two requests of two responses; the fifth waits here until one is answered."""
+    gates, sent = [threading.Event(), threading.Event()], [0, 0]
+
+    def gated(i: int) -> Reply:
+        async def reply(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+            sent[i] += 1
+            while not gates[i].is_set():
+                await asyncio.sleep(0.005)
+            return await at_once(asked)
+
+        return reply
+
+    with servers(gated(0), gated(1)) as (a, b), dispatcher(a.info(0), b.info(1), at_once=2 * N) as dispatch:
+        asked = requests(5)
+        for one in asked:
+            dispatch.submit(one)
+        assert take(asked[0].done, 0.3) == [] and sent == [2, 2]
+        gates[1].set()
+        until(lambda: asked[0].done.qsize() == 3)
+        assert sent == [2, 3]
+        gates[0].set()
+        until(lambda: asked[0].done.qsize() == 5)
+        busy = dispatch.busy_seconds()
+        assert busy[a.url] > 0 and busy[b.url] > 0
+
+
+def test_what_a_killed_server_had_goes_to_the_other() -> None:
+    lost: list[str] = []
+    with servers(never, at_once) as (dying, living), dispatcher(dying.info(0), living.info(1)) as dispatch:
+        dispatch.on_lost = lambda url, why: lost.append(url)
+        asked = requests(6)
+        for one in asked:
+            dispatch.submit(one)
+        until(lambda: living.served == 3 and len(dying.connections) == 3)
+        dying.close()
+        assert {answered.request for answered in wait_for(asked)} == set(asked) and lost == [dying.url]
+
+
+def test_a_server_cut_off_in_its_answer_loses_nothing() -> None:
+    async def cut(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        parts = generated(asked, 3)
+        broken = bytearray(10**6)
+        for writer in [*dying.connections]:
+            writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: {len(broken)}\r\n\r\n".encode() + bytes(parts[0]))
+            await writer.drain()
+            writer.transport.abort()
+        raise ConnectionResetError
+
+    with servers(cut, at_once) as (dying, living), dispatcher(dying.info(0), living.info(1)) as dispatch:
+        asked = requests(4)
+        for one in asked:
+            dispatch.submit(one)
+        assert {answered.request for answered in wait_for(asked)} == set(asked)
+
+
+@pytest.mark.parametrize("way", ["dropped", "left"])
+def test_what_a_silent_server_had_is_taken_from_it(way: str) -> None:
+    with servers(never, at_once) as (silent, living), dispatcher(silent.info(0)) as dispatch:
+        asked = requests(3)
+        for one in asked:
+            dispatch.submit(one)
+        if way == "dropped":
+            dispatch.set_servers([silent.info(0), living.info(1)])
+            assert take(asked[0].done, 0.2) == []
+            dispatch.drop(silent.url, "has been silent")
+        else:
+            dispatch.set_servers([living.info(1)])
+        assert [answered.request for answered in wait_for(asked)] == asked
+
+
+def test_requests_wait_for_a_server_and_fail_in_one_line_where_none_comes() -> None:
+    with servers(never, at_once) as (dying, later), dispatcher(dying.info(0), wait_s=30) as dispatch:
+        (asked,) = requests(1)
+        dispatch.submit(asked)
+        until(lambda: bool(dying.connections))
+        dying.close()
+        assert take(asked.done, 0.3) == []
+        dispatch.set_servers([later.info(1)])
+        assert wait_for([asked])[0].groups
+    with servers(never) as (dying,), dispatcher(dying.info(0)) as dispatch:
+        (asked,) = requests(1)
+        dispatch.submit(asked)
+        until(lambda: bool(dying.connections))
+        dying.close()
+        with pytest.raises(RolloutError, match=rf"^rollout server {dying.url}/megarl/generate: connection lost"):
+            wait_for([asked])
+
+
+def test_a_refusal_fails_its_request_alone() -> None:
+    async def refuses_odd(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        if asked["seeds"][0] == 10:
+            return 500, [json.dumps({"error": "too long"}).encode()]
+        return await at_once(asked)
+
+    with servers(refuses_odd) as (server,), dispatcher(server.info()) as dispatch:
+        asked = requests(3)
+        for one in asked:
+            dispatch.submit(one)
+        answers = [answered for _ in range(3) for answered in take(asked[0].done, 5)]
+        errors = [str(answered.error) for answered in answers if answered.error]
+        assert errors == [f"rollout server {server.url}/megarl/generate: too long"]
+
+
+def test_a_request_that_kills_servers_is_not_given_to_all_of_them() -> None:
+    async def dies(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        return 500, [json.dumps({"error": ENGINE_DIED}).encode()]
+
+    with (
+        servers(*[dies] * TRIES, at_once) as started,
+        dispatcher(*[server.info(i) for i, server in enumerate(started)]) as dispatch,
+    ):
+        done: SimpleQueue[Answered] = SimpleQueue()
+        asked = [request(0, done, server.url) for server in started[:1]]
+        dispatch.submit(asked[0])
+        with pytest.raises(RolloutError, match=ENGINE_DIED):
+            wait_for(asked)
+        dispatch.submit(healthy := request(0, done))
+        assert wait_for([healthy])[0].groups
+        assert started[-1].served == 1
+
+
+def test_no_answer_in_time_loses_the_server() -> None:
+    with servers(never) as (server,), dispatcher(server.info(), timeout_s=0.3) as dispatch:
+        (asked,) = requests(1)
+        dispatch.submit(asked)
+        with pytest.raises(RolloutError, match="no answer within 0 s"):
+            wait_for([asked])
+
+
+def test_an_abandoned_request_is_let_go_of() -> None:
+    with servers(never) as (server,), dispatcher(server.info()) as dispatch:
+        (asked,) = requests(1)
+        dispatch.submit(asked)
+        until(lambda: bool(server.connections))
+        dispatch.abandon([asked])
+        until(lambda: not server.connections)
+        assert take(asked.done, 0.1) == []
+
+
+def test_a_connection_that_was_closed_while_free_costs_nothing() -> None:
+    with servers(at_once) as (server,), dispatcher(server.info()) as dispatch:
+        for _ in range(2):
+            (asked,) = requests(1)
+            dispatch.submit(asked)
+            wait_for([asked])
+            for writer in [*server.connections]:
+                server._loop.call_soon_threadsafe(writer.transport.abort)
+        assert server.served == 2
+
+
+def test_a_batch_is_one_request_a_server() -> None:
+    """So that a draw hangs on the prompts alone, not on what else a server has at work."""
+    with servers(at_once, at_once) as (a, b):
+        client = RolloutClient([a.info(0), b.info(1)], 20)
+        try:
+            groups = client.generate([[i] for i in range(5)], N, 1.0, 3, [], seed=100)
+        finally:
+            client.close()
+        assert [group[0].tokens.tolist() for group in groups] == [[i, *[100 + N * i] * 3] for i in range(5)]
+        assert (a.served, b.served) == (1, 1)
+        assert np.array_equal(groups[4][1].tokens, [4, 109, 109, 109])
