@@ -14,3 +14,10 @@ def announce(text: str) -> None:
 def plural(count: int, noun: str) -> str:
     """1 rank, 2 ranks."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+ANSWERED = "megarl: the rollout server answers"  # in a worker's log: from then on a failure of its may be mended
+
+
+def answers_line(index: int, url: str) -> str:
+    return f"{ANSWERED}: worker {index}, {url}"

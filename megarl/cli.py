@@ -191,7 +191,7 @@ def _rollout(args: argparse.Namespace) -> int:
 
     config = _config(args)
     check(config, "rollout")
-    from megarl.server.supervise import run_rollout
+    from megarl.server.worker import run_rollout
 
     host, _, port = config.launch.store.rpartition(":")
     # a folder of its own: `megarl train` may start, and begin its logs anew, while this worker runs

@@ -384,6 +384,14 @@ class LaunchConfig(Section):
             "launch.trainers. Not yet run on a GPU."
         ),
     )
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description=(
+            "How often in a row what failed is started again, after 1 s, 2 s, ... 30 s: a rollout server that once "
+            "answered, by `megarl rollout`, and `megarl rollout` itself, by `megarl run`; 0 is never."
+        ),
+    )
     interface: str | None = Field(
         None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice."
     )

@@ -29,7 +29,13 @@ def launch(plan: Plan) -> int:
         _fresh(plan.log_dir)
         workers = f" and {plural(len(plan.rollouts), 'rollout worker')}" if plan.rollouts else ""
         announce(f"starting {plural(plan.ranks, 'trainer rank')}{workers}; logs in {plan.log_dir}")
-        return supervise(plan.trainer, plan.rollouts, stop_s=plan.stop_s, explain=lambda: explain_trainer(plan.log_dir))
+        return supervise(
+            plan.trainer,
+            plan.rollouts,
+            stop_s=plan.stop_s,
+            max_restarts=plan.max_restarts,
+            explain=lambda: explain_trainer(plan.log_dir),
+        )
 
 
 def _fresh(log_dir: Path) -> None:

@@ -26,7 +26,7 @@ WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's 
 @dataclass(frozen=True)
 class Plan:
     """The trainer ranks (under torchrun) and the rollout workers that serve them. stop_s: how long the ranks may take
-    to end by themselves after a signal.
+    to end by themselves after a signal. max_restarts: of a rollout worker.
     """
 
     trainer: Process
@@ -34,6 +34,7 @@ class Plan:
     log_dir: Path
     ranks: int
     stop_s: float = 0.0
+    max_restarts: int = 0
 
 
 def describe(plan: Plan, config: Config, command: str) -> str:
@@ -78,6 +79,10 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
         arguments.append(f"launch.store={host}:{reserve_port(host)}")
     if config.launch.colocate and command != "run":
         arguments.append("launch.colocate=false")  # the others have no turns to take
+    max_restarts = config.launch.max_restarts
+    if command != "run" or config.launch.colocate:  # the others wait for no second worker; a shared GPU has no room
+        max_restarts = 0
+        arguments += ["launch.max_restarts=0"] if command in WITH_ROLLOUTS else []
     log_dir = log_dir_of(command, config)
     ranks = ranks_of(command, config)
     engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
@@ -112,7 +117,7 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
     ]
     # the ranks know the limit themselves, and say that they passed it
     stop_s = config.run.preempt_s + STOP_MARGIN_S if command in ("run", "train") else 0.0
-    return Plan(trainer, rollouts, log_dir, ranks, stop_s)
+    return Plan(trainer, rollouts, log_dir, ranks, stop_s, max_restarts)
 
 
 def _environment(config: Config, host: str) -> dict[str, str]:

@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from megarl.launch.lifeline import adopt_orphans, descendants, die_with_parent
+from megarl.announce import ANSWERED
+from megarl.launch.backoff import Backoff
+from megarl.launch.lifeline import adopt_orphans, descendants, die_with_parent, is_stopped
 
 _POLL_S = 0.05
 _LOG_TAIL = 25
 _FULL_BYTES = 2**16
+STOPPED_S = 15.0  # a helper that is stopped for so long is taken for dead
 
 
 @dataclass
@@ -49,6 +52,7 @@ def supervise(
     *,
     grace_s: float = 5.0,
     stop_s: float = 0.0,
+    max_restarts: int = 0,
     explain: Callable[[], str | None] = lambda: None,
 ) -> int:
     """Runs `main` and its `helpers` until `main` ends; returns the exit status of the whole.
@@ -58,6 +62,9 @@ def supervise(
     SIGINT gives 130, SIGTERM 143; with `stop_s`, main first gets SIGUSR1 and so many seconds to end by itself, or until
     a second signal. In every case all processes are ended before this returns: SIGTERM, after `grace_s` seconds
     SIGKILL. A helper may end with 0 early.
+
+    A helper that once answered (its log says so) does not end the others. Where it was killed, which it cannot mend
+    itself, or hangs, it is started again, as launch.max_restarts says.
     """
     adopt_orphans()
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -70,7 +77,7 @@ def supervise(
     try:
         for process in [*helpers, main]:
             running[process.name] = _start(process)
-        status = _watch(main, helpers, running, explain)
+        status = _watch(main, [_Helper(helper, max_restarts) for helper in helpers], running, explain)
     except _Stopped as stopped:
         status = 128 + stopped.signum
         child = running.get(main.name) if stop_s else None
@@ -111,22 +118,78 @@ def _start(process: Process) -> subprocess.Popen[bytes]:
 
 def _watch(
     main: Process,
-    helpers: list[Process],
+    helpers: list[_Helper],
     running: dict[str, subprocess.Popen[bytes]],
     explain: Callable[[], str | None],
 ) -> int:
     while True:
         for helper in helpers:
-            code = running[helper.name].poll()
-            if code:
-                print(failure_text(helper, code), file=sys.stderr, flush=True)
-                return _exit_status(code)
+            if failed := helper.look(running):
+                print(failure_text(helper.process, failed), file=sys.stderr, flush=True)
+                return _exit_status(failed)
         code = running[main.name].poll()
         if code is not None:
             if code != 0:
                 print(explain() or failure_text(main, code), file=sys.stderr, flush=True)
             return _exit_status(code)
         time.sleep(_POLL_S)
+
+
+class _Helper:
+    """One helper while main runs."""
+
+    def __init__(self, process: Process, max_restarts: int) -> None:
+        self.process = process
+        self._backoff = Backoff(max_restarts)
+        self._start_at: float | None = None  # of the next start, while it waits for it
+        self._over = False
+        self._stopped_since: float | None = None
+
+    def look(self, running: dict[str, subprocess.Popen[bytes]]) -> int:
+        """The status of a failure that ends everything, else 0."""
+        if self._over:
+            return 0
+        if self._start_at is not None:
+            if time.monotonic() >= self._start_at:
+                self._start_at = None
+                running[self.process.name] = _start(self.process)
+                self._backoff.began()
+            return 0
+        child = running[self.process.name]
+        code = child.poll()
+        if code is None:
+            self._end_where_stopped(child)
+        elif code and not _answered(self.process.log):
+            return code
+        elif code is not None:
+            wait_s = self._backoff.next() if code < 0 else None  # one that gave up has told why, and has tried itself
+            self._over = wait_s is None
+            if wait_s is not None:
+                self._start_at = time.monotonic() + wait_s
+            if code:
+                then = "no more is started" if self._over else f"it is started again in {wait_s:g} s"
+                said = f"megarl: {self.process.name} {describe_exit(code)}; its log is {self.process.log}; {then}"
+                print(said, file=sys.stderr, flush=True)
+        return 0
+
+    def _end_where_stopped(self, child: subprocess.Popen[bytes]) -> None:
+        """Kills a helper that somebody stopped (SIGSTOP): nothing else would end it."""
+        now = time.monotonic()
+        if not is_stopped(child.pid):
+            self._stopped_since = None
+        elif self._stopped_since is None:
+            self._stopped_since = now
+        elif now - self._stopped_since > STOPPED_S:
+            child.kill()
+
+
+def _answered(log: Path) -> bool:
+    """Whether a rollout worker has ever served: a server that never did is no fault that another start mends."""
+    try:
+        with log.open(errors="replace", encoding="utf-8") as file:
+            return any(line.startswith(ANSWERED) for line in file)
+    except OSError:
+        return False
 
 
 def failure_text(process: Process, code: int) -> str:

@@ -1,8 +1,8 @@
 """Where trainers and rollout workers meet: the run's c10d store.
 
 Keys: rollout/count, rollout/<i>/info, rollout/<i>/beat (a counter), rollout/<i>/failed (one line and the log's tail),
-rollout/<i>/gone,
-rollout/shutdown. Every call here is bounded in time.
+rollout/<i>/leaving, rollout/<i>/gone, rollout/shutdown; rollout/news counts what was told of workers. A number is of
+one start of one server: a worker that starts its server again, or lost the store, comes under a new one.
 """
 
 from __future__ import annotations
@@ -85,6 +85,27 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _tell(store: dist.Store, key: str, value: str) -> None:
     store.set(key, signed(key, value))
+    store.add("rollout/news", 1)  # and waits for the store, which set() does not
+
+
+def news(store: dist.Store) -> int:
+    """A number that grows with all that is told of workers, but not with their beats."""
+    return store.add("rollout/news", 0)
+
+
+def claimed(store: dist.Store) -> int:
+    """How many numbers were given out."""
+    return store.add("rollout/count", 0)
+
+
+def told(store: dist.Store, index: int, what: str) -> str | None:
+    """What worker `index` told as `what` (info, failed, leaving, gone)."""
+    return _told(store, f"rollout/{index}/{what}")
+
+
+def beats(store: dist.Store, indices: list[int]) -> list[bytes]:
+    """The counters of registered workers."""
+    return store.multi_get([f"rollout/{index}/beat" for index in indices]) if indices else []
 
 
 def _told(store: dist.Store, key: str) -> str | None:
@@ -125,6 +146,11 @@ def heartbeat(store: dist.Store, index: int) -> None:
 
 def report_failure(store: dist.Store, index: int, text: str) -> None:
     _tell(store, f"rollout/{index}/failed", text)
+
+
+def worker_leaves(store: dist.Store, index: int) -> None:
+    """It finishes what it has, and wants nothing new."""
+    _tell(store, f"rollout/{index}/leaving", "1")
 
 
 def worker_left(store: dist.Store, index: int) -> None:

@@ -1,5 +1,6 @@
 """The routes that our vLLM servers have besides vLLM's own: `--middleware megarl.server.endpoints.RolloutEndpoint`.
 
+    GET  /megarl/alive       how many requests are at work; the engine was asked, unless a weight sync holds it
     POST /megarl/generate    a batch of prompts in one request, one binary body back
     POST /megarl/score       teacher-forced log-probabilities and routes of one sequence
     POST /megarl/sync/init      the group that weights come by, and what will come
@@ -55,9 +56,19 @@ class RolloutEndpoint:
         self._staged = True
         self._dirty = False  # loading has begun and no version was committed since
         self._asleep = False
+        self._running = self._syncing = 0  # requests; of these the steps of a weight sync
         self._tokens = door.Tokens(os.environ.get(door.SERVER_TOKEN, ""), os.environ.get(door.SERVER_CONTROL, ""))
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        counts = scope["type"] == "http" and scope["method"] == "POST"
+        syncs = counts and scope["path"].startswith(f"{PREFIX}sync/")
+        self._running, self._syncing = self._running + counts, self._syncing + syncs
+        try:
+            await self._handle(scope, receive, send)
+        finally:
+            self._running, self._syncing = self._running - counts, self._syncing - syncs
+
+    async def _handle(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -103,6 +114,10 @@ class RolloutEndpoint:
         try:
             if path.startswith("sync/"):
                 return 200, await self._sync(engine, path.removeprefix("sync/"), request)
+            if path == "alive":
+                if not (self._syncing or self._asleep):
+                    await engine.get_weight_version()  # answered by the engine's own process, between two of its steps
+                return 200, json.dumps({"running": self._running}).encode()
             if path == "generate":
                 return 200, await self._generate(engine, **request)
             if path == "score":

@@ -1,86 +1,30 @@
-"""`megarl rollout CONFIG`: starts one vLLM server, registers it in the
-run's store, watches it, and leaves no process behind.
-"""
+"""The process of one vLLM server: its command line, its environment, its start and its end."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
 import torch
-import torch.distributed as dist
 
 from megarl import door
 from megarl.checkpoints import hf_files
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.lifeline import die_with_parent
-from megarl.launch.ports import reserve_port
-from megarl.rollout import registry
 from megarl.rollout.registry import WorkerInfo
 from megarl.server.plugin import BACKEND, OWN_SERVER
-from megarl.server.serverlog import cause, log_tail
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 STOP_S = 4.0  # between SIGTERM and SIGKILL
-
-
-class _Stopped(Exception):
-    """SIGTERM or SIGINT reached the supervisor."""
-
-
-def run_rollout(config: Config, store_host: str, store_port: int, log_dir: Path) -> int:
-    """Runs until the trainers ask it to stop (returns 0), a signal
-    comes (128 + its number), or the server or the store is lost (1).
-
-    What went wrong is one line on stderr, and in the store. The server's log is log_dir/rollout_N.log, N being the
-    worker's number. Whoever starts this should make it die with its parent (megarl.launch does).
-    """
-    check_installed()
-
-    def stop(number: int, _: object) -> None:
-        raise _Stopped(number)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    child = log = None
-    try:
-        log = _open_log(log_dir)
-        here = _address(store_host)
-        port = reserve_port(here)
-        info = WorkerInfo(
-            -1,  # until the store has given it a number
-            f"http://{here}:{port}",
-            config.rollout.tp,
-            0,
-            socket.gethostname(),
-            log.name,
-            door.server_tokens() or door.Tokens(door.new_secret(), door.new_secret()),
-        )
-        child = start_server(config, info, store_host, log)
-        return _supervise(config, child, info, store_host, store_port)
-    except _Stopped as stopped:
-        return 128 + stopped.args[0]
-    finally:
-        for number in previous:
-            signal.signal(number, signal.SIG_IGN)
-        if child is not None:
-            stop_server(child)
-        if log is not None:
-            log.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def check_installed() -> None:
@@ -202,92 +146,4 @@ def _signal_group(group: int, number: int) -> bool:
         os.killpg(group, number)
         return True
     except ProcessLookupError:
-        return False
-
-
-def _supervise(config: Config, child: subprocess.Popen[bytes], info: WorkerInfo, host: str, store_port: int) -> int:
-    store = _join(config, child, host, store_port)
-    index = registry.claim_index(store)
-    path = Path(info.log).with_name(f"rollout_{index}.log")
-    os.replace(info.log, path)
-    info = replace(info, index=index, pid=child.pid, log=str(path))
-    registered, next_beat = False, 0.0
-    deadline = time.monotonic() + config.rollout.start_timeout_s
-    try:
-        while True:
-            if child.poll() is not None:
-                return _failed(store, info, f"ended with status {child.returncode}")
-            if not registered and time.monotonic() > deadline:
-                return _failed(
-                    store,
-                    info,
-                    f"did not answer within rollout.start_timeout_s = {config.rollout.start_timeout_s:.0f} s",
-                )
-            if not registered and _healthy(info.url):
-                registry.register_worker(store, info)
-                registered = True
-            if time.monotonic() >= next_beat:
-                registry.heartbeat(store, index)
-                if registry.shutdown_requested(store):
-                    stop_server(child)
-                    registry.worker_left(store, index)
-                    return 0
-                next_beat = time.monotonic() + registry.BEAT_S
-            time.sleep(0.1)
-    except dist.DistError:
-        print(
-            f"megarl: error: rollout worker {index}: the run's store {host}:{store_port} is gone, stopping",
-            file=sys.stderr,
-        )
-        return 1
-
-
-def _join(config: Config, child: subprocess.Popen[bytes], host: str, port: int) -> dist.TCPStore:
-    """Connects to the run's store, which may come up after this worker did."""
-    deadline = time.monotonic() + config.rollout.start_timeout_s
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=2).close()
-            return registry.open_store(host, port, is_master=False, timeout_s=5)
-        except OSError:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"run store {host}:{port}: nothing answered: start the trainers, or correct launch.store"
-                ) from None
-        if child.poll() is not None and time.monotonic() + 30 < deadline:
-            deadline = time.monotonic() + 30  # the server is gone already: wait only to say so
-        time.sleep(0.2)
-
-
-def _failed(store: dist.Store, info: WorkerInfo, what: str) -> int:
-    why = cause(Path(info.log))
-    line = f"rollout worker {info.index} (pid {info.pid} on {info.host}): the vLLM server {what}"
-    line += f": {why}" if why else ""
-    text = f"{line}; last lines of {info.log}:\n{log_tail(Path(info.log))}"
-    registry.report_failure(store, info.index, text)
-    print(f"megarl: error: {text}", file=sys.stderr)
-    return 1
-
-
-def _open_log(folder: Path) -> IO[bytes]:
-    """A log of this worker alone until it has a number: hosts share the folder, and containers their process ids."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, path = tempfile.mkstemp(".log", f"rollout_{socket.gethostname()}_{os.getpid()}_", folder)
-    os.fchmod(descriptor, 0o644)
-    os.close(descriptor)
-    return open(path, "ab")
-
-
-def _address(store_host: str) -> str:
-    """The address by which the trainers reach this machine: the one that routes to the store."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((store_host, 1))
-        return probe.getsockname()[0]
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
         return False

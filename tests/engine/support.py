@@ -37,12 +37,13 @@ KV_CACHE_BLOCKS = 64  # of 32 tokens: so few that a test can make the scheduler 
 KV_BYTES = 4 * 2 * 2 * 32 * 4  # of a token in the models of these tests: layers, K and V, heads, their width, float32
 START_S = 900  # limit for a server's start on two very busy cores
 SUPERVISOR = (
-    "import sys; from pathlib import Path; from megarl.config import load_config; from megarl.server import supervise; "
+    "import sys; from pathlib import Path; from megarl.config import load_config; "
+    "from megarl.server import supervise, worker; "
     "command = supervise.server_command; "
     "faulty = {'megarl.server.worker_extension.WorkerExtension': 'tests.engine.faults.FaultyExtension'}; "
     "supervise.server_command = lambda *args: [faulty.get(word, word) for word in command(*args)]; "
     "config = load_config(None, sys.argv[2:]); logs = Path(config.run.dir) / 'logs'; "
-    "sys.exit(supervise.run_rollout(config, '127.0.0.1', int(sys.argv[1]), logs))"
+    "sys.exit(worker.run_rollout(config, '127.0.0.1', int(sys.argv[1]), logs))"
 )
 
 
@@ -178,6 +179,7 @@ def supervised(model: Path, run_dir: Path, engines: int = 1, tp: int = 1, wait: 
         "run.seed=3",
         f"rollout.tp={tp}",
         f"rollout.start_timeout_s={START_S}",
+        "launch.max_restarts=0",
     ]
     command = [sys.executable, "-c", SUPERVISOR, str(store.port), *keys]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_SERVER_DEV_MODE": "1"}

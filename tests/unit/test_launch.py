@@ -20,6 +20,7 @@ import pytest
 from megarl.config import load_config
 from megarl.errors import UserError
 from megarl.launch import processes
+from megarl.launch.backoff import Backoff
 from megarl.launch.lifeline import descendants
 from megarl.launch.local import explain_trainer, launch
 from megarl.launch.lock import owned
@@ -35,7 +36,13 @@ PARENT = (
 
 
 def supervisor(
-    tmp_path: Path, main: str, helpers: list[str], before: str = "", grace_s: float = 1.0, stop_s: float = 0.0
+    tmp_path: Path,
+    main: str,
+    helpers: list[str],
+    before: str = "",
+    grace_s: float = 1.0,
+    stop_s: float = 0.0,
+    max_restarts: int = 0,
 ) -> subprocess.Popen[str]:
     """A process that supervises `main` and `helpers`, given as Python
     code; MARK in the environment finds what it leaves behind.
@@ -47,7 +54,7 @@ def supervisor(
     def process(name, code):
         return Process(name, [sys.executable, "-c", code], Path({str(tmp_path)!r}) / (name + ".log"), stdout_to_terminal=name == "main")
     {before}
-    sys.exit(supervise(process("main", {main!r}), [process(f"helper{{i}}", c) for i, c in enumerate({helpers!r})], grace_s={grace_s}, stop_s={stop_s}))
+    sys.exit(supervise(process("main", {main!r}), [process(f"helper{{i}}", c) for i, c in enumerate({helpers!r})], grace_s={grace_s}, stop_s={stop_s}, max_restarts={max_restarts}))
     """
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -91,6 +98,68 @@ def test_a_helper_that_dies_ends_all_and_is_named_with_its_log(tmp_path: Path) -
     assert err.startswith("megarl: error: helper0 exited with status 7; all processes are being ended; last lines of ")
     assert err.endswith("last words\n")
     assert left_behind(tmp_path) == []
+
+
+ONCE = """
+import os, signal, sys, time
+from pathlib import Path
+from megarl.announce import answers_line
+starts = Path({starts!r})
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+{before}
+print(answers_line(0, "here"), flush=True)
+if len(starts.read_text()) <= {failures}: {fault}
+time.sleep(600)
+"""
+
+
+def answering(tmp_path: Path, fault: str, failures: int = 1, before: str = "") -> tuple[str, str]:
+    """A helper that has `failures` starts which end by `fault`, and a main that ends well after one more."""
+    starts = tmp_path / "starts"
+    main = f"import os, time\nwhile not os.path.exists({str(starts)!r}) or len(open({str(starts)!r}).read()) <= {failures}: time.sleep(0.05)"
+    return ONCE.format(starts=str(starts), before=before, failures=failures, fault=fault), main
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+def test_a_helper_that_answered_and_was_killed_is_started_again(tmp_path: Path, number: str) -> None:
+    helper, main = answering(tmp_path, f"os.kill(os.getpid(), signal.{number})")
+    run = supervisor(
+        tmp_path,
+        main,
+        [helper],
+        before="from megarl.launch import supervisor; supervisor.STOPPED_S = 0.2",
+        max_restarts=1,
+    )
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (0, "")
+    assert err.startswith("megarl: helper0 was killed by SIGKILL; its log is ") and err.endswith("again in 1 s\n")
+    assert left_behind(tmp_path) == []
+
+
+def test_a_helper_that_answered_and_gave_up_leaves_the_rest_alone(tmp_path: Path) -> None:
+    helper, _ = answering(tmp_path, "sys.exit(1)")
+    run = supervisor(tmp_path, "import time; time.sleep(3)", [helper], max_restarts=3)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 0 and (tmp_path / "starts").read_text() == "x"
+    assert err.startswith("megarl: helper0 exited with status 1; ") and err.endswith("; no more is started\n")
+
+
+def test_a_helper_that_was_killed_before_it_ever_answered_ends_all(tmp_path: Path) -> None:
+    helper, _ = answering(tmp_path, "pass", before="os.kill(os.getpid(), signal.SIGKILL)")
+    run = supervisor(tmp_path, SLEEP, [helper], max_restarts=3)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 1 and err.startswith("megarl: error: helper0 was killed by SIGKILL")
+
+
+def test_starts_again_after_longer_and_longer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("megarl.launch.backoff.time.monotonic", lambda: clock[0])
+    tries = Backoff(7)
+    assert [tries.next() for _ in range(8)] == [1, 2, 4, 8, 16, 30, 30, None]
+    tries.began()
+    clock[0] = 700.0
+    assert tries.next() == 1, "what ran for ten minutes has not failed in a row"
+    assert Backoff(0).next() is None
 
 
 def test_what_a_process_said_itself_is_the_message(tmp_path: Path) -> None:
@@ -333,16 +402,16 @@ def test_fault_11_a_rollout_worker_and_a_trainer_on_one_run_dir_have_logs_of_the
     writes beside the ranks. Containers that share run.dir may have the same process ids."""
     from megarl import cli
     from megarl.launch.local import _fresh
-    from megarl.server import supervise
+    from megarl.server import worker
 
     chosen = []
-    monkeypatch.setattr(supervise, "run_rollout", lambda config, host, port, log_dir: chosen.append(log_dir) or 0)
+    monkeypatch.setattr(worker, "run_rollout", lambda config, host, port, log_dir: chosen.append(log_dir) or 0)
     planned = processes.make_plan("run", "m", load_config(run_yaml), [str(run_yaml)])
     for argv in ([str(run_yaml), "launch.store=127.0.0.1:29600"], planned.rollouts[0].argv[4:]):
         assert cli.main(["rollout", *argv]) == 0
     alone, beside = chosen
     assert beside == planned.log_dir and alone != beside
-    one, other = supervise._open_log(alone), supervise._open_log(alone)
+    one, other = worker._open_log(alone), worker._open_log(alone)
     _fresh(planned.log_dir)
     _fresh(planned.log_dir)
     with one, other:

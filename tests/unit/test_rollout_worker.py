@@ -1,0 +1,143 @@
+"""`megarl rollout` with a stub in vLLM's place and a real store: restarts, a lost store, a drain, an end at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megarl.launch.ports import reserve_port
+from megarl.rollout import registry
+from megarl.rollout.members import Members, Seen
+from megarl.server.store_link import StoreLink, StoreLost, bounded
+
+STUB = """
+import http.server, json, os, sys
+class Stub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"running": int(os.path.exists("busy"))}).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+    def log_message(self, *_): pass
+http.server.HTTPServer((sys.argv[1], int(sys.argv[2])), Stub).serve_forever()
+"""
+WORKER = """
+import sys
+from pathlib import Path
+from megarl.config import load_config
+from megarl.server import supervise, worker
+supervise.server_command = lambda config, here, port: [sys.executable, "-c", {stub!r}, here, str(port)]
+worker.HUNG_S, worker.NOTICED_S = 2.0, 0.5
+sys.exit(worker.run_rollout(load_config(None, sys.argv[2:]), "127.0.0.1", int(sys.argv[1]), Path("logs")))
+"""
+
+
+class Started:
+    def __init__(self, folder: Path, port: int, *keys: str) -> None:
+        self.folder = folder
+        command = [sys.executable, "-c", WORKER.format(stub=STUB), str(port), "launch.max_restarts=1", *keys]
+        with (folder / "err").open("w") as err:
+            self.popen = subprocess.Popen(command, cwd=folder, env={**os.environ}, stderr=err)
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 90
+        while not (found := condition()):
+            assert self.popen.poll() is None and time.monotonic() < deadline, self.err
+            time.sleep(0.05)
+        return found
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
+
+    def start(port: int, *keys: str) -> Started:
+        started.append(Started(tmp_path, port, *keys))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.popen.kill()
+        one.popen.wait()
+
+
+def store_at(port: int) -> dist.TCPStore:
+    return registry.open_store("127.0.0.1", port, is_master=True, timeout_s=5)
+
+
+def numbers(seen: Seen) -> list[int]:
+    return [worker.index for worker in seen.here]
+
+
+def test_a_server_that_dies_or_hangs_comes_back_and_a_signal_drains(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    """One worker: its server killed, then (that was the one restart) stopped; and another that leaves when idle."""
+    store = store_at(0)
+    looks, worker = Members(store), start(store.port)
+    [first] = worker.until(lambda: looks.look().here)
+    os.kill(first.pid, signal.SIGKILL)
+    [second] = worker.until(lambda: numbers(looks.look()) == [1] and looks.look().here)
+    assert second.url != first.url and Path(tmp_path / second.log).is_file()
+    assert looks.look().gone == {
+        0: f"rollout worker 0 (pid {first.pid} on {first.host}): the vLLM server ended with status -9; its log is {first.log}"
+    }
+    assert worker.err.startswith("megarl: the server is started again in 1 s: rollout worker 0 (pid ")
+    os.kill(second.pid, signal.SIGSTOP)
+    assert worker.popen.wait(90) == 1
+    assert "the vLLM server has not answered for" in looks.look().gone[1]
+    assert worker.err.count("megarl: error: ") == 1 and "megarl: error: rollout worker 1 (pid " in worker.err
+
+    (tmp_path / "busy").touch()
+    worker = start(store.port)
+    worker.until(lambda: numbers(looks.look()) == [2])
+    worker.popen.send_signal(signal.SIGTERM)
+    worker.until(lambda: looks.look().leaving == {2})
+    time.sleep(2.0)
+    assert worker.popen.poll() is None, "its server has a request at work"
+    (tmp_path / "busy").unlink()
+    assert worker.popen.wait(90) == 0
+    assert looks.look().gone[2] == ""
+
+
+def test_a_store_that_comes_back_gets_the_same_server(start: Callable[..., Started], tmp_path: Path) -> None:
+    """Trainers that are started again open a new store; then the store is lost for good, and a signal still ends it."""
+    port = reserve_port("127.0.0.1")
+    holder = "import sys, time; from megarl.rollout import registry; store = registry.open_store('127.0.0.1', int(sys.argv[1]), True, 5); time.sleep(600)"
+    first = subprocess.Popen([sys.executable, "-c", holder, str(port)])
+    worker = start(port, "rollout.start_timeout_s=300")
+    link = StoreLink("127.0.0.1", port)
+    worker.until(link.open)
+    looks = worker.until(lambda: link.call(Members))
+    [before] = worker.until(lambda: looks.look().here)
+    first.kill()
+    first.wait()
+    worker.until(lambda: "is gone; it may come back for 300 s" in worker.err)
+    with pytest.raises(StoreLost, match=f"^the run's store 127.0.0.1:{port} is gone$"):
+        link.call(registry.claimed)
+    store = store_at(port)
+    [after] = worker.until(lambda: Members(store).look().here)
+    assert (after.url, after.pid) == (before.url, before.pid)
+    worker.popen.send_signal(signal.SIGTERM)
+    worker.until(lambda: Members(store).look().leaving)
+    worker.popen.send_signal(signal.SIGTERM)
+    assert worker.popen.wait(60) == 128 + signal.SIGTERM
+
+
+def test_a_call_that_does_not_return_is_given_up() -> None:
+    with pytest.raises(TimeoutError, match="no answer within 0.1 s"):
+        bounded(0.1, time.sleep, 30)
+    assert bounded(5, max, 1, 2) == 2
+    with pytest.raises(ZeroDivisionError):
+        bounded(5, lambda: 1 / 0)
