@@ -24,7 +24,8 @@ import http.server, json, os, sys
 class Stub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = json.dumps({"running": int(os.path.exists("busy"))}).encode()
-        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
     def log_message(self, *_): pass
 http.server.HTTPServer((sys.argv[1], int(sys.argv[2])), Stub).serve_forever()
 """
@@ -91,7 +92,8 @@ def test_a_server_that_dies_or_hangs_comes_back_and_a_signal_drains(
     [second] = worker.until(lambda: numbers(looks.look()) == [1] and looks.look().here)
     assert second.url != first.url and Path(tmp_path / second.log).is_file()
     assert looks.look().gone == {
-        0: f"rollout worker 0 (pid {first.pid} on {first.host}): the vLLM server ended with status -9; its log is {first.log}"
+        0: f"rollout worker 0 (pid {first.pid} on {first.host}): the vLLM server ended with status -9; its log is "
+        f"{first.log}"
     }
     assert worker.err.startswith("megarl: the server is started again in 1 s: rollout worker 0 (pid ")
     os.kill(second.pid, signal.SIGSTOP)
@@ -114,7 +116,10 @@ def test_a_server_that_dies_or_hangs_comes_back_and_a_signal_drains(
 def test_a_store_that_comes_back_gets_the_same_server(start: Callable[..., Started], tmp_path: Path) -> None:
     """Trainers that are started again open a new store; then the store is lost for good, and a signal still ends it."""
     port = reserve_port("127.0.0.1")
-    holder = "import sys, time; from megarl.rollout import registry; store = registry.open_store('127.0.0.1', int(sys.argv[1]), True, 5); time.sleep(600)"
+    holder = (
+        "import sys, time; from megarl.rollout import registry; "
+        "store = registry.open_store('127.0.0.1', int(sys.argv[1]), True, 5); time.sleep(600)"
+    )
     first = subprocess.Popen([sys.executable, "-c", holder, str(port)])
     worker = start(port, "rollout.start_timeout_s=300")
     link = StoreLink("127.0.0.1", port)
