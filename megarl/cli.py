@@ -75,6 +75,7 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _launch(args: argparse.Namespace) -> int:
     """run, train, sft, score, generate, eval, compare: starts the ranks, or is one that an outer torchrun started."""
+    from megarl.addresses import host_and_port, set_interface, spans_hosts
     from megarl.checkpoints import finished, how_to_go_on
     from megarl.refusals import check
 
@@ -104,6 +105,8 @@ def _launch(args: argparse.Namespace) -> int:
 
         check_rows(Path(args.input), config, WeightMap(load_hf_config(config.model.path)))
     if inside_torchrun and not args.dry_run:
+        towards = os.environ["MASTER_ADDR"] if spans_hosts() else host_and_port(config.launch.store)[0]
+        os.environ |= set_interface(config.launch.interface, towards)
         main_of = importlib.import_module(MODULES[args.command]).main
         lock = owned(processes.log_dir_of(args.command, config))
         with lock if os.environ["RANK"] == "0" else contextlib.nullcontext():

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megarl.addresses import set_interface
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.ports import reserve_port
@@ -127,10 +128,7 @@ def _environment(config: Config, host: str) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    interface = config.launch.interface or ("lo" if host in ("127.0.0.1", "localhost") else None)
-    if interface:
-        env["GLOO_SOCKET_IFNAME"] = interface
-    return env
+    return env | set_interface(config.launch.interface, host)
 
 
 def has_gpu() -> bool:

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Literal
 
+from megarl.addresses import resolve
 from megarl.checkpoints import NAME, STATE
 from megarl.errors import UserError
 from megarl.folders import refuse_output
@@ -142,22 +143,25 @@ def store(case: Case) -> str | None:
         return f"launch.store {store!r} is an IPv6 address, which is not supported; give a host's name or IPv4 address"
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         return f"launch.store {store!r} is not host:port; e.g. launch.store=127.0.0.1:29600"
-    if port == "0" and case.command in ("train", "rollout"):
-        return (
-            f"launch.store {store!r}: port 0 is for megarl run, which starts both sides; give both the same port, "
-            f"e.g. {host}:29600"
-        )
+    if port == "0" and case.command == "rollout":
+        return f"launch.store {store!r}: give the port at which the trainers opened it; `megarl train` prints it"
     if case.command == "rollout" or int(os.environ.get("RANK", "0")) != 0:
         return None  # joins a store that another process owns
     try:
+        address = resolve(host, case.config.launch.interface)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, int(port)))
+            probe.bind((address, int(port)))
+    except socket.gaierror as error:
+        if case.command == "train":
+            return None  # the name of a pod may come later
+        return f"launch.store {store!r}: {host!r} is no host's name here ({error.strerror})"
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return f"launch.store {store!r}: the port is in use; give another, or port 0 to let megarl run pick one"
+        mine = socket.gethostname()
         return (
-            f"launch.store {store!r}: cannot listen there ({os.strerror(error.errno or 0)}); give an address of this "
-            "host"
+            f"launch.store {store!r}: rank 0 cannot listen there ({os.strerror(error.errno or 0)}): give an "
+            f"address of this host, e.g. {mine}:{port}, or let torchrun start rank 0 on {host} (--node-rank 0)"
         )
     return None

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from megarl.addresses import host_and_port, spans_hosts
 from megarl.config import Config
-from megarl.errors import UserError
 from megarl.rollout.client import RolloutClient
 from megarl.rollout.registry import (
     RolloutError,
@@ -24,6 +24,7 @@ from megarl.rollout.registry import (
     request_shutdown,
     wait_for_workers,
 )
+from megarl.rollout.store import open_run_store
 from megarl.rollout.sync_leader import Canary, SyncLeader, SyncSettings
 from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.transport.send import Outgoing, WeightSender
@@ -38,26 +39,22 @@ class Fleet:
         """Collective: waits, on rank 0, until rollout.engines workers
         have registered; raises UserError, named, if they do not.
         """
-        host, _, port = config.launch.store.rpartition(":")
-        if port in ("", "0"):
-            raise UserError(
-                f"launch.store {config.launch.store!r} has no port; `megarl run` chooses one, else give host:port"
-            )
         self._store: Any = None
         self._leader: SyncLeader | None = None
         self._sender: WeightSender | None = None
         self.workers: list[WorkerInfo] = []
-        self._device, self._address = device, (host, int(port))
-        main = dist.get_rank() == 0
+        self._device = device
+        main, where = dist.get_rank() == 0, ("", 0)
         if main:
-            self._store = open_store(host, int(port), is_master=True, timeout_s=config.rollout.start_timeout_s)
+            self._store, where = open_run_store(config, spans_hosts=spans_hosts())
             self.workers = wait_for_workers(self._store, config.rollout.engines, config.rollout.start_timeout_s)
-        told = [self.workers]
+        told: list[Any] = [self.workers, where]
         dist.broadcast_object_list(told, src=0)
-        self.workers = told[0]
+        self.workers, self._address = told
         self.urls = [worker.url for worker in self.workers]
         if is_ingest and not main:
-            self._store = open_store(host, int(port), is_master=False, timeout_s=config.rollout.start_timeout_s)
+            host, port = self._address
+            self._store = open_store(host, port, is_master=False, timeout_s=config.rollout.start_timeout_s)
         self.client: RolloutClient | None = None
         if is_ingest or main:
             timeout_s, at_once = config.rollout.request_timeout_s, config.rollout.max_num_seqs
@@ -170,11 +167,11 @@ class JoinedFleet(Fleet):
     """
 
     def __init__(self, config: Config, device: torch.device, workers: list[WorkerInfo]) -> None:
-        host, _, port = config.launch.store.rpartition(":")
-        self._store: Any = open_store(host, int(port), is_master=False, timeout_s=config.sync.timeout_s)
+        host, port = host_and_port(config.launch.store)
+        self._store: Any = open_store(host, port, is_master=False, timeout_s=config.sync.timeout_s)
         self._leader: SyncLeader | None = None
         self._sender: WeightSender | None = None
-        self._device, self._address = device, (host, int(port))
+        self._device, self._address = device, (host, port)
         self.workers, self.urls = workers, [worker.url for worker in workers]
         self.client = None
 

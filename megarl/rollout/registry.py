@@ -1,8 +1,9 @@
 """Where trainers and rollout workers meet: the run's c10d store.
 
-Keys: rollout/count, rollout/<i>/info, rollout/<i>/beat (a counter), rollout/<i>/failed (one line and the log's tail),
-rollout/<i>/leaving, rollout/<i>/gone, rollout/shutdown; rollout/news counts what was told of workers. A number is of
-one start of one server: a worker that starts its server again, or lost the store, comes under a new one.
+Keys: run/open, run/strangers; rollout/count, rollout/<i>/info, rollout/<i>/beat (a counter), rollout/<i>/failed (one
+line and the log's tail), rollout/<i>/leaving, rollout/<i>/gone, rollout/shutdown; rollout/news counts what was told of
+workers. A number is of one start of one server: a worker that starts its server again, or lost the store, comes under a
+new one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from megarl.announce import announce, plural
 from megarl.door import Tokens, run_secret, server_tokens, signed, verified
 from megarl.errors import UserError
 
+OPEN = "run/open"  # rank 0's signed word that this store is a run's
+STRANGERS = "run/strangers"  # how many workers came with another MEGARL_TOKEN
 BEAT_S = 1.0
 STALE_S = 15.0  # a worker that has not beaten for so long is taken for dead
 
@@ -53,7 +56,7 @@ def open_store(host: str, port: int, is_master: bool, timeout_s: float) -> dist.
     """
     try:
         listening = _listen(host, port) if is_master else None
-        return dist.TCPStore(
+        store = dist.TCPStore(
             host,
             listening.getsockname()[1] if listening else port,
             is_master=is_master,
@@ -63,10 +66,13 @@ def open_store(host: str, port: int, is_master: bool, timeout_s: float) -> dist.
         )
     except (OSError, RuntimeError, ValueError) as error:  # c10d's errors derive from RuntimeError
         if is_master:
-            fix = "the port is in use or the host is not this machine: give another launch.store"
+            fix = f"the port is in use or this is not host {socket.gethostname()}: give another launch.store"
         else:
             fix = f"nothing answered within {timeout_s:.0f} s: start the trainers, or correct launch.store"
         raise UserError(f"run store {host}:{port}: {fix} ({' '.join(str(error).split())[:160]})") from None
+    if is_master:
+        _tell(store, OPEN, "open")
+    return store
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -111,6 +117,11 @@ def beats(store: dist.Store, indices: list[int]) -> list[bytes]:
 def _told(store: dist.Store, key: str) -> str | None:
     """What a process of this run told under `key`; None where nobody has, or a stranger did."""
     return verified(key, store.get(key)) if store.check([key]) else None
+
+
+def strangers(store: dist.Store) -> int:
+    """How many workers came with another MEGARL_TOKEN, and were refused."""
+    return store.add(STRANGERS, 0)
 
 
 def claim_index(store: dist.Store) -> int:
@@ -178,10 +189,16 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[Worker
             return [workers[index] for index in sorted(workers)][:n]
         if time.monotonic() > deadline:
             raise UserError(
-                f"{len(workers)} of {n} rollout workers came within {timeout_s:.0f} s: "
+                f"{len(workers)} of {n} rollout workers came within {timeout_s:.0f} s{refused(store)}: "
                 "start `megarl rollout` with the same launch.store, or raise rollout.start_timeout_s"
             )
         time.sleep(0.1)
+
+
+def refused(store: dist.Store) -> str:
+    """ ", 1 with another MEGARL_TOKEN was refused"; "" where none was."""
+    count = strangers(store)
+    return f", {count} with another MEGARL_TOKEN {'was' if count == 1 else 'were'} refused" if count else ""
 
 
 def common_tp(workers: list[WorkerInfo]) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megarl.addresses import resolve
 from megarl.errors import UserError
 from megarl.rollout import registry
 
@@ -28,15 +29,16 @@ class StoreLost(Exception):
 class StoreLink:
     """Closed at first, and again after a StoreLost."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
+    def __init__(self, host: str, port: int, interface: str | None = None) -> None:
+        self.host, self.port, self._interface = host, port, interface
         self._store: dist.TCPStore | None = None
 
     def open(self) -> bool:
         """Whether the store answers."""
         try:
-            socket.create_connection((self.host, self.port), timeout=2).close()
-            self._store = bounded(OPEN_S + 1, registry.open_store, self.host, self.port, False, OPEN_S)
+            address = resolve(self.host, self._interface)
+            socket.create_connection((address, self.port), timeout=2).close()
+            self._store = bounded(OPEN_S + 1, registry.open_store, address, self.port, False, OPEN_S)
         except (OSError, UserError, TimeoutError):
             return False
         return True

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import torch
 
 from megarl import door
+from megarl.addresses import set_interface
 from megarl.checkpoints import hf_files
 from megarl.config import Config
 from megarl.errors import UserError
@@ -96,9 +97,7 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         OWN_SERVER: "1",
     }
-    interface = config.launch.interface or ("lo" if store_host in ("127.0.0.1", "localhost") else None)
-    if interface:
-        ours["GLOO_SOCKET_IFNAME"] = interface
+    ours |= set_interface(config.launch.interface, store_host)
     if config.rollout.enforce_eager:
         ours["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles a few helpers even so, which costs 20 s and a C++ compiler
     if config.rollout.batch_invariant:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megarl import door
+from megarl.addresses import own_address, resolve
 from megarl.announce import answers_line
 from megarl.config import Config
 from megarl.errors import UserError
@@ -25,6 +26,7 @@ from megarl.launch.backoff import Backoff
 from megarl.launch.ports import reserve_port
 from megarl.rollout import registry
 from megarl.rollout.registry import BEAT_S, STALE_S, WorkerInfo
+from megarl.rollout.store import refuse_foreign
 from megarl.server.probe import Probe, healthy
 from megarl.server.serverlog import cause, log_tail
 from megarl.server.store_link import StoreLink, StoreLost
@@ -71,7 +73,7 @@ class _Worker:
     def __init__(self, config: Config, host: str, port: int, log_dir: Path) -> None:
         self.config, self.log_dir = config, log_dir
         self.serves = self.leaving = False
-        self._link = StoreLink(host, port)
+        self._link = StoreLink(host, port, config.launch.interface)
         self._backoff = Backoff(config.launch.max_restarts)
         self._answered = self._joined = self._lost_store = False  # ever
         self._child: Any = None
@@ -116,7 +118,7 @@ class _Worker:
 
     def _start(self) -> WorkerInfo:
         self._log = _open_log(self.log_dir)
-        here = _address(self._link.host)
+        here = _address(self.config, self._link.host)
         info = WorkerInfo(
             -1,  # until the store has given it a number
             f"http://{here}:{reserve_port(here)}",
@@ -218,6 +220,7 @@ class _Worker:
             if self._child.poll() is not None and time.monotonic() + 30 < deadline:
                 deadline = time.monotonic() + 30  # the server is gone already: wait only to say so
             time.sleep(0.2)
+        self._link.call(refuse_foreign, f"{self._link.host}:{self._link.port}")
         index = self._link.call(registry.claim_index)
         if info.index < 0 and not self._lost_store:  # a second store numbers anew: such a log may be another's
             path = Path(info.log).with_name(f"rollout_{index}.log")
@@ -244,8 +247,10 @@ def _open_log(folder: Path) -> IO[bytes]:
     return open(path, "ab")
 
 
-def _address(store_host: str) -> str:
+def _address(config: Config, store_host: str) -> str:
     """The address by which the trainers reach this machine: the one that routes to the store."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((store_host, 1))
-        return probe.getsockname()[0]
+    interface = config.launch.interface
+    try:
+        return own_address(resolve(store_host, interface, config.rollout.start_timeout_s), interface)
+    except OSError as error:
+        raise UserError(f"launch.store: {store_host!r} is no host's name here ({error.strerror})") from None

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "megarl"
 # file beside them; docs/architecture.md says what each is for.
 ORDER = """
     errors hints announce door
-    dotted checkpoints folders
+    addresses dotted checkpoints folders
     objective replay
     config
     weights

@@ -375,11 +375,12 @@ def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
     assert len(planned.rollouts) == 2 and len(stores) == 1 and "127.0.0.1:" in stores.pop()
     assert planned.trainer.env["TORCHDYNAMO_DISABLE"] == "1" and "TORCHDYNAMO_DISABLE" not in planned.rollouts[0].env
     assert planned.trainer.env["GLOO_SOCKET_IFNAME"] == "lo"
-    fixed = processes.make_plan("run", "m", load_config(run_yaml, ["launch.store=10.0.0.1:29600"]), ["c.yaml"])
-    assert (
-        not any(word.startswith("launch.store=") for word in fixed.trainer.argv)
-        and "GLOO_SOCKET_IFNAME" not in fixed.trainer.env
-    )
+    keys = ["launch.store=127.0.0.1:29600", "launch.interface=lo"]
+    fixed = processes.make_plan("run", "m", load_config(run_yaml, keys), ["c.yaml"])
+    assert not any(word.startswith("launch.store=") for word in fixed.trainer.argv)
+    assert fixed.trainer.env["GLOO_SOCKET_IFNAME"] == fixed.rollouts[0].env["NCCL_SOCKET_IFNAME"] == "lo"
+    with pytest.raises(UserError, match="launch.interface 'eth7' is no network interface of host .* it has lo"):
+        processes.make_plan("run", "m", load_config(run_yaml, ["launch.interface=eth7"]), ["c.yaml"])
 
 
 def test_logs_of_the_start_before_are_kept_once(tmp_path: Path, run_yaml: Path) -> None:

@@ -282,7 +282,8 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ("store", "run", ["launch.store=[fe80::1]:29600"], {}, ["launch.store '[fe80::1]:29600' is an IPv6", "IPv4"]),
     ("store", "rollout", ["launch.store=fe80::1:29600"], {}, ["is an IPv6 address", "give a host's name"]),
     ("store", "run", ["launch.store=192.0.2.1:0"], {}, ["launch.store '192.0.2.1:0'", "address of this host"]),
-    ("store", "rollout", [], {}, ["port 0 is for megarl run", "give both"]),
+    ("store", "run", ["launch.store=no.such.host.invalid:1"], {}, ["'no.such.host.invalid' is no host's name"]),
+    ("store", "rollout", [], {}, ["launch.store '127.0.0.1:0': give the port", "`megarl train` prints it"]),
     (
         "store",
         "run",

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from megarl.config import load_config
+from megarl.door import RUN_SECRET
 from megarl.errors import UserError
 from megarl.rollout import registry
+from megarl.rollout import store as store_module
 from megarl.rollout.registry import (
     RolloutDied,
     WorkerInfo,
@@ -15,6 +20,7 @@ from megarl.rollout.registry import (
     request_shutdown,
     wait_for_workers,
 )
+from megarl.rollout.store import open_run_store, refuse_foreign
 
 
 def worker(index: int) -> WorkerInfo:
@@ -75,3 +81,23 @@ def test_a_store_that_cannot_be_had_is_one_line() -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="run store 127.0.0.1:9: nothing answered within 1 s"):
         open_store("127.0.0.1", 9, is_master=False, timeout_s=1)
+
+
+def test_a_store_that_is_not_this_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "KNOWN_WITHIN_S", 0.0)
+    other = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, say
+    with pytest.raises(UserError, match="launch.store here:1: the store there is no run's, but maybe torchrun's own"):
+        refuse_foreign(other, "here:1")
+    store = open_store("127.0.0.1", 0, is_master=True, timeout_s=5)
+    refuse_foreign(store, "here:1")
+    monkeypatch.setenv(RUN_SECRET, "another")
+    with pytest.raises(UserError, match="the run there has another MEGARL_TOKEN than this worker"):
+        refuse_foreign(store, "here:1")
+    assert registry.strangers(store) == 1
+
+
+def test_rank_0_opens_the_store_and_prints_a_drawn_port(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, (host, port) = open_run_store(load_config(run_yaml), spans_hosts=False)
+    assert (host, port) == ("127.0.0.1", store.port)
+    assert f"megarl rollout CONFIG launch.store=127.0.0.1:{port}" in capsys.readouterr().out
+    refuse_foreign(open_store(host, port, is_master=False, timeout_s=5), "here:1")

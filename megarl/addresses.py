@@ -1,0 +1,123 @@
+"""How the hosts of a run reach each other: addresses, and the interface behind one. As Debian and Ubuntu install them,
+a host's own name means 127.0.1.1 to itself and its address to all others.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import time
+
+import psutil
+
+from megarl.errors import UserError
+
+LOCAL = ("127.0.0.1", "localhost")  # given for a run on one host
+
+
+def host_and_port(store: str) -> tuple[str, int]:
+    """The parts of launch.store."""
+    host, _, port = store.rpartition(":")
+    return host, int(port)
+
+
+def spans_hosts() -> bool:
+    """Whether torchrun's ranks, this one among them, are on several hosts."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def resolve(host: str, interface: str | None = None, within_s: float = 0.0) -> str:
+    """The IPv4 address of `host`; where `host` is our own name and means loopback, the one by which others know it, on
+    `interface` if that is given. A name that means nothing yet is asked for again for `within_s`: of a pod that starts
+    later, say. OSError in the end.
+    """
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            address = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+            break
+        except socket.gaierror:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+    return str(address) if host in LOCAL or not is_loopback(str(address)) else own_address(None, interface)
+
+
+def own_address(towards: str | None = None, interface: str | None = None) -> str:
+    """This host's address: on `interface`, else the one that routes to `towards`, else the one that others know.
+
+    UserError where there is no such interface, or it has no address, or several may be meant.
+    """
+    if interface:
+        return _on(interface)
+    if towards is not None and (address := _routed(towards)) and (not is_loopback(address) or towards in LOCAL):
+        return address
+    outer = {name: _on(name) for name in interfaces() if name != "lo" and not is_loopback(_on(name))}
+    if not outer:
+        return "127.0.0.1"
+    if len(outer) != 1:
+        routed = _routed("192.0.2.1")  # of no host: what has the default route
+        if routed not in outer.values():
+            raise UserError(
+                f"host {socket.gethostname()} has {len(outer)} networks ({', '.join(outer)}) and its own "
+                "name means none of them: set launch.interface"
+            )
+        return str(routed)
+    return next(iter(outer.values()))
+
+
+def interfaces() -> list[str]:
+    """Those of this host that have an IPv4 address, by name."""
+    return [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.family == socket.AF_INET for address in addresses)
+    ]
+
+
+def interface_with(address: str) -> str:
+    """The interface of this host that has `address`. UserError where none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            return name
+    if is_loopback(address):
+        return "lo"
+    raise UserError(f"no interface of host {socket.gethostname()} has the address {address}")
+
+
+def set_interface(interface: str | None, towards: str) -> dict[str, str]:
+    """The environment by which gloo and NCCL take the network that leads to the host `towards`, or `interface`.
+
+    Unset, gloo listens where the host's own name points, which may be loopback; NCCL looks for itself. UserError where
+    `interface` is none of this host's.
+    """
+    if interface:
+        _on(interface)
+        return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": interface_with(own_address(towards))}
+
+
+def _on(interface: str) -> str:
+    for found in psutil.net_if_addrs().get(interface, []):
+        if found.family == socket.AF_INET:
+            return found.address
+    raise UserError(
+        f"launch.interface {interface!r} is no network interface of host {socket.gethostname()} with an IPv4 address; "
+        f"it has {', '.join(interfaces())}"
+    )
+
+
+def _routed(towards: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 1))
+            return str(probe.getsockname()[0])
+        except OSError:  # no route, or a name that means nothing
+            return None
