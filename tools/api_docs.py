@@ -10,8 +10,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "docs" / "api.md"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.generated import write_or_check  # noqa: E402
+
 WIDTH = 118
 HEAD = """# Public functions
 
@@ -74,13 +77,7 @@ Definition = ast.FunctionDef | ast.ClassDef
 
 
 def main(argv: list[str]) -> int:
-    text = render()
-    if argv == ["--check"]:
-        current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
-        print("docs/api.md is current" if current else "docs/api.md is not current; run: python tools/api_docs.py")
-        return 0 if current else 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check("api.md", render(), "api_docs.py", argv)
 
 
 def render() -> str:

@@ -12,11 +12,14 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megarl.config import Config
-from megarl.objective.choices import CHOICES
-from megarl.objective.presets import ObjectiveConfig, presets
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+from megarl.config import Config  # noqa: E402
+from megarl.objective.choices import CHOICES  # noqa: E402
+from megarl.objective.presets import ObjectiveConfig, presets  # noqa: E402
+from tools.generated import write_or_check  # noqa: E402
+
 HEAD = """# Configuration
 
 Made from megarl/config.py by `python tools/config_docs.py`; do not edit. A run reads one YAML file and `key=value` after it:
@@ -28,18 +31,7 @@ Unknown keys are refused. One file may serve all commands; a `key=value` that it
 
 
 def main(argv: list[str]) -> int:
-    text = render()
-    if argv == ["--check"]:
-        current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
-        print(
-            "docs/config.md is current"
-            if current
-            else "docs/config.md is not current; run: python tools/config_docs.py"
-        )
-        return 0 if current else 1
-    TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check("config.md", render(), "config_docs.py", argv)
 
 
 def render() -> str:

@@ -7,10 +7,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megarl.observe.catalog import METRICS, Metric
-from megarl.report.thresholds import PRECISIONS, RULES, Rule
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+from megarl.observe.catalog import METRICS, Metric  # noqa: E402
+from megarl.report.thresholds import PRECISIONS, RULES, Rule  # noqa: E402
+from tools.generated import write_or_check  # noqa: E402
+
 HEAD = """# Metrics
 
 Made from megarl/observe/catalog.py by `python tools/metrics_docs.py`; do not edit.
@@ -49,13 +52,7 @@ NOTES = {
 
 
 def main(argv: list[str]) -> int:
-    text = render()
-    if argv == ["--check"]:
-        current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text
-        print("docs/metrics.md is current" if current else "docs/metrics.md is old; run: python tools/metrics_docs.py")
-        return 0 if current else 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check("metrics.md", render(), "metrics_docs.py", argv)
 
 
 def render() -> str:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.ranks import launch_ranks
+
 if TYPE_CHECKING:
     from megarl.config import Config
     from megarl.engine.build import Engine
@@ -68,9 +70,7 @@ def servers(
 
 def run_ranks(script: str, world: int, work: dict[str, Any]) -> None:
     """`script --ranks WORK` in torchrun ranks. Raises CalledProcessError where one fails."""
-    env = {**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", script]
-    subprocess.run([*command, "--ranks", json.dumps(work)], env=env, cwd=ROOT, check=True)
+    launch_ranks(script, world, "--ranks", json.dumps(work), capture=False).check_returncode()
 
 
 def join(config: Config, engine: Engine, worker: dict[str, Any], port: int) -> JoinedFleet:

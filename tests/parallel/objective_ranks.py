@@ -25,7 +25,7 @@ from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
 from megarl.loop.batch import Batch
 from megarl.loop.learn import Learner
-from tools.equality import RESPONSES, gather_shards, lay_out, whole_tensors
+from tools.equality_ranks import RESPONSES, gather_shards, lay_out, whole_tensors
 
 LAYOUTS: dict[str, list[str]] = {
     "one": ["engine.micro_batch_tokens=4096"],

@@ -4,8 +4,6 @@ EP, ETP and TP with whole experts, one rank left without rows.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,26 +13,11 @@ LAYOUTS = ["ep=2", "tp=2 ep=2", "tp=2 etp=2", "tp=2 ep=1 etp=1"]
 
 def test_grouped_experts_equal_sequential_ones_on_two_ranks(tmp_path):
     sys.path.insert(0, str(ROOT))
+    from tools.ranks import launch_ranks
     from tools.tiny_model import make_tiny_model
 
     model = make_tiny_model(tmp_path / "model", layers=2)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        __file__,
-        str(model),
-    ]
-    env = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = launch_ranks(__file__, 2, str(model), timeout_s=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

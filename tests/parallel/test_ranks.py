@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.ranks import launch_ranks  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
 LAUNCHES = {
@@ -30,22 +30,10 @@ LAUNCHES = {
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[int, subprocess.CompletedProcess[str]]:
     model = make_tiny_model(tmp_path_factory.mktemp("ranks") / "model")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1"}
-    script = str(Path(__file__).with_name("ranks.py"))
-    results = {}
-    for ranks, checks in LAUNCHES.items():
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            script,
-            str(model),
-            *checks,
-        ]
-        results[ranks] = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    return results
+    script = Path(__file__).with_name("ranks.py")
+    return {
+        ranks: launch_ranks(script, ranks, str(model), *checks, timeout_s=900) for ranks, checks in LAUNCHES.items()
+    }
 
 
 @pytest.mark.parametrize(("ranks", "check"), [(ranks, check) for ranks, checks in LAUNCHES.items() for check in checks])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tools.ranks import launch_ranks
 from tools.tiny_model import make_tiny_model
 
 
@@ -18,16 +17,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TORCHDYNAMO_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    script = str(Path(__file__).with_name("wrong_routes.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", script, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return launch_ranks(Path(__file__).with_name("wrong_routes.py"), 4, *arguments, timeout_s=300)
 
 
 def test_every_rank_names_the_response_and_can_go_on(model: Path) -> None:

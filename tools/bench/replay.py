@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tools.bench.pairs import WARM_UP, Seconds, interleaved, on_clock, on_cpu  # noqa: E402
+from tools.ranks import launch_ranks  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
 LIMIT = 1.03
@@ -174,19 +175,8 @@ def _responses(engine: Any) -> list[tuple[int, Any]]:
 
 
 def launch_step(folder: Path, ranks: int, pairs: int, routes: str, overrides: list[str]) -> dict[str, Any]:
-    ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        __file__,
-        "--inside",
-        str(folder),
-    ]
-    command += ["--pairs", str(pairs), "--routes", routes, *overrides]
-    done = subprocess.run(command, env={**os.environ, **ours}, cwd=ROOT, capture_output=True, text=True)
+    arguments = ["--inside", str(folder), "--pairs", str(pairs), "--routes", routes, *overrides]
+    done = launch_ranks(__file__, ranks, *arguments)
     if done.returncode:
         raise SystemExit(f"the ranks failed:\n{done.stderr[-3000:]}")
     return json.loads((folder / "step.json").read_text(encoding="utf-8"))

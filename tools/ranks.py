@@ -1,0 +1,34 @@
+"""Real ranks on this host, by torchrun over gloo: what tools and tests start them by."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def launch_ranks(
+    script: str | Path, world: int, *arguments: str, capture: bool = True, timeout_s: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`script ARGUMENTS...` on each of `world` ranks. The caller judges the exit status; without `capture` the ranks
+    write to this terminal.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", str(script)]
+    return subprocess.run(
+        [*command, *arguments],
+        env={**os.environ, **ENVIRONMENT},
+        cwd=ROOT,
+        capture_output=capture,
+        text=True,
+        timeout=timeout_s,
+    )
