@@ -26,7 +26,7 @@ Shape letters: T tokens of a pack, R of them unmasked, n responses, L MoE layers
 """
 # Sections of the page: title, what it is for, and files below megarl/ with the public names to show (all, if none).
 SECTIONS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
-    ("Configuration", "", {"config.py": ("load_config", "dump_config")}),
+    ("Configuration", "Imported from `megarl.config`.", {"config/load.py": ("load_config", "dump_config")}),
     (
         "Objective",
         "All can be imported from `megarl.objective`, and so can `presets`. [objective.md](objective.md)",

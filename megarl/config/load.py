@@ -1,0 +1,107 @@
+"""A configuration from a YAML file and `key=value` overrides, and back. Unknown keys are refused with the nearest
+valid one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megarl.config.tree import Config, walk
+from megarl.errors import UserError
+from megarl.hints import meant
+from megarl.objective.presets import resolve_objective
+
+
+def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
+    """Reads YAML, applies `key.path=value` overrides (values are YAML), validates.
+
+    Raises UserError, one line, for a missing file, a bad override, an
+    unknown key (with the nearest valid one) or a bad value.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(
+                f"config file {str(path)!r} does not exist; give the path of a YAML file, e.g. examples/quickstart.yaml"
+            )
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise UserError(
+                f"config file {str(path)!r} holds a {type(tree).__name__}; it must hold sections such as 'train:'"
+            )
+    tree = {
+        key: {} if value is None else value for key, value in tree.items()
+    }  # a section with all its keys commented out
+    for item in overrides:
+        key, sep, value = item.partition("=")
+        if not sep or not key:
+            raise UserError(f"override {item!r} is not key=value, e.g. train.lr=1e-5")
+        _set(tree, key.split("."), _value(item, key, value), item)
+    if isinstance(tree.get("objective"), (str, dict)):
+        tree["objective"] = resolve_objective(tree["objective"])
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_first_error(error)) from None
+
+
+def _value(item: str, key: str, text: str) -> Any:
+    """YAML; but where a key takes a text, what YAML does not read as one is meant as it stands: run.dir=2026-11-28."""
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        if _takes_text(key):
+            return text
+        raise UserError(f"override {item!r}: the value is not YAML; quote it, e.g. '{key}=\"a: b\"'") from None
+    return text if _takes_text(key) and not isinstance(value, str | None) else value
+
+
+def _takes_text(key: str) -> bool:
+    return any(name == key and field.annotation in (str, str | None) for name, field, _ in walk())
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
+    if keys[0] == "objective" and len(keys) > 1 and isinstance(tree.get("objective"), str):
+        tree["objective"] = {"preset": tree["objective"]}
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {item!r}: {key!r} is a value, not a section")
+    tree[keys[-1]] = value
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        inside = list(map(str, first["input"])) if isinstance(first["input"], dict) else []
+        return f"unknown config key {key!r}; {meant(key, inside, _sections())}"
+    return f"config key {key!r} = {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+
+
+def _sections() -> dict[str, list[str]]:
+    return {name: list(field.annotation.model_fields) for name, field in Config.model_fields.items()}  # type: ignore[union-attr]
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML: what a run directory's config.yaml holds; loading it gives the same tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def keep_config(config: Config, run_dir: Path, resumed: int) -> None:
+    """run_dir/config.yaml, and the same as config.step_N.yaml, N the step that this start goes on from (0 for a new
+    run): what every step ran under stays known. Files of steps that are now done again are removed, as their rows are.
+    """
+    for path in run_dir.glob("config.step_*.yaml"):
+        number = path.name.removeprefix("config.step_").removesuffix(".yaml")
+        if number.isdecimal() and int(number) > resumed:
+            path.unlink()
+    for name in ("config.yaml", f"config.step_{resumed}.yaml"):
+        (run_dir / name).write_text(dump_config(config), "utf-8")
