@@ -379,7 +379,8 @@ class LaunchConfig(Section):
         ge=0,
         description=(
             "How often in a row what failed is started again, after 1 s, 2 s, ... 30 s: a rollout server that once "
-            "answered, by `megarl rollout`, and `megarl rollout` itself, by `megarl run`; 0 is never."
+            "answered, by `megarl rollout`; `megarl rollout` itself and the trainers, from the last checkpoint, by "
+            "`megarl run`; 0 is never."
         ),
     )
     interface: str | None = Field(

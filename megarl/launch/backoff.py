@@ -9,10 +9,13 @@ STEADY_S = 600.0  # what ran for so long is not counted among the failures in a 
 
 
 class Backoff:
-    """At most `most` starts in a row: 1 s before the first, twice as long before each further one, up to 30 s."""
+    """At most `most` starts in a row: 1 s before the first, twice as long before each further one, up to 30 s.
+
+    used: how many of them were made.
+    """
 
     def __init__(self, most: int) -> None:
-        self._most, self._used = most, 0
+        self.most, self.used = most, 0
         self._began = time.monotonic()
 
     def began(self) -> None:
@@ -22,8 +25,8 @@ class Backoff:
     def next(self) -> float | None:
         """After a failure: seconds to wait before the next start; None where there is to be none."""
         if time.monotonic() - self._began > STEADY_S:
-            self._used = 0
-        if self._used >= self._most:
+            self.used = 0
+        if self.used >= self.most:
             return None
-        self._used += 1
-        return min(FIRST_S * 2 ** (self._used - 1), MOST_S)
+        self.used += 1
+        return min(FIRST_S * 2 ** (self.used - 1), MOST_S)

@@ -7,15 +7,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from megarl.announce import announce, plural
+from megarl.checkpoints import newest, step_of
 from megarl.door import RUN_SECRET, new_secret
+from megarl.launch.backoff import Backoff
 from megarl.launch.lock import owned
 from megarl.launch.processes import Plan
 from megarl.launch.rank import FAILURES, log_path
 from megarl.launch.supervisor import describe_exit, ended_text, supervise
+from megarl.observe.metrics import METRICS_FILE, read_rows
 
 
 def launch(plan: Plan) -> int:
@@ -35,6 +41,7 @@ def launch(plan: Plan) -> int:
             stop_s=plan.stop_s,
             max_restarts=plan.max_restarts,
             explain=lambda: explain_trainer(plan.log_dir),
+            again=Restarts(plan).after,
         )
 
 
@@ -50,19 +57,73 @@ def _fresh(log_dir: Path) -> None:
 
 
 def explain_trainer(log_dir: Path) -> str | None:
-    """The first cause among the ranks' failures: a killed rank before
-    one that raised, then the earliest. None if no rank told one.
-    """
+    """The first cause among the ranks' failures, and its log. None if no rank told one."""
+    first = first_failure(log_dir)
+    if first is None:
+        return None
+    if first.get("user_error"):
+        return first["user_error"]
+    return ended_text(_what(first), log_path(log_dir, first["rank"]))
+
+
+def first_failure(log_dir: Path) -> dict[str, Any] | None:
+    """A killed rank before one that raised, then the earliest."""
     try:
         with (log_dir / FAILURES).open(encoding="utf-8") as file:
             failures: list[dict[str, Any]] = [json.loads(line) for line in file]
     except FileNotFoundError:
         return None
-    if not failures:
-        return None
-    first = min(failures, key=lambda failure: ("signal" not in failure, failure["time"]))
-    if first.get("user_error"):
-        return first["user_error"]
-    log = log_path(log_dir, first["rank"])
-    how = describe_exit(-first["signal"]) if "signal" in first else "failed"
-    return ended_text(f"trainer rank {first['rank']} {how}", log)
+    return min(failures, key=lambda failure: ("signal" not in failure, failure["time"]), default=None)
+
+
+def _what(failure: dict[str, Any]) -> str:
+    how = describe_exit(-failure["signal"]) if "signal" in failure else "failed"
+    return f"trainer rank {failure['rank']} {how}"
+
+
+class Restarts:
+    """Whether trainers that failed are started again, from the run's last whole checkpoint; says so in one line.
+
+    Not where a rank told what the user is to mend, nor where one raised before a step was done: it would again.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._backoff = plan, Backoff(plan.max_restarts if plan.resumes else 0)
+        self._from = self._saved()
+
+    def after(self, code: int) -> float | None:
+        """Seconds to wait before the next start; None where there is to be none. code: torchrun's own end."""
+        log_dir = self._plan.log_dir
+        first = first_failure(log_dir)
+        if first is None:
+            if code not in (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
+                return None
+            what = f"{self._plan.trainer.name} {describe_exit(code)}"
+        else:
+            if first.get("user_error") or ("signal" not in first and not self._went_on()):
+                return None
+            what = _what(first)
+        wait_s = self._backoff.next()
+        if wait_s is None:
+            return None
+        self._backoff.began()
+        self._from = self._saved()
+        if first is not None:
+            (log_dir / FAILURES).rename(log_dir / f"failures.{int(time.time())}.jsonl")
+        print(
+            f"megarl: {what}; the trainers start again from step {self._from}, restart {self._backoff.used} of "
+            f"{self._backoff.most}; logs in {log_dir}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return wait_s
+
+    def _saved(self) -> int:
+        last = newest(self._plan.log_dir.parent / "checkpoints")
+        return step_of(last) if last else 0
+
+    def _went_on(self) -> bool:
+        """Whether a step was done since the last start."""
+        path = self._plan.log_dir.parent / METRICS_FILE
+        rows = read_rows(path) if path.is_file() else []
+        return bool(rows) and rows[-1]["step"] > self._from

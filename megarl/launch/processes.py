@@ -27,7 +27,7 @@ WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's 
 @dataclass(frozen=True)
 class Plan:
     """The trainer ranks (under torchrun) and the rollout workers that serve them. stop_s: how long the ranks may take
-    to end by themselves after a signal. max_restarts: of a rollout worker.
+    to end by themselves after a signal. max_restarts: of a rollout worker, and of the trainers where they can resume.
     """
 
     trainer: Process
@@ -36,6 +36,7 @@ class Plan:
     ranks: int
     stop_s: float = 0.0
     max_restarts: int = 0
+    resumes: bool = False
 
 
 def describe(plan: Plan, config: Config, command: str) -> str:
@@ -117,8 +118,9 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
         for i in range(engines)
     ]
     # the ranks know the limit themselves, and say that they passed it
-    stop_s = config.run.preempt_s + STOP_MARGIN_S if command in ("run", "train") else 0.0
-    return Plan(trainer, rollouts, log_dir, ranks, stop_s, max_restarts)
+    resumes = command in ("run", "train")
+    stop_s = config.run.preempt_s + STOP_MARGIN_S if resumes else 0.0
+    return Plan(trainer, rollouts, log_dir, ranks, stop_s, max_restarts, resumes)
 
 
 def _environment(config: Config, host: str) -> dict[str, str]:

@@ -54,14 +54,16 @@ def supervise(
     stop_s: float = 0.0,
     max_restarts: int = 0,
     explain: Callable[[], str | None] = lambda: None,
+    again: Callable[[int], float | None] = lambda code: None,
 ) -> int:
     """Runs `main` and its `helpers` until `main` ends; returns the exit status of the whole.
 
-    0 if main ended with 0. If main fails or a helper ends with a status other than 0, one line names it, its log's last
-    lines follow, and the status is its own (1 for a signal). `explain()` may give a better text for a failure of main.
-    SIGINT gives 130, SIGTERM 143; with `stop_s`, main first gets SIGUSR1 and so many seconds to end by itself, or until
-    a second signal. In every case all processes are ended before this returns: SIGTERM, after `grace_s` seconds
-    SIGKILL. A helper may end with 0 early.
+    0 if main ended with 0. If main fails for good or a helper ends with a status other than 0, one line names it, its
+    log's last lines follow, and the status is its own (1 for a signal). `explain()` may give a better text for a
+    failure of main; `again(code)` may say that main is started again, and give the seconds until then. SIGINT gives
+    130, SIGTERM 143; with `stop_s`, main first gets SIGUSR1 and so many seconds to end by itself, or until a second
+    signal. In every case all processes are ended before this returns: SIGTERM, after `grace_s` seconds SIGKILL. A
+    helper may end with 0 early.
 
     A helper that once answered (its log says so) does not end the others. Where it was killed, which it cannot mend
     itself, or hangs, it is started again, as launch.max_restarts says.
@@ -77,7 +79,7 @@ def supervise(
     try:
         for process in [*helpers, main]:
             running[process.name] = _start(process)
-        status = _watch(main, [_Helper(helper, max_restarts) for helper in helpers], running, explain)
+        status = _watch(main, [_Helper(helper, max_restarts) for helper in helpers], running, explain, again)
     except _Stopped as stopped:
         status = 128 + stopped.signum
         child = running.get(main.name) if stop_s else None
@@ -121,17 +123,27 @@ def _watch(
     helpers: list[_Helper],
     running: dict[str, subprocess.Popen[bytes]],
     explain: Callable[[], str | None],
+    again: Callable[[int], float | None],
 ) -> int:
+    start_at: float | None = None  # of main, which has failed
     while True:
         for helper in helpers:
             if failed := helper.look(running):
                 print(failure_text(helper.process, failed), file=sys.stderr, flush=True)
                 return _exit_status(failed)
         code = running[main.name].poll()
-        if code is not None:
-            if code != 0:
-                print(explain() or failure_text(main, code), file=sys.stderr, flush=True)
-            return _exit_status(code)
+        if start_at is not None:
+            if time.monotonic() >= start_at:
+                running[main.name], start_at = _start(main), None
+        elif code is not None:
+            text = code and (explain() or failure_text(main, code))
+            wait_s = again(code) if code else None
+            if wait_s is None:
+                if code:
+                    print(text, file=sys.stderr, flush=True)
+                return _exit_status(code)
+            _kill_everything(spared=[child.pid for name, child in running.items() if name != main.name])
+            start_at = time.monotonic() + wait_s
         time.sleep(_POLL_S)
 
 
@@ -256,14 +268,24 @@ def _signal_group(child: subprocess.Popen[bytes], signum: int) -> None:
             os.killpg(child.pid, signum)
 
 
-def _kill_everything() -> None:
-    """SIGKILL to all that is below us, until nothing is: a process may fork while we look."""
-    until = time.monotonic() + 5
-    while (pids := descendants(os.getpid())) and time.monotonic() < until:
+def _kill_everything(spared: list[int] = []) -> None:
+    """SIGKILL to all that is below us, but `spared` and what is below them, until nothing is: a process may fork while
+    we look.
+    """
+    until, ended = time.monotonic() + 5, set[int]()
+    while (pids := _below(spared)) and time.monotonic() < until:
+        ended |= pids
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_S)
+    for pid in ended:
+        with contextlib.suppress(ChildProcessError):  # not adopted: its own parent saw it end
+            os.waitpid(pid, os.WNOHANG)
+
+
+def _below(spared: list[int]) -> set[int]:
+    return set(descendants(os.getpid())).difference(spared, *map(descendants, spared))
 
 
 def _reap() -> None:

@@ -22,7 +22,7 @@ from megarl.errors import UserError
 from megarl.launch import processes
 from megarl.launch.backoff import Backoff
 from megarl.launch.lifeline import descendants
-from megarl.launch.local import explain_trainer, launch
+from megarl.launch.local import Restarts, explain_trainer, launch
 from megarl.launch.lock import owned
 from megarl.launch.supervisor import ended_text
 
@@ -43,6 +43,7 @@ def supervisor(
     grace_s: float = 1.0,
     stop_s: float = 0.0,
     max_restarts: int = 0,
+    again: str = "lambda code: None",
 ) -> subprocess.Popen[str]:
     """A process that supervises `main` and `helpers`, given as Python
     code; MARK in the environment finds what it leaves behind.
@@ -54,7 +55,7 @@ def supervisor(
     def process(name, code):
         return Process(name, [sys.executable, "-c", code], Path({str(tmp_path)!r}) / (name + ".log"), stdout_to_terminal=name == "main")
     {before}
-    sys.exit(supervise(process("main", {main!r}), [process(f"helper{{i}}", c) for i, c in enumerate({helpers!r})], grace_s={grace_s}, stop_s={stop_s}, max_restarts={max_restarts}))
+    sys.exit(supervise(process("main", {main!r}), [process(f"helper{{i}}", c) for i, c in enumerate({helpers!r})], grace_s={grace_s}, stop_s={stop_s}, max_restarts={max_restarts}, again={again}))
     """
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -198,6 +199,28 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     time.sleep(0.3)
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=30) == 130
+    assert left_behind(tmp_path) == []
+
+
+def test_a_main_that_is_killed_is_started_again_and_the_helpers_live_on(tmp_path: Path) -> None:
+    """What is left of the first start, in a session of its own, is ended before the second."""
+    main = (
+        "import os, pathlib, subprocess, sys\n"
+        f"seen, helper = [pathlib.Path({str(tmp_path)!r}) / name for name in ('seen', 'helper')]\n"
+        "if not seen.exists():\n"
+        f"    child = subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True)\n"
+        "    seen.write_text(str(child.pid))\n"
+        "    while not helper.exists() or not helper.read_text(): pass\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "print(os.path.exists('/proc/' + seen.read_text()), os.path.exists('/proc/' + helper.read_text()))\n"
+    )
+    helper = (
+        f"import os, pathlib, time; pathlib.Path({str(tmp_path)!r}, 'helper').write_text(str(os.getpid())); "
+        "time.sleep(600)"
+    )
+    run = supervisor(tmp_path, main, [helper], again="lambda code: 0.1 if code == -9 else None")
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err) == (0, "False True\n", "")
     assert left_behind(tmp_path) == []
 
 
@@ -361,6 +384,36 @@ def test_the_first_cause_is_told_from_its_echoes(tmp_path: Path) -> None:
         {"time": 1.0, "rank": 0, "user_error": "megarl: error: mend it"}, {"time": 2.0, "rank": 3, "user_error": None}
     )
     assert explain_trainer(tmp_path) == "megarl: error: mend it"
+
+
+def test_what_trainers_are_started_again_for(
+    tmp_path: Path, run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = processes.make_plan("run", "m", load_config(run_yaml, ["launch.max_restarts=2"]), [str(run_yaml)])
+    assert not processes.make_plan("compare", "m", load_config(run_yaml), [str(run_yaml)]).resumes
+    plan.log_dir.mkdir(parents=True)
+    restarts, failures, run_dir = Restarts(plan), plan.log_dir / "failures.jsonl", plan.log_dir.parent
+
+    def after(code: int, **failure: object) -> float | None:
+        failures.write_text(json.dumps({"time": 1.0, "rank": 1, **failure}) + "\n")
+        return restarts.after(code)
+
+    assert after(2, user_error="megarl: error: mend it") is None and restarts.after(143) is None
+    assert after(1, user_error=None) is None  # a rank that raised before the first step
+    failures.unlink()
+    assert restarts.after(-signal.SIGTERM) is None and restarts.after(1) is None
+    assert capsys.readouterr().err == ""
+    assert after(1, signal=9) == 1.0 and not failures.exists()
+    said = (
+        "megarl: trainer rank 1 was killed by SIGKILL; the trainers start again from step 0, restart 1 of 2; logs in "
+    )
+    assert capsys.readouterr().err == f"{said}{plan.log_dir}\n"
+    (run_dir / "checkpoints" / "step_4").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step_4" / "megarl.json").write_text("{}")
+    (run_dir / "metrics.jsonl").write_text('{"step": 5}\n')
+    assert after(1, user_error=None) == 2.0
+    assert "rank 1 failed; the trainers start again from step 4, restart 2 of 2" in capsys.readouterr().err
+    assert after(1, signal=9) is None
 
 
 def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
