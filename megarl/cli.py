@@ -126,10 +126,11 @@ def _launch(args: argparse.Namespace) -> int:
             print(processes.describe(planned, config, args.command))
             return 0
         from megarl.launch.local import launch
+        from megarl.observe.metrics import last_step
 
         status = 1
         try:
-            status = launch(planned)
+            status = launch(planned, lambda: last_step(config.run.dir))
             return status
         finally:
             if args.command in ("run", "train"):

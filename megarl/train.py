@@ -17,6 +17,7 @@ from megarl.data.stream import content_digest
 from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import Stopped, UserError
+from megarl.launch.processes import log_dir_of
 from megarl.loop.batch import ScoredRollouts, build_batch
 from megarl.loop.colocate import MemoryTurns
 from megarl.loop.dull import DullSteps
@@ -30,6 +31,7 @@ from megarl.loop.sampler import Sampler
 from megarl.loop.saving import Saver
 from megarl.loop.scoring import RewardScorer
 from megarl.observe.output import Output
+from megarl.observe.stall import StallWatch
 from megarl.report.live import LivePage
 from megarl.rollout.fleet import Fleet
 
@@ -65,6 +67,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     evaluation = Evaluation(config, sampler, scorer, prompts.validation, output)
     refit = Refit(config, engine, fleet)
     saver = Saver(config, engine, learner.critic)
+    stall = StallWatch(log_dir_of("train", config), parallel.coord.rank, parallel.layout.world, config.launch.stall_s)
     try:
         announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)
@@ -106,6 +109,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
         scorer.close()
         fleet.close()
         saver.stop.close()
+        stall.close()
     if output:
         output.close()
     if stop:

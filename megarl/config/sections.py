@@ -383,6 +383,14 @@ class LaunchConfig(Section):
             "`megarl run`; 0 is never."
         ),
     )
+    stall_s: float = Field(
+        1800,
+        ge=0,
+        description=(
+            "Where no rank goes on for so many seconds, all write their stacks to their logs, the missing one is named "
+            "and the trainers end; above the longest phase of a step. 0 is never."
+        ),
+    )
     interface: str | None = Field(
         None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice."
     )

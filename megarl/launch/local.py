@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ from megarl.launch.lock import owned
 from megarl.launch.processes import Plan
 from megarl.launch.rank import FAILURES, log_path
 from megarl.launch.supervisor import describe_exit, ended_text, supervise
-from megarl.observe.metrics import METRICS_FILE, read_rows
 
 
-def launch(plan: Plan) -> int:
-    """Starts every process of `plan`, waits, ends them all; returns the exit status.
-    UserError where run.dir is in use.
+def launch(plan: Plan, done: Callable[[], int] = lambda: 0) -> int:
+    """Starts every process of `plan`, waits, ends them all; returns the exit status. done(): the last step of the run
+    that has metrics. UserError where run.dir is in use.
     """
     secret = os.environ.get(RUN_SECRET) or new_secret()
     for process in [plan.trainer, *plan.rollouts]:
@@ -41,7 +41,7 @@ def launch(plan: Plan) -> int:
             stop_s=plan.stop_s,
             max_restarts=plan.max_restarts,
             explain=lambda: explain_trainer(plan.log_dir),
-            again=Restarts(plan).after,
+            again=Restarts(plan, done).after,
         )
 
 
@@ -63,20 +63,24 @@ def explain_trainer(log_dir: Path) -> str | None:
         return None
     if first.get("user_error"):
         return first["user_error"]
-    return ended_text(_what(first), log_path(log_dir, first["rank"]))
+    return ended_text(_what(first), log_path(log_dir, first["rank"]))  # a stall's line is the last of its log
 
 
 def first_failure(log_dir: Path) -> dict[str, Any] | None:
-    """A killed rank before one that raised, then the earliest."""
+    """Ranks that found themselves stuck before one that was killed before one that raised, then the earliest."""
     try:
         with (log_dir / FAILURES).open(encoding="utf-8") as file:
             failures: list[dict[str, Any]] = [json.loads(line) for line in file]
     except FileNotFoundError:
         return None
-    return min(failures, key=lambda failure: ("signal" not in failure, failure["time"]), default=None)
+    return min(
+        failures, key=lambda failure: ("stall" not in failure, "signal" not in failure, failure["time"]), default=None
+    )
 
 
 def _what(failure: dict[str, Any]) -> str:
+    if "stall" in failure:
+        return failure["stall"]
     how = describe_exit(-failure["signal"]) if "signal" in failure else "failed"
     return f"trainer rank {failure['rank']} {how}"
 
@@ -87,8 +91,8 @@ class Restarts:
     Not where a rank told what the user is to mend, nor where one raised before a step was done: it would again.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._backoff = plan, Backoff(plan.max_restarts if plan.resumes else 0)
+    def __init__(self, plan: Plan, done: Callable[[], int]) -> None:
+        self._plan, self._done, self._backoff = plan, done, Backoff(plan.trainer_restarts)
         self._from = self._saved()
 
     def after(self, code: int) -> float | None:
@@ -100,7 +104,7 @@ class Restarts:
                 return None
             what = f"{self._plan.trainer.name} {describe_exit(code)}"
         else:
-            if first.get("user_error") or ("signal" not in first and not self._went_on()):
+            if first.get("user_error") or (not first.keys() & {"signal", "stall"} and self._done() <= self._from):
                 return None
             what = _what(first)
         wait_s = self._backoff.next()
@@ -121,9 +125,3 @@ class Restarts:
     def _saved(self) -> int:
         last = newest(self._plan.log_dir.parent / "checkpoints")
         return step_of(last) if last else 0
-
-    def _went_on(self) -> bool:
-        """Whether a step was done since the last start."""
-        path = self._plan.log_dir.parent / METRICS_FILE
-        rows = read_rows(path) if path.is_file() else []
-        return bool(rows) and rows[-1]["step"] > self._from

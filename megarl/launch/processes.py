@@ -27,7 +27,8 @@ WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's 
 @dataclass(frozen=True)
 class Plan:
     """The trainer ranks (under torchrun) and the rollout workers that serve them. stop_s: how long the ranks may take
-    to end by themselves after a signal. max_restarts: of a rollout worker, and of the trainers where they can resume.
+    to end by themselves after a signal. max_restarts: of a rollout worker;
+    trainer_restarts: of the ranks.
     """
 
     trainer: Process
@@ -36,7 +37,7 @@ class Plan:
     ranks: int
     stop_s: float = 0.0
     max_restarts: int = 0
-    resumes: bool = False
+    trainer_restarts: int = 0
 
 
 def describe(plan: Plan, config: Config, command: str) -> str:
@@ -120,7 +121,7 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
     # the ranks know the limit themselves, and say that they passed it
     resumes = command in ("run", "train")
     stop_s = config.run.preempt_s + STOP_MARGIN_S if resumes else 0.0
-    return Plan(trainer, rollouts, log_dir, ranks, stop_s, max_restarts, resumes)
+    return Plan(trainer, rollouts, log_dir, ranks, stop_s, max_restarts, config.launch.max_restarts if resumes else 0)
 
 
 def _environment(config: Config, host: str) -> dict[str, str]:

@@ -93,6 +93,13 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return read_rows(Path(run_dir) / METRICS_FILE)
 
 
+def last_step(run_dir: str | Path) -> int:
+    """Of the last row; 0 where there is none."""
+    path = Path(run_dir) / METRICS_FILE
+    rows = read_rows(path) if path.is_file() else []
+    return int(rows[-1]["step"]) if rows else 0
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """JSON lines that hold a `step`, in its order; the last line of a step counts.
 

@@ -7,6 +7,7 @@ is killed, and a run that is resumed goes on in it.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import IO
 
 TRACE_FILE = "trace.json"
 _file: IO[str] | None = None  # of this process
+_entered: tuple[str, float] = ("", 0.0)
 
 
 def start_trace(run_dir: str | Path) -> None:
@@ -38,15 +40,29 @@ def stop_trace() -> None:
     _file = None
 
 
+def enter(name: str) -> None:
+    """Says where this rank is; its main thread alone counts."""
+    global _entered
+    if threading.current_thread() is threading.main_thread():
+        _entered = name, time.monotonic()
+
+
+def entered() -> tuple[str, float]:
+    """The phase that this rank's main thread entered or left last, and when (time.monotonic())."""
+    return _entered
+
+
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """The time inside as one event. Microseconds of the wall clock, so
     that the parts of a resumed run follow each other.
     """
     start = time.time_ns()
+    enter(name)
     try:
         yield
     finally:
+        enter(f"what follows {name}")
         if _file is not None:
             event = {
                 "name": name,

@@ -22,7 +22,7 @@ from megarl.errors import UserError
 from megarl.launch import processes
 from megarl.launch.backoff import Backoff
 from megarl.launch.lifeline import descendants
-from megarl.launch.local import Restarts, explain_trainer, launch
+from megarl.launch.local import Restarts, explain_trainer, first_failure, launch
 from megarl.launch.lock import owned
 from megarl.launch.supervisor import ended_text
 
@@ -390,9 +390,10 @@ def test_what_trainers_are_started_again_for(
     tmp_path: Path, run_yaml: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = processes.make_plan("run", "m", load_config(run_yaml, ["launch.max_restarts=2"]), [str(run_yaml)])
-    assert not processes.make_plan("compare", "m", load_config(run_yaml), [str(run_yaml)]).resumes
+    assert processes.make_plan("compare", "m", load_config(run_yaml), [str(run_yaml)]).trainer_restarts == 0
     plan.log_dir.mkdir(parents=True)
-    restarts, failures, run_dir = Restarts(plan), plan.log_dir / "failures.jsonl", plan.log_dir.parent
+    done = [0]
+    restarts, failures, run_dir = Restarts(plan, lambda: done[0]), plan.log_dir / "failures.jsonl", plan.log_dir.parent
 
     def after(code: int, **failure: object) -> float | None:
         failures.write_text(json.dumps({"time": 1.0, "rank": 1, **failure}) + "\n")
@@ -410,10 +411,14 @@ def test_what_trainers_are_started_again_for(
     assert capsys.readouterr().err == f"{said}{plan.log_dir}\n"
     (run_dir / "checkpoints" / "step_4").mkdir(parents=True)
     (run_dir / "checkpoints" / "step_4" / "megarl.json").write_text("{}")
-    (run_dir / "metrics.jsonl").write_text('{"step": 5}\n')
+    done[0] = 5
     assert after(1, user_error=None) == 2.0
     assert "rank 1 failed; the trainers start again from step 4, restart 2 of 2" in capsys.readouterr().err
     assert after(1, signal=9) is None
+    assert first_failure(plan.log_dir) == {"time": 1.0, "rank": 1, "signal": 9}
+    with failures.open("a") as file:
+        file.write(json.dumps({"time": 2.0, "rank": 0, "stall": "no rank went on"}) + "\n")
+    assert (explain_trainer(plan.log_dir) or "").startswith("megarl: error: no rank went on; ")
 
 
 def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:

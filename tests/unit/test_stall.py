@@ -1,0 +1,74 @@
+"""Ranks that wait: their stacks, and who is missing, with processes that are really stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarl.observe.stall import told
+
+RANK = """
+import sys, time
+from pathlib import Path
+from megarl.observe.stall import StallWatch
+from megarl.observe.trace import phase
+
+logs, rank, world = Path(sys.argv[1]), int(sys.argv[2]), 3
+StallWatch(logs, rank, world, stall_s=float(sys.argv[3]))
+with phase("rollout"):
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+def waits_for_its_peers():
+    time.sleep(600)
+
+with phase("update"):
+    print("ready", flush=True)
+    waits_for_its_peers()
+"""
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_the_stacks_of_the_others_are_in_their_logs_and_the_first_of_them_ends(
+    tmp_path: Path, stopped: int
+) -> None:
+    ranks = []
+    try:
+        for rank in range(3):
+            with (tmp_path / f"trainer_{rank}.log").open("wb") as log:
+                command = [sys.executable, "-c", RANK, str(tmp_path), str(rank), "3"]
+                ranks.append(
+                    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+                )
+        for number in range(2):
+            for each in ranks:
+                assert each.stdin is not None and each.stdout is not None and each.stdout.readline() == "ready\n"
+                if number == 0:
+                    each.stdin.write("\n"), each.stdin.flush()
+        ranks[stopped].send_signal(signal.SIGSTOP)
+        first = min({0, 1, 2} - {stopped})
+        assert ranks[first].wait(60) == 1 and ranks[stopped].wait(60) == -signal.SIGKILL
+        (failure,) = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+        rest = "0, 2" if stopped else "1, 2"
+        at = f"(pid {ranks[stopped].pid} on {os.uname().nodename})"
+        assert failure["stall"].startswith(
+            f"no rank went on for launch.stall_s 3 s: rank {stopped} {at} shows no sign of life, last in update; "
+            f"ranks {rest} in update; stacks are in "
+        )
+        for rank in {0, 1, 2} - {stopped}:
+            assert "in waits_for_its_peers" in (tmp_path / f"trainer_{rank}.log").read_text()
+    finally:
+        for each in ranks:
+            each.kill()
+            each.communicate()
+
+
+def test_a_rank_that_is_elsewhere_is_named(tmp_path: Path) -> None:
+    pulses = {rank: {"rank": rank, "phase": "rollout" if rank == 2 else "update"} for rank in range(4)}
+    assert ": rank 2 in rollout; ranks 0, 1, 3 in update; stacks" in told(pulses, set(), 5.0, tmp_path)
