@@ -116,7 +116,8 @@ class Texts:
         self.tokenizer, self.tags, self.ends = tokenizer, tuple(thinking_tags), frozenset(ends)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
-        shown = set(tokenizer.convert_tokens_to_ids(list(self.tags)))
+        vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids gives the unknown token for a tag that is none
+        shown = {vocabulary[tag] for tag in self.tags if tag in vocabulary}
         self._hidden = special - shown if special & shown else None
 
     def input(

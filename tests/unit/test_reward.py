@@ -130,6 +130,13 @@ def test_fault_09_tags_that_are_special_tokens_reach_the_reward() -> None:
     assert Texts(tokenizer, []).input(tokens, 4, "2+3=", "5", {}, False).response == "45"
 
 
+def test_an_unknown_token_is_no_text_where_the_tokenizer_has_no_tags() -> None:
+    tokenizer = make_tokenizer()
+    assert tokenizer.unk_token_id == tokenizer.convert_tokens_to_ids("<think>")
+    tokens = [*tokenizer.encode("2+3="), *tokenizer.encode("5"), tokenizer.unk_token_id]
+    assert Texts(tokenizer, TAGS).input(tokens, 4, "2+3=", "5", {}, False).response == "5"
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Writes a module of rewards into the working directory; its name."""
