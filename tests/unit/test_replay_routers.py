@@ -18,116 +18,36 @@ from megarl.engine.model import Model, _transformer_config
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.profile import choose_profile
 from megarl.replay.context import replay_schedule
-from megarl.replay.metrics import RoutingSums
-from megarl.replay.routes import accept_routes, agreement, check_routes, route_dtype, spread_routes
+from megarl.replay.routes import agreement, route_dtype
 from megarl.weights.map.weight_map import WeightMap
+from tests.unit.routers import (
+    EXPERTS,
+    HIDDEN,
+    ROWS,
+    SCALE,
+    TOP_K,
+    drifted_routes,
+    every_kind,
+    formula,
+    live_routes,
+    make_input,
+    make_router,
+    map_of,
+    random_routes,
+    route,
+    upstream,
+)
 from tools.one_rank import one_rank
 
 # isort: split
-from megatron.core.tensor_parallel import checkpoint
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, get_updated_expert_bias
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router_replay import RouterReplay
-from megatron.core.transformer.transformer_config import TransformerConfig
-
-HIDDEN, EXPERTS, TOP_K, ROWS, SCALE = 24, 16, 4, 40, 2.5
-KINDS = {
-    "softmax": dict(),
-    "pre_softmax": dict(moe_router_pre_softmax=True),
-    "sigmoid": dict(
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.0,
-        moe_router_num_groups=4,
-        moe_router_group_topk=2,
-        moe_router_topk_scaling_factor=SCALE,
-    ),
-}
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def world():
     yield one_rank()
     destroy_parallel()
-
-
-def make_router(kind, seed=0, experts=EXPERTS, layer=1, **changes):
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=1,
-        num_moe_experts=experts,
-        moe_router_topk=TOP_K,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        add_bias_linear=False,
-        **{**KINDS[kind], **changes},
-    )
-    router = TopKRouter(config, pg_collection=get_default_pg_collection())
-    router.set_layer_number(layer)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        router.weight.copy_(torch.randn(experts, HIDDEN, generator=generator) * 0.3)
-        if router.expert_bias is not None:
-            router.expert_bias.copy_(torch.randn(experts, generator=generator) * 0.2)
-    return router
-
-
-def make_input(seed=1, rows=ROWS):
-    return torch.randn(rows, 1, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-def route(router, x, routes=None, present=None, backward=None):
-    """Gates [rows, E] and map of one pass with hooks, its record, and
-    the router's gradient for the upstream gradient `backward`.
-    """
-    router.zero_grad()
-    with replay_schedule([[router]]) as replay:
-        target = None if routes is None else routes[:, None]
-        with replay.forward(0, target, present, replay=routes is not None) as record:
-            gates, chosen = router(x)
-        if backward is not None:
-            gates.backward(backward)
-    return gates.detach(), chosen, record
-
-
-def upstream(rows=ROWS, experts=EXPERTS):
-    return torch.randn(rows, experts, generator=torch.Generator().manual_seed(2))
-
-
-def live_routes(router, x):
-    return route(router, x)[2].stacked()[0][:, 0].long()
-
-
-def random_routes(seed=3, rows=ROWS, experts=EXPERTS):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(experts, generator=generator)[:TOP_K] for _ in range(rows)])
-
-
-def drifted_routes(router, x):
-    """For every row experts that its live top-k has not chosen at all."""
-    own = live_routes(router, x)
-    others = torch.ones(len(own), router.num_experts).scatter(1, own, 0)
-    return torch.multinomial(others, TOP_K, generator=torch.Generator().manual_seed(4))
-
-
-def formula(kind, weight, x, routes):
-    """Gates [rows, E] over the replayed set, from the full live scores of the row."""
-    logits = x.squeeze(1) @ weight.T
-    if kind == "softmax":  # over the chosen
-        gate = logits.gather(1, routes).softmax(1)
-    elif kind == "pre_softmax":  # over all experts, not renormalised
-        gate = logits.softmax(1).gather(1, routes)
-    else:  # renormalised over the chosen, scaled; the bias is not in it
-        chosen = logits.sigmoid().gather(1, routes)
-        gate = SCALE * chosen / chosen.sum(1, keepdim=True)
-    return torch.zeros_like(logits).scatter(1, routes, gate)
-
-
-def map_of(routes, experts=EXPERTS):
-    return torch.zeros(len(routes), experts, dtype=torch.bool).scatter(1, routes, True)
 
 
 # ---- without drift
@@ -274,143 +194,6 @@ def test_trap_04_multi_token_prediction_layers_are_skipped(world):
     assert [(i, router.layer_number) for i, router in model.routers()] == [(0, 2), (1, 3)]
 
 
-@every_kind
-@pytest.mark.parametrize("order", ["1F1B", "all forwards first"])
-def test_trap_05_several_forwards_before_the_first_backward(kind, order):
-    """Recompute takes the routes first in, first out. The gradient is
-    the one without recompute; a forward-only pass leaves nothing.
-    """
-    router, inputs = make_router(kind), [make_input(seed) for seed in range(4)]
-    routes = [random_routes(seed) for seed in range(4)]
-    steps = (
-        ["f0", "f1", "b0", "f2", "b1", "f3", "b2", "b3"]
-        if order == "1F1B"
-        else ["f0", "f1", "f2", "f3", "b0", "b1", "b2", "b3"]
-    )
-
-    def gradient(recompute):
-        router.zero_grad()
-        outs = {}
-        with replay_schedule([[router]]) as replay:
-            for what, i in steps:
-                i = int(i)
-                if what == "b":
-                    outs[i].backward(upstream())
-                    continue
-                x = inputs[i].clone().requires_grad_()
-                with replay.forward(0, routes[i][:, None], replay=True):
-                    outs[i] = checkpoint(lambda a: router(a)[0], False, x) if recompute else router(x)[0]
-            left = [len(hook.used) for hook in replay._hooks[0]]
-        return router.weight.grad.clone(), left
-
-    want, _ = gradient(recompute=False)
-    with torch.no_grad(), replay_schedule([[router]]) as replay:  # forward only, with routes of its own
-        for x in inputs:
-            with replay.forward(0, random_routes(9)[:, None], replay=True):
-                router(x)
-    got, left = gradient(recompute=True)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    assert left == [0]
-
-
-@every_kind
-def test_trap_06_recompute_sees_the_routes_that_were_used_live_rows_too(kind):
-    """Between forward and recompute the router changes, so that routing
-    anew would choose others: the used routes come back.
-    """
-    router, x, routes = make_router(kind), make_input(), random_routes()
-    present = torch.arange(ROWS) % 3 > 0
-    own = live_routes(router, x)
-    used = torch.where(present[:, None], routes, own)
-    maps = []
-
-    def forward(a):
-        gates, chosen = router(a)
-        maps.append(chosen)
-        return gates
-
-    leaf = x.clone().requires_grad_()
-    with replay_schedule([[router]]) as replay:
-        with replay.forward(0, routes[:, None], present, replay=True) as record:
-            out = checkpoint(forward, False, leaf)
-        assert torch.equal(record.stacked()[0][:, 0].long(), own)
-        with torch.no_grad():
-            router.weight.copy_(make_router(kind, seed=7).weight)
-        out.backward(upstream())
-    assert len(maps) == 2 and torch.equal(maps[0], map_of(used)) and torch.equal(maps[1], maps[0])
-    assert not torch.equal(map_of(live_routes(router, x)), maps[0])
-
-
-GOOD = random_routes(rows=6).view(3, 2, TOP_K).numpy().astype(np.uint8)
-
-
-def spoilt(row, values):
-    routes = GOOD.astype(np.int16)
-    routes[row] = values
-    return routes
-
-
-@pytest.mark.parametrize(
-    "routes, said",
-    [
-        (GOOD[:2], "shape (2, 2, 4)"),
-        (GOOD[:, :1], "shape (3, 1, 4)"),
-        (GOOD[..., :3], "shape (3, 2, 3)"),
-        (GOOD.astype(np.float32), "dtype float32"),
-        (GOOD > 3, "dtype bool"),
-        (GOOD[0], "shape (2, 4)"),
-        (spoilt((1, 0), [0, 1, 2, EXPERTS]), f"row 1 names expert {EXPERTS}, not 4 distinct experts of 0..15"),
-        (spoilt((1, 0), [0, 1, 2, -1]), "row 1 names expert -1, not 4"),
-        (spoilt((2, 1), [5, 1, 3, 5]), "row 2 names an expert twice, [5, 1, 3, 5] in MoE layer 1, not 4"),
-        (spoilt((1, 1), [0, 0, 0, 0]), "row 1 names an expert twice"),
-        (np.zeros_like(GOOD), "all zero, not 4"),
-    ],
-)
-def test_trap_07_wrong_routes_are_named_on_arrival(routes, said):
-    check_routes(GOOD, 3, 2, EXPERTS, TOP_K)
-    with pytest.raises(ValueError) as error:
-        check_routes(routes, 3, 2, EXPERTS, TOP_K)
-    assert said in str(error.value)
-
-
-def test_routes_of_all_layers_are_reduced_to_moe_layers():
-    np.testing.assert_array_equal(accept_routes(np.repeat(GOOD, 2, axis=1), 3, [0, 3], 4, EXPERTS, TOP_K), GOOD)
-    with pytest.raises(ValueError, match="not .tokens - 1, 2 MoE layers of 4 layers, top-k"):
-        accept_routes(np.repeat(GOOD, 3, axis=1), 3, [0, 3], 4, EXPERTS, TOP_K)
-
-
-def test_trap_07_expert_zero_alone_is_right_where_top_k_is_one():
-    check_routes(np.zeros((3, 2, 1), np.uint8), 3, 2, EXPERTS, 1)
-
-
-@pytest.mark.parametrize("experts, top_k", [(16, 4), (8, 2), (6, 4), (5, 5), (300, 8)])
-def test_trap_08_padding_rows_are_distinct_and_spread(experts, top_k):
-    routes = spread_routes(60, 2, experts, top_k, start=7)
-    check_routes(routes.numpy(), 60, 2, experts, top_k)
-    load = routes[:, 0].flatten().bincount(minlength=experts)
-    assert load.max() - load.min() <= 1
-    in_two = [spread_routes(4, 1, experts, top_k), spread_routes(3, 1, experts, top_k, start=4)]
-    assert torch.equal(torch.cat(in_two), spread_routes(7, 1, experts, top_k))
-
-
-def test_trap_08_padding_rows_count_in_no_statistic():
-    own, other = random_routes(1)[:, None], random_routes(2)[:, None]
-    counted, padded = RoutingSums(1, [0]), RoutingSums(1, [0])
-    counted.add(
-        own[:30],
-        other[:30],
-        torch.ones(30, dtype=torch.bool),
-        torch.rand(30, 1, generator=torch.Generator().manual_seed(0)),
-    )
-    gap = torch.cat([torch.rand(30, 1, generator=torch.Generator().manual_seed(0)), torch.full((10, 1), 99.0)])
-    padded.add(own, other, torch.arange(ROWS) < 30, gap)
-    assert (
-        torch.equal(counted.agree, padded.agree)
-        and torch.equal(counted.rows, padded.rows)
-        and counted.worst_gap == padded.worst_gap
-    )
-
-
 def test_trap_12_more_than_256_experts():
     """300 experts: recorded, sent as bytes of the wire's dtype,
     replayed; bitwise the live pass. uint8 would have wrapped.
@@ -477,30 +260,6 @@ def test_comparing_replays_nothing(kind):
         gates, chosen = router(x)
     assert torch.equal(gates, live) and torch.equal(chosen, live_map)
     assert record.stacked()[1].max() > 0
-
-
-@pytest.mark.parametrize("where", ["in a forward", "between forwards", "in a recompute"])
-def test_nothing_is_left_after_an_exception(where):
-    router, x, routes = make_router("softmax"), make_input(), random_routes()
-    plain = router(x)[0].detach()
-    runs = []
-
-    def forward(a):
-        runs.append(a)
-        if where == "in a recompute" and len(runs) == 2:
-            raise RuntimeError(where)
-        return router(a)[0]
-
-    with pytest.raises(RuntimeError), replay_schedule([[router]]) as replay:
-        rows = ROWS - 1 if where == "in a forward" else ROWS  # one row of routes too few
-        with replay.forward(0, routes[:rows, None], replay=True):
-            out = checkpoint(forward, False, x.clone().requires_grad_())
-        if where == "between forwards":
-            raise RuntimeError(where)
-        out.backward(upstream())
-    assert len(runs) == (2 if where == "in a recompute" else 1)
-    assert router.router_replay is None and torch.equal(router(x)[0], plain)
-    assert torch.equal(route(router, x)[0], plain)
 
 
 def test_without_replay_there_is_no_hook_on_the_path():
