@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,13 +50,8 @@ def policy_loss(
     rows = unmasked(mask)  # [R]: whatever stands elsewhere is never read
     logprobs, old, mu, adv = (x.index_select(0, rows) for x in (logprobs, old_logprobs, rollout_logprobs, advantages))
     tokens = Tokens(logprobs.detach(), old.detach(), mu.detach(), adv.detach().to(logprobs), seq_ids[rows])
-    adv = tokens.advantages
-    weight, cut = find("weight", config.weight)(tokens, config)
-    if config.correction != "none":
-        factor, corrected = find("correction", config.correction)(tokens, config)
-        weight, cut = weight * factor, corrected if cut is None else cut if corrected is None else cut | corrected
-    passed = find("clip", config.clip)(tokens, config)
-    terms = (weight * adv).masked_fill_(~passed, 0.0).neg_() * logprobs
+    gate = _gate(tokens, config)
+    terms = (gate.weight * tokens.advantages).masked_fill_(~gate.passed, 0.0).neg_() * logprobs
     metrics: Sums = {}
     if config.kl_coef:
         kl = _reference_kl(logprobs, ref_logprobs, rows, config)
@@ -73,17 +70,43 @@ def policy_loss(
         total = (terms / inner).sum()
         loss = total / (units.clamp(min=1) if denominator is None else denominator)
 
-    metrics |= {
-        **mean("loss/value", total, units),
-        **mean("loss/weight_mean", weight.sum(dtype=torch.float64), len(rows)),
-        **mean("loss/weight_truncated_frac", rows.new_zeros(()) if cut is None else cut.sum(), len(rows)),
-        **staleness_metrics(tokens.logprobs, tokens.old_logprobs),
-        **mean("staleness/clip_frac_pos", (~passed & (adv > 0)).sum(), len(rows)),
-        **mean("staleness/clip_frac_neg", (~passed & (adv < 0)).sum(), len(rows)),
-    }
+    metrics |= {**mean("loss/value", total, units), **_gate_metrics(gate, tokens)}
     if entropy is not None:
         metrics |= mean("policy/entropy", entropy.detach()[rows].sum(dtype=torch.float64), len(rows))
     return loss.to(logprobs.dtype), metrics
+
+
+class _Gate(NamedTuple):
+    """What multiplies A grad log pi_theta of each token, all [R]. weight: w c. cut: where w or c was truncated, None
+    for nowhere. passed: M, false where a token is dropped.
+    """
+
+    weight: Tensor
+    cut: Tensor | None
+    passed: Tensor
+
+
+def _gate(tokens: Tokens, config: ObjectiveConfig) -> _Gate:
+    weight, cut = find("weight", config.weight)(tokens, config)
+    if config.correction != "none":
+        factor, corrected = find("correction", config.correction)(tokens, config)
+        weight, cut = weight * factor, corrected if cut is None else cut if corrected is None else cut | corrected
+    return _Gate(weight, cut, find("clip", config.clip)(tokens, config))
+
+
+def _gate_metrics(gate: _Gate, tokens: Tokens) -> Sums:
+    count, dropped = len(gate.weight), ~gate.passed
+    return {
+        **mean("loss/weight_mean", gate.weight.sum(dtype=torch.float64), count),
+        **mean(
+            "loss/weight_truncated_frac",
+            dropped.new_zeros((), dtype=torch.int64) if gate.cut is None else gate.cut.sum(),
+            count,
+        ),
+        **staleness_metrics(tokens.logprobs, tokens.old_logprobs),
+        **mean("staleness/clip_frac_pos", (dropped & (tokens.advantages > 0)).sum(), count),
+        **mean("staleness/clip_frac_neg", (dropped & (tokens.advantages < 0)).sum(), count),
+    }
 
 
 def value_loss(
