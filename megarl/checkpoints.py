@@ -30,12 +30,12 @@ SEEN_WITHIN_S = 10.0  # a network file system may show a new file late
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = (
+    whole = (
         [path for path in folder.glob("step_*") if NAME.match(path.name) and (path / STATE).is_file()]
         if folder.is_dir()
         else []
     )
-    return sorted(found, key=step_of)
+    return sorted(whole, key=step_of)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -60,10 +60,10 @@ def step_of(checkpoint: Path) -> int:
 def state_of(checkpoint: Path) -> dict[str, Any]:
     """What megarl.json holds. UserError names a file that cannot be read."""
     try:
-        found = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
             raise ValueError("it holds no object")
-        return found
+        return state
     except (OSError, ValueError) as error:
         raise UserError(f"{str(checkpoint / STATE)!r} cannot be read ({error}); the checkpoint is damaged") from None
 
@@ -91,9 +91,9 @@ def damage(checkpoint: Path, *, contents: bool = False, share: tuple[int, int] =
     for name, (size, checksum) in sorted(files.items())[share[0] :: share[1]]:
         path = checkpoint / name
         try:
-            found = path.stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes of {size}"
+            present = path.stat().st_size
+            if present != size:
+                return f"{name} has {present} bytes of {size}"
             if contents and seal(path)[1] != checksum:
                 return f"the checksum of {name} is another"
         except FileNotFoundError:

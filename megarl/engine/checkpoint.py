@@ -103,36 +103,36 @@ class _Writing:
 
     def run(self, group: dist.ProcessGroup) -> None:
         """UserError, the same on every rank, where one of them cannot write."""
-        mine: dict[str, Any] = {}
+        report: dict[str, Any] = {}
         try:
-            mine["results"] = [part.write() for part in self.parts]
+            report["results"] = [part.write() for part in self.parts]
             paths = self.partial.rglob(f"__{dist.get_rank()}_*.distcp")
-            mine["files"] = {_name(path, self.partial): _sealed_file(path) for path in paths}
+            report["files"] = {_name(path, self.partial): _sealed_file(path) for path in paths}
         except FAILURES as error:
-            mine["fault"] = _cause(error)
-        main, told = dist.get_rank() == 0, [""]
+            report["fault"] = _cause(error)
+        main, refusal = dist.get_rank() == 0, [""]
         everyone: list[Any] | None = [None] * dist.get_world_size() if main else None
-        dist.gather_object(mine, everyone, group=group)
+        dist.gather_object(report, everyone, group=group)
         if everyone is not None:
             try:
                 self._complete(everyone)
             except FAILURES as error:
-                told = [_cannot(self.partial, self.whole, error)]
-        dist.broadcast_object_list(told, src=0, group=group)
-        if told[0]:
-            raise UserError(told[0])
+                refusal = [_cannot(self.partial, self.whole, error)]
+        dist.broadcast_object_list(refusal, src=0, group=group)
+        if refusal[0]:
+            raise UserError(refusal[0])
 
     def _complete(self, everyone: list[dict[str, Any]]) -> None:
         """Rank 0: once all ranks have written, makes it whole and gives it its name."""
         partial = self.partial
         files: dict[str, list[int | str]] = {}
-        for rank, told in enumerate(everyone):
-            if "fault" in told:
-                raise _Fault(f"rank {rank}: {told['fault']}")
-            _expect(partial, rank, told["files"])
-            files |= told["files"]
+        for rank, report in enumerate(everyone):
+            if "fault" in report:
+                raise _Fault(f"rank {rank}: {report['fault']}")
+            _expect(partial, rank, report["files"])
+            files |= report["files"]
         for i, part in enumerate(self.parts):
-            part.finish([told["results"][i] for told in everyone])
+            part.finish([report["results"][i] for report in everyone])
         self.carry()
         rest = [path for path in partial.rglob("*") if path.is_file() and _name(path, partial) not in files]
         files |= {_name(path, partial): _sealed_file(path) for path in rest}
@@ -259,6 +259,6 @@ def _sharded(engine: Engine, loading: bool) -> dict[str, Any]:
     for i, chunk in enumerate(engine.model.bare):
         tensors = chunk.sharded_state_dict(metadata=metadata)
         # Transformer Engine's _extra_state is of float8 alone, and cut by layout
-        sharded[_key(engine, i)] = {name: one for name, one in tensors.items() if "_extra_state" not in name}
+        sharded[_key(engine, i)] = {name: tensor for name, tensor in tensors.items() if "_extra_state" not in name}
     sharded["optimizer"] = sharded_state(engine.optimizer, sharded, loading=loading)
     return sharded

@@ -209,8 +209,8 @@ def failure_text(process: Process, code: int) -> str:
     line that says how it ended, then its log's last lines.
     """
     tail = log_tail(process.log)
-    if (own := tail.rfind("megarl: error: ")) >= 0:
-        return tail[own:]
+    if (start := tail.rfind("megarl: error: ")) >= 0:
+        return tail[start:]
     return ended_text(f"{process.name} {describe_exit(code)}", process.log)
 
 

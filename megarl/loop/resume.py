@@ -28,19 +28,19 @@ def resume(run_dir: Path, engine: Engine, critic: Engine | None = None) -> dict[
 
 def check_shared(run_dir: Path) -> None:
     """UserError where run.dir is not one folder for all ranks: each writes its part of checkpoints there."""
-    rank, told = dist.get_rank(), [f".seen_{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(told, src=0)
+    rank, names = dist.get_rank(), [f".seen_{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(names, src=0)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / told[0]).touch()
+        (run_dir / names[0]).touch()
     dist.barrier()
     until = time.monotonic() + SEEN_WITHIN_S
-    while not (seen := _lists(run_dir, told[0])) and time.monotonic() < until:
+    while not (seen := _lists(run_dir, names[0])) and time.monotonic() < until:
         time.sleep(0.2)
     everyone: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()
     dist.all_gather_object(everyone, (seen, socket.gethostname()))
     if rank == 0:
-        (run_dir / told[0]).unlink()
+        (run_dir / names[0]).unlink()
     for other, (sees, host) in enumerate(everyone):
         if not sees:
             raise UserError(
@@ -64,13 +64,13 @@ def agree(folder: Path) -> Path | None:
     where all are damaged.
     """
     rank = dist.get_rank()
-    told: list[list[str]] = [[]]
+    names: list[list[str]] = [[]]
     if rank == 0:
         remove_leftovers(folder)
-        told = [[path.name for path in reversed(whole_checkpoints(folder))]]
-    dist.broadcast_object_list(told, src=0)
+        names = [[path.name for path in reversed(whole_checkpoints(folder))]]
+    dist.broadcast_object_list(names, src=0)
     faults: dict[str, str] = {}
-    for name in told[0]:
+    for name in names[0]:
         fault = damage_on_any_rank(folder / name)
         if fault is None:
             if rank == 0:

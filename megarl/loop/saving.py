@@ -85,7 +85,7 @@ class Saver:
         minutes = self.config.run.save_every_minutes
         late = dist.get_rank() == 0 and 0 < minutes * 60 <= time.monotonic() - self._saved_at
         failed = self._writing is not None and self._writing.failed
-        told = torch.tensor([self.stop.asked, late, failed], device=self.engine.model.parallel.device.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        asked, late, failed = told.tolist()
+        flags = torch.tensor([self.stop.asked, late, failed], device=self.engine.model.parallel.device.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        asked, late, failed = flags.tolist()
         return asked, bool(late), bool(failed)

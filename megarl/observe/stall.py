@@ -94,7 +94,7 @@ class StallWatch:
         self._beat_for(2 * self._beat_s + 1)  # the others write their stacks
         if self._over.is_set() or self._waited_s() < self._stall_s:
             return
-        self._tell(told(now, silent, self._stall_s, self._folder.parent))
+        self._tell(described(now, silent, self._stall_s, self._folder.parent))
         for rank in silent & self._here(now):  # torchrun would wait for it
             with contextlib.suppress(ProcessLookupError):
                 os.kill(now[rank]["pid"], signal.SIGKILL)
@@ -106,11 +106,11 @@ class StallWatch:
             self._beat()
 
     def _pulses(self) -> dict[int, dict[str, Any]]:
-        found = {}
+        pulses = {}
         for rank in range(self._world):
             with contextlib.suppress(OSError, ValueError):
-                found[rank] = json.loads((self._folder / f"{rank}.json").read_text(encoding="utf-8"))
-        return found
+                pulses[rank] = json.loads((self._folder / f"{rank}.json").read_text(encoding="utf-8"))
+        return pulses
 
     def _here(self, pulses: dict[int, dict[str, Any]]) -> set[int]:
         host = socket.gethostname()
@@ -141,7 +141,7 @@ class StallWatch:
             file.write(json.dumps({"time": time.time(), "rank": self._rank, "stall": line}) + "\n")
 
 
-def told(pulses: dict[int, dict[str, Any]], silent: set[int], stall_s: float, logs: Path) -> str:
+def described(pulses: dict[int, dict[str, Any]], silent: set[int], stall_s: float, logs: Path) -> str:
     """Who is missing, and where the others wait: those that are not where most are, if all have a pulse."""
     by_phase: dict[str, list[int]] = {}
     for rank in sorted(pulses.keys() - silent):

@@ -159,9 +159,9 @@ def store(case: Case) -> str | None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return f"launch.store {store!r}: the port is in use; give another, or port 0 to let megarl run pick one"
-        mine = socket.gethostname()
+        here = socket.gethostname()
         return (
             f"launch.store {store!r}: rank 0 cannot listen there ({os.strerror(error.errno or 0)}): give an "
-            f"address of this host, e.g. {mine}:{port}, or let torchrun start rank 0 on {host} (--node-rank 0)"
+            f"address of this host, e.g. {here}:{port}, or let torchrun start rank 0 on {host} (--node-rank 0)"
         )
     return None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.observe.stall import told
+from megarl.observe.stall import described
 
 RANK = """
 import sys, time
@@ -71,4 +71,4 @@ def test_a_stopped_rank_is_named_the_stacks_of_the_others_are_in_their_logs_and_
 
 def test_a_rank_that_is_elsewhere_is_named(tmp_path: Path) -> None:
     pulses = {rank: {"rank": rank, "phase": "rollout" if rank == 2 else "update"} for rank in range(4)}
-    assert ": rank 2 in rollout; ranks 0, 1, 3 in update; stacks" in told(pulses, set(), 5.0, tmp_path)
+    assert ": rank 2 in rollout; ranks 0, 1, 3 in update; stacks" in described(pulses, set(), 5.0, tmp_path)
