@@ -13,6 +13,9 @@ import psutil
 
 from megarl.errors import UserError
 
+# Of a peer whose network is gone: first probe after so long, the next each so often, lost after so many.
+PROBES = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
+SILENT_S = 30  # in all; also for what was sent and is not acknowledged
 LOCAL = ("127.0.0.1", "localhost")  # given for a run on one host
 
 
@@ -102,6 +105,14 @@ def set_interface(interface: str | None, towards: str) -> dict[str, str]:
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return {}
     return {"GLOO_SOCKET_IFNAME": interface_with(own_address(towards))}
+
+
+def watch(connected: socket.socket) -> None:
+    """A peer whose host is gone without a word is noticed within SILENT_S, whether something is on its way or not."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in PROBES:
+        connected.setsockopt(socket.IPPROTO_TCP, option, value)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENT_S)
 
 
 def _on(interface: str) -> str:

@@ -75,7 +75,6 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _launch(args: argparse.Namespace) -> int:
     """run, train, sft, score, generate, eval, compare: starts the ranks, or is one that an outer torchrun started."""
-    from megarl.addresses import host_and_port, set_interface, spans_hosts
     from megarl.checkpoints import finished, how_to_go_on
     from megarl.refusals import check
 
@@ -91,31 +90,20 @@ def _launch(args: argparse.Namespace) -> int:
             "beside it"
         )
     from megarl.launch import processes
-    from megarl.launch.lock import owned
-    from megarl.launch.stop import leave
 
-    check(
-        config,
-        args.command,
-        world_size=int(world) if inside_torchrun and world else processes.ranks_of(args.command, config),
-    )
-    if args.command == "score" and os.environ.get("RANK", "0") == "0":
-        from megarl.commands.score_input import check_rows
-        from megarl.weights.map.weight_map import WeightMap, load_hf_config
+    ranks = int(world) if inside_torchrun and world else processes.ranks_of(args.command, config)
 
-        check_rows(Path(args.input), config, WeightMap(load_hf_config(config.model.path)))
+    def checked() -> None:
+        check(config, args.command, world_size=ranks)
+        if args.command == "score" and os.environ.get("RANK", "0") == "0":
+            from megarl.commands.score_input import check_rows
+            from megarl.weights.map.weight_map import WeightMap, load_hf_config
+
+            check_rows(Path(args.input), config, WeightMap(load_hf_config(config.model.path)))
+
     if inside_torchrun and not args.dry_run:
-        towards = os.environ["MASTER_ADDR"] if spans_hosts() else host_and_port(config.launch.store)[0]
-        os.environ |= set_interface(config.launch.interface, towards)
-        main_of = importlib.import_module(MODULES[args.command]).main
-        lock = owned(processes.log_dir_of(args.command, config))
-        with lock if os.environ["RANK"] == "0" else contextlib.nullcontext():
-            try:
-                return main_of([args.config, *args.overrides, *options])
-            except Stopped as stopped:
-                if os.environ["RANK"] == "0":
-                    print(f"megarl: {how_to_go_on(config)}", file=sys.stderr)
-                leave(128 + stopped.signum)  # without waiting for threads that wait for a server
+        return _as_rank(args, config, options, checked)
+    checked()
     if args.command in ("run", "train") and (line := finished(config)):
         print(line)
         return 0
@@ -139,6 +127,26 @@ def _launch(args: argparse.Namespace) -> int:
                 from megarl.report.live import page_of_a_run_that_ended
 
                 page_of_a_run_that_ended(config.run.dir)
+
+
+def _as_rank(args: argparse.Namespace, config: Config, options: list[str], check: Callable[[], None]) -> int:
+    """One rank that an outer torchrun started."""
+    from megarl.addresses import host_and_port
+    from megarl.checkpoints import how_to_go_on
+    from megarl.launch.joined import run_joined
+    from megarl.launch.processes import log_dir_of
+    from megarl.launch.stop import leave
+
+    def run() -> int:
+        return importlib.import_module(MODULES[args.command]).main([args.config, *args.overrides, *options])
+
+    log_dir, store_host = log_dir_of(args.command, config), host_and_port(config.launch.store)[0]
+    try:
+        return run_joined(log_dir, config.launch.interface, store_host, check, run)
+    except Stopped as stopped:
+        if os.environ["RANK"] == "0":
+            print(f"megarl: {how_to_go_on(config)}", file=sys.stderr)
+        leave(128 + stopped.signum)  # without waiting for threads that wait for a server
 
 
 def _options(args: argparse.Namespace, config: Config) -> list[str]:

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megarl.config import ParallelConfig
 from megarl.engine.device import Device
+from megarl.launch.peers import connecting
 from megarl.weights.map.layout import Coord, Layout
 
 GROUP_TIMEOUT = timedelta(minutes=30)
@@ -73,7 +74,8 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel
     if dist.is_initialized():  # a process may build several models one after the other, in layouts of their own
         parallel_state.destroy_model_parallel()
     elif "RANK" in os.environ:
-        dist.init_process_group(device.backend, timeout=GROUP_TIMEOUT)
+        with connecting():
+            dist.init_process_group(device.backend, timeout=GROUP_TIMEOUT)
     else:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     supervised()
     log_dir, module, arguments = Path(argv[0]), argv[1], argv[2:]
     rank = int(os.environ["RANK"])
-    _redirect(log_path(log_dir, rank), keep_stdout=rank == 0)
+    redirect(log_path(log_dir, rank), keep_stdout=rank == 0)
     try:
         return importlib.import_module(module).main(arguments)
     except UserError as error:
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
                 stream.flush()
 
 
-def _redirect(log: Path, keep_stdout: bool) -> None:
+def redirect(log: Path, keep_stdout: bool) -> None:
+    """All output goes to `log` from here on; with keep_stdout, standard error alone."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from megarl.errors import Stopped
 
@@ -99,7 +99,7 @@ def supervised() -> None:
     signal.signal(signal.SIGUSR1, lambda number, frame: leave(128 + number))
 
 
-def leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
     """Ends this process now, whatever its threads wait for."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

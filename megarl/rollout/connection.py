@@ -8,17 +8,15 @@ status, and a body whose length is known.
 from __future__ import annotations
 
 import asyncio
-import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from megarl.addresses import watch
+
 HEAD_BYTES = 2**16  # most that a status line and its header lines may take
 CONNECT_S = 10.0
-# Of a peer whose network is gone: first probe after so long, the next each so often, lost after so many.
-PROBES = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
-UNACKNOWLEDGED_MS = 30_000
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,3 @@ class Connection(asyncio.BufferedProtocol):
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
         self.close()
-
-
-def watch(connected: socket.socket) -> None:
-    """A peer that is gone without a word is noticed within half a minute, whether something is on its way or not."""
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in PROBES:
-        connected.setsockopt(socket.IPPROTO_TCP, option, value)
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)

@@ -1,0 +1,308 @@
+"""Trainer ranks under an outer torchrun: the first to fail tells all others why, and a host that is cut off is noticed.
+
+Rank 0 listens, every other rank holds a connection to it. The kernels keep it alive: they answer for a process that
+computes, and not for a host whose network is gone, which c10d's collectives would wait for. A rank that knows why the
+run ends has WORDS_S to say so by itself; then a thread ends it, whatever it waits for. Lines are signed (door.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megarl.addresses import SILENT_S, own_address, set_interface, spans_hosts, watch
+from megarl.door import signed, verified
+from megarl.errors import UserError
+
+JOIN_S = 300.0  # from the first rank's coming to the last one's
+REACH_S = 20.0  # for a connection to rank 0, once it listens
+WORDS_S = 5.0
+CONNECTED_S = 90.0  # for process groups, once all ranks make them
+MOST_BYTES = 2**16  # of one line
+
+
+class Peers:
+    """What this rank has of the others. line: why the run ends, told by whoever failed first; "" while it goes on."""
+
+    def __init__(self, rank: int, world: int, told: Callable[[str], None], end: Callable[[], None]) -> None:
+        """told(line) is called once, when another rank's word comes; end() must end this process."""
+        self.rank, self.world, self.line = rank, world, ""
+        self._told, self._end = told, end
+        self._links: dict[int, _Link] = {}  # by rank; of another rank than 0: rank 0 alone
+        self._lock, self._closed = threading.Lock(), False
+        self._deadline, self._late = 0.0, ""
+        self._met: dict[str, set[int]] = {}
+        self._wake, self._woken = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+
+    def join(self, store: dist.Store, address: str) -> None:
+        """Connects all ranks, by way of torchrun's store. UserError where one does not come, or is not reached."""
+        try:
+            if self.rank == 0:
+                self._gather(store, address)
+            else:
+                self._reach(store, address)
+        except dist.DistError:
+            raise UserError("rank 0's torchrun has ended; its terminal says why") from None
+        threading.Thread(target=self._listen, name="peers", daemon=True).start()
+
+    def meet(self, what: str, within_s: float = JOIN_S) -> None:
+        """Returns when every rank has come here. UserError where they do not."""
+        if not self._links:
+            return
+        until = time.monotonic() + within_s
+        self._note(self.rank, what)
+        while len(self._met[what]) < (self.world if self.rank == 0 else 2):
+            if self.line:
+                raise UserError("another rank ended the run")
+            if time.monotonic() > until:
+                late = sorted(set(self._links) | {0} - self._met[what])
+                raise UserError(f"not all trainer ranks came to {what} within {within_s:g} s; missing: {late}")
+            time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Bounds the making of process groups, which gloo tries for half an hour."""
+        self.meet("the process groups")
+        hosts = ", ".join(sorted({f"{link.host} {link.address}" for link in self._links.values()}))
+        self._late = (
+            f"the trainer ranks did not connect to each other within {CONNECTED_S:g} s, on the networks of {hosts}: "
+            "do all hosts reach each other there? launch.interface names another"
+        )
+        self._deadline = time.monotonic() + CONNECTED_S
+        try:
+            yield
+        finally:
+            self._deadline = 0.0
+
+    def tell(self, line: str) -> str:
+        """Tells all ranks why the run ends, unless another has told before; returns the line that counts."""
+        with self._lock:
+            if not self.line:
+                self.line = line
+        self._send({"why": self.line})
+        return self.line
+
+    def hear(self, within_s: float) -> str:
+        """Another rank's word, for which one may wait whose peers went away."""
+        until = time.monotonic() + within_s
+        while not self.line and self._links and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.line
+
+    def close(self) -> None:
+        """This rank ends in order."""
+        self._closed = True
+        self._send({"bye": self.rank})
+        with contextlib.suppress(OSError):
+            self._wake.send(b"x")
+
+    def _gather(self, store: dist.Store, address: str) -> None:
+        with socket.create_server((address, 0), backlog=self.world) as listening:
+            host, port = listening.getsockname()[:2]
+            store.set("address", signed("peers", json.dumps([host, port, socket.gethostname()])))
+            listening.settimeout(1.0)
+            until = time.monotonic() + JOIN_S
+            while len(self._links) < self.world - 1:
+                if time.monotonic() > until:
+                    missing = sorted(set(range(1, self.world)) - self._links.keys())
+                    raise UserError(f"trainer ranks {missing} did not come within {JOIN_S:.0f} s of rank 0")
+                if store.check(["failed"]) and (why := verified("peers", store.get("failed"))):
+                    raise UserError(why)
+                with contextlib.suppress(TimeoutError):
+                    self._welcome(*listening.accept())
+
+    def _welcome(self, connection: socket.socket, source: Any) -> None:
+        link = _Link(connection, source[0])
+        with contextlib.suppress(OSError):
+            connection.settimeout(5.0)
+            for message in link.read():
+                if "rank" in message:
+                    link.host, link.address = message["host"], message["address"]
+                    self._links[message["rank"]] = link
+                    self._selector.register(connection, selectors.EVENT_READ, message["rank"])
+                    return
+        connection.close()  # a stranger
+
+    def _reach(self, store: dist.Store, address: str) -> None:
+        until = time.monotonic() + JOIN_S
+        reach_until = 0.0
+        while True:
+            if time.monotonic() > until:
+                raise UserError(f"rank 0 did not come within {JOIN_S:.0f} s")
+            if not store.check(["address"]) or (told := verified("peers", store.get("address"))) is None:
+                time.sleep(0.2)
+                continue
+            host, port, name = json.loads(told)
+            try:
+                connection = socket.create_connection((host, port), timeout=5.0, source_address=(address, 0))
+                break
+            except OSError as error:
+                reach_until = reach_until or time.monotonic() + REACH_S
+                if time.monotonic() > reach_until:
+                    raise UserError(
+                        f"rank {self.rank} on host {socket.gethostname()} ({address}) cannot reach rank 0 at {host} on "
+                        f"host {name} ({error.strerror or error}): is that network up? launch.interface names another"
+                    ) from None
+                time.sleep(0.5)
+        link = _Link(connection, host)
+        link.host, link.address = name, host
+        link.write({"rank": self.rank, "host": socket.gethostname(), "address": address})
+        self._links[0] = link
+        self._selector.register(connection, selectors.EVENT_READ, 0)
+
+    def _listen(self) -> None:
+        ended_at: tuple[float, str] | None = None
+        while not self._closed:
+            for key, _ in self._selector.select(timeout=0.5):
+                if key.data is not None and (why := self._read(key.data)):
+                    ended_at = ended_at or (time.monotonic(), why)
+            now = time.monotonic()
+            if self._deadline and now > self._deadline:
+                self._deadline = 0.0
+                self._heard(f"megarl: error: {self._late}")
+            if ended_at and now - ended_at[0] > WORDS_S:
+                self._heard(ended_at[1])
+            if self.line:
+                break
+        until = time.monotonic() + WORDS_S
+        while not self._closed and time.monotonic() < until:
+            time.sleep(0.05)
+        if not self._closed:
+            self._end()
+
+    def _read(self, rank: int) -> str:
+        """Takes what `rank` sent. Returns why it will not send any more where it ended without a word."""
+        link = self._links[rank]
+        try:
+            for message in link.read():
+                if "why" in message:
+                    self._heard(message["why"])
+                elif "bye" in message:
+                    self._forget(rank)
+                elif "at" in message:
+                    self._note(rank, message["at"])
+            return ""
+        except EOFError:
+            self._forget(rank)
+            return f"megarl: error: {ended(rank, link.host)}"
+        except OSError as error:
+            self._forget(rank)
+            self._heard(
+                f"megarl: error: host {link.host} ({link.address}), of trainer rank {rank}, has not answered host "
+                f"{socket.gethostname()} for {SILENT_S} s ({error.strerror}): it is off, or a network is down; start "
+                "the run again when it is back, it goes on from its last checkpoint"
+            )
+            return ""
+
+    def _heard(self, line: str) -> None:
+        with self._lock:
+            if self.line:
+                return
+            self.line = line
+        self._told(line)
+        self._send({"why": line})
+
+    def _note(self, rank: int, what: str) -> None:
+        with self._lock:
+            met = self._met.setdefault(what, set())
+            met.add(rank)
+            complete = len(met) == self.world
+        if rank == self.rank != 0 or (self.rank == 0 and complete):
+            self._send({"at": what})
+
+    def _forget(self, rank: int) -> None:
+        link = self._links.pop(rank, None)
+        if link is not None:
+            self._selector.unregister(link.connection)
+            link.connection.close()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        for link in list(self._links.values()):
+            with contextlib.suppress(OSError):
+                link.write(message)
+
+
+class _Link:
+    """A connection to one rank."""
+
+    def __init__(self, connection: socket.socket, address: str) -> None:
+        self.connection, self.address, self.host = connection, address, address
+        self._rest = b""
+        self._lock = threading.Lock()
+        watch(connection)
+        connection.settimeout(5.0)
+
+    def write(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self.connection.sendall(signed("peers", json.dumps(message)).encode() + b"\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """What has come, of this run's ranks alone. EOFError at the other's end, OSError where its host is silent."""
+        try:
+            came = self.connection.recv(MOST_BYTES)
+        except ConnectionResetError:
+            came = b""
+        if not came:
+            raise EOFError
+        *lines, self._rest = (self._rest + came).split(b"\n")
+        if len(self._rest) > MOST_BYTES:
+            raise EOFError
+        return [json.loads(text) for line in lines if (text := verified("peers", line)) is not None]
+
+
+def ended(rank: int, host: str) -> str:
+    """Of a rank that was killed, say."""
+    return f"trainer rank {rank} on host {host} ended without a word"
+
+
+def joined(told: Callable[[str], None], end: Callable[[], None], interface: str | None, store_host: str) -> Peers:
+    """The ranks of the torchrun above this process, connected, on the network that gloo will take; of any other start,
+    nobody.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    peers = Peers(rank, world, told, end)
+    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    towards = master if spans_hosts() else store_host
+    if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        os.environ |= set_interface(interface, towards)
+        return peers
+    start = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    whole = dist.TCPStore(master, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60))
+    store = dist.PrefixStore(f"megarl/peers/{start}", whole)
+    try:
+        os.environ |= set_interface(interface, towards)
+        peers.join(store, own_address(master, interface) if spans_hosts() else "127.0.0.1")
+    except UserError as error:  # to rank 0, which waits for this one
+        with contextlib.suppress(dist.DistError):
+            store.set("failed", signed("peers", str(error)))
+            store.check(["failed"])  # set() does not wait for the store
+        raise
+    global _current
+    _current = peers
+    return peers
+
+
+_current: Peers | None = None
+
+
+def connecting() -> contextlib.AbstractContextManager[None]:
+    """Around the making of process groups: bounded where ranks came by joined()."""
+    return _current.connecting() if _current is not None else contextlib.nullcontext()
+
+
+def tell(line: str) -> None:
+    """All ranks end, for this reason, where they came by joined()."""
+    if _current is not None:
+        _current.tell(line)

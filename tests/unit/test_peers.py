@@ -1,0 +1,112 @@
+"""Trainer ranks of several hosts, as threads that meet in one store: who is told what, and when a rank is ended."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from megarl.door import signed
+from megarl.errors import UserError
+from megarl.launch import peers
+from megarl.launch.peers import Peers
+
+HERE = "127.0.0.1"
+
+
+class Rank:
+    def __init__(self, rank: int, world: int) -> None:
+        self.told: list[str] = []
+        self.ended = threading.Event()
+        self.peers = Peers(rank, world, self.told.append, self.ended.set)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Rank]]]:
+    """That many ranks, joined."""
+    monkeypatch.setattr(peers, "WORDS_S", 0.3)
+    made: list[Rank] = []
+
+    def start(world: int) -> list[Rank]:
+        store = dist.HashStore()
+        made.extend(Rank(rank, world) for rank in range(world))
+        with ThreadPoolExecutor(world) as pool:
+            list(pool.map(lambda rank: rank.peers.join(store, HERE), made))
+            list(pool.map(lambda rank: rank.peers.meet("the start"), made))
+        return made
+
+    yield start
+    for rank in made:
+        rank.peers.close()
+
+
+def test_the_first_to_fail_tells_all_and_they_end(ranks: Callable[[int], list[Rank]]) -> None:
+    zero, one, two = ranks(3)
+    assert two.peers.tell("megarl: error: mend it") == "megarl: error: mend it"
+    assert zero.ended.wait(10) and one.ended.wait(10)
+    assert zero.told == one.told == ["megarl: error: mend it"] and two.told == []
+    assert one.peers.tell("a consequence") == "megarl: error: mend it" == one.peers.hear(0)
+
+
+def test_a_rank_that_is_killed_is_named_and_one_that_leaves_in_order_is_not(ranks: Callable[[int], list[Rank]]) -> None:
+    zero, one, two = ranks(3)
+    two.peers.close()
+    time.sleep(1)
+    assert not zero.ended.is_set() and not one.ended.is_set()
+    one.peers._links[0].connection.shutdown(socket.SHUT_RDWR)  # as the kernel does for a killed process
+    line = f"megarl: error: trainer rank 1 on host {socket.gethostname()} ended without a word"
+    assert zero.ended.wait(10) and zero.told == [line]
+
+
+def test_process_groups_that_do_not_connect_are_bounded(
+    ranks: Callable[[int], list[Rank]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "CONNECTED_S", 0.2)
+    zero, one = ranks(2)
+
+    def connects(rank: Rank) -> None:
+        with rank.peers.connecting():
+            assert rank.ended.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(connects, [zero, one]))
+    assert "did not connect to each other within 0.2 s, on the networks of" in zero.told[0] and HERE in zero.told[0]
+
+
+def test_rank_0_where_it_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "REACH_S", 0.0)
+    store = dist.HashStore()
+    store.set("address", signed("peers", json.dumps([HERE, 9, "node0"])))
+    with pytest.raises(UserError, match="rank 1 on host .* cannot reach rank 0 at 127.0.0.1 on host node0 .*interface"):
+        Rank(1, 2).peers.join(store, HERE)
+    store.set("failed", signed("peers", "rank 1 cannot reach rank 0"))
+    with pytest.raises(UserError, match="rank 1 cannot reach rank 0"):
+        Rank(0, 2).peers.join(store, HERE)
+    monkeypatch.setattr(peers, "JOIN_S", 0.0)
+    with pytest.raises(UserError, match=r"trainer ranks \[1, 2\] did not come within 0 s of rank 0"):
+        Rank(0, 3).peers.join(dist.HashStore(), HERE)
+
+
+def test_a_stranger_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "JOIN_S", 5.0)
+    store, zero = dist.HashStore(), Rank(0, 2)
+    joining = threading.Thread(target=zero.peers.join, args=(store, HERE))
+    joining.start()
+    while not store.check(["address"]):
+        time.sleep(0.01)
+    host, port, _ = json.loads(store.get("address").decode().partition(" ")[2])
+    with socket.create_connection((host, port)) as stranger:
+        stranger.sendall(b'{"rank": 1, "host": "x", "address": "y"}\n')
+        assert stranger.recv(1) == b""
+    one = Rank(1, 2)
+    one.peers.join(store, HERE)
+    joining.join(10)
+    assert zero.peers._links.keys() == {1} and zero.peers._links[1].host == socket.gethostname()
+    one.peers.close()
+    zero.peers.close()
