@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megarl.config import ParallelConfig
 from megarl.refusals.case import Case
 
@@ -16,25 +18,21 @@ def _divides(size: int, key: str, count: int, what: str) -> str | None:
 
 
 def world(case: Case) -> str | None:
-    parallel = case.config.parallel
-    size = parallel.tp * parallel.pp * parallel.cp
-    if case.world % size:
-        return (
-            f"parallel tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} needs a multiple of {size} trainer "
-            f"ranks, there are {case.world}; "
-            f"set launch.trainers={-(-case.world // size) * size} or change the layout"
-        )
-    return None
+    return _fills(case, ("tp", "pp", "cp"), "change the layout")
 
 
 def expert_world(case: Case) -> str | None:
-    parallel = case.config.parallel
-    size = parallel.etp * parallel.ep * parallel.pp
+    return _fills(case, ("etp", "ep", "pp"), "lower parallel.ep")
+
+
+def _fills(case: Case, keys: tuple[str, ...], other: str) -> str | None:
+    """The ranks must be a multiple of the product of these sizes."""
+    sizes = {key: getattr(case.config.parallel, key) for key in keys}
+    size = math.prod(sizes.values())
     if case.world % size:
         return (
-            f"parallel etp {parallel.etp} x ep {parallel.ep} x pp {parallel.pp} needs a multiple of {size} trainer "
-            f"ranks, there are {case.world}; "
-            f"set launch.trainers={-(-case.world // size) * size} or lower parallel.ep"
+            f"parallel {' x '.join(f'{key} {n}' for key, n in sizes.items())} needs a multiple of {size} trainer "
+            f"ranks, there are {case.world}; set launch.trainers={-(-case.world // size) * size} or {other}"
         )
     return None
 
