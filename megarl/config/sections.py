@@ -111,7 +111,19 @@ class RolloutConfig(Section):
         ),
     )
     max_lag: int = Field(
-        0, ge=0, description="Largest allowed lag of a token's weights in optimizer steps; 0 is synchronous."
+        0,
+        ge=0,
+        description=(
+            "Largest lag of a response in optimizer steps: those done before its update, less those of the weights of "
+            "its oldest token. 0 is lock-step; one step off is batch.minibatches."
+        ),
+    )
+    in_flight: Literal["recompute", "keep", "finish"] = Field(
+        "recompute",
+        description=(
+            "Under max_lag, what a response that is being sampled does at a sync: goes on with keys and values computed "
+            "again, with its old ones, or ends before the weights change."
+        ),
     )
     max_num_seqs: int = Field(256, ge=1, description="Responses one server decodes at the same time.")
     enforce_eager: bool = Field(True, description="Run vLLM without torch.compile and graphs.")

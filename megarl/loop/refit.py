@@ -25,7 +25,7 @@ from megarl.observe.trace import phase
 from megarl.replay.routes import accept_routes
 from megarl.rollout.fleet import Fleet
 from megarl.rollout.registry import common_tp
-from megarl.rollout.sync_leader import Canary, SyncSettings
+from megarl.rollout.sync_leader import Canary, InFlight, SyncSettings
 from megarl.weights.reshard.outgoing import Slices, WholeTensors
 from megarl.weights.reshard.quantize import quantized_weights
 from megarl.weights.reshard.rollout_layout import RolloutLayout
@@ -88,7 +88,9 @@ class Refit:
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
         with self._quantized():
             with phase("sync"):
-                scores = self.fleet.push(self.outgoing.buckets(model.params()), self.canary.tolist())
+                scores = self.fleet.push(
+                    self.outgoing.buckets(model.params()), self.canary.tolist(), self._in_flight(version)
+                )
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
             with phase("canary"):
@@ -99,6 +101,13 @@ class Refit:
         values["time/sync_s"] = time.perf_counter() - start
         values["version/weights"] = float(version)
         return values
+
+    def _in_flight(self, version: int) -> InFlight | None:
+        rollout, timeout_s = self.config.rollout, self.config.sync.timeout_s
+        if not rollout.max_lag:
+            return None  # in lock-step nothing is in flight
+        drain_s = max(timeout_s, rollout.request_timeout_s) if rollout.in_flight == "finish" else timeout_s
+        return InFlight(rollout.in_flight, version, drain_s)
 
     def check(self) -> None:
         """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does

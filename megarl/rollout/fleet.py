@@ -25,7 +25,7 @@ from megarl.rollout.registry import (
     wait_for_workers,
 )
 from megarl.rollout.store import open_run_store
-from megarl.rollout.sync_leader import Canary, SyncLeader, SyncSettings
+from megarl.rollout.sync_leader import Canary, InFlight, SyncLeader, SyncSettings
 from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.transport.send import Outgoing, WeightSender
 
@@ -97,7 +97,7 @@ class Fleet:
         else:
             self._sender = join()
 
-    def push(self, buckets: Iterable[Outgoing], canary: list[int]) -> list[Canary]:
+    def push(self, buckets: Iterable[Outgoing], canary: list[int], in_flight: InFlight | None = None) -> list[Canary]:
         """Sends this rank's buckets. Rank 0: returns every server's score
         of the canary, once all have loaded; they do not serve yet.
 
@@ -106,7 +106,7 @@ class Fleet:
         sender = self._sender
         if self._leader is not None and sender is not None:
             with self.watched():
-                return self._leader.push(lambda: sender.send(buckets), canary, sender.close)
+                return self._leader.push(lambda: sender.send(buckets), canary, sender.close, in_flight)
         if sender is None:
             for _ in buckets:
                 pass

@@ -1,5 +1,6 @@
 """The sending end of a weight sync: rank 0 leads the servers through its steps over HTTP, every sender fills messages.
 
+    pause      only where requests are in flight (rollout.in_flight): they stop, or end, before anything changes
     receive    all workers receive, check and (staged) keep; a lone worker goes on by itself
     load       all workers load, drop the prefix cache and score the canary
     commit     the version is set: only now do they serve again
@@ -33,6 +34,17 @@ class Canary(NamedTuple):
 
     logprobs: np.ndarray  # float32 [T-1]
     routes: np.ndarray | None  # [T-1, L, K]
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A sync while requests run. how: rollout.in_flight. version: what tokens are labelled with once the weights are
+    loaded. drain_s: how long the servers may take to pause.
+    """
+
+    how: str
+    version: int
+    drain_s: float
 
 
 @dataclass(frozen=True)
@@ -86,15 +98,25 @@ class SyncLeader:
         self._await([*posts, group])
         return group.result()
 
-    def push(self, send: Callable[[], None], canary: list[int], abort: Callable[[], None]) -> list[Canary]:
+    def push(
+        self,
+        send: Callable[[], None],
+        canary: list[int],
+        abort: Callable[[], None],
+        in_flight: InFlight | None = None,
+    ) -> list[Canary]:
         """Takes all servers as far as loaded and not yet committed; returns their scores of the canary (empty: none).
+        With in_flight they are paused before, and serve again once loaded.
 
         send: sends this rank's messages; abort: makes a pending send() fail. Raises RolloutError, one line that names
         the server and, where bytes differ, tensor, rank and slice.
         """
+        if in_flight:
+            self._deadline = time.monotonic() + in_flight.drain_s
+            self._await(self._post("pause", [{"in_flight": in_flight.how}] * len(self._servers)))
         start = time.monotonic()
         self._deadline = start + self.settings.timeout_s
-        body = {"load": self._lone, "canary": canary}
+        body = {"load": self._lone, "canary": canary, "version": in_flight.version if in_flight else 0}
         posts = self._post("receive", [body] * len(self._servers))
         for post in posts:
             post.add_done_callback(lambda done: abort() if done.exception() else None)

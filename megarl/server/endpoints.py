@@ -4,6 +4,7 @@
     POST /megarl/generate    a batch of prompts in one request, one binary body back
     POST /megarl/score       teacher-forced log-probabilities and routes of one sequence
     POST /megarl/sync/init      the group that weights come by, and what will come
+    POST /megarl/sync/pause     requests stop where they are, for a sync while they are in flight (rollout.in_flight)
     POST /megarl/sync/receive   receive and check a whole sync; with load, go on to load it
     POST /megarl/sync/load      load it, drop the prefix cache, score the canary
     POST /megarl/sync/check     compare digests with an engine loaded from disk
@@ -57,6 +58,9 @@ class RolloutEndpoint:
         self._dirty = False  # loading has begun and no version was committed since
         self._asleep = False
         self._running = self._syncing = 0  # requests; of these the steps of a weight sync
+        self._in_flight = ""  # of the sync that is under way: what becomes of requests; "" where none are expected
+        self._serving = asyncio.Event()
+        self._serving.set()
         self._tokens = door.Tokens(os.environ.get(door.SERVER_TOKEN, ""), os.environ.get(door.SERVER_CONTROL, ""))
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -108,7 +112,7 @@ class RolloutEndpoint:
         step = path.removeprefix(PREFIX + "sync/")
         if self._asleep and step not in ("sleep", "wake"):
             return ASLEEP
-        return DIRTY if self._dirty and step == path else None
+        return DIRTY if self._dirty and step == path and self._serving.is_set() else None
 
     async def _answer(self, path: str, engine: EngineClient, request: dict[str, Any]) -> tuple[int, bytes | Parts]:
         try:
@@ -131,9 +135,12 @@ class RolloutEndpoint:
     async def _generate(
         self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
     ) -> Parts:
+        await self._serving.wait()
+        salt = await engine.get_weight_version()
         of_prompt: list[int | None] = [*seeds] if seeds else [None] * len(prompts)
         runs = [
-            _run(engine, prompt, {**sampling, "seed": seed}) for prompt, seed in zip(prompts, of_prompt, strict=True)
+            _run(engine, prompt, {**sampling, "seed": seed}, salt)
+            for prompt, seed in zip(prompts, of_prompt, strict=True)
         ]
         outputs = await asyncio.gather(*runs)
         choices = [choice for output in outputs for choice in output.outputs]
@@ -168,13 +175,17 @@ class RolloutEndpoint:
         if step == "init":
             self._staged = request["init"]["staged"]
             await _on_workers(engine, "sync_init", request["init"], request["remember_disk"])
+        elif step == "pause":
+            self._in_flight = request["in_flight"]
+            self._serving.clear()
+            await engine.pause_generation(mode="wait" if self._in_flight == "finish" else "keep", clear_cache=False)
         elif step == "receive":
             self._dirty = self._dirty or not self._staged
             await _on_workers(engine, "sync_receive")
             if request["load"]:
-                return await self._load(engine, request["canary"])
+                return await self._load(engine, request["canary"], request["version"])
         elif step == "load":
-            return await self._load(engine, request["canary"])
+            return await self._load(engine, request["canary"], request["version"])
         elif step == "check":
             await _on_workers(engine, "sync_check", request["folder"])
         elif step == "commit":
@@ -191,13 +202,23 @@ class RolloutEndpoint:
             raise ValueError(f"no step {step!r} in a weight sync")
         return json.dumps({"version": _version(await engine.get_weight_version())}).encode()
 
-    async def _load(self, engine: EngineClient, canary: list[int] | None) -> bytes:
-        """From here on the weights are neither old nor agreed upon, until a version is committed."""
+    async def _load(self, engine: EngineClient, canary: list[int] | None, version: int) -> bytes:
+        """From here on the weights are neither old nor agreed upon, until a version is committed.
+
+        After a pause the requests that were kept go on here, under the new version: tokens are sampled before the canary
+        is compared, and where it differs the run ends before it trains on them.
+        """
         self._dirty = True
         await _on_workers(engine, "sync_load")
-        # Cached keys, values and routes are of the old weights. Requests still running are recomputed.
-        if not await engine.reset_prefix_cache(reset_running_requests=True):
+        # Cached keys, values and routes are of the old weights. Requests still running are recomputed; kept ones go on
+        # with what they have, and a new one hits nothing of an older version, whose blocks are salted with it.
+        if self._in_flight != "keep" and not await engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("the prefix cache could not be reset after a weight update")
+        if self._in_flight:
+            await engine.update_weight_version(str(version))
+            self._dirty, self._in_flight = False, ""
+            await engine.resume_generation()
+            self._serving.set()
         return await self._score(engine, canary) if canary else encode({}, {})
 
     async def _routes(self, engine: EngineClient, choice: CompletionOutput) -> np.ndarray:
@@ -215,11 +236,17 @@ async def _on_workers(engine: EngineClient, method: str, *args: Any) -> None:
             raise RuntimeError(error)
 
 
-async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]) -> RequestOutput:
+async def _run(
+    engine: EngineClient, prompt: list[int], sampling: dict[str, Any], salt: str | None = None
+) -> RequestOutput:
+    """salt: only requests with the same share cached blocks."""
     params = SamplingParams(
         **sampling, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
     )
-    outputs = [output async for output in engine.generate(tokens_input(prompt), params, f"megarl-{next(_numbers)}")]
+    outputs = [
+        output
+        async for output in engine.generate(tokens_input(prompt, cache_salt=salt), params, f"megarl-{next(_numbers)}")
+    ]
     return outputs[-1]
 
 
