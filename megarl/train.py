@@ -30,6 +30,7 @@ from megarl.loop.resume import resume
 from megarl.loop.sampler import Sampler
 from megarl.loop.saving import Saver
 from megarl.loop.scoring import RewardScorer
+from megarl.loop.source import Progress, open_source
 from megarl.observe.output import Output
 from megarl.observe.stall import StallWatch
 from megarl.report.live import LivePage
@@ -63,6 +64,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     output = Output(config, step, tokenizer, LivePage(Path(config.run.dir))) if parallel.is_main else None
     fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest)
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
+    source = open_source(config, sampler, prompts.train, stream)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
     evaluation = Evaluation(config, sampler, scorer, prompts.validation, output)
     refit = Refit(config, engine, fleet)
@@ -76,11 +78,10 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
         while step < config.train.steps and not (stop or saver.ending):
             start = time.perf_counter()
             fleet.check()
-            rollouts = ScoredRollouts(config, parallel, done)
+            rollouts = ScoredRollouts(config, parallel, done, refit.committed)
             with fleet.watched():
                 while wanted := rollouts.wanted():
-                    drawn = [prompts.train[i] for i in stream.next(wanted)]
-                    sampled = sampler.sample(drawn, rollouts.groups, step, saver.stop)
+                    sampled = source.next(wanted, rollouts.groups, Progress(step, done), saver.stop)
                     rollouts.add(sampled, scorer.score(sampled.rollouts))
             batch = build_batch(rollouts, engine, step)
             with turns.training(fleet):
@@ -89,10 +90,11 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
                 refit.check()  # a server that holds other weights ends the run here
             step, done = step + 1, done + learned.optimizer_steps
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done)}
-            metrics |= rates(metrics, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            metrics |= rates(metrics, seconds) | source.metrics(seconds)
             stop = dull.add(step, metrics)
             last = bool(stop) or step == config.train.steps
-            due = saver.due(step, {"optimizer_steps": done, "stream": stream.state_dict()}, last=last)
+            due = saver.due(step, {"optimizer_steps": done, "stream": source.state_dict()}, last=last)
             if output:
                 output.write(step, metrics, batch.samples, learned.notes)
             if due:

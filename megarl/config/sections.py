@@ -121,8 +121,8 @@ class RolloutConfig(Section):
     in_flight: Literal["recompute", "keep", "finish"] = Field(
         "recompute",
         description=(
-            "Under max_lag, what a response that is being sampled does at a sync: goes on with keys and values computed "
-            "again, with its old ones, or ends before the weights change."
+            "Under max_lag, what a response that is being sampled does at a sync: it goes on with keys and values "
+            "computed again, or with its old ones, or it ends before the weights change."
         ),
     )
     max_num_seqs: int = Field(256, ge=1, description="Responses one server decodes at the same time.")

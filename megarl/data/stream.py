@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def content_digest(path: str | Path) -> str:
 class PromptStream:
     """Endless indices into n prompts, each prompt once an epoch, in an order that depends on (seed, epoch) only.
 
-    The state is therefore two small numbers, and a resumed stream goes on exactly where the saved one was.
-    content: digest of the rows, kept in the state.
+    The state is therefore two small numbers, and those that were given back, which come first. A resumed stream goes on
+    exactly where the saved one was. content: digest of the rows, kept in the state.
     """
 
     def __init__(self, n: int, seed: int = 0, shuffle: bool = True, content: str = "") -> None:
@@ -36,11 +37,12 @@ class PromptStream:
             raise ValueError("PromptStream needs at least one prompt")
         self.n, self.seed, self.shuffle, self.content = n, seed, shuffle, content
         self.epoch, self.position = 0, 0
+        self.returned: list[int] = []
         self._order = self._order_of(0)
 
     def next(self, k: int) -> list[int]:
         """The next k indices; a batch may reach over the border of an epoch."""
-        taken: list[int] = []
+        taken, self.returned = self.returned[:k], self.returned[k:]
         while len(taken) < k:
             if self.position == self.n:
                 self.epoch, self.position = self.epoch + 1, 0
@@ -50,14 +52,21 @@ class PromptStream:
             taken += part
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._identity(), "epoch": self.epoch, "position": self.position}
+    def give_back(self, indices: list[int]) -> None:
+        """They were drawn and came to nothing: they are the next ones."""
+        self.returned = indices + self.returned
+
+    def state_dict(self, untrained: Sequence[int] = ()) -> dict[str, Any]:
+        """untrained: indices that were drawn and have not been learnt from, which a resumed stream draws again."""
+        returned = [*untrained, *self.returned]
+        return {**self._identity(), "epoch": self.epoch, "position": self.position, "returned": returned}
 
     def load_state_dict(self, state: dict[str, Any], force: bool = False) -> None:
         """Goes on where `state` was. A state of other rows, another seed or order is refused by a UserError: resuming
         would repeat or skip prompts without a word. force: a new epoch of these rows begins instead.
         """
         self.epoch, self.position = state["epoch"], state["position"]
+        self.returned = list(state.get("returned", []))  # a checkpoint of an earlier release has none
         for key, here in self._identity().items():
             if state.get(key, here) == here:
                 continue
@@ -68,7 +77,7 @@ class PromptStream:
                     f"{name} is {here}, but the checkpoint was written with {state[key]}; restore it or start in a "
                     "new run.dir"
                 )
-            self.epoch, self.position = state["epoch"] + 1, 0
+            self.epoch, self.position, self.returned = state["epoch"] + 1, 0, []
         self._order = self._order_of(self.epoch)
 
     def _identity(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ every tensor to the ranks that train it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,7 @@ class Batch:
     """minibatches: this rank's packs of each optimizer step, none where there is nothing to learn or something is bad.
 
     names: how to name response i of the batch (Pack.responses) to a user. samples: some of this rank's, to read.
-    sampled: the numbers of rank 0's samples, on every rank.
+    sampled: the numbers of rank 0's samples, on every rank. lags: of each response's oldest token, in optimizer steps.
     """
 
     minibatches: list[list[Pack]]
@@ -40,6 +40,7 @@ class Batch:
     metrics: Values
     samples: list[Sample]
     sampled: list[int]
+    lags: list[int]
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,16 @@ class Groups:
 
 class ScoredRollouts:
     """What has been sampled and scored for one step so far: `metas` of all responses, the same on every rank, and the
-    `rollouts` that this rank fetched. steps_done: optimizer steps before this step's first.
+    `rollouts` that this rank fetched. steps_done: optimizer steps before this step's first. committed: the versions
+    that syncs have given the servers; None where only steps_done can be.
     """
 
-    def __init__(self, config: Config, parallel: Parallel, steps_done: int) -> None:
+    def __init__(
+        self, config: Config, parallel: Parallel, steps_done: int, committed: Collection[int] | None = None
+    ) -> None:
         self.config, self.parallel, self.steps_done = config, parallel, steps_done
+        oldest = steps_done - config.rollout.max_lag
+        self._versions = {version for version in committed or {steps_done} if version >= oldest}
         self.metas: list[Meta] = []
         self.rollouts: list[Rollout] = []
         self.groups = 0  # sampled so far
@@ -96,10 +102,11 @@ class ScoredRollouts:
         if not fault and len(unsound):
             fault = f"the rollout's log-probability of its token {unsound[0]} is {response.logprobs[unsound[0]]}"
         versions = {span["version"] for span in response.weight_versions}
-        if not fault and versions - {self.steps_done}:
+        if not fault and versions - self._versions:
             fault = (
-                f"sampled with weights of version {', '.join(map(str, sorted(versions)))}, not {self.steps_done}, "
-                "which the last sync committed: something else changes the server's weights"
+                f"sampled with weights of version {', '.join(map(str, sorted(versions)))}, not "
+                f"{' or '.join(map(str, sorted(self._versions)))}, which syncs committed within rollout.max_lag: "
+                "something else changes the server's weights"
             )
         return Meta(
             group=rollout.group,
@@ -146,7 +153,8 @@ def build_batch(rollouts: ScoredRollouts, engine: Engine, step: int, *, to_learn
     samples = [_sample(rollout, metas[n].reward, n) for n, rollout in shown]
     sampled = [n for n, meta in enumerate(metas) if meta.owner == 0][: config.run.rollout_samples]
     names = [response_name(metas, n, config) for n in range(len(metas))]
-    return Batch(moved.minibatches, names, metrics, samples, sampled)
+    lags = [rollouts.steps_done - meta.version for meta in metas]
+    return Batch(moved.minibatches, names, metrics, samples, sampled, lags)
 
 
 def _nothing_to_learn(metas: Sequence[Meta], groups: Groups, config: Config) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class Refit:
             from_disk and config.sync.quantize == "none" and trained in (torch.float32, self.rollout_dtype)
         )
         self.synced = False
+        # the last versions that were committed, as many as a response may have lived through
+        self.committed: deque[int] = deque(maxlen=config.rollout.max_lag + 1)
 
     def connect(self) -> None:
         """Brings trainers and rollout workers together; the first sync does it."""
@@ -96,6 +99,7 @@ class Refit:
             with phase("canary"):
                 values["sync/canary_max_diff"] = self._compare_canary(scores)
         self.fleet.commit(version)
+        self.committed.append(version)
         dist.barrier()  # another ingest rank must not ask a server that does not serve yet
         self.synced = True
         values["time/sync_s"] = time.perf_counter() - start

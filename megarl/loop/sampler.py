@@ -71,7 +71,7 @@ class Sampler:
             for i, group in zip(mine, groups, strict=self.client is not None)
             for response in group
         ]
-        return Sampled(rollouts, self._check_routes(rollouts))
+        return Sampled(rollouts, self.check_routes(rollouts))
 
     def sample_for_evaluation(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Rollout]:
         """`samples` responses to each prompt of this replica's share; their routes are not looked at."""
@@ -93,7 +93,7 @@ class Sampler:
     def _share(self, count: int) -> np.ndarray:
         return np.array_split(np.arange(count), self.parallel.layout.dp)[self.parallel.coord.dp]
 
-    def _check_routes(self, rollouts: list[Rollout]) -> str | None:
+    def check_routes(self, rollouts: list[Rollout]) -> str | None:
         """Reduces the responses' routes to MoE layers; what is wrong with the first bad ones."""
         if not self.wants_routes:
             return None

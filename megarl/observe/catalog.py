@@ -212,6 +212,39 @@ METRICS: dict[str, Metric] = {
     "version/rollout_lag_max": Metric(
         "Optimizer steps by which the oldest token's weights lie behind.", "updates", "0 when synchronous"
     ),
+    "async/lag_mean": Metric(
+        "Mean lag of the groups of the batch: optimizer steps done, less the version of the oldest token.",
+        "updates",
+        "at or below rollout.max_lag",
+    ),
+    "async/lag_max": Metric("The largest of these lags.", "updates", "at most rollout.max_lag"),
+    "async/in_flight": Metric("Groups being sampled when the step ends.", "groups", "level, above 0"),
+    "async/dropped_groups": Metric(
+        "Groups that had become too old; their prompts are sampled again.", "groups", "0, or few after a fault"
+    ),
+    "async/trainer_idle_frac": Metric(
+        "Share of the step in which the trainer waited for rollouts.", SHARE, "near 0; else add rollout servers"
+    ),
+    "async/rollout_idle_frac": Metric(
+        "Share of the step in which a server had nothing to sample, mean over the servers.",
+        SHARE,
+        "near 0; else raise rollout.max_lag, or take fewer servers",
+    ),
+    "async/spans_per_response": Metric(
+        "Versions of the weights that a response was sampled with, mean over responses.",
+        "versions",
+        "1 where responses end within a step; grows with their length",
+    ),
+    "async/mismatch_k3_by_lag": Metric(
+        "mismatch/kl_k3 of the responses of each lag, in batches of updates: 0, 1, ...; 0 where there is none.",
+        "nats",
+        "grows slowly with the lag: the policy has moved on by so much",
+    ),
+    "async/staleness_k3_by_lag": Metric(
+        "staleness/kl_k3 of the responses of each lag, in batches of updates; 0 where there is none.",
+        "nats",
+        "the same at every lag",
+    ),
     "eval/mean_at_k": Metric(
         "Mean reward over validation prompts, k responses each.", "reward", "rises with the reward"
     ),

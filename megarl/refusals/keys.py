@@ -14,7 +14,7 @@ from megarl.errors import UserError
 # A word is a section or a key; one with a minus takes back what a section before it gave.
 ENGINE = "model parallel engine run.dir run.seed launch.trainers launch.interface"
 SERVERS = """
-    model rollout -rollout.max_lag engine.dtype replay.mode replay.metrics batch.minibatches
+    model rollout -rollout.max_lag -rollout.in_flight engine.dtype replay.mode replay.metrics batch.minibatches
     data.on_bad_line data.columns data.reward data.thinking_tags data.pass_threshold data.reward_workers
     data.reward_timeout_s data.reward_env sync.quantize run.dir run.seed
     launch.store launch.rollout_python launch.interface
@@ -54,6 +54,7 @@ NEEDS: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         lambda config: config.train.lr_decay_style != "constant",
         "a train.lr_decay_style other than constant",
     ),
+    ("rollout.in_flight", lambda config: config.rollout.max_lag > 0, "a rollout.max_lag above 0"),
     ("sync.quantize_also", lambda config: config.sync.quantize != "none", "a sync.quantize other than none"),
 )
 

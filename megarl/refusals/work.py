@@ -123,8 +123,21 @@ def quantize(case: Case) -> str | None:
 
 
 def lag(case: Case) -> str | None:
-    lag = case.config.rollout.max_lag
-    return f"rollout.max_lag {lag}: asynchronous rollouts are not supported yet; set rollout.max_lag=0" if lag else None
+    config = case.config
+    lag, minibatches = config.rollout.max_lag, config.batch.minibatches
+    if not lag:
+        return None
+    if lag < minibatches:
+        return (
+            f"rollout.max_lag {lag} has no room for one batch, which is {minibatches} optimizer steps "
+            f"(batch.minibatches); set rollout.max_lag={minibatches}, or 0 for lock-step"
+        )
+    if config.launch.colocate:
+        return (
+            f"rollout.max_lag {lag} with launch.colocate: rollouts cannot overlap training where both take turns with "
+            "the GPUs; set rollout.max_lag=0 or launch.colocate=false"
+        )
+    return None
 
 
 def lengths(case: Case) -> str | None:

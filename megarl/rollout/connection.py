@@ -47,11 +47,11 @@ class Connection(asyncio.BufferedProtocol):
 
     async def post(self, path: str, headers: dict[str, str], body: bytes) -> Answer:
         """ConnectionError where the connection breaks, or brings what is no answer of ours."""
+        self._filled, self._status, self._body = 0, 0, None
         if self._transport is None or self._transport.is_closing():
             raise ConnectionResetError("closed by the server")
         lines = [f"POST {path} HTTP/1.1", "Host: megarl", f"Content-Length: {len(body)}"]
         head = "\r\n".join([*lines, *(f"{name}: {value}" for name, value in headers.items()), "", ""])
-        self._filled, self._status, self._body = 0, 0, None
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(head.encode() + body)
         try:

@@ -205,8 +205,8 @@ class RolloutEndpoint:
     async def _load(self, engine: EngineClient, canary: list[int] | None, version: int) -> bytes:
         """From here on the weights are neither old nor agreed upon, until a version is committed.
 
-        After a pause the requests that were kept go on here, under the new version: tokens are sampled before the canary
-        is compared, and where it differs the run ends before it trains on them.
+        After a pause the requests that were kept go on here, under the new version, before the canary is compared:
+        where it differs the run ends before it trains on what they sampled.
         """
         self._dirty = True
         await _on_workers(engine, "sync_load")

@@ -143,6 +143,7 @@ def learned(config: Config, folder: Path) -> None:
             {},
             [],
             [],
+            [0] * len(RESPONSES),
         )
 
     def weights(engine: Engine) -> list[torch.Tensor]:
@@ -181,7 +182,7 @@ def learned(config: Config, folder: Path) -> None:
     timeless = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in (metrics, same_metrics)]
     assert timeless[0] == timeless[1]
     nothing = learner.learn(
-        Batch([], [], {}, [], []), 3
+        Batch([], [], {}, [], [], []), 3
     ).metrics  # fault 9: it had the critic's norm of the step before
     assert not [key for key in nothing if key.startswith(("critic/", "optim/"))]
 

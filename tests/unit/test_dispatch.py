@@ -239,6 +239,8 @@ def test_a_connection_that_was_closed_while_free_costs_nothing() -> None:
             wait_for([asked])
             for writer in [*server.connections]:
                 server._loop.call_soon_threadsafe(writer.transport.abort)
+            until(lambda: not server.connections)
+            time.sleep(0.1)  # until the client has seen it too
         assert server.served == 2
 
 

@@ -253,7 +253,20 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         ["sync.quantize int4", "megarl generate serves the weights", "set sync.quantize=none"],
     ),
     ("eval_prompts", "eval", ["eval.prompts=null"], {}, ["eval.prompts is unset", "give a file of prompts"]),
-    ("lag", "run", ["rollout.max_lag=2"], {}, ["rollout.max_lag 2", "set rollout.max_lag=0"]),
+    (
+        "lag",
+        "run",
+        ["rollout.max_lag=2", "batch.minibatches=4"],
+        {},
+        ["rollout.max_lag 2", "no room for one batch", "set rollout.max_lag=4"],
+    ),
+    (
+        "lag",
+        "run",
+        ["rollout.max_lag=1", "launch.colocate=true"],
+        {},
+        ["rollout.max_lag 1 with launch.colocate", "set rollout.max_lag=0"],
+    ),
     (
         "lengths",
         "run",

@@ -1,0 +1,259 @@
+"""Where a step's rollouts come from: sampled now, for it alone (lock-step), or while the steps before it were trained
+(rollout.max_lag).
+
+Overlapped: groups are requests of their own, a bounded number of which is in flight on all servers. The first that are
+finished make the next batch, unless one that is not would be too old for any later batch: that one is waited for. So
+the bound on lag holds without dropping long responses, which would favour short ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch.distributed as dist
+
+from megarl.announce import announce, plural
+from megarl.config import Config
+from megarl.data import Prompt, PromptStream
+from megarl.errors import Stopped
+from megarl.launch.stop import StopRequest
+from megarl.loop.reduce import Values
+from megarl.loop.sampler import Rollout, Sampled, Sampler
+from megarl.observe.trace import phase
+from megarl.rollout.client import sampling_of
+from megarl.rollout.dispatch import Answered, Request, take
+from megarl.rollout.response import Response
+
+POLL_S = 0.05  # how long a rank waits for its own groups before all ranks tell each other what they have
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of the run before this step: rollout steps and optimizer steps done."""
+
+    steps: int
+    optimizer_steps: int
+
+
+class LockStep:
+    """Every step's prompts are drawn, and sampled, when the step asks for them. Every rank calls every method."""
+
+    def __init__(self, sampler: Sampler, prompts: list[Prompt], stream: PromptStream) -> None:
+        self.sampler, self.prompts, self.stream = sampler, prompts, stream
+
+    def next(self, wanted: int, first_group: int, done: Progress, stop: StopRequest | None = None) -> Sampled:
+        """`wanted` groups, numbered from first_group. stop: what may end the wait."""
+        drawn = [self.prompts[i] for i in self.stream.next(wanted)]
+        return self.sampler.sample(drawn, first_group, done.steps, stop)
+
+    def metrics(self, step_s: float) -> Values:
+        """Of the step that took step_s seconds."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the stream, for a resumed run: no prompt is lost, none is learnt from twice."""
+        return self.stream.state_dict()
+
+
+@dataclass
+class _Group:
+    """A prompt that was drawn. number: how many were drawn before it. owner: the replica that fetches it.
+
+    version: of its oldest token; before it is finished, of the weights when it was drawn, which are no newer.
+    """
+
+    number: int
+    index: int
+    owner: int
+    version: int
+    finished: bool = False
+    spans: float = 1.0  # of weight versions, mean over its responses
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a rank tells the others of a group that it has fetched."""
+
+    number: int
+    version: int
+    spans: float
+
+
+class Overlapped:
+    """Groups in flight and finished, the same list on every rank; their responses where they were fetched."""
+
+    def __init__(self, config: Config, sampler: Sampler, prompts: list[Prompt], stream: PromptStream) -> None:
+        self.config, self.sampler, self.prompts, self.stream = config, sampler, prompts, stream
+        self.batches_ahead = config.rollout.max_lag // config.batch.minibatches
+        self._groups: dict[int, _Group] = {}
+        self._drawn = stream.epoch * stream.n + stream.position  # seeds go on after a resume
+        self._done: SimpleQueue[Answered] = SimpleQueue()
+        self._asked: dict[Request, int] = {}  # -> the number of its group
+        self._responses: dict[int, list[Rollout]] = {}  # of finished groups, by number
+        self._wrong_routes: str | None = None
+        self._dropped, self._waited_s, self._busy = 0, 0.0, dict[str, float]()
+        self._lags: list[int] = []
+        self._spans: list[float] = []
+
+    def next(self, wanted: int, first_group: int, done: Progress, stop: StopRequest | None = None) -> Sampled:
+        """As LockStep.next: the groups that a batch of now takes."""
+        start = time.perf_counter()
+        with phase("rollout"):
+            while True:
+                self._draw(wanted, done.optimizer_steps)
+                try:
+                    finished = self._take(stop)
+                except Stopped as stopped:
+                    self._tell([], stopped)
+                    return Sampled([], stopped=stopped)
+                if self._tell(finished, None):
+                    return Sampled([])
+                self._drop(done.optimizer_steps)
+                chosen = choose([*self._groups.values()], wanted, self._later(done.optimizer_steps), self.config)
+                if chosen is not None:
+                    break
+        self._waited_s += time.perf_counter() - start
+        return self._sampled(chosen, first_group, done.optimizer_steps)
+
+    def metrics(self, step_s: float) -> Values:
+        """async/* of the step that took step_s seconds, and of the servers since the last call. Collective."""
+        client = self.sampler.client
+        busy = client.dispatcher.busy_seconds() if client else {}
+        everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, {url: busy[url] - self._busy.get(url, 0.0) for url in busy})
+        self._busy = busy
+        servers = {url for one in everyone for url in one}
+        share = sum(min(max(one.get(url, 0.0) for one in everyone) / step_s, 1.0) for url in servers)
+        values: Values = {
+            "async/in_flight": float(sum(not group.finished for group in self._groups.values())),
+            "async/dropped_groups": float(self._dropped),
+            "async/trainer_idle_frac": min(self._waited_s / step_s, 1.0),
+            "async/rollout_idle_frac": 1 - share / max(len(servers), 1),
+        }
+        if self._lags:
+            values |= {
+                "async/lag_mean": sum(self._lags) / len(self._lags),
+                "async/lag_max": float(max(self._lags)),
+                "async/spans_per_response": sum(self._spans) / len(self._spans),
+            }
+        self._dropped, self._waited_s, self._lags, self._spans = 0, 0.0, [], []
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """As LockStep.state_dict. Whatever is in flight or finished and was not trained is sampled again."""
+        return self.stream.state_dict([group.index for group in self._groups.values()])
+
+    def _draw(self, wanted: int, done: int) -> None:
+        """As many new groups as may be trained in time: those of this batch and of batches_ahead more."""
+        batch, dp = self.config.batch, self.sampler.parallel.layout.dp
+        room = max(wanted, batch.prompts) + batch.prompts * self.batches_ahead - len(self._groups)
+        for index in self.stream.next(max(room, 0)):
+            load = [0] * dp
+            for group in self._groups.values():
+                load[group.owner] += not group.finished
+            group = _Group(self._drawn, index, load.index(min(load)), done)
+            self._groups[group.number] = group
+            self._drawn += 1
+            if self.sampler.client is not None and group.owner == self.sampler.parallel.coord.dp:
+                request = self._request(group)
+                self._asked[request] = group.number
+                self.sampler.client.dispatcher.submit(request)
+
+    def _request(self, group: _Group) -> Request:
+        config, n = self.config, self.config.batch.group
+        rollout = config.rollout
+        seed = config.run.seed * 1_000_003 * 1_000_003 % 2**31 + group.number * n
+        sampling = sampling_of(n, rollout.temperature, rollout.max_new_tokens, self.sampler.stop)
+        return Request([self.prompts[group.index].tokens], n, sampling, [seed], self._done)
+
+    def _take(self, stop: StopRequest | None) -> list[_Finished]:
+        """What has come to this rank, after a short wait for it."""
+        if self.sampler.client is None:
+            return []
+        with stop.interruptible() if stop else nullcontext():
+            answers = take(self._done, POLL_S)
+        finished = []
+        for answered in answers:
+            number = self._asked.pop(answered.request)
+            if answered.error:
+                raise answered.error
+            prompt, (responses,) = self.prompts[self._groups[number].index], answered.groups
+            rollouts = [Rollout(number, prompt, response) for response in responses]
+            self._wrong_routes = self._wrong_routes or self.sampler.check_routes(rollouts)
+            self._responses[number] = rollouts
+            finished.append(_finished(self._groups[number], responses))
+        return finished
+
+    def _tell(self, finished: list[_Finished], stopped: Stopped | None) -> bool:
+        """What every rank has fetched, to all. Whether any was stopped. Collective."""
+        everyone: list[tuple[list[_Finished], bool]] = [([], False)] * dist.get_world_size()
+        dist.all_gather_object(everyone, (finished, stopped is not None))
+        for told, _ in everyone:
+            for one in told:
+                group = self._groups[one.number]
+                group.finished, group.version, group.spans = True, one.version, one.spans
+        return any(ended for _, ended in everyone)
+
+    def _later(self, done: int) -> dict[int, int]:
+        """Group -> how many batches after this one may still take it; below 0 where even this one may not."""
+        lag, minibatches = self.config.rollout.max_lag, self.config.batch.minibatches
+        return {n: (group.version + lag - done) // minibatches for n, group in self._groups.items()}
+
+    def _drop(self, done: int) -> None:
+        """Those that are too old, whose prompts go back. None of those that this run waits for ever is."""
+        old = [n for n, later in self._later(done).items() if later < 0 and self._groups[n].finished]
+        self._dropped += len(old)
+        self.stream.give_back([self._groups.pop(n).index for n in old])
+        for n in old:
+            self._responses.pop(n, None)
+
+    def _sampled(self, chosen: list[int], first_group: int, done: int) -> Sampled:
+        rollouts = []
+        for place, number in enumerate(chosen):
+            group = self._groups.pop(number)
+            self._lags.append(done - group.version)
+            self._spans.append(group.spans)
+            fetched = self._responses.pop(number, [])
+            rollouts += [Rollout(first_group + place, one.prompt, one.response) for one in fetched]
+        return Sampled(rollouts, self._wrong_routes)
+
+
+Source = LockStep | Overlapped
+
+
+def open_source(config: Config, sampler: Sampler, prompts: list[Prompt], stream: PromptStream) -> Source:
+    """As rollout.max_lag says. Says what a resumed stream samples again."""
+    if stream.returned and sampler.parallel.is_main:
+        announce(f"{plural(len(stream.returned), 'prompt')} drawn and not trained before: sampled again")
+    if config.rollout.max_lag:
+        return Overlapped(config, sampler, prompts, stream)
+    return LockStep(sampler, prompts, stream)
+
+
+def choose(groups: Sequence[_Group], wanted: int, later: dict[int, int], config: Config) -> list[int] | None:
+    """The numbers of `wanted` finished groups for this batch, in the order in which they were drawn; None: wait.
+
+    Those that may wait least come first. Waits too where a batch without an unfinished group would leave more than the
+    later batches can take in time: of those left, at most s batches' worth may have no more than s batches to wait.
+    """
+    finished = sorted((later[group.number], group.number) for group in groups if group.finished)
+    if len(finished) < wanted:
+        return None
+    chosen = {number for _, number in finished[:wanted]}
+    left = [(later[group.number], group.finished) for group in groups if group.number not in chosen]
+    for batches in sorted({wait for wait, _ in left}):
+        pressing = [done for wait, done in left if wait <= batches]
+        if len(pressing) > config.batch.prompts * max(batches, 0) and not all(pressing):
+            return None
+    return sorted(chosen)
+
+
+def _finished(group: _Group, responses: list[Response]) -> _Finished:
+    spans = [response.weight_versions for response in responses]
+    versions = [span["version"] for response in spans for span in response]
+    return _Finished(group.number, min(versions, default=group.version), sum(map(len, spans)) / max(len(spans), 1))
