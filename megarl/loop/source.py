@@ -149,10 +149,14 @@ class Overlapped:
         return self.stream.state_dict([group.index for group in self._groups.values()])
 
     def _draw(self, wanted: int, done: int) -> None:
-        """As many new groups as may be trained in time: those of this batch and of batches_ahead more."""
+        """New groups: enough for this batch and, in flight, for the next. Where groups are not finished by then, the
+        servers are what the trainer waits for, and get more: as much as may be trained in time, batches_ahead in all.
+        More than that would only age.
+        """
         batch, dp = self.config.batch, self.sampler.parallel.layout.dp
-        room = max(wanted, batch.prompts) + batch.prompts * self.batches_ahead - len(self._groups)
-        for index in self.stream.next(max(room, 0)):
+        unfinished = sum(not group.finished for group in self._groups.values())
+        ahead = min(batch.prompts * self.batches_ahead, batch.prompts + unfinished)
+        for index in self.stream.next(max(max(wanted, batch.prompts) + ahead - len(self._groups), 0)):
             load = [0] * dp
             for group in self._groups.values():
                 load[group.owner] += not group.finished

@@ -96,7 +96,8 @@ def precision_of(config: Mapping[str, Any], rows: Rows) -> Precision:
     """How coarse the coarser engine is, by the run's config.yaml; where that leaves it open, by the canary."""
     engine, rollout, sync = (section if isinstance(section := config.get(n), dict) else {} for n in _SECTIONS)
     if (
-        sync.get("quantize", "none") != "none"
+        rollout.get("max_lag")  # between sampling and update the policy moves on, and k3 holds that too
+        or sync.get("quantize", "none") != "none"
         or rollout.get("quantization", "none") != "none"
         or rollout.get("kv_cache_dtype", "auto") != "auto"
     ):

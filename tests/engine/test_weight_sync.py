@@ -7,8 +7,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,10 @@ from safetensors.torch import load_file
 
 from megarl.rollout.client import Server
 from megarl.rollout.registry import RolloutError, known
+from megarl.rollout.response import Response
+from megarl.rollout.sync_leader import InFlight
 from megarl.rollout.wire import decode
+from megarl.weights.reshard.outgoing import whole_buckets
 from tests.engine.support import ROOT, Pusher, Rollout, judged, prompts
 from tests.engine.test_rollout import assert_judged
 
@@ -201,3 +207,42 @@ def test_connecting_to_a_server_that_is_not_there_ends_in_time(
     absent = [dataclasses.replace(rollout.workers[0], url="http://127.0.0.1:9")]
     with pytest.raises(RolloutError, match="connection lost"):
         Pusher(rollout.store, rollout.store.port, absent, 3, True).connect(weights(checkpoints[0]))
+
+
+@pytest.mark.parametrize("how", ["recompute", "keep", "finish"])
+def test_weights_in_flight(rollout: Rollout, checkpoints: tuple[Path, Path], how: str) -> None:
+    """A sync while responses are being sampled: every token's version, probability and route are those of the weights
+    that it was sampled with, also where keys and values were computed again; what was kept is told by it.
+    """
+    old, new = checkpoints
+    rollout.load(old)
+    pusher, first = rollout.pusher, rollout.version
+    assert pusher is not None
+    answers: queue.SimpleQueue[list[list[Response]]] = queue.SimpleQueue()
+    batch = prompts(6, 40)
+    threading.Thread(target=lambda: answers.put(rollout.client.generate(batch, 2, 1.0, 80, [])), daemon=True).start()
+    time.sleep(0.15)
+    rollout.version += 1
+    buckets = whole_buckets(weights(new).items(), pusher.manifest)
+    (canary,) = pusher.leader.push(
+        lambda: pusher.sender.send(buckets), CANARY, pusher.sender.close, InFlight(how, rollout.version, 60)
+    )
+    pusher.leader.commit(rollout.version)
+    np.testing.assert_allclose(canary.logprobs, judged(new, CANARY)[0], atol=1e-4)
+    groups = answers.get(timeout=60)
+    spans = [[span["version"] for span in r.weight_versions] for group in groups for r in group]
+    assert all(versions == ([first] if how == "finish" else [first, rollout.version]) for versions in spans), spans
+    worst = 0.0
+    for response in (r for group in groups for r in group):
+        assert response.routes is not None
+        for span, checkpoint in zip(response.weight_versions, (old, new)):
+            expected, experts = judged(checkpoint, response.tokens.tolist())
+            rows = slice(response.prompt_len - 1 + span["start"], response.prompt_len - 1 + span["end"])
+            away = np.abs(response.logprobs[span["start"] : span["end"]] - expected[rows]).max()
+            if how == "keep" and checkpoint == new:
+                worst = max(worst, away)
+                continue
+            assert away < 1e-4
+            np.testing.assert_array_equal(np.sort(response.routes[rows], -1), experts[rows])
+    assert how != "keep" or worst > 1e-3  # old keys under new weights are neither policy
+    assert_serves(rollout, new, rollout.version)

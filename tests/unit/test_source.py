@@ -1,137 +1,164 @@
-"""Checkpoints that hold more than the map's tensors: block FP8,
-multi-token prediction, constants, and tensors nobody knows.
-"""
+"""Which groups make a batch while others are in flight: the bound on lag, who is waited for, what a resume knows."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+import asyncio
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 
-from megarl.config import load_config
-from megarl.convert.commands import hf_to_megatron_main, megatron_to_hf_main
-from megarl.engine.build import build_engine
-from megarl.engine.export import export_hf
-from megarl.engine.parallel import destroy_parallel
-from megarl.errors import UserError
-from megarl.weights.files.hf_reader import HfReader
-from megarl.weights.map.layout import Layout
-from megarl.weights.map.weight_map import WeightMap, load_hf_config
+from megarl.config import Config, load_config
+from megarl.data import Prompt, PromptStream
+from megarl.loop.source import LockStep, Overlapped, Progress, _Group, choose
+from megarl.rollout.client import RolloutClient
+from tools.bench.stub_server import StubServer, generated
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tools.tiny_model import make_tiny_model  # noqa: E402
-
-BLOCK = (24, 40)  # divides nothing here: the last blocks are cut, and no rectangle of a rank is aligned
+B, N = 4, 2  # groups of a batch, optimizer steps of a batch
 
 
-@pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint as DeepSeek releases them: FP8 in blocks, one layer
-    of multi-token prediction; and its tensors dequantised.
-    """
-    path = make_tiny_model(tmp_path_factory.mktemp("released") / "model", "deepseek_v3", layers=2, dtype="bfloat16")
-    tensors = load_file(path / "model.safetensors")
-    for name in [
-        name for name in tensors if name.startswith("model.layers.1.")
-    ]:  # layer 2: as layer 1, and a projection of its own
-        tensors[name.replace("layers.1.", "layers.2.")] = tensors[name] + 0.5
-    tensors["model.layers.2.eh_proj.weight"] = torch.randn(64, 128).bfloat16()
-    want, stored = {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    for name, tensor in tensors.items():
-        want[name] = stored[name] = tensor
-        if name.endswith("proj.weight") or "proj_with_mqa" in name:
-            stored[name], stored[name + "_scale_inv"] = _quantized(tensor)
-            scale = torch.kron(stored[name + "_scale_inv"], torch.ones(BLOCK))[: tensor.shape[0], : tensor.shape[1]]
-            want[name] = (stored[name].float() * scale).bfloat16()
-            assert 0 < (want[name].float() - tensor.float()).abs().max() < 0.3
-    save_file(stored, path / "model.safetensors", {"format": "pt"})
-    config = load_hf_config(path)
-    config |= {
-        "num_nextn_predict_layers": 1,
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK)},
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    return path, want
+def config(*keys: str) -> Config:
+    return load_config(None, [f"batch.prompts={B}", "batch.group=2", f"batch.minibatches={N}", *keys])
 
 
-def _quantized(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = tensor.shape
-    blocks = (-(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
-    padded = torch.zeros(blocks[0] * BLOCK[0], blocks[1] * BLOCK[1])
-    padded[:rows, :columns] = tensor.float()
-    scale = padded.view(blocks[0], BLOCK[0], blocks[1], BLOCK[1]).abs().amax((1, 3)) / 448
-    return (padded / torch.kron(scale, torch.ones(BLOCK)))[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale
+ONE_OFF = config(f"rollout.max_lag={N}")
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=4, ep=2, world=4), Layout(tp=2, etp=2, world=2)], ids=str)
-def test_rectangles_of_block_fp8_are_dequantised(
-    released: tuple[Path, dict[str, torch.Tensor]], layout: Layout
-) -> None:
-    path, want = released
-    weight_map = WeightMap(load_hf_config(path))
-    with HfReader(path) as reader:
-        for rank in range(layout.world):
-            for param in weight_map.params(layout, layout.coord(rank)):
-                for piece in param.pieces:
-                    expected = want[piece.hf_name][piece.rect.slices]
-                    got = reader.read(piece)
-                    assert got.dtype == (torch.float32 if param.buffer else torch.bfloat16) and torch.equal(
-                        got, expected
-                    ), piece
+def groups(*finished: bool) -> list[_Group]:
+    return [_Group(number, number, 0, 0, done) for number, done in enumerate(finished)]
 
 
-def test_an_export_is_dequantised_and_carries_multi_token_prediction(
-    released: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
-    path, want = released
-    engine = build_engine(load_config(None, [f"model.path={path}", "engine.dtype=bfloat16"]))
-    export_hf(engine.model, str(path), tmp_path / "out")
-    destroy_parallel()
-    got = load_file(tmp_path / "out" / "model.safetensors")
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
-    config = load_hf_config(tmp_path / "out")
-    assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 1
-    assert any(".layers.2." in name for name in want) and any(name.endswith("e_score_correction_bias") for name in want)
+def test_the_first_that_are_finished_make_the_batch() -> None:
+    made = groups(False, True, True, True, True, False)
+    assert choose(made, 4, dict.fromkeys(range(6), 1), ONE_OFF) == [1, 2, 3, 4]
+    assert choose(made[:4], 4, dict.fromkeys(range(4), 1), ONE_OFF) is None
 
 
-def test_a_conversion_there_and_back_does_the_same(
-    released: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
-    path, want = released
-    assert (
-        hf_to_megatron_main(
-            ["--hf", str(path), "--out", str(tmp_path / "megatron"), "--tp", "2", "--ep", "2", "--verify"]
+def test_one_that_no_later_batch_may_take_is_waited_for() -> None:
+    made = groups(False, True, True, True, True)
+    assert choose(made, 4, {0: 0, 1: 0, 2: 0, 3: 0, 4: 1}, ONE_OFF) is None
+    made[0].finished = True
+    assert choose(made, 4, {0: 0, 1: 0, 2: 0, 3: 0, 4: 1}, ONE_OFF) == [0, 1, 2, 3]
+
+
+def test_the_next_batch_must_hold_what_is_left_for_it() -> None:
+    """Nine groups of one age: this batch and the next hold eight, so one of the five that are not finished is late."""
+    made = groups(*[True] * 4, *[False] * 5)
+    assert choose(made, 4, dict.fromkeys(range(9), 1), ONE_OFF) is None
+    assert choose(made[:8], 4, dict.fromkeys(range(8), 1), ONE_OFF) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_no_order_of_finishing_breaks_the_bound_or_waits_for_ever(lag: int) -> None:
+    """Random lengths, random moments; every drawn group is trained within `lag` batches, none is dropped."""
+    draws, settings = random.Random(lag), config(f"rollout.max_lag={lag * N}")
+    live: dict[int, _Group] = {}
+    number = 0
+    for batch in range(200):
+        while len(live) < B * (1 + lag):
+            live[number] = _Group(number, number, 0, batch * N)
+            number += 1
+        for group in live.values():
+            group.finished = group.finished or draws.random() < 0.3
+        while True:
+            later = {n: (group.version + lag * N - batch * N) // N for n, group in live.items()}
+            assert min(later.values()) >= 0
+            chosen = choose([*live.values()], B, later, settings)
+            if chosen is not None:
+                break
+            waiting = [group for group in live.values() if not group.finished]
+            assert waiting, "nobody is left to wait for"
+            draws.choice(waiting).finished = True
+        for n in chosen:
+            assert live.pop(n).finished
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Bench:
+    """A source over a server whose responses to prompt p take seconds[p] and are of `version`."""
+
+    def __init__(self, settings: Config, prompts: int = 40) -> None:
+        self.seconds: dict[int, float] = {}
+        self.version = 0
+        self.server = StubServer(self._reply)
+        self.client = RolloutClient([self.server.info()], 20)
+        sampler: Any = SimpleNamespace(
+            client=self.client,
+            stop=[],
+            check_routes=lambda rollouts: None,
+            parallel=SimpleNamespace(layout=SimpleNamespace(dp=1), coord=SimpleNamespace(dp=0), is_main=True),
         )
-        == 0
-    )
-    assert (
-        megatron_to_hf_main(["--megatron", str(tmp_path / "megatron"), "--out", str(tmp_path / "back"), "--verify"])
-        == 0
-    )
-    got = load_file(tmp_path / "back" / "model.safetensors")
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
-    for folder in (tmp_path / "megatron" / "hf", tmp_path / "back"):
-        config = load_hf_config(folder)
-        assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 1
+        self.stream = PromptStream(prompts, shuffle=False)
+        self.source = Overlapped(settings, sampler, [Prompt([i], "", "", i) for i in range(prompts)], self.stream)
+
+    async def _reply(self, asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        version = self.version
+        await asyncio.sleep(self.seconds.get(asked["prompts"][0][0], 0.0))
+        return 200, generated(asked, 2, version=version)
+
+    def step(self, number: int, wanted: int = B) -> list[int]:
+        """The prompts of a step's groups, in their order; the weights move on after it."""
+        sampled = self.source.next(wanted, 0, Progress(number, N * number))
+        lines = {rollout.group: rollout.prompt.line for rollout in sampled.rollouts}
+        assert len(sampled.rollouts) == 2 * wanted and sorted(lines) == list(range(wanted))
+        self.version = N * (number + 1)
+        return [lines[group] for group in range(wanted)]
 
 
-def test_tensors_that_are_missing_or_unknown_are_named(released: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    path, _ = released
-    config = load_hf_config(path)
-    with HfReader(path) as reader:
-        found = reader.carried(WeightMap(config))
-        assert found and all(name.startswith("model.layers.2.") and not name.endswith("_scale_inv") for name in found)
-        with pytest.raises(
-            UserError, match=r"holds \d+ tensors that a deepseek_v3 .* first 'model.layers.2.eh_proj.weight'"
-        ):
-            reader.carried(WeightMap({**config, "num_nextn_predict_layers": 0}))
-        with pytest.raises(UserError, match=r"tensor 'model.layers.3.input_layernorm.weight' is missing"):
-            reader.carried(WeightMap({**config, "num_hidden_layers": 4}))
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench(ONE_OFF)
+    yield made
+    made.client.close()
+    made.server.close()
+
+
+def test_a_long_group_does_not_hold_up_the_others_and_is_trained_in_time(bench: Bench) -> None:
+    bench.seconds = {0: 0.6}
+    first = bench.step(0)
+    assert 0 not in first
+    second = bench.step(1)
+    assert 0 in second and not set(first) & set(second)
+    values = bench.source.metrics(1.0)
+    assert values["async/lag_max"] == N and values["async/dropped_groups"] == 0
+
+
+def test_one_batch_is_ahead_and_no_prompt_is_lost_or_doubled(bench: Bench) -> None:
+    seen = [line for number in range(5) for line in bench.step(number)]
+    state = bench.source.state_dict()
+    assert len(set(seen)) == len(seen) == 5 * B and len(state["returned"]) == B
+    resumed = PromptStream(40, shuffle=False)
+    resumed.load_state_dict(state)
+    rest = resumed.next(40 - len(seen))
+    assert sorted(seen + rest) == list(range(40))
+
+
+def test_a_group_that_has_become_too_old_goes_back(bench: Bench) -> None:
+    """As of a server that still had older weights."""
+    bench.step(0)
+    ahead = set(bench.source.state_dict()["returned"])
+    bench.version = 4 * N
+    taken = bench.step(4)
+    values = bench.source.metrics(1.0)
+    assert values["async/dropped_groups"] == B and values["async/lag_max"] == 0
+    assert set(taken) <= ahead | set(range(2 * B, 4 * B)) and ahead <= {*taken, *bench.source.state_dict()["returned"]}
+
+
+def test_lock_step_draws_when_asked() -> None:
+    stream = PromptStream(8, shuffle=False)
+    asked: list[list[int]] = []
+    sampler: Any = SimpleNamespace(sample=lambda prompts, first, step, stop: asked.append([p.line for p in prompts]))
+    source = LockStep(sampler, [Prompt([i], "", "", i) for i in range(8)], stream)
+    stream.give_back([5])
+    source.next(3, 0, Progress(0, 0))
+    assert asked == [[5, 0, 1]] and source.state_dict()["returned"] == []
