@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -57,6 +57,14 @@ class Host:
     def start(self, name: str, *argv: str, **env: str) -> Started:
         return Started(self, name, argv, env)
 
+    def keep_apart(self, folder: Path) -> Path:
+        """What this host finds at `folder`, which others share, is a folder of its own from here on."""
+        own = self.folder / f"own_{folder.name}"
+        for path in (folder, own):
+            path.mkdir(parents=True, exist_ok=True)
+        self.run("mount", "--bind", str(own), str(folder))
+        return own
+
     def off(self) -> None:
         """Without its first process a host has none."""
         with contextlib.suppress(ProcessLookupError):
@@ -80,7 +88,6 @@ class Started:
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
-        self.began = time.monotonic()
 
     @property
     def text(self) -> str:
@@ -97,11 +104,12 @@ class Started:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not ended within {within_s:g} s:\n{self.text}") from None
 
-    def wait_for(self, text: str, within_s: float) -> None:
+    def until(self, condition: Callable[[], bool], within_s: float) -> None:
+        """While it runs."""
         deadline = time.monotonic() + within_s
-        while text not in self.text:
-            assert self.popen.poll() is None, f"ended before it said {text!r}:\n{self.text}"
-            assert time.monotonic() < deadline, f"no {text!r} within {within_s:g} s:\n{self.text}"
+        while not condition():
+            assert self.popen.poll() is None, f"ended early:\n{self.text}"
+            assert time.monotonic() < deadline, f"nothing within {within_s:g} s:\n{self.text}"
             time.sleep(0.05)
 
 

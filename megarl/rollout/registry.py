@@ -22,6 +22,7 @@ from megarl.door import Tokens, run_secret, server_tokens, signed, verified
 from megarl.errors import UserError
 
 OPEN = "run/open"  # rank 0's signed word that this store is a run's
+REFUSED = "run/refused"  # how many did not fit; run/refused/<i> says why
 STRANGERS = "run/strangers"  # how many workers came with another MEGARL_TOKEN
 BEAT_S = 1.0
 STALE_S = 15.0  # a worker that has not beaten for so long is taken for dead
@@ -50,7 +51,9 @@ class WorkerInfo:
     seen_at: float = field(default=0.0, compare=False)  # this process's monotonic clock, seconds
 
 
-def open_store(host: str, port: int, is_master: bool, timeout_s: float) -> dist.TCPStore:
+def open_store(
+    host: str, port: int, is_master: bool, timeout_s: float, facts: dict[str, Any] | None = None
+) -> dist.TCPStore:
     """The run's store; port 0 lets the master choose (store.port
     tells). Raises UserError when it cannot be opened or reached.
     """
@@ -71,7 +74,7 @@ def open_store(host: str, port: int, is_master: bool, timeout_s: float) -> dist.
             fix = f"nothing answered within {timeout_s:.0f} s: start the trainers, or correct launch.store"
         raise UserError(f"run store {host}:{port}: {fix} ({' '.join(str(error).split())[:160]})") from None
     if is_master:
-        _tell(store, OPEN, "open")
+        _tell(store, OPEN, json.dumps(facts or {}))
     return store
 
 
@@ -119,9 +122,33 @@ def _told(store: dist.Store, key: str) -> str | None:
     return verified(key, store.get(key)) if store.check([key]) else None
 
 
-def strangers(store: dist.Store) -> int:
-    """How many workers came with another MEGARL_TOKEN, and were refused."""
-    return store.add(STRANGERS, 0)
+def tell_refused(store: dist.Store, line: str) -> None:
+    """By a worker that does not fit the run, and ends."""
+    _tell(store, f"{REFUSED}/{store.add(REFUSED, 1) - 1}", line)
+
+
+class Refusals:
+    """Workers that came and were not taken, each told once."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store, self._strangers, self._refused = store, 0, 0
+
+    def announce_new(self) -> None:
+        count = self._store.add(STRANGERS, 0)
+        if count > self._strangers:
+            announce("a rollout worker with another MEGARL_TOKEN is refused: set the same on all hosts")
+        self._strangers = count
+        while self._refused < self._store.add(REFUSED, 0):
+            line = _told(self._store, f"{REFUSED}/{self._refused}")
+            if line is None and not self._store.check([f"{REFUSED}/{self._refused}"]):
+                return  # counted, not yet told
+            announce(line or "a rollout worker with another MEGARL_TOKEN is refused")
+            self._refused += 1
+
+    def in_words(self) -> str:
+        """To be added to how many workers came."""
+        count = self._strangers + self._refused
+        return f", {count} {'was' if count == 1 else 'were'} refused" if count else ""
 
 
 def claim_index(store: dist.Store) -> int:
@@ -177,28 +204,27 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[Worker
     UserError when they do not all come.
     """
     workers: dict[int, WorkerInfo] = {}
+    refusals = Refusals(store)
     announce(f"waiting for {plural(n, 'rollout server')}")
     deadline = time.monotonic() + timeout_s
     while True:
         for index in range(store.add("rollout/count", 0)):
             _raise_if_failed(store, index)
             if index not in workers and (told := _told(store, f"rollout/{index}/info")) is not None:
-                workers[index] = from_known(json.loads(told))
-                announce(f"rollout server {workers[index].url} answers, {len(workers)} of {n}")
+                worker = from_known(json.loads(told))
+                for other in [i for i in workers if workers[i].url == worker.url]:  # it had lost the store
+                    del workers[other]
+                workers[index] = worker
+                announce(f"rollout server {worker.url} answers, {len(workers)} of {n}")
+        refusals.announce_new()
         if len(workers) >= n:
             return [workers[index] for index in sorted(workers)][:n]
         if time.monotonic() > deadline:
             raise UserError(
-                f"{len(workers)} of {n} rollout workers came within {timeout_s:.0f} s{refused(store)}: "
+                f"{len(workers)} of {n} rollout workers came within {timeout_s:.0f} s{refusals.in_words()}: "
                 "start `megarl rollout` with the same launch.store, or raise rollout.start_timeout_s"
             )
         time.sleep(0.1)
-
-
-def refused(store: dist.Store) -> str:
-    """ ", 1 with another MEGARL_TOKEN was refused"; "" where none was."""
-    count = strangers(store)
-    return f", {count} with another MEGARL_TOKEN {'was' if count == 1 else 'were'} refused" if count else ""
 
 
 def common_tp(workers: list[WorkerInfo]) -> int:

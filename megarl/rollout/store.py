@@ -1,19 +1,29 @@
-"""The run's store, as rank 0 opens it and as a rollout worker finds it (launch.store)."""
+"""The run's store, as rank 0 opens it and as a rollout worker finds it (launch.store): is it a run's, and does the
+worker fit that run?
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
+import megarl
 from megarl.addresses import LOCAL, host_and_port, own_address, resolve
 from megarl.announce import announce
 from megarl.config import Config
-from megarl.door import verified
+from megarl.door import signed, verified
 from megarl.errors import UserError
-from megarl.rollout.registry import OPEN, STRANGERS, open_store
+from megarl.rollout.registry import OPEN, STRANGERS, open_store, tell_refused
+from megarl.weights.map.weight_map import load_hf_config
 
 KNOWN_WITHIN_S = 5.0  # from a store's opening to rank 0's word in it
+VLLM = "run/vllm"  # the release of the first worker, signed
+UNUSED = ("_name_or_path", "transformers_version")  # keys of config.json that make no other model
 
 
 def open_run_store(config: Config, *, spans_hosts: bool) -> tuple[dist.TCPStore, tuple[str, int]]:
@@ -27,14 +37,30 @@ def open_run_store(config: Config, *, spans_hosts: bool) -> tuple[dist.TCPStore,
         address = own_address(None, interface) if unset else resolve(host, interface, within_s)
     except OSError as error:
         raise UserError(f"launch.store {given!r}: {host!r} is no host's name here ({error.strerror})") from None
-    store = open_store(address, port, is_master=True, timeout_s=within_s)
+    store = open_store(address, port, is_master=True, timeout_s=within_s, facts=facts(config))
     if port == 0:
         announce(f"the run's store is open: megarl rollout CONFIG launch.store={address}:{store.port}")
     return store, (address, store.port)
 
 
-def refuse_foreign(store: dist.Store, name: str) -> None:
-    """UserError where `store` is no store of a run, or of one with another secret."""
+def facts(config: Config) -> dict[str, Any]:
+    """What trainers and servers must have alike, by the name under which a difference is told."""
+    hf = load_hf_config(config.model.path)
+    text = json.dumps({key: value for key, value in hf.items() if key not in UNUSED}, sort_keys=True)
+    dtype = config.rollout.dtype if config.rollout.dtype != "auto" else config.engine.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return {
+        "megarl release": megarl.__version__,
+        "vocabulary size": hf.get("vocab_size"),
+        "config.json (its digest)": hashlib.sha256(text.encode()).hexdigest()[:12],
+        "dtype": dtype,
+        "recording of routes": config.wants_routes,
+    }
+
+
+def refuse_foreign(store: dist.Store, name: str) -> dict[str, Any]:
+    """The facts of the run. UserError where `store` is no store of a run, or of one with another secret."""
     deadline = time.monotonic() + KNOWN_WITHIN_S
     while not store.check([OPEN]):
         if time.monotonic() > deadline:
@@ -43,9 +69,29 @@ def refuse_foreign(store: dist.Store, name: str) -> None:
                 "launch.store, another port than --master-port and --rdzv-endpoint"
             )
         time.sleep(0.1)
-    if verified(OPEN, store.get(OPEN)) is None:
+    if (word := verified(OPEN, store.get(OPEN))) is None:
         store.add(STRANGERS, 1)
         raise UserError(
             f"launch.store {name}: the run there has another MEGARL_TOKEN than this worker: set the same on all hosts "
             "(docs/security.md)"
         )
+    return json.loads(word)
+
+
+def refuse_other(store: dist.Store, name: str, mine: dict[str, Any], vllm: str, worker: str) -> None:
+    """UserError where `worker`, described for a reader, does not fit the run of `store`; the trainers are told too."""
+    theirs = refuse_foreign(store, name)
+    first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm)))
+    wrong = [
+        f"its {what} is {mine.get(what)}, the trainers' is {value}"
+        for what, value in theirs.items()
+        if mine.get(what) != value and not (value is False and mine.get(what) is True)
+    ]
+    if first not in (None, vllm):
+        wrong.append(f"its vLLM release is {vllm}, that of the first worker is {first}")
+    if wrong:
+        line = (
+            f"{worker} does not fit the run: {'; '.join(wrong)}; start it with the CONFIG and the model of the trainers"
+        )
+        tell_refused(store, line)
+        raise UserError(line)

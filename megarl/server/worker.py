@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from megarl.launch.backoff import Backoff
 from megarl.launch.ports import reserve_port
 from megarl.rollout import registry
 from megarl.rollout.registry import BEAT_S, STALE_S, WorkerInfo
-from megarl.rollout.store import refuse_foreign
+from megarl.rollout.store import facts, refuse_other
 from megarl.server.probe import Probe, healthy
 from megarl.server.serverlog import cause, log_tail
 from megarl.server.store_link import StoreLink, StoreLost
@@ -220,7 +221,9 @@ class _Worker:
             if self._child.poll() is not None and time.monotonic() + 30 < deadline:
                 deadline = time.monotonic() + 30  # the server is gone already: wait only to say so
             time.sleep(0.2)
-        self._link.call(refuse_foreign, f"{self._link.host}:{self._link.port}")
+        name, mine = f"{self._link.host}:{self._link.port}", facts(self.config)
+        who = f"rollout worker {info.url} on host {info.host}"
+        self._link.call(refuse_other, name, mine, version("vllm"), who)
         index = self._link.call(registry.claim_index)
         if info.index < 0 and not self._lost_store:  # a second store numbers anew: such a log may be another's
             path = Path(info.log).with_name(f"rollout_{index}.log")

@@ -114,6 +114,7 @@ def test_under_an_outer_torchrun_ranks_run_in_process(
     monkeypatch.setitem(cli.MODULES, "sft", "inner")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert main(["sft", str(run_yaml), "launch.trainers=1"]) == 5  # launch.trainers is ignored
     assert capfd.readouterr().out == f"{[str(run_yaml), 'launch.trainers=1']}\n"
     assert main(["run", str(run_yaml)]) == 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megarl.rollout.registry import (
     request_shutdown,
     wait_for_workers,
 )
-from megarl.rollout.store import open_run_store, refuse_foreign
+from megarl.rollout.store import facts, open_run_store, refuse_foreign, refuse_other
 
 
 def worker(index: int) -> WorkerInfo:
@@ -93,7 +94,9 @@ def test_a_store_that_is_not_this_runs_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(RUN_SECRET, "another")
     with pytest.raises(UserError, match="the run there has another MEGARL_TOKEN than this worker"):
         refuse_foreign(store, "here:1")
-    assert registry.strangers(store) == 1
+    monkeypatch.delenv(RUN_SECRET)
+    with pytest.raises(UserError, match="0 of 1 rollout workers came within 0 s, 1 was refused: start"):
+        wait_for_workers(store, 1, 0.0)
 
 
 def test_rank_0_opens_the_store_and_prints_a_drawn_port(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,3 +104,51 @@ def test_rank_0_opens_the_store_and_prints_a_drawn_port(run_yaml: Path, capsys: 
     assert (host, port) == ("127.0.0.1", store.port)
     assert f"megarl rollout CONFIG launch.store=127.0.0.1:{port}" in capsys.readouterr().out
     refuse_foreign(open_store(host, port, is_master=False, timeout_s=5), "here:1")
+
+
+def test_a_worker_that_does_not_fit_the_run_is_refused_by_name(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another model, vocabulary, dtype, release of megarl or vLLM, or one that records no routes where they are wanted;
+    it ends, both sides say why, and the run goes on waiting."""
+    config = load_config(run_yaml, ["engine.dtype=float32"])
+    mine = facts(config)
+    store, _ = open_run_store(config, spans_hosts=False)
+    refuse_other(store, "here:1", mine, "1.0", "worker one")
+    refuse_other(store, "here:1", mine, "1.0", "worker two")
+    for change, vllm, why in (
+        ({"vocabulary size": 7}, "1.0", f"vocabulary size is 7, the trainers' is {mine['vocabulary size']}"),
+        ({"config.json (its digest)": "abc"}, "1.0", r"config.json \(its digest\) is abc"),
+        ({"megarl release": "0.0"}, "1.0", "megarl release is 0.0"),
+        ({"dtype": "bfloat16"}, "1.0", "dtype is bfloat16, the trainers' is float32"),
+        ({"recording of routes": False}, "1.0", "recording of routes is False, the trainers' is True"),
+        ({}, "2.0", "vLLM release is 2.0, that of the first worker is 1.0"),
+    ):
+        with pytest.raises(UserError, match=f"^worker three does not fit the run: its {why}.*start it with the CONFIG"):
+            refuse_other(store, "here:1", mine | change, vllm, "worker three")
+    without = open_store("127.0.0.1", 0, is_master=True, timeout_s=5, facts=mine | {"recording of routes": False})
+    refuse_other(without, "here:1", mine, "1.0", "a worker that could record them")
+    with pytest.raises(UserError, match="0 of 1 rollout workers came within 0 s, 6 were refused"):
+        wait_for_workers(store, 1, 0.0)
+    assert capsys.readouterr().out.count("worker three does not fit the run") == 6
+
+
+def test_the_model_of_a_run_is_known_by_its_config(run_yaml: Path) -> None:
+    before = facts(load_config(run_yaml))
+    path = run_yaml.parent / "model" / "config.json"
+    hf = json.loads(path.read_text())
+    path.write_text(json.dumps({"_name_or_path": "elsewhere", **hf}))
+    assert facts(load_config(run_yaml)) == before
+    path.write_text(json.dumps(hf | {"rms_norm_eps": 0.5}))
+    assert facts(load_config(run_yaml)) != before
+
+
+def test_one_server_that_registers_twice_is_one() -> None:
+    store = open_store("127.0.0.1", 0, is_master=True, timeout_s=5)
+    first, again = worker(registry.claim_index(store)), worker(0)
+    again.index = registry.claim_index(store)
+    for info in (first, again):
+        registry.register_worker(store, info)
+    with pytest.raises(UserError, match="1 of 2 rollout workers came"):
+        wait_for_workers(store, 2, 0.0)
+    assert wait_for_workers(store, 1, 5) == [again]
