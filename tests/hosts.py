@@ -23,6 +23,7 @@ import pytest
 from megarl.launch.lifeline import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
+TMPDIR = "/mnt"  # of a host: short, as unix sockets need it
 NET = "10.77.0"
 _HOLD = (
     "import ctypes, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
@@ -47,6 +48,7 @@ class Host:
         self.pid = first.pid
         self.run("hostname", name)
         self.run("ip", "link", "set", "lo", "up")
+        self.run("mount", "--bind", str(self.tmp), TMPDIR)
 
     def enter(self, *argv: str) -> list[str]:
         return ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--pid", f"--wd={ROOT}", *argv]
@@ -83,7 +85,7 @@ class Started:
         with self._out.open("wb") as out:
             self.popen = subprocess.Popen(
                 host.enter(*argv),
-                env={**os.environ, **paths, "TMPDIR": str(host.tmp), **env},
+                env={**os.environ, **paths, "TMPDIR": TMPDIR, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

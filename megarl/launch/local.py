@@ -21,6 +21,7 @@ from megarl.launch.backoff import Backoff
 from megarl.launch.lock import owned
 from megarl.launch.processes import Plan
 from megarl.launch.rank import FAILURES, log_path
+from megarl.launch.scratch import scratch
 from megarl.launch.supervisor import describe_exit, ended_text, supervise
 
 
@@ -29,9 +30,9 @@ def launch(plan: Plan, done: Callable[[], int] = lambda: 0) -> int:
     that has metrics. UserError where run.dir is in use.
     """
     secret = os.environ.get(RUN_SECRET) or new_secret()
-    for process in [plan.trainer, *plan.rollouts]:
-        process.env[RUN_SECRET] = secret
-    with owned(plan.log_dir):
+    with owned(plan.log_dir), scratch() as environment:
+        for process in [plan.trainer, *plan.rollouts]:
+            process.env |= {RUN_SECRET: secret, **environment}
         _fresh(plan.log_dir)
         workers = f" and {plural(len(plan.rollouts), 'rollout worker')}" if plan.rollouts else ""
         announce(f"starting {plural(plan.ranks, 'trainer rank')}{workers}; logs in {plan.log_dir}")

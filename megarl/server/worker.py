@@ -25,6 +25,7 @@ from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.backoff import Backoff
 from megarl.launch.ports import reserve_port
+from megarl.launch.scratch import scratch
 from megarl.rollout import registry
 from megarl.rollout.registry import BEAT_S, STALE_S, WorkerInfo
 from megarl.rollout.store import facts, refuse_other
@@ -54,7 +55,12 @@ def run_rollout(config: Config, store_host: str, store_port: int, log_dir: Path)
     worker's number. Whoever starts this should make it die with its parent (megarl.launch does).
     """
     check_installed()
-    worker = _Worker(config, store_host, store_port, log_dir)
+    with scratch() as environment:
+        os.environ |= environment
+        return _run(_Worker(config, store_host, store_port, log_dir))
+
+
+def _run(worker: _Worker) -> int:
     previous = {number: signal.signal(number, worker.take) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return worker.run()

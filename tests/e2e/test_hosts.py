@@ -88,6 +88,7 @@ def test_a_run_over_three_hosts_whose_network_fails_and_comes_back(bench: Bench,
         assert steps(run_dir) == list(range(1, STEPS + 1))
         assert "of 1" in trainers[0].text and "nothing is left" not in server.text
         assert {path.name for path in (run_dir / "logs").iterdir()} >= {"trainer_0.log", "trainer_1.log"}
+        assert [path.name for path in gen0.tmp.iterdir() if not path.name.startswith("torchinductor")] == []
         assert [path.name for path in own.iterdir()] == ["logs.rollout"]
 
 
