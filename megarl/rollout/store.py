@@ -78,9 +78,10 @@ def refuse_foreign(store: dist.Store, name: str) -> dict[str, Any]:
     return json.loads(word)
 
 
-def refuse_other(store: dist.Store, name: str, mine: dict[str, Any], vllm: str, worker: str) -> None:
-    """UserError where `worker`, described for a reader, does not fit the run of `store`; the trainers are told too."""
-    theirs = refuse_foreign(store, name)
+def refuse_other(store: dist.Store, theirs: dict[str, Any], mine: dict[str, Any], vllm: str, worker: str) -> None:
+    """UserError where `worker`, described for a reader, does not fit the trainers; they are told too. theirs, mine:
+    facts. vllm: its release, which that of the first worker decides.
+    """
     first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm))) if vllm else None
     wrong = [
         f"its {what} is {mine.get(what)}, the trainers' is {value}"

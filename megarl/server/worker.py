@@ -28,7 +28,7 @@ from megarl.launch.ports import reserve_port
 from megarl.launch.scratch import scratch
 from megarl.rollout import registry
 from megarl.rollout.registry import BEAT_S, STALE_S, WorkerInfo
-from megarl.rollout.store import facts, refuse_other
+from megarl.rollout.store import facts, refuse_foreign, refuse_other
 from megarl.server.probe import Probe, healthy
 from megarl.server.serverlog import cause, log_tail
 from megarl.server.store_link import StoreLink, StoreLost
@@ -227,9 +227,10 @@ class _Worker:
             if self._child.poll() is not None and time.monotonic() + 30 < deadline:
                 deadline = time.monotonic() + 30  # the server is gone already: wait only to say so
             time.sleep(0.2)
-        name, mine = f"{self._link.host}:{self._link.port}", facts(self.config)
-        who = f"rollout worker {info.url} on host {info.host}"
-        self._link.call(refuse_other, name, mine, _vllm_release(), who)
+        theirs = self._link.call(refuse_foreign, f"{self._link.host}:{self._link.port}")
+        if theirs:
+            who = f"rollout worker {info.url} on host {info.host}"
+            self._link.call(refuse_other, theirs, facts(self.config), _vllm_release(), who)
         index = self._link.call(registry.claim_index)
         if info.index < 0 and not self._lost_store:  # a second store numbers anew: such a log may be another's
             path = Path(info.log).with_name(f"rollout_{index}.log")

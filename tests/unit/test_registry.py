@@ -114,8 +114,9 @@ def test_a_worker_that_does_not_fit_the_run_is_refused_by_name(
     config = load_config(run_yaml, ["engine.dtype=float32"])
     mine = facts(config)
     store, _ = open_run_store(config, spans_hosts=False)
-    refuse_other(store, "here:1", mine, "1.0", "worker one")
-    refuse_other(store, "here:1", mine, "1.0", "worker two")
+    theirs = refuse_foreign(store, "here:1")
+    for name in ("one", "two"):
+        refuse_other(store, theirs, mine, "1.0", f"worker {name}")
     for change, vllm, why in (
         ({"vocabulary size": 7}, "1.0", f"vocabulary size is 7, the trainers' is {mine['vocabulary size']}"),
         ({"config.json (its digest)": "abc"}, "1.0", r"config.json \(its digest\) is abc"),
@@ -125,9 +126,9 @@ def test_a_worker_that_does_not_fit_the_run_is_refused_by_name(
         ({}, "2.0", "vLLM release is 2.0, that of the first worker is 1.0"),
     ):
         with pytest.raises(UserError, match=f"^worker three does not fit the run: its {why}.*start it with the CONFIG"):
-            refuse_other(store, "here:1", mine | change, vllm, "worker three")
-    without = open_store("127.0.0.1", 0, is_master=True, timeout_s=5, facts=mine | {"recording of routes": False})
-    refuse_other(without, "here:1", mine, "1.0", "a worker that could record them")
+            refuse_other(store, theirs, mine | change, vllm, "worker three")
+    without = theirs | {"recording of routes": False}
+    refuse_other(store, without, mine, "1.0", "a worker that could record them")
     with pytest.raises(UserError, match="0 of 1 rollout workers came within 0 s, 6 were refused"):
         wait_for_workers(store, 1, 0.0)
     assert capsys.readouterr().out.count("worker three does not fit the run") == 6
