@@ -372,7 +372,10 @@ class LaunchConfig(Section):
     )
     store: str = Field(
         "127.0.0.1:0",
-        description="host:port where trainers and rollout workers meet; port 0 lets megarl run pick a free one.",
+        description=(
+            "host:port that rank 0 opens and rollout workers join; with port 0 rank 0 draws one, and prints it where "
+            "workers are started apart."
+        ),
     )
     rollout_python: str | None = Field(
         None,
@@ -404,7 +407,11 @@ class LaunchConfig(Section):
         ),
     )
     interface: str | None = Field(
-        None, description="Network interface of gloo; unset is lo where the store is 127.0.0.1, else its choice."
+        None,
+        description=(
+            "Network interface of gloo and NCCL on this host; unset is the one that leads to rank 0's host "
+            "(GLOO_SOCKET_IFNAME, where set)."
+        ),
     )
 
 
