@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -60,15 +61,16 @@ def ranks(work: dict[str, Any]) -> None:
     figures: dict[str, Any] = {}
     for way in WAYS * TURNS:
         if way == "disk":
+            export = Path(work["folder"]) / "export"
             for _ in range(work["rounds"] // TURNS):
+                if model.parallel.is_main:
+                    shutil.rmtree(export, ignore_errors=True)
+                dist.barrier()
                 start = time.perf_counter()
-                export_hf(model, work["model"], Path(work["folder"]) / "export", model.config.params_dtype)
+                export_hf(model, work["model"], export, model.config.params_dtype)
                 saved = time.perf_counter()
                 if model.parallel.is_main:
-                    body = {
-                        "method": "reload_weights",
-                        "kwargs": {"weights_path": str(Path(work["folder"]) / "export")},
-                    }
+                    body = {"method": "reload_weights", "kwargs": {"weights_path": str(export)}}
                     Server(worker["url"], 300, worker["tokens"]["control"]).post("/collective_rpc", body)
                 dist.barrier()
                 times[way].append({"total": time.perf_counter() - start, "save": saved - start})
