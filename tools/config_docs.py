@@ -22,7 +22,7 @@ from tools.generated import write_or_check  # noqa: E402
 
 HEAD = """# Configuration
 
-Made from megarl/config/sections.py by `python tools/config_docs.py`; do not edit. A run reads one YAML file and `key=value` after it:
+Made from megarl/config/ by `python tools/config_docs.py`; do not edit. A run reads one YAML file and `key=value` after it:
 
     megarl run examples/quickstart.yaml train.lr=1e-4 objective.is_cap=10
 

@@ -1,11 +1,11 @@
 """The configuration: one typed tree. `load_config("run.yaml", ["train.lr=1e-5"])` is the only way in; docs/config.md is
-made from sections.py.
+made from sections.py and data.py.
 """
 
+from megarl.config.data import DataConfig
 from megarl.config.load import dump_config, keep_config, load_config
 from megarl.config.sections import (
     CANARY_TOKENS,
-    DataConfig,
     EngineConfig,
     ModelConfig,
     ParallelConfig,

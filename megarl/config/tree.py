@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from megarl.config.data import DataConfig, EvalConfig
 from megarl.config.sections import (
     CANARY_TOKENS,
     BatchConfig,
     CriticConfig,
-    DataConfig,
     EngineConfig,
-    EvalConfig,
     LaunchConfig,
     ModelConfig,
     ParallelConfig,
