@@ -86,7 +86,7 @@ def interfaces() -> list[str]:
 def interface_with(address: str) -> str:
     """The interface of this host that has `address`. UserError where none has."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address == address for found in addresses):
+        if any(entry.address == address for entry in addresses):
             return name
     if is_loopback(address):
         return "lo"
@@ -116,9 +116,9 @@ def watch(connected: socket.socket) -> None:
 
 
 def _on(interface: str) -> str:
-    for found in psutil.net_if_addrs().get(interface, []):
-        if found.family == socket.AF_INET:
-            return found.address
+    for entry in psutil.net_if_addrs().get(interface, []):
+        if entry.family == socket.AF_INET:
+            return entry.address
     raise UserError(
         f"launch.interface {interface!r} is no network interface of host {socket.gethostname()} with an IPv4 address; "
         f"it has {', '.join(interfaces())}"

@@ -40,7 +40,7 @@ def run_joined(
             redirect(log_path(log_dir, rank), keep_stdout=rank == 0)
             status = run()
         except UserError as error:
-            own, status = f"megarl: error: {error}", 2
+            line, status = f"megarl: error: {error}", 2
             if error.__cause__:
                 traceback.print_exc()
         except Stopped:
@@ -53,13 +53,13 @@ def run_joined(
             traceback.print_exc()
             where = f"trainer rank {rank} on host {socket.gethostname()}"
             what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            own, status = f"megarl: error: {where} failed: {what}; its log is {log_path(log_dir, rank)}", 1
+            line, status = f"megarl: error: {where} failed: {what}; its log is {log_path(log_dir, rank)}", 1
             if peers is not None:
                 peers.hear(ECHO_S)
         else:
             peers.close()
             return status
-    terminal.say(peers.tell(own) if peers is not None else own, alone=peers is None)
+    terminal.say(peers.tell(line) if peers is not None else line, alone=peers is None)
     return leave(status)
 
 

@@ -34,10 +34,10 @@ MOST_BYTES = 2**16  # of one line
 class Peers:
     """What this rank has of the others. line: why the run ends, told by whoever failed first; "" while it goes on."""
 
-    def __init__(self, rank: int, world: int, told: Callable[[str], None], end: Callable[[], None]) -> None:
-        """told(line) is called once, when another rank's word comes; end() must end this process."""
+    def __init__(self, rank: int, world: int, on_word: Callable[[str], None], end: Callable[[], None]) -> None:
+        """on_word(line) is called once, when another rank's word comes; end() must end this process."""
         self.rank, self.world, self.line = rank, world, ""
-        self._told, self._end = told, end
+        self._on_word, self._end = on_word, end
         self._links: dict[int, _Link] = {}  # by rank; of another rank than 0: rank 0 alone
         self._lock, self._closed = threading.Lock(), False
         self._deadline, self._late = 0.0, ""
@@ -141,10 +141,10 @@ class Peers:
         while True:
             if time.monotonic() > until:
                 raise UserError(f"rank 0 did not come within {JOIN_S:.0f} s")
-            if not store.check(["address"]) or (told := verified("peers", store.get("address"))) is None:
+            if not store.check(["address"]) or (where := verified("peers", store.get("address"))) is None:
                 time.sleep(0.2)
                 continue
-            host, port, name = json.loads(told)
+            host, port, name = json.loads(where)
             try:
                 connection = socket.create_connection((host, port), timeout=5.0, source_address=(address, 0))
                 break
@@ -211,7 +211,7 @@ class Peers:
             if self.line:
                 return
             self.line = line
-        self._told(line)
+        self._on_word(line)
         self._send({"why": line})
 
     def _note(self, rank: int, what: str) -> None:
@@ -267,12 +267,12 @@ def ended(rank: int, host: str) -> str:
     return f"trainer rank {rank} on host {host} ended without a word"
 
 
-def joined(told: Callable[[str], None], end: Callable[[], None], interface: str | None, store_host: str) -> Peers:
+def joined(on_word: Callable[[str], None], end: Callable[[], None], interface: str | None, store_host: str) -> Peers:
     """The ranks of the torchrun above this process, connected, on the network that gloo will take; of any other start,
     nobody.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    peers = Peers(rank, world, told, end)
+    peers = Peers(rank, world, on_word, end)
     master = os.environ.get("MASTER_ADDR", "127.0.0.1")
     towards = master if spans_hosts() else store_host
     if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -127,8 +127,8 @@ class Overlapped:
         everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, {url: busy[url] - self._busy.get(url, 0.0) for url in busy})
         self._busy = busy
-        servers = {url for one in everyone for url in one}
-        share = sum(min(max(one.get(url, 0.0) for one in everyone) / step_s, 1.0) for url in servers)
+        servers = {url for busy_of_rank in everyone for url in busy_of_rank}
+        share = sum(min(max(busy_of_rank.get(url, 0.0) for busy_of_rank in everyone) / step_s, 1.0) for url in servers)
         values: Values = {
             "async/in_flight": float(sum(not group.finished for group in self._groups.values())),
             "async/dropped_groups": float(self._dropped),
@@ -197,10 +197,10 @@ class Overlapped:
         """What every rank has fetched, to all. Whether any was stopped. Collective."""
         everyone: list[tuple[list[_Finished], bool]] = [([], False)] * dist.get_world_size()
         dist.all_gather_object(everyone, (finished, stopped is not None))
-        for told, _ in everyone:
-            for one in told:
-                group = self._groups[one.number]
-                group.finished, group.version, group.spans = True, one.version, one.spans
+        for groups, _ in everyone:
+            for finished_group in groups:
+                group = self._groups[finished_group.number]
+                group.finished, group.version, group.spans = True, finished_group.version, finished_group.spans
         return any(ended for _, ended in everyone)
 
     def _later(self, done: int) -> dict[int, int]:
@@ -223,7 +223,7 @@ class Overlapped:
             self._lags.append(done - group.version)
             self._spans.append(group.spans)
             fetched = self._responses.pop(number, [])
-            rollouts += [Rollout(first_group + place, one.prompt, one.response) for one in fetched]
+            rollouts += [Rollout(first_group + place, rollout.prompt, rollout.response) for rollout in fetched]
         return Sampled(rollouts, self._wrong_routes)
 
 

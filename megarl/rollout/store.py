@@ -78,15 +78,15 @@ def refuse_foreign(store: dist.Store, name: str) -> dict[str, Any]:
     return json.loads(word)
 
 
-def refuse_other(store: dist.Store, theirs: dict[str, Any], mine: dict[str, Any], vllm: str, worker: str) -> None:
-    """UserError where `worker`, described for a reader, does not fit the trainers; they are told too. theirs, mine:
-    facts. vllm: its release, which that of the first worker decides.
+def refuse_other(store: dist.Store, theirs: dict[str, Any], facts: dict[str, Any], vllm: str, worker: str) -> None:
+    """UserError where `worker`, described for a reader, does not fit the trainers; they are told too. theirs: the trainers'
+    facts; facts: the worker's. vllm: its release, which that of the first worker decides.
     """
     first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm))) if vllm else None
     wrong = [
-        f"its {what} is {mine.get(what)}, the trainers' is {value}"
+        f"its {what} is {facts.get(what)}, the trainers' is {value}"
         for what, value in theirs.items()
-        if mine.get(what) != value and not (value is False and mine.get(what) is True)
+        if facts.get(what) != value and not (value is False and facts.get(what) is True)
     ]
     if first not in (None, vllm):
         wrong.append(f"its vLLM release is {vllm}, that of the first worker is {first}")

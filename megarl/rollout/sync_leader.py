@@ -154,10 +154,10 @@ class SyncLeader:
         self._deadline = time.monotonic() + self.settings.timeout_s
         answers = self._await(self._post("commit", [{"version": version}] * len(self._servers)))
         for server, answer in zip(self._servers, answers, strict=True):
-            held = json.loads(answer)["version"]
-            if held != version:
+            serving = json.loads(answer)["version"]
+            if serving != version:
                 raise RolloutError(
-                    f"weight sync: rollout server {server.url} holds version {held} after the commit of {version}; "
+                    f"weight sync: rollout server {server.url} holds version {serving} after the commit of {version}; "
                     "does another run use it?"
                 )
 
