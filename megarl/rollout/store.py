@@ -79,8 +79,8 @@ def refuse_foreign(store: dist.Store, name: str) -> dict[str, Any]:
 
 
 def refuse_other(store: dist.Store, theirs: dict[str, Any], facts: dict[str, Any], vllm: str, worker: str) -> None:
-    """UserError where `worker`, described for a reader, does not fit the trainers; they are told too. theirs: the trainers'
-    facts; facts: the worker's. vllm: its release, which that of the first worker decides.
+    """UserError where `worker`, described for a reader, does not fit the trainers; they are told too. theirs: facts of
+    the trainers; facts: the worker's. vllm: its release, which that of the first worker decides.
     """
     first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm))) if vllm else None
     wrong = [
