@@ -70,6 +70,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     refit = Refit(config, engine, fleet)
     saver = Saver(config, engine, learner.critic)
     stall = StallWatch(log_dir_of("train", config), parallel.coord.rank, parallel.layout.world, config.launch.stall_s)
+    sampler.recover = lambda: refit.ready(done, saver.stop)
     try:
         announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)
@@ -77,7 +78,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             evaluation.catch_up(step)
         while step < config.train.steps and not (stop or saver.ending):
             start = time.perf_counter()
-            fleet.check()
+            refit.ready(done, saver.stop)
             rollouts = ScoredRollouts(config, parallel, done, refit.committed)
             with fleet.watched():
                 while wanted := rollouts.wanted():

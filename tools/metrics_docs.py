@@ -38,6 +38,8 @@ GROUPS = {
     "critic": "Critic",
     "batch": "Batch",
     "sync": "Weight sync",
+    "fleet": "Rollout workers",
+    "async": "Overlapped rollouts",
     "time": "Time",
     "throughput": "Throughput",
     "version": "Versions",

@@ -7,13 +7,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megarl.announce import announce
 from megarl.checkpoints import hf_files
 from megarl.config import CANARY_TOKENS, Config
 from megarl.engine.batch import make_packs
@@ -21,11 +22,12 @@ from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.engine.export import export_hf
 from megarl.errors import UserError
+from megarl.launch.stop import StopRequest
 from megarl.loop.reduce import Values
 from megarl.observe.trace import phase
 from megarl.replay.routes import accept_routes
-from megarl.rollout.fleet import Fleet
-from megarl.rollout.registry import common_tp
+from megarl.rollout.fleet import Fleet, WorkersLost
+from megarl.rollout.registry import ServerLost, common_tp
 from megarl.rollout.sync_leader import Canary, InFlight, SyncSettings
 from megarl.weights.reshard.outgoing import Slices, WholeTensors
 from megarl.weights.reshard.quantize import quantized_weights
@@ -35,6 +37,9 @@ TOLERANCE = {
     torch.float32: 1e-4,
     torch.bfloat16: 0.5,
 }  # of |log-probability difference|, by the coarser of the two engines
+
+
+TRIES = 5  # of one sync, each without the workers that the one before has lost
 
 
 class Refit:
@@ -62,9 +67,17 @@ class Refit:
         # the last versions that were committed, as many as a response may have lived through
         self.committed: deque[int] = deque(maxlen=config.rollout.max_lag + 1)
 
+    def ready(self, version: int, stop: StopRequest | None = None) -> None:
+        """Before responses are asked for: who is lost is told, and where nobody is left, whoever comes gets the weights
+        first. stop: what may end the wait for one. Collective.
+        """
+        self.fleet.check()
+        if not self.fleet.workers:
+            self.sync(version, stop)
+
     def connect(self) -> None:
-        """Brings trainers and rollout workers together; the first sync does it."""
-        parallel, sync, workers = self.engine.model.parallel, self.config.sync, self.fleet.workers
+        """Brings trainers and the workers of the next sync together."""
+        parallel, sync, workers = self.engine.model.parallel, self.config.sync, self.fleet.members
         weight_map, layout, rank = self.engine.model.weight_map, parallel.layout, parallel.coord.rank
         self.outgoing: Slices | WholeTensors
         if sync.transport == "reshard":
@@ -73,20 +86,37 @@ class Refit:
         else:
             self.outgoing = WholeTensors(weight_map, layout, self.rollout_dtype, rank)
         staged = parallel.device.device.type == "cpu" if sync.staged is None else sync.staged
-        remember = sync.digests != "off" and self.disk_is_step_0
+        remember = sync.digests != "off" and self.disk_is_step_0 and not self.synced
         colocated = self.config.launch.colocate
         settings = SyncSettings(sync.transport, self.outgoing.senders, staged, sync.timeout_s, colocated)
         self.fleet.connect(settings, self.outgoing.manifest_inputs, remember)
 
-    def sync(self, version: int) -> Values:
+    def sync(self, version: int, stop: StopRequest | None = None) -> Values:
         """Weights into every worker, checked there; digests where due;
         the canary; and only then the version. Raises where one differs.
 
+        Who is lost meanwhile is left out, and the sync done again as a whole, which also mends a worker that it had
+        left half way. stop: what may end the wait for a worker, where none is left.
         Under sync.quantize all of these see the same quantised weights: the trainer's own are swapped out meanwhile.
         """
-        start = time.perf_counter()
+        start, tries = time.perf_counter(), 1
+        while True:
+            try:
+                values = self._sync(version, stop)
+                break
+            except WorkersLost as lost:
+                announce(f"megarl: a weight sync is done again without the workers that are lost: {lost}")
+                if tries == TRIES:
+                    raise
+                tries += 1
+        self.synced = True
+        values["time/sync_s"] = time.perf_counter() - start
+        values["version/weights"] = float(version)
+        return values | self.fleet.figures()
+
+    def _sync(self, version: int, stop: StopRequest | None) -> Values:
         model, digests = self.engine.model, self.config.sync.digests
-        if not self.synced:
+        if self.fleet.gather((lambda: stop.asked) if stop else (lambda: 0)):
             self.connect()
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
         with self._quantized():
@@ -97,13 +127,11 @@ class Refit:
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
             with phase("canary"):
-                values["sync/canary_max_diff"] = self._compare_canary(scores)
+                urls = [worker.url for worker in self.fleet.members]
+                values["sync/canary_max_diff"] = self._compare_canary([*zip(urls, scores, strict=False)])
         self.fleet.commit(version)
-        self.committed.append(version)
-        dist.barrier()  # another ingest rank must not ask a server that does not serve yet
-        self.synced = True
-        values["time/sync_s"] = time.perf_counter() - start
-        values["version/weights"] = float(version)
+        if version not in self.committed:
+            self.committed.append(version)
         return values
 
     def _in_flight(self, version: int) -> InFlight | None:
@@ -118,10 +146,11 @@ class Refit:
         not hold what the last sync gave it. Collective.
         """
         client = self.fleet.client
-        scores: list[Canary] = []
+        scores: list[tuple[str, Canary]] = []
         if self.engine.model.parallel.is_main and client is not None:
-            with self.fleet.watched():
-                scores = [Canary(*client.score(self.canary.tolist(), server)) for server in range(len(client.servers))]
+            for number, server in enumerate(client.servers):
+                with suppress(ServerLost):  # one that is lost holds nothing that would be asked for
+                    scores.append((server.url, Canary(*client.score(self.canary.tolist(), number))))
         with phase("canary"), self._quantized():
             self._compare_canary(scores)
 
@@ -148,13 +177,15 @@ class Refit:
             if self.engine.model.parallel.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _compare_canary(self, scores: list[Canary]) -> float:
-        """Largest |log pi - log mu| over the canary, over all servers. Raises where it exceeds the tolerance."""
+    def _compare_canary(self, scores: list[tuple[str, Canary]]) -> float:
+        """Largest |log pi - log mu| over the canary, over all servers, given with their URLs. Raises where it exceeds
+        the tolerance.
+        """
         model, parallel = self.engine.model, self.engine.model.parallel
         answers = [scores]
         dist.broadcast_object_list(answers, src=0)
         worst = torch.zeros(len(answers[0]), dtype=torch.float64, device=parallel.device.device)
-        for server, (logprobs, routes) in enumerate(answers[0]):
+        for number, (url, (logprobs, routes)) in enumerate(answers[0]):
             (pack,) = make_packs([[0]], [self.canary], [1], parallel.layout, parallel.coord)
             if routes is not None and self.route_shape is not None:
                 size = model.weight_map
@@ -163,22 +194,20 @@ class Refit:
                         routes, len(self.canary) - 1, size.moe_layers, size.num_layers, size.num_experts, size.top_k
                     )
                 except ValueError as wrong:
-                    raise UserError(
-                        f"weight sync: routes of the canary from {self.fleet.urls[server]}: {wrong}"
-                    ) from None
+                    raise UserError(f"weight sync: routes of the canary from {url}: {wrong}") from None
                 attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), parallel, self.route_shape)
             packs = [pack] * (parallel.layout.pp if parallel.layout.vpp > 1 else 1)
             scored = self.engine.logprobs(packs, "off" if pack.rollout.routes is None else "replay", temperature=1.0)
             if scored:
                 ours = scored[0].logprobs[: CANARY_TOKENS - 1].cpu()
-                worst[server] = (ours - torch.from_numpy(logprobs.copy())).abs().max()
+                worst[number] = (ours - torch.from_numpy(logprobs.copy())).abs().max()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if not worst.max() <= self.tolerance:  # not (a <= b): NaN fails too
-            server = int(worst.argmax())
+            number = int(worst.argmax())
             raise UserError(
-                f"weight sync: the canary differs by {float(worst[server]):.3g} (limit {self.tolerance:g}) between "
+                f"weight sync: the canary differs by {float(worst[number]):.3g} (limit {self.tolerance:g}) between "
                 "the trainer and "
-                f"{self.fleet.urls[server]}; the worker did not load what was sent (a coarser rollout.dtype needs "
+                f"{answers[0][number][0]}; the worker did not load what was sent (a coarser rollout.dtype needs "
                 "sync.canary_tolerance)"
             )
         return float(worst.max())

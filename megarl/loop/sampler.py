@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from megarl.config import Config
 from megarl.data import Prompt, vocabulary_of
@@ -16,7 +19,10 @@ from megarl.launch.stop import StopRequest
 from megarl.observe.trace import phase
 from megarl.replay.routes import accept_routes
 from megarl.rollout.client import RolloutClient
+from megarl.rollout.registry import NoServers
 from megarl.rollout.response import Response
+
+TRIES = 3  # servers that are lost one after the other by the same prompts end the run
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,11 @@ class Sampled:
 class Sampler:
     """Every rank calls every method; only ingest ranks (one a data-parallel replica) hold a client and talk to the
     servers.
+
+    recover: collective, brings servers that hold the weights where none is left; None where that ends the command.
     """
+
+    recover: Callable[[], None] | None = None
 
     def __init__(self, config: Config, engine: Engine, client: RolloutClient | None, tokenizer: Any) -> None:
         self.config, self.client = config, client
@@ -59,12 +69,15 @@ class Sampler:
         config, mine = self.config, self._share(len(prompts))
         seed = (config.run.seed * 1_000_003 + step) * 1_000_003 % 2**31
         seed += (first_group + int(mine[0]) if len(mine) else 0) * config.batch.group
-        try:
+        wanted = [prompts[i] for i in mine]
+
+        def ask() -> list[list[Response]]:
             with phase("rollout"), stop.interruptible() if stop else nullcontext():
-                groups = self.generate(
-                    [prompts[i] for i in mine], config.batch.group, config.rollout.temperature, seed=seed
-                )
-        except Stopped as stopped:  # the other ranks wait for this one: they are told by ScoredRollouts.add
+                return self.generate(wanted, config.batch.group, config.rollout.temperature, seed=seed)
+
+        try:
+            groups = self._served(ask)
+        except Stopped as stopped:  # every rank raises it, in ScoredRollouts.add
             return Sampled([], stopped=stopped)
         rollouts = [
             Rollout(first_group + int(i), prompts[i], response)
@@ -76,7 +89,8 @@ class Sampler:
     def sample_for_evaluation(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Rollout]:
         """`samples` responses to each prompt of this replica's share; their routes are not looked at."""
         mine = self._share(len(prompts))
-        groups = self.generate([prompts[i] for i in mine], samples, temperature, seed=self.config.run.seed)
+        wanted, seed = [prompts[i] for i in mine], self.config.run.seed
+        groups = self._served(lambda: self.generate(wanted, samples, temperature, seed=seed))
         return [
             Rollout(int(i), prompts[i], response)
             for i, group in zip(mine, groups, strict=self.client is not None)
@@ -89,6 +103,36 @@ class Sampler:
             return []
         tokens = [prompt.tokens for prompt in prompts]
         return self.client.generate(tokens, n, temperature, self.config.rollout.max_new_tokens, self.stop, seed=seed)
+
+    def _served(self, ask: Callable[[], list[list[Response]]]) -> list[list[Response]]:
+        """Collective: what ask() gives, asked again on the ranks that found no server, once recover() has brought
+        others; the same seeds give the same responses. Raises Stopped, on every rank, where a signal came on one.
+        """
+        if self.recover is None:
+            return ask()
+        groups: list[list[Response]] | None = None
+        for tries_left in reversed(range(TRIES)):
+            code, failed = 0, NoServers("a server was lost each time another rank asked it")
+            try:
+                groups = ask() if groups is None else groups
+            except NoServers as none:
+                code, failed = 1, none
+            except Stopped as stopped:
+                code = 1 + stopped.signum
+            worst = self._largest(code)
+            if worst > 1:
+                raise Stopped(worst - 1)
+            if not worst:
+                return groups or []
+            if not tries_left:
+                raise failed
+            self.recover()
+        raise AssertionError
+
+    def _largest(self, code: int) -> int:
+        told = torch.tensor(code, device=self.parallel.device.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return int(told)
 
     def _share(self, count: int) -> np.ndarray:
         return np.array_split(np.arange(count), self.parallel.layout.dp)[self.parallel.coord.dp]

@@ -27,6 +27,7 @@ from megarl.loop.sampler import Rollout, Sampled, Sampler
 from megarl.observe.trace import phase
 from megarl.rollout.client import sampling_of
 from megarl.rollout.dispatch import Answered, Request, take
+from megarl.rollout.registry import NoServers
 from megarl.rollout.response import Response
 
 POLL_S = 0.05  # how long a rank waits for its own groups before all ranks tell each other what they have
@@ -95,6 +96,8 @@ class Overlapped:
         self._done: SimpleQueue[Answered] = SimpleQueue()
         self._asked: dict[Request, int] = {}  # -> the number of its group
         self._responses: dict[int, list[Rollout]] = {}  # of finished groups, by number
+        self._any_unserved = False
+        self._unserved: list[Request] = []  # no server was left for them
         self._wrong_routes: str | None = None
         self._dropped, self._waited_s, self._busy = 0, 0.0, dict[str, float]()
         self._lags: list[int] = []
@@ -113,6 +116,10 @@ class Overlapped:
                     return Sampled([], stopped=stopped)
                 if self._tell(finished, None):
                     return Sampled([])
+                try:
+                    self._recover()
+                except Stopped as stopped:  # on every rank
+                    return Sampled([], stopped=stopped)
                 self._drop(done.optimizer_steps)
                 chosen = choose([*self._groups.values()], wanted, self._later(done.optimizer_steps), self.config)
                 if chosen is not None:
@@ -183,6 +190,9 @@ class Overlapped:
             answers = take(self._done, POLL_S)
         finished = []
         for answered in answers:
+            if isinstance(answered.error, NoServers):
+                self._unserved.append(answered.request)
+                continue
             number = self._asked.pop(answered.request)
             if answered.error:
                 raise answered.error
@@ -195,13 +205,26 @@ class Overlapped:
 
     def _tell(self, finished: list[_Finished], stopped: Stopped | None) -> bool:
         """What every rank has fetched, to all. Whether any was stopped. Collective."""
-        everyone: list[tuple[list[_Finished], bool]] = [([], False)] * dist.get_world_size()
-        dist.all_gather_object(everyone, (finished, stopped is not None))
-        for groups, _ in everyone:
+        everyone: list[tuple[list[_Finished], bool, bool]] = [([], False, False)] * dist.get_world_size()
+        dist.all_gather_object(everyone, (finished, stopped is not None, bool(self._unserved)))
+        for groups, _, _ in everyone:
             for finished_group in groups:
                 group = self._groups[finished_group.number]
                 group.finished, group.version, group.spans = True, finished_group.version, finished_group.spans
-        return any(ended for _, ended in everyone)
+        self._any_unserved = any(unserved for _, _, unserved in everyone)
+        return any(ended for _, ended, _ in everyone)
+
+    def _recover(self) -> None:
+        """Where a rank found no server: waits for one, and asks again for what nobody has answered. Collective."""
+        if not self._any_unserved:
+            return
+        if self.sampler.recover is None:
+            raise NoServers("no rollout server is left")
+        self.sampler.recover()
+        again, self._unserved = self._unserved, []
+        for request in again:
+            assert self.sampler.client is not None
+            self.sampler.client.dispatcher.submit(request)
 
     def _later(self, done: int) -> dict[int, int]:
         """Group -> how many batches after this one may still take it; below 0 where even this one may not."""

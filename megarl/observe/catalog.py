@@ -197,6 +197,17 @@ METRICS: dict[str, Metric] = {
         "below 1e-4 in float32 and 0.5 in bfloat16: beyond, the run stops",
         "max of |log pi - log mu|",
     ),
+    "fleet/workers": Metric(
+        "Rollout workers that hold the weights after the step's sync.", "workers", "rollout.engines"
+    ),
+    "fleet/lost": Metric(
+        "Workers that failed, fell silent or did not answer since the sync before.",
+        "workers",
+        "0; one that leaves is none",
+    ),
+    "fleet/joined": Metric(
+        "Workers that this sync gave their first weights: new ones, and those that were started again.", "workers", "0"
+    ),
     "time/rollout_s": Metric("Sampling, rewards and refills.", "seconds", ""),
     "time/old_logprob_s": Metric("The pi_old pass; 0 where the only update is its own.", "seconds", ""),
     "time/reference_s": Metric("The reference's pass.", "seconds", ""),

@@ -14,9 +14,9 @@ import numpy as np
 
 from megarl.door import header
 from megarl.rollout.dispatch import Answered, Dispatcher, Request, wait_for
-from megarl.rollout.registry import RolloutError, WorkerInfo
+from megarl.rollout.registry import NoServers, RolloutError, ServerLost, WorkerInfo
 from megarl.rollout.response import Response
-from megarl.rollout.wire import decode, refusal_of
+from megarl.rollout.wire import ENGINE_DIED, decode, refusal_of
 
 
 class Server:
@@ -43,15 +43,17 @@ class Server:
                 break
             except TimeoutError:
                 self.close()
-                raise RolloutError(f"rollout server {self.url}{path}: no answer within {timeout_s:.0f} s") from None
+                raise ServerLost(f"rollout server {self.url}{path}: no answer within {timeout_s:.0f} s") from None
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 if fresh or not isinstance(error, (http.client.RemoteDisconnected, BrokenPipeError)):
-                    raise RolloutError(
+                    raise ServerLost(
                         f"rollout server {self.url}{path}: connection lost ({type(error).__name__})"
                     ) from None
         if answer.status != 200:
-            raise RolloutError(f"rollout server {self.url}{path}: {refusal_of(answer.status, content)}")
+            message = refusal_of(answer.status, content)
+            kind = ServerLost if message == ENGINE_DIED else RolloutError
+            raise kind(f"rollout server {self.url}{path}: {message}")
         return content
 
     def close(self) -> None:
@@ -105,6 +107,8 @@ class RolloutClient:
         """
         if not prompts:
             return []
+        if not self.servers:
+            raise NoServers("no rollout server is left")
         sampling, done = sampling_of(n, temperature, max_new_tokens, stop_token_ids), SimpleQueue[Answered]()
         requests = []
         for server, chunk in zip(self.servers, np.array_split(np.arange(len(prompts)), len(self.servers)), strict=True):

@@ -21,7 +21,7 @@ from typing import Any
 
 from megarl.door import header
 from megarl.rollout.connection import Answer, Connection
-from megarl.rollout.registry import RolloutError, WorkerInfo
+from megarl.rollout.registry import NoServers, RolloutError, WorkerInfo
 from megarl.rollout.response import Response, responses_of
 from megarl.rollout.wire import ENGINE_DIED, refusal_of
 
@@ -72,7 +72,7 @@ class _Link:
     def __init__(self, worker: WorkerInfo) -> None:
         self.url, self.headers = worker.url, header(worker.tokens.data)
         self.free: list[Connection] = []
-        self.at_work, self.lost = 0, ""
+        self.at_work, self.lost, self.leaves = 0, "", False
         self.busy_s, self._since = 0.0, 0.0
 
     def load(self, responses: int) -> None:
@@ -133,6 +133,10 @@ class Dispatcher:
         """What this server has at work goes to the others; it is not asked before set_servers names it again."""
         self._call(self._lose, url, RolloutError(f"rollout server {url}: {why}"), True)
 
+    def retire(self, url: str) -> None:
+        """This server finishes what it has at work, and gets nothing new."""
+        self._call(self._retire, url)
+
     def busy_seconds(self) -> dict[str, float]:
         """By server, how long it has had something at work since the dispatcher was made."""
         return self._call(lambda: {link.url: link.busy_so_far() for link in self._links.values()})
@@ -165,12 +169,14 @@ class Dispatcher:
 
     def _set_servers(self, workers: list[WorkerInfo]) -> None:
         named = {worker.url: worker for worker in workers}
-        for url in [url for url in self._links if url not in named]:
+        for url in [url for url, link in self._links.items() if url not in named]:
+            if self._links[url].leaves and self._links[url].at_work:
+                continue
             self._lose(url, RolloutError(f"rollout server {url}: left the run"), True)
             self._links.pop(url).close()
         for url, worker in named.items():
             if url in self._links:
-                self._links[url].lost = ""
+                self._links[url].lost, self._links[url].leaves = "", False
             else:
                 self._links[url] = _Link(worker)
         self._pump()
@@ -189,7 +195,7 @@ class Dispatcher:
 
     def _pump(self) -> None:
         """Sends what waits, as far as the servers take it."""
-        usable = [link for link in self._links.values() if not link.lost]
+        usable = [link for link in self._links.values() if not link.lost and not link.leaves]
         if not usable:
             self._wait_for_servers()
             return
@@ -212,7 +218,7 @@ class Dispatcher:
             heapq.heappush(self._waiting, item)
 
     def _link_for(self, request: Request, usable: list[_Link]) -> _Link | None:
-        if request.url and (wanted := self._links.get(request.url)) and not wanted.lost:
+        if request.url and (wanted := self._links.get(request.url)) and wanted in usable:
             return wanted
         link = min(usable, key=lambda link: link.at_work)
         fits = not self._at_once or not link.at_work or link.at_work + request.responses <= self._at_once
@@ -225,10 +231,15 @@ class Dispatcher:
 
     def _give_up(self) -> None:
         self._none_left = None
-        error = self._last_error or RolloutError("no rollout server is left")
+        error = NoServers(str(self._last_error or "no rollout server is left"))
         while self._waiting:
             _, request = heapq.heappop(self._waiting)
             request.done.put(Answered(request, [], error))
+
+    def _retire(self, url: str) -> None:
+        if url in self._links:
+            self._links[url].leaves = True
+            self._pump()
 
     async def _run(self, link: _Link, request: Request) -> None:
         start = time.monotonic()

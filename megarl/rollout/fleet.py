@@ -1,21 +1,26 @@
 """The rollout workers as the trainer sees them: found through the run's store, asked by ingest ranks, refitted by rank
-0.
+0. They come and go: who belongs to the run is agreed upon before each step and each sync.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megarl.addresses import host_and_port, spans_hosts
+from megarl.announce import plural
 from megarl.config import Config
-from megarl.rollout.client import RolloutClient
+from megarl.errors import Stopped, UserError
+from megarl.rollout.client import RolloutClient, Server
+from megarl.rollout.members import Seen, Watch
 from megarl.rollout.registry import (
     RolloutError,
     WorkerInfo,
@@ -29,36 +34,60 @@ from megarl.rollout.sync_leader import Canary, InFlight, SyncLeader, SyncSetting
 from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.transport.send import Outgoing, WeightSender
 
+T = TypeVar("T")
+ANSWER_S = 10.0  # a server that takes longer to say its version is left out of a step and of a sync
+ACCOUNT_S, ENGINE_ACCOUNT_S = 5.0, 60.0  # how long a failure waits for the worker's own account of it
+
+
+class WorkersLost(RolloutError):
+    """A sync failed because a worker is gone. On every rank alike: it can be done again with the rest."""
+
 
 class Fleet:
-    """Rank 0 owns the store and leads the syncs; every ingest rank has
-    a client and reads the store; senders are in the weight group.
+    """Rank 0 owns the store and leads the syncs; every ingest rank has a client and eyes on the store; senders are in
+    the weight group.
+
+    workers: those that are asked; they hold the weights of the last sync. members: those that take part in the next.
     """
+
+    _watch: Watch | None = None  # rank 0 and ingest ranks
+    _store: Any = None
+    _leader: SyncLeader | None = None
+    _sender: WeightSender | None = None
+    client: RolloutClient | None = None
+    _one_tp = False
+    _grouped: list[WorkerInfo] | None = None  # the workers of the weight group, where there is one
+    _tp: int | None = None  # which all must have, once there was a group
+    _lost = _joined = 0  # since the last figures()
+    _last_words = ""  # of the worker that was lost last
 
     def __init__(self, config: Config, device: torch.device, *, is_ingest: bool) -> None:
         """Collective: waits, on rank 0, until rollout.engines workers
         have registered; raises UserError, named, if they do not.
         """
-        self._store: Any = None
-        self._leader: SyncLeader | None = None
-        self._sender: WeightSender | None = None
-        self.workers: list[WorkerInfo] = []
-        self._device = device
-        main, where = dist.get_rank() == 0, ("", 0)
+        self._device, self._wait_s = device, config.rollout.start_timeout_s
+        self._one_tp = config.sync.transport == "reshard"
+        self._out: set[int] = set()  # workers that this rank asks no more, before all ranks have agreed
+        self._met: set[int] = set()  # workers of which rank 0 has told
+        main = dist.get_rank() == 0
+        came: tuple[list[WorkerInfo], tuple[str, int]] = [], ("", 0)
         if main:
             self._store, where = open_run_store(config, spans_hosts=spans_hosts())
-            self.workers = wait_for_workers(self._store, config.rollout.engines, config.rollout.start_timeout_s)
-        told: list[Any] = [self.workers, where]
-        dist.broadcast_object_list(told, src=0)
-        self.workers, self._address = told
-        self.urls = [worker.url for worker in self.workers]
-        if is_ingest and not main:
-            host, port = self._address
-            self._store = open_store(host, port, is_master=False, timeout_s=config.rollout.start_timeout_s)
-        self.client: RolloutClient | None = None
+            came = wait_for_workers(self._store, config.rollout.engines, self._wait_s), where
+        self.workers, self._address = self._told(came)
+        self.members, (host, port) = self.workers, self._address
+        self._met = {worker.index for worker in self.workers}
         if is_ingest or main:
+            if not main:
+                self._store = open_store(host, port, is_master=False, timeout_s=self._wait_s)
             timeout_s, at_once = config.rollout.request_timeout_s, config.rollout.max_num_seqs
             self.client = RolloutClient(self.workers, timeout_s, at_once=at_once)
+            eyes = open_store(host, port, is_master=False, timeout_s=self._wait_s)
+            self._watch = Watch(eyes, self._seen)
+
+    @property
+    def urls(self) -> list[str]:
+        return [worker.url for worker in self.workers]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -67,75 +96,103 @@ class Fleet:
             yield
         except RolloutError as error:
             if self._store is not None:
-                check_workers(self._store, self.workers, wait_s=60.0 if ENGINE_DIED in str(error) else 5.0)
+                wait_s = ENGINE_ACCOUNT_S if ENGINE_DIED in str(error) else ACCOUNT_S
+                check_workers(self._store, self.workers, wait_s=wait_s)
             raise
 
     def check(self) -> None:
-        """Raises RolloutDied, on an ingest rank, if a worker failed or fell silent. Cheap."""
-        if self._store is not None:
-            check_workers(self._store, self.workers)
+        """Collective, before a step: whom to ask. What was lost and what has come is told on rank 0. `workers` may be
+        empty then: whoever comes must have the weights first.
+        """
+        here: list[int] = []
+        if self._watch is not None and dist.get_rank() == 0:
+            seen = self._watch.members.look()
+            answering = _answering([worker for worker in self.workers if worker in seen.here])
+            self._tell_of(seen, answering)
+            here = [worker.index for worker in answering]
+        kept = self._told(here)
+        self._ask([worker for worker in self.workers if worker.index in kept])
+
+    def gather(self, asked: Callable[[], int] = lambda: 0) -> bool:
+        """Collective, before a sync: agrees on its members, all workers that are there and answer. Whether they need a
+        new group. Where there is none, rank 0 waits rollout.start_timeout_s for one, then every rank raises UserError;
+        Stopped where a signal came meanwhile. asked: its number, or 0.
+        """
+        found: list[WorkerInfo] | str | int = self.workers
+        if self._watch is not None and dist.get_rank() == 0:
+            found = self._wait_for_members(asked)
+        found = self._told(found)
+        if isinstance(found, str):
+            raise UserError(found)
+        if isinstance(found, int):
+            raise Stopped(found)
+        self.members = found
+        return self._grouped != found
 
     def connect(self, settings: SyncSettings, manifest_inputs: dict[str, Any], remember_disk: bool) -> None:
-        """Collective: the group that weights travel by. See SyncLeader.init; of manifest_inputs only rank 0's count."""
-        rank = dist.get_rank()
-        names = [uuid.uuid4().hex]
-        dist.broadcast_object_list(names, src=0)
-        (name,) = names
-        if rank >= settings.senders:
-            return
-        host, port = self._address
-        store = self._store or open_store(host, port, is_master=False, timeout_s=settings.timeout_s)
-        world = settings.senders + sum(worker.tp for worker in self.workers)
+        """Collective: the group that weights travel by. See SyncLeader.init; of manifest_inputs only rank 0's count.
+        Raises WorkersLost.
+        """
+        self._leave_group()
+        rank, name, (host, port) = dist.get_rank(), self._told(uuid.uuid4().hex), self._address
+        world = settings.senders + sum(worker.tp for worker in self.members)
 
         def join() -> WeightSender:
+            store = self._store or open_store(host, port, is_master=False, timeout_s=settings.timeout_s)
             return WeightSender(store, name, rank, world, settings.timeout_s, self._device, settings.shared)
 
-        if rank == 0:
-            self._leader = SyncLeader(self.workers, host, port, settings)
-            with self.watched():
+        def enter() -> None:
+            if rank == 0:
+                self._leader = SyncLeader(self.members, host, port, settings)
                 self._sender = self._leader.init(name, manifest_inputs, join, remember_disk)
-        else:
-            self._sender = join()
+            elif rank < settings.senders:
+                self._sender = join()
+
+        self._settled(enter)
+        self._grouped = self.members
+        self._tp = self.members[0].tp if self._one_tp else None
 
     def push(self, buckets: Iterable[Outgoing], canary: list[int], in_flight: InFlight | None = None) -> list[Canary]:
-        """Sends this rank's buckets. Rank 0: returns every server's score
-        of the canary, once all have loaded; they do not serve yet.
-
-        Elsewhere a send that fails is left to rank 0, which knows more and ends the run; an empty list is returned.
+        """Collective: sends this rank's buckets. Rank 0: returns every server's score of the canary, once all have
+        loaded; they do not serve yet. Elsewhere an empty list. Raises WorkersLost.
         """
-        sender = self._sender
-        if self._leader is not None and sender is not None:
-            with self.watched():
-                return self._leader.push(lambda: sender.send(buckets), canary, sender.close, in_flight)
-        if sender is None:
-            for _ in buckets:
-                pass
+        sender, leader = self._sender, self._leader
+
+        def send() -> list[Canary]:
+            if leader is not None and sender is not None:
+                return leader.push(lambda: sender.send(buckets), canary, sender.close, in_flight)
+            if sender is not None:
+                sender.send(buckets)
+            else:
+                for _ in buckets:
+                    pass
             return []
-        try:
-            sender.send(buckets)
-        except RuntimeError as error:
-            print(
-                f"megarl: trainer rank {dist.get_rank()}: sending weights failed: {' '.join(str(error).split())}",
-                file=sys.stderr,
-            )
-            sender.close()
-        return []
+
+        return self._settled(send)
 
     def check_digests(self, folder: str | None) -> None:
-        if self._leader is not None:
-            with self.watched():
-                self._leader.check(folder)
+        """Collective. Raises WorkersLost; RolloutError where a worker holds other weights."""
+        leader = self._leader
+        self._settled(lambda: leader.check(folder) if leader is not None else None)
+
+    def commit(self, version: int) -> None:
+        """Collective: the members serve, under this version, and are asked from now on. Raises WorkersLost."""
+        leader = self._leader
+        self._settled(lambda: leader.commit(version) if leader is not None else None)
+        before = {worker.index for worker in self.workers}
+        self._joined += sum(worker.index not in before for worker in self.members)
+        self._ask(self.members)
+
+    def figures(self) -> dict[str, float]:
+        """Of the fleet, since this was asked last."""
+        lost, joined = self._lost, self._joined
+        self._lost = self._joined = 0
+        return {"fleet/workers": float(len(self.workers)), "fleet/lost": float(lost), "fleet/joined": float(joined)}
 
     @property
     def push_seconds(self) -> dict[str, float]:
         """Where the last push took its time, on rank 0."""
         return self._leader.seconds if self._leader is not None else {}
-
-    def commit(self, version: int) -> None:
-        """Every server serves again, under this version."""
-        if self._leader is not None:
-            with self.watched():
-                self._leader.commit(version)
 
     def turn(self, step: Literal["sleep", "wake"]) -> None:
         """Collective: every server sleeps, or is awake, when this returns. After the first sync.
@@ -151,14 +208,126 @@ class Fleet:
 
     def close(self) -> None:
         """Ends the workers of this run, rank 0; safe to call after a failure."""
+        if self._watch is not None:
+            self._watch.close()
         if self.client is not None:
             self.client.close()
+        self._leave_group()
+        if self._store is not None and dist.get_rank() == 0:
+            here = self._watch.members.look().here if self._watch is not None else self.workers
+            request_shutdown(self._store, here)
+
+    def _told(self, what: T) -> T:
+        """What rank 0 says. Collective."""
+        told = [what]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def _settled(self, part: Callable[[], T]) -> T:
+        """Collective: this rank's part in a step of a sync. Where rank 0's failed, every rank raises, and no group is
+        left: WorkersLost where a member is gone, else what happened. A part that failed elsewhere is left to rank 0,
+        which knows more.
+        """
+        result: Any = []
+        error: Exception | None = None
+        try:
+            result = part()
+        except (RolloutError, RuntimeError) as raised:  # gloo's and c10d's are RuntimeErrors
+            error = raised
+        rank, what = dist.get_rank(), " ".join(str(error).split())
+        if error is not None and rank:
+            print(f"megarl: trainer rank {rank}: its part in a weight sync failed: {what}", file=sys.stderr)
+            if self._sender is not None:
+                self._sender.close()
+        failed = self._told((what, error is not None and rank == 0 and self._one_is_gone(what)) if error else None)
+        if failed is None:
+            if error is not None:
+                raise error
+            return result
+        self._leave_group()
+        what, gone = failed
+        if gone:
+            raise WorkersLost(what)
+        raise error if rank == 0 and error is not None else RolloutError(what)
+
+    def _one_is_gone(self, error: str) -> bool:
+        """Whether a member failed, fell silent or does not answer; the worker's own account may take a moment."""
+        if self._watch is None:
+            return False
+        deadline = time.monotonic() + (ENGINE_ACCOUNT_S if ENGINE_DIED in error else ACCOUNT_S)
+        while time.monotonic() < deadline:
+            here = self._watch.members.look().here
+            if any(worker not in here for worker in self.members):
+                return True
+            time.sleep(0.2)
+        return len(_answering(self.members)) < len(self.members)
+
+    def _wait_for_members(self, asked: Callable[[], int]) -> list[WorkerInfo] | str | int:
+        assert self._watch is not None
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            seen = self._watch.members.look()
+            members = _answering(seen.here)
+            self._tell_of(seen, members)
+            members = [worker for worker in members if self._fits(worker)]
+            if members:
+                return members
+            if signum := asked():
+                return signum
+            if time.monotonic() > deadline:
+                return (
+                    f"no rollout worker is left, and none came within rollout.start_timeout_s = {self._wait_s:g} s; "
+                    f"start `megarl rollout` with the same launch.store. The last one: {self._last_words}"
+                )
+            time.sleep(0.2)
+
+    def _tell_of(self, seen: Seen, answering: list[WorkerInfo]) -> None:
+        """Prints, on rank 0, once for each worker, that it is lost or has come."""
+        for worker in self.workers:
+            if worker.index in self._met and worker not in answering:
+                self._met.discard(worker.index)
+                leaves = worker.index in seen.leaving or seen.gone.get(worker.index) == ""
+                why = seen.gone.get(worker.index) or f"rollout worker {worker.index} ({worker.url}) does not answer"
+                if leaves:
+                    why = f"rollout worker {worker.index} ({worker.url}) leaves"
+                else:
+                    self._lost, self._last_words = self._lost + 1, why
+                print(f"megarl: {why}; {plural(len(answering), 'worker')} left", flush=True)
+        for worker in seen.here:
+            if worker.index not in self._met and worker in answering:
+                self._met.add(worker.index)
+                then = "it gets the weights at the next sync"
+                if not self._fits(worker):
+                    then = f"it is not used: its rollout.tp {worker.tp} is not {self._tp}, that of the others"
+                print(f"megarl: rollout worker {worker.index} ({worker.url}) has come; {then}", flush=True)
+
+    def _fits(self, worker: WorkerInfo) -> bool:
+        """A plan of slices is for servers that are all cut alike. What comes first is compared by Refit.connect."""
+        return self._tp in (None, worker.tp)
+
+    def _ask(self, workers: list[WorkerInfo]) -> None:
+        self.workers, self._out = workers, set()
+        if self.client is not None:
+            self.client.set_workers(workers)
+
+    def _seen(self, seen: Seen) -> None:
+        """In the watching thread of an ingest rank: what a worker that is gone has at work goes to others at once."""
+        for worker in self.workers:
+            if self.client is None or worker.index in self._out:
+                continue
+            if why := seen.gone.get(worker.index):
+                self._out.add(worker.index)
+                self.client.dispatcher.drop(worker.url, why)
+            elif worker.index in seen.leaving:
+                self._out.add(worker.index)
+                self.client.dispatcher.retire(worker.url)
+
+    def _leave_group(self) -> None:
         if self._sender is not None:
             self._sender.close()
         if self._leader is not None:
             self._leader.close()
-        if self._store is not None and dist.get_rank() == 0:
-            request_shutdown(self._store, self.workers)
+        self._leader = self._sender = self._grouped = None
 
 
 class JoinedFleet(Fleet):
@@ -168,16 +337,29 @@ class JoinedFleet(Fleet):
 
     def __init__(self, config: Config, device: torch.device, workers: list[WorkerInfo]) -> None:
         host, port = host_and_port(config.launch.store)
-        self._store: Any = open_store(host, port, is_master=False, timeout_s=config.sync.timeout_s)
-        self._leader: SyncLeader | None = None
-        self._sender: WeightSender | None = None
+        self._store = open_store(host, port, is_master=False, timeout_s=config.sync.timeout_s)
         self._device, self._address = device, (host, port)
-        self.workers, self.urls = workers, [worker.url for worker in workers]
-        self.client = None
+        self.workers = self.members = workers
 
     def close(self) -> None:
         """Lets go of the workers, which go on."""
-        if self._sender is not None:
-            self._sender.close()
-        if self._leader is not None:
-            self._leader.close()
+        self._leave_group()
+
+
+def _answering(workers: list[WorkerInfo]) -> list[WorkerInfo]:
+    """Those that say within ANSWER_S which weights they hold: their engines are asked for it."""
+
+    def answers(worker: WorkerInfo) -> bool:
+        server = Server(worker.url, ANSWER_S, worker.tokens.control)
+        try:
+            server.post("/megarl/sync/version", {})
+        except RolloutError:
+            return False
+        finally:
+            server.close()
+        return True
+
+    if not workers:
+        return []
+    with ThreadPoolExecutor(len(workers), "answering") as pool:
+        return [worker for worker, good in zip(workers, pool.map(answers, workers), strict=True) if good]

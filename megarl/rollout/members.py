@@ -110,7 +110,9 @@ class Watch:
         self._thread.start()
 
     def close(self) -> None:
+        """After this nothing is told, but where a look takes very long."""
         self._over.set()
+        self._thread.join(2 * BEAT_S)
 
     def _watch(self) -> None:
         while not self._over.wait(BEAT_S):

@@ -32,6 +32,14 @@ class RolloutError(UserError):
     """A rollout server refused a request, or the connection to it broke. One line that names the server."""
 
 
+class ServerLost(RolloutError):
+    """The connection to a server broke, it did not answer in time, or its engine died: another may be asked."""
+
+
+class NoServers(RolloutError):
+    """No server is left that could be asked."""
+
+
 class RolloutDied(UserError):
     """A rollout worker failed, or fell silent. The message's first line says which; the log's last lines follow."""
 

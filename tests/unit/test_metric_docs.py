@@ -12,7 +12,7 @@ from tools import metrics_docs
 ROOT = Path(__file__).parents[2]
 KEY = re.compile(rf"({'|'.join(metrics_docs.GROUPS)})/[a-z0-9_]+")
 # Not literal in the source: finish() makes them of other keys, or a loop of names.
-DERIVED = {"critic/grad_norm", "critic/lr"}
+DERIVED = {"critic/grad_norm", "critic/lr", "async/mismatch_k3_by_lag", "async/staleness_k3_by_lag"}
 # Literal in the source, but never in metrics.jsonl: moments, or figures of `megarl compare` and of a report.
 OTHERS = {
     *("critic/return_square", "critic/square_error"),

@@ -36,11 +36,7 @@ class LastingFleet(Fleet):
 
     def close(self) -> None:
         """Of one run: lets go of its way of sending weights. The next run connects anew."""
-        if self._sender is not None:
-            self._sender.close()
-        if self._leader is not None:
-            self._leader.close()
-        self._sender = self._leader = None
+        self._leave_group()
 
     def leave(self) -> None:
         super().close()

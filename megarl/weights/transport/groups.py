@@ -48,7 +48,7 @@ class WeightGroup:
         """Starts to send (rank 0) or receive (the others) a contiguous
         buffer; the work's wait() ends within `timeout_s`.
         """
-        return self._group.broadcast(buffer, SENDER)
+        return self._open().broadcast(buffer, SENDER)
 
     def exchange(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], tag: int
@@ -58,15 +58,21 @@ class WeightGroup:
 
         Messages between two ranks arrive in order; `tag` numbers the bucket.
         """
-        grouped = self.device.type == "cuda" and bool(sends or receives)
+        grouped, group = self.device.type == "cuda" and bool(sends or receives), self._open()
         if grouped:
-            self._group._start_coalescing(self.device)
-        works = [self._group.send([buffer], rank, tag) for buffer, rank in sends]
-        works += [self._group.recv([buffer], rank, tag) for buffer, rank in receives]
-        return [self._group._end_coalescing(self.device)] if grouped else works
+            group._start_coalescing(self.device)
+        works = [group.send([buffer], rank, tag) for buffer, rank in sends]
+        works += [group.recv([buffer], rank, tag) for buffer, rank in receives]
+        return [group._end_coalescing(self.device)] if grouped else works
+
+    def _open(self) -> Any:
+        group = self._group  # another thread may close it: a server that fails ends what is being sent
+        if group is None:
+            raise RuntimeError("the weight group was closed")
+        return group
 
     def close(self) -> None:
         """Leaves the group without waiting for the others; what is pending fails, here and at the other end."""
-        if self._group is not None:
-            self._group.abort()
-            self._group = None
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()

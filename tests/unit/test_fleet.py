@@ -1,0 +1,154 @@
+"""Who serves a run, as its trainer ranks agree: a real store, servers without a model, one rank."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megarl.config import load_config
+from megarl.errors import Stopped, UserError
+from megarl.rollout import fleet as module
+from megarl.rollout import registry
+from megarl.rollout.client import Server
+from megarl.rollout.fleet import Fleet, WorkersLost
+from megarl.rollout.registry import RolloutError, WorkerInfo
+from tools.bench.stub_server import StubServer
+
+
+async def says_version(request: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+    if "refuse" in request:
+        return 500, [b'{"error": "a bit was flipped"}']
+    if "hang" in request:
+        await asyncio.sleep(60)
+    return 200, [b'{"version": 0}']
+
+
+class Run:
+    """One trainer rank, and servers that register as workers do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store = registry.open_store("127.0.0.1", 0, is_master=True, timeout_s=5)
+        self.servers: list[StubServer] = []
+        where = ("127.0.0.1", self.store.port)
+        monkeypatch.setattr(module, "open_run_store", lambda config, spans_hosts: (self.store, where))
+        monkeypatch.setattr(module, "ACCOUNT_S", 0.3)
+        monkeypatch.setattr(module, "request_shutdown", lambda store, workers: None)
+
+    def join(self, tp: int = 1) -> WorkerInfo:
+        self.servers.append(StubServer(says_version))
+        index = registry.claim_index(self.store)
+        registry.register_worker(self.store, WorkerInfo(index, self.servers[-1].url, tp, 7, "here", f"/log{index}"))
+        return WorkerInfo(index, self.servers[-1].url, tp, 7, "here", f"/log{index}")
+
+    def fleet(self, engines: int) -> Fleet:
+        keys = [f"rollout.engines={engines}", "rollout.start_timeout_s=1"]
+        return Fleet(load_config(None, keys), torch.device("cpu"), is_ingest=True)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "ranks"), 1), rank=0, world_size=1)
+    made = Run(monkeypatch)
+    yield made
+    for server in made.servers:
+        server.close()
+    dist.destroy_process_group()
+
+
+def numbers(workers: list[WorkerInfo]) -> list[int]:
+    return [worker.index for worker in workers]
+
+
+def test_a_step_begins_with_those_that_are_there(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    first, second = run.join(), run.join()
+    fleet = run.fleet(2)
+    fleet.check()
+    assert (numbers(fleet.workers), fleet.gather()) == ([0, 1], True)
+    fleet.commit(1)
+    capfd.readouterr()
+
+    why = "rollout worker 0 (pid 7 on here): the vLLM server ended"
+    registry.report_failure(run.store, 0, f"{why}; last lines of /log0:\nTraceback")
+    third = run.join()
+    fleet.check()
+    assert fleet.workers == [second]
+    assert capfd.readouterr().out == f"megarl: {why}; its log is /log0; 1 worker left\n"
+    assert fleet.gather() and fleet.members == [second, third] and fleet.workers == [second], "it is not asked yet"
+    came = f"megarl: rollout worker 2 ({third.url}) has come; it gets the weights at the next sync\n"
+    assert capfd.readouterr().out == came
+    fleet.commit(2)
+    assert fleet.workers == [second, third]
+    assert fleet.figures() == {"fleet/workers": 2, "fleet/lost": 1, "fleet/joined": 1}
+
+    registry.worker_leaves(run.store, 1)
+    run.servers[2].close()  # killed, and nobody was left to report it
+    fleet.check()
+    said = capfd.readouterr().out
+    assert f"rollout worker 1 ({second.url}) leaves; 0 workers left" in said
+    assert f"rollout worker 2 ({third.url}) does not answer; 0 workers left" in said
+    assert fleet.workers == [] and fleet.figures()["fleet/lost"] == 1
+    with pytest.raises(UserError, match=r"^no rollout worker is left, .*start_timeout_s = 1 s; .*worker 2 .* answer"):
+        fleet.gather()
+    with pytest.raises(Stopped):
+        fleet.gather(lambda: 15)
+    fourth = run.join()
+    assert fleet.gather() and fleet.members == [fourth]
+    fleet.close()
+    assert first not in fleet.members
+
+
+def test_a_worker_that_is_cut_differently_is_not_used(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    run.join()
+    fleet = run.fleet(1)
+    fleet._tp = 1
+    run.join(tp=2)
+    fleet.gather()
+    assert numbers(fleet.members) == [0]
+    assert "it is not used: its rollout.tp 2 is not 1" in capfd.readouterr().out
+    fleet.close()
+
+
+def test_a_step_of_a_sync_fails_for_good_only_where_all_are_there(run: Run) -> None:
+    workers = [run.join(), run.join()]
+    fleet = run.fleet(2)
+    fleet._grouped = fleet.workers
+    refuse, hang = ({"refuse": 1}, 5.0), ({"hang": 1}, 0.3)
+
+    def step(worker: WorkerInfo, body: dict[str, int], seconds: float) -> None:
+        Server(worker.url, seconds, "").post("/megarl/sync/load", body)
+
+    with pytest.raises(RolloutError, match="a bit was flipped") as flipped:
+        fleet._settled(lambda: step(workers[0], *refuse))
+    assert not isinstance(flipped.value, WorkersLost) and fleet._grouped is None
+    with pytest.raises(RolloutError, match="no answer within"):
+        fleet._settled(lambda: step(workers[0], *hang))
+    run.servers[1].close()
+    with pytest.raises(WorkersLost, match="a bit was flipped"):  # its echo on another comes first
+        fleet._settled(lambda: step(workers[0], *refuse))
+    fleet.close()
+
+
+def test_what_a_silent_worker_has_at_work_goes_to_others_without_a_step(run: Run) -> None:
+    """The watching thread's part; the step that would agree on it waits for this very answer."""
+    run.join(), run.join()
+    fleet = run.fleet(2)
+    told: list[tuple[str, str]] = []
+    assert fleet.client is not None
+    fleet.client.dispatcher.drop = lambda url, why: told.append((url, why))  # type: ignore[method-assign]
+    fleet.client.dispatcher.retire = lambda url: told.append((url, ""))  # type: ignore[method-assign]
+    registry.report_failure(run.store, 0, "died")
+    registry.worker_leaves(run.store, 1)
+    assert fleet._watch is not None
+    fleet._watch.close()
+    told.clear()
+    fleet._out = set()
+    for _ in range(2):
+        fleet._seen(fleet._watch.members.look())
+    assert told == [(run.servers[0].url, "died"), (run.servers[1].url, "")]
+    fleet.client.close()
