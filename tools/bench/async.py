@@ -1,0 +1,158 @@
+"""Lock-step against one step off (rollout.max_lag = one batch): seconds a step, idle share of either side, reward.
+
+    python tools/bench/async.py [--work quickstart,tail] [--steps 30] [--rounds 3] [--seeds 0] [--json FILE]
+
+Both take turns in every round, on the same weights and prompts. quickstart: the work of examples/quickstart.yaml on one
+trainer rank. tail: 16 prompts x 8 responses whose lengths are log-normal, the longest about 20 times the median
+(tools/bench/tail_task.py). A step's time is the mean over the steps after a warm-up of 3: a tail is what one step in
+some waits for. Medians over the rounds. idle: the trainer's share of a step spent waiting for rollouts, and the
+servers' share without anything to sample. --seeds N: trains the quickstart for its 100 steps with N seeds each, and
+compares the reward of the last ten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from megarl.observe.metrics import read_metrics  # noqa: E402
+from tools.bench.tail_task import LONGEST, write_tail_task  # noqa: E402
+from tools.digit_sum import write_task  # noqa: E402
+from tools.tiny_model import make_tiny_model  # noqa: E402
+
+WARM_UP = 3
+SIDES = ("lock-step", "one step off")
+QUICKSTART = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text(encoding="utf-8"))
+COLD = yaml.safe_load((ROOT / "examples" / "cold_start.yaml").read_text(encoding="utf-8"))
+
+
+def megarl(*arguments: str) -> None:
+    command = [sys.executable, "-m", "megarl", *arguments]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def written(path: Path, config: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(path)
+
+
+def prepare(folder: Path, work: str, sft_steps: int) -> dict[str, Any]:
+    """Model, data and cold start of a work in `folder`; its configuration, still without steps and a run.dir."""
+    longest = LONGEST if work == "tail" else 9
+    make_tiny_model(folder / "model")
+    write_tail_task(folder) if work == "tail" else write_task(folder)
+    rollout = {"max_prompt_tokens": 8, "max_new_tokens": longest}
+    cold = COLD | {"model": {"path": str(folder / "model")}, "launch": {"trainers": 1}, "rollout": rollout}
+    cold["sft"] = {"data": str(folder / "demos.jsonl"), "out": str(folder / "cold"), "batch": 64}
+    cold["train"] = COLD["train"] | {"steps": sft_steps}
+    cold["run"] = {"dir": str(folder / "sft")}
+    megarl("sft", written(folder / "sft.yaml", cold))
+    config: dict[str, Any] = {
+        "model": {"path": str(folder / "cold")},
+        "launch": {"trainers": 1},
+        "replay": QUICKSTART["replay"],
+        "objective": QUICKSTART["objective"],
+        "batch": QUICKSTART["batch"],
+        "rollout": rollout,
+        "data": {"prompts": str(folder / "train.jsonl"), "reward": "digit_sum"},
+        "train": QUICKSTART["train"],
+    }
+    if work == "tail":
+        config["data"]["reward"] = "tools.bench.tail_task.parity"
+        config["train"] = config["train"] | {"lr": 1e-6, "min_lr": 0.0}  # lengths stay what they are
+    return config
+
+
+def rows_of(folder: Path, config: dict[str, Any], side: str, name: str, steps: int, seed: int) -> list[dict[str, Any]]:
+    run = {"dir": str(folder / name), "seed": seed, "rollout_samples": 0}
+    lag = config["batch"]["minibatches"] if side == SIDES[1] else 0
+    rollout = config["rollout"] | {"max_lag": lag}
+    train = config["train"] | {"steps": steps}
+    megarl("run", written(folder / f"{name}.yaml", config | {"run": run, "rollout": rollout, "train": train}))
+    return read_metrics(run["dir"])
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the steps after the warm-up."""
+
+    def mean(value: Any) -> float:
+        return statistics.fmean(value(row) for row in rows[WARM_UP:])
+
+    waited = mean(lambda row: row["time/rollout_s"] / row["time/step_s"])
+    return {
+        "step_s": mean(lambda row: row["time/step_s"]),
+        "trainer_idle": mean(lambda row: row["async/trainer_idle_frac"]) if "async/lag_mean" in rows[-1] else waited,
+        "rollout_idle": mean(lambda row: row["async/rollout_idle_frac"])
+        if "async/lag_mean" in rows[-1]
+        else 1 - waited,
+        "length_mean": mean(lambda row: row["response/length_mean"]),
+        "tokens_per_s": mean(lambda row: row["response/tokens"]) / mean(lambda row: row["time/step_s"]),
+        "lag_max": max(row["version/rollout_lag_max"] for row in rows),
+        "dropped": sum(row.get("async/dropped_groups", 0.0) for row in rows),
+    }
+
+
+def compare(folder: Path, work: str, steps: int, rounds: int, sft_steps: int) -> dict[str, Any]:
+    config = prepare(folder, work, sft_steps)
+    taken: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for number in range(rounds):
+        for side in SIDES:
+            name = f"{side.replace(' ', '_')}_{number}"
+            taken[side].append(figures(rows_of(folder, config, side, name, WARM_UP + steps, number)))
+            shown = "  ".join(f"{key} {value:.3f}" for key, value in taken[side][-1].items())
+            print(f"{work:10} round {number + 1}  {side:12}  {shown}", flush=True)
+    medians = {
+        side: {key: statistics.median(one[key] for one in rounds_of) for key in rounds_of[0]}
+        for side, rounds_of in taken.items()
+    }
+    ratio = medians[SIDES[1]]["step_s"] / medians[SIDES[0]]["step_s"]
+    print(f"{work:10} one step off takes {ratio:.2f} of lock-step's time a step", flush=True)
+    return {"medians": medians, "ratio": ratio, "rounds": taken}
+
+
+def rewards(folder: Path, seeds: int, sft_steps: int) -> dict[str, list[float]]:
+    """Mean reward of the last ten of the quickstart's steps, by side and seed."""
+    config, steps = prepare(folder, "quickstart", sft_steps), QUICKSTART["train"]["steps"]
+    ends: dict[str, list[float]] = {side: [] for side in SIDES}
+    for seed in range(seeds):
+        for side in SIDES:
+            rows = rows_of(folder, config, side, f"reward_{side.replace(' ', '_')}_{seed}", steps, seed)
+            ends[side].append(statistics.fmean(row["reward/mean"] for row in rows[-10:]))
+            print(f"reward of the last ten of {steps} steps, seed {seed}, {side}: {ends[side][-1]:.4f}", flush=True)
+    return ends
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", default="quickstart,tail")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=0)
+    parser.add_argument("--sft-steps", type=int, default=COLD["train"]["steps"])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"steps": args.steps}
+    with tempfile.TemporaryDirectory() as temporary:
+        for work in filter(None, args.work.split(",")):
+            (folder := Path(temporary) / work).mkdir()
+            result[work] = compare(folder, work, args.steps, args.rounds, args.sft_steps)
+        if args.seeds:
+            (folder := Path(temporary) / "reward").mkdir()
+            result["reward"] = rewards(folder, args.seeds, args.sft_steps)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
