@@ -30,6 +30,7 @@ class Meta:
     truncated: bool
     line: int = 0  # of the prompt in its file
     fault: str = ""  # why this sample cannot be used
+    spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) over its response tokens
 
     @property
     def rows(self) -> int:

@@ -27,12 +27,24 @@ from megarl.reward.pool import Score
 from megarl.weights.map.layout import Layout
 
 
+@dataclass(frozen=True)
+class Span:
+    """Rows [first, last) of a response: their tokens were sampled with weights that were `lag` optimizer steps old.
+    later: whether the response had older weights before.
+    """
+
+    lag: int
+    first: int
+    last: int
+    later: bool
+
+
 @dataclass
 class Batch:
     """minibatches: this rank's packs of each optimizer step, none where there is nothing to learn or something is bad.
 
     names: how to name response i of the batch (Pack.responses) to a user. samples: some of this rank's, to read.
-    sampled: the numbers of rank 0's samples, on every rank. lags: of each response's oldest token, in optimizer steps.
+    sampled: the numbers of rank 0's samples, on every rank. spans: of each response.
     """
 
     minibatches: list[list[Pack]]
@@ -40,7 +52,7 @@ class Batch:
     metrics: Values
     samples: list[Sample]
     sampled: list[int]
-    lags: list[int]
+    spans: list[list[Span]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ class ScoredRollouts:
             truncated=response.finish_reason == "length",
             line=rollout.prompt.line,
             fault=fault,
+            spans=tuple((span["version"], span["start"], span["end"]) for span in response.weight_versions),
         )
 
 
@@ -153,8 +166,12 @@ def build_batch(rollouts: ScoredRollouts, engine: Engine, step: int, *, to_learn
     samples = [_sample(rollout, metas[n].reward, n) for n, rollout in shown]
     sampled = [n for n, meta in enumerate(metas) if meta.owner == 0][: config.run.rollout_samples]
     names = [response_name(metas, n, config) for n in range(len(metas))]
-    lags = [rollouts.steps_done - meta.version for meta in metas]
-    return Batch(moved.minibatches, names, metrics, samples, sampled, lags)
+    return Batch(moved.minibatches, names, metrics, samples, sampled, [_spans(m, rollouts.steps_done) for m in metas])
+
+
+def _spans(meta: Meta, steps_done: int) -> list[Span]:
+    before = meta.prompt_len - 1  # row i predicts token i + 1
+    return [Span(steps_done - version, before + start, before + end, start > 0) for version, start, end in meta.spans]
 
 
 def _nothing_to_learn(metas: Sequence[Meta], groups: Groups, config: Config) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,11 @@ from megarl.engine.reference import Reference
 from megarl.engine.step import Routes
 from megarl.errors import UserError
 from megarl.loop.batch import Batch
+from megarl.loop.by_lag import by_lag
 from megarl.loop.critic_step import CriticStep, explained
 from megarl.loop.guard import MismatchGuard
 from megarl.loop.reduce import Times, Values, merge_all, reduce_sums, routing_values
-from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss, staleness_metrics
+from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.observe.trace import phase
 from megarl.observe.worst import TokenNotes, gather_notes, take_notes
 from megarl.replay.metrics import RoutingSums
@@ -126,7 +126,7 @@ class Learner:
         sums = merge(sums, self._mismatch(packs))
         times.lap("time/update_s")
         values: Values = dict(explained(finish(reduce_sums(self.parallel, sums))))
-        values |= self._by_lag(packs, batch.lags)
+        values |= by_lag(self.config, self.parallel, packs, batch.spans)
         if packs and (self.unreplayed != "off" or self.replay_mode != "none"):
             values |= routing_values(self.parallel, routing.old, routing.new)
         if optimizer_steps:
@@ -204,30 +204,6 @@ class Learner:
             if self.parallel.is_last_stage and old is not None:
                 sums = merge(sums, mismatch_metrics(old.cpu(), rollout, pack.mask, self.config.objective.is_cap))
         return sums
-
-    def _by_lag(self, packs: list[Pack], lags: list[int]) -> Values:
-        """k3 of mismatch and staleness over the responses of each lag, in batches of updates; 0 where there is none."""
-        if not self.config.rollout.max_lag:
-            return {}
-        minibatches = self.config.batch.minibatches
-        batches = [-(-lag // minibatches) for lag in range(self.config.rollout.max_lag + 1)]
-        sums: dict[int, Sums] = {lag: {} for lag in dict.fromkeys(batches)}
-        for pack in packs if self.parallel.is_last_stage else []:
-            old, new = pack.passes.old_logprobs, pack.passes.logprobs
-            if old is None:
-                continue
-            lag_of = torch.tensor([batches[lags[n]] for n in pack.responses] + [-1])[pack.seq_ids]
-            for lag in sums:
-                mask = pack.mask.bool() & (lag_of == lag)
-                sums[lag] = merge(sums[lag], mismatch_metrics(old.cpu(), pack.rollout.logprobs, mask, 1.0))
-                if new is not None:
-                    sums[lag] = merge(sums[lag], staleness_metrics(new.cpu()[mask], old.cpu()[mask]))
-        reduced = [finish(reduce_sums(self.parallel, of_lag)) for of_lag in sums.values()]
-        means = {name: [one.get(f"{name}/kl_k3", 0.0) for one in reduced] for name in ("mismatch", "staleness")}
-        return {
-            f"async/{name}_k3_by_lag": [value if math.isfinite(value) else 0.0 for value in of_lags]
-            for name, of_lags in means.items()
-        }
 
     def _notes(self, packs: list[Pack], sampled: list[int]) -> TokenNotes:
         if not self.config.run.rollout_samples:

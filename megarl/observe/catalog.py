@@ -247,12 +247,17 @@ METRICS: dict[str, Metric] = {
         "1 where responses end within a step; grows with their length",
     ),
     "async/mismatch_k3_by_lag": Metric(
-        "mismatch/kl_k3 of the responses of each lag, in batches of updates: 0, 1, ...; 0 where there is none.",
+        "mismatch/kl_k3 of the tokens of each lag, in batches of updates: 0, 1, ...; 0 where there is none.",
         "nats",
         "grows slowly with the lag: the policy has moved on by so much",
     ),
+    "async/in_flight_k3": Metric(
+        "mismatch/kl_k3 of tokens without lag in responses that had older weights before; missing without any.",
+        "nats",
+        "as mismatch/kl_k3 in lock-step under rollout.in_flight recompute; more under keep",
+    ),
     "async/staleness_k3_by_lag": Metric(
-        "staleness/kl_k3 of the responses of each lag, in batches of updates; 0 where there is none.",
+        "staleness/kl_k3 of the tokens of each lag, in batches of updates; 0 where there is none.",
         "nats",
         "the same at every lag",
     ),

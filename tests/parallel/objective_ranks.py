@@ -143,7 +143,7 @@ def learned(config: Config, folder: Path) -> None:
             {},
             [],
             [],
-            [0] * len(RESPONSES),
+            [[] for _ in RESPONSES],
         )
 
     def weights(engine: Engine) -> list[torch.Tensor]:
