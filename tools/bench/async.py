@@ -1,18 +1,21 @@
 """Lock-step against one step off (rollout.max_lag = one batch): seconds a step, idle share of either side, reward.
 
-    python tools/bench/async.py [--work quickstart,tail] [--steps 30] [--rounds 3] [--seeds 0] [--json FILE]
+    python tools/bench/async.py [--work quickstart,tail,in-flight] [--steps 30] [--rounds 3] [--seeds 0] [--json FILE]
 
 Both take turns in every round, on the same weights and prompts. quickstart: the work of examples/quickstart.yaml on one
 trainer rank. tail: 16 prompts x 8 responses whose lengths are log-normal, the longest about 20 times the median
 (tools/bench/tail_task.py). A step's time is the mean over the steps after a warm-up of 3: a tail is what one step in
 some waits for. Medians over the rounds. idle: the trainer's share of a step spent waiting for rollouts, and the
-servers' share without anything to sample. --seeds N: trains the quickstart for its 100 steps with N seeds each, and
-compares the reward of the last ten.
+servers' share without anything to sample. in-flight: the k3 of tokens sampled after an update in the middle of their
+response, against the trainer with the same weights, float32: keys and values recomputed, and kept; with routes replayed
+(R3) and without. --seeds N: trains the quickstart for its 100 steps with N seeds each, and compares the reward of the
+last ten.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -121,6 +124,20 @@ def compare(folder: Path, work: str, steps: int, rounds: int, sft_steps: int) ->
     return {"medians": medians, "ratio": ratio, "rounds": taken}
 
 
+def in_flight(folder: Path, steps: int, sft_steps: int) -> dict[str, dict[str, float]]:
+    """async/in_flight_k3 by rollout.in_flight, at the quickstart's learning rate on the tail's lengths."""
+    config = prepare(folder, "tail", sft_steps)
+    config["train"] = config["train"] | {"lr": QUICKSTART["train"]["lr"], "lr_warmup_iters": 0}
+    result = {}
+    for mode, how in itertools.product(("none", "R3"), ("recompute", "keep")):
+        config["rollout"]["in_flight"], config["replay"], name = how, {"mode": mode}, f"{mode} {how}"
+        rows = rows_of(folder, config, SIDES[1], f"in_flight_{mode}_{how}", WARM_UP + steps, 0)
+        k3 = [row["async/in_flight_k3"] for row in rows if "async/in_flight_k3" in row]
+        result[name] = {"steps": float(len(k3)), "median": statistics.median(k3), "max": max(k3)}
+        print(f"in-flight  replay {name:15} k3 median {result[name]['median']:.2e}, max {max(k3):.2e}", flush=True)
+    return result
+
+
 def rewards(folder: Path, seeds: int, sft_steps: int) -> dict[str, list[float]]:
     """Mean reward of the last ten of the quickstart's steps, by side and seed."""
     config, steps = prepare(folder, "quickstart", sft_steps), QUICKSTART["train"]["steps"]
@@ -146,7 +163,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for work in filter(None, args.work.split(",")):
             (folder := Path(temporary) / work).mkdir()
-            result[work] = compare(folder, work, args.steps, args.rounds, args.sft_steps)
+            if work == "in-flight":
+                result[work] = in_flight(folder, args.steps, args.sft_steps)
+            else:
+                result[work] = compare(folder, work, args.steps, args.rounds, args.sft_steps)
         if args.seeds:
             (folder := Path(temporary) / "reward").mkdir()
             result["reward"] = rewards(folder, args.seeds, args.sft_steps)
