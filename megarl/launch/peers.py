@@ -37,7 +37,7 @@ class Peers:
     def __init__(self, rank: int, world: int, on_word: Callable[[str], None], end: Callable[[], None]) -> None:
         """on_word(line) is called once, when another rank's word comes; end() must end this process."""
         self.rank, self.world, self.line = rank, world, ""
-        self._on_word, self._end = on_word, end
+        self.on_word, self._end = on_word, end
         self._links: dict[int, _Link] = {}  # by rank; of another rank than 0: rank 0 alone
         self._lock, self._closed = threading.Lock(), False
         self._deadline, self._late = 0.0, ""
@@ -211,7 +211,7 @@ class Peers:
             if self.line:
                 return
             self.line = line
-        self._on_word(line)
+        self.on_word(line)
         self._send({"why": line})
 
     def _note(self, rank: int, what: str) -> None:
@@ -303,6 +303,6 @@ def connecting() -> contextlib.AbstractContextManager[None]:
 
 
 def tell(line: str) -> None:
-    """All ranks end, for this reason, where they came by joined()."""
+    """All ranks end, for this reason, where they came by joined(); on this rank's terminal, too."""
     if _current is not None:
-        _current.tell(line)
+        _current.on_word(_current.tell(line))

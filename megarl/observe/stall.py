@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megarl.launch import peers
 from megarl.launch.rank import FAILURES
 from megarl.launch.stop import leave
 from megarl.observe import trace
@@ -137,6 +138,7 @@ class StallWatch:
 
     def _tell(self, line: str) -> None:
         print(f"megarl: error: {line}", file=sys.stderr, flush=True)
+        peers.tell(f"megarl: error: {line}")
         with (self._folder.parent / FAILURES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "rank": self._rank, "stall": line}) + "\n")
 

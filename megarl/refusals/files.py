@@ -98,7 +98,7 @@ def run_dir(case: Case) -> str | None:
     return None
 
 
-LOGS = ("torchrun.log", "worker_*.log", "trainer_*.log", "rollout_*.log", "failures.jsonl")
+LOGS = ("torchrun.log", "worker_*.log", "trainer_*.log", "rollout_*.log", "failures.jsonl", "pulse")
 RECORD = {"sync", "critic", "sft", "score"}  # sections of every config.yaml that a run wrote
 
 
