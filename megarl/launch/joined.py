@@ -54,7 +54,7 @@ def run_joined(
             where = f"trainer rank {rank} on host {socket.gethostname()}"
             what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             line, status = f"megarl: error: {where} failed: {what}; its log is {log_path(log_dir, rank)}", 1
-            if peers is not None:
+            if peers is not None and isinstance(error, RuntimeError):  # as gloo's and c10d's
                 peers.hear(ECHO_S)
         else:
             peers.close()

@@ -125,14 +125,14 @@ class Peers:
 
     def _welcome(self, connection: socket.socket, source: Any) -> None:
         link = _Link(connection, source[0])
-        with contextlib.suppress(OSError):
-            connection.settimeout(5.0)
-            for message in link.read():
-                if "rank" in message:
-                    link.host, link.address = message["host"], message["address"]
-                    self._links[message["rank"]] = link
-                    self._selector.register(connection, selectors.EVENT_READ, message["rank"])
-                    return
+        with contextlib.suppress(OSError, EOFError):
+            messages = link.read()
+            if messages and "rank" in messages[0]:
+                rank, link.host, link.address = (messages[0][key] for key in ("rank", "host", "address"))
+                self._links[rank] = link
+                self._selector.register(connection, selectors.EVENT_READ, rank)
+                self._take(rank, messages[1:])  # what came at once with the first
+                return
         connection.close()  # a stranger
 
     def _reach(self, store: dist.Store, address: str) -> None:
@@ -186,13 +186,7 @@ class Peers:
         """Takes what `rank` sent. Returns why it will not send any more where it ended without a word."""
         link = self._links[rank]
         try:
-            for message in link.read():
-                if "why" in message:
-                    self._heard(message["why"])
-                elif "bye" in message:
-                    self._forget(rank)
-                elif "at" in message:
-                    self._note(rank, message["at"])
+            self._take(rank, link.read())
             return ""
         except EOFError:
             self._forget(rank)
@@ -205,6 +199,15 @@ class Peers:
                 "the run again when it is back, it goes on from its last checkpoint"
             )
             return ""
+
+    def _take(self, rank: int, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            if "why" in message:
+                self._heard(message["why"])
+            elif "bye" in message:
+                self._forget(rank)
+            elif "at" in message:
+                self._note(rank, message["at"])
 
     def _heard(self, line: str) -> None:
         with self._lock:

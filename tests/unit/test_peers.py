@@ -110,3 +110,19 @@ def test_a_stranger_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert zero.peers._links.keys() == {1} and zero.peers._links[1].host == socket.gethostname()
     one.peers.close()
     zero.peers.close()
+
+
+def test_a_word_that_comes_at_once_with_the_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "JOIN_S", 5.0)
+    store, zero = dist.HashStore(), Rank(0, 2)
+    joining = threading.Thread(target=zero.peers.join, args=(store, HERE))
+    joining.start()
+    while not store.check(["address"]):
+        time.sleep(0.01)
+    host, port, _ = json.loads(store.get("address").decode().partition(" ")[2])
+    said = [{"rank": 1, "host": "node1", "address": HERE}, {"at": "the start"}]
+    with socket.create_connection((host, port)) as one:
+        one.sendall("".join(signed("peers", json.dumps(message)) + "\n" for message in said).encode())
+        joining.join(10)
+        zero.peers.meet("the start", within_s=5.0)
+        zero.peers.close()
