@@ -1,9 +1,9 @@
 """Where trainers and rollout workers meet: the run's c10d store.
 
 Keys: run/open, run/strangers; rollout/count, rollout/<i>/info, rollout/<i>/beat (a counter), rollout/<i>/failed (one
-line and the log's tail), rollout/<i>/leaving, rollout/<i>/gone, rollout/shutdown; rollout/news counts what was told of
-workers. A number is of one start of one server: a worker that starts its server again, or lost the store, comes under a
-new one.
+line and the log's tail), rollout/<i>/again (and it is started again), rollout/<i>/leaving, rollout/<i>/gone,
+rollout/shutdown; rollout/news counts what was told of workers. A number is of one start of one server: a worker that
+starts its server again, or lost the store, comes under a new one.
 """
 
 from __future__ import annotations
@@ -190,7 +190,10 @@ def heartbeat(store: dist.Store, index: int) -> None:
     store.add(f"rollout/{index}/beat", 1)
 
 
-def report_failure(store: dist.Store, index: int, text: str) -> None:
+def report_failure(store: dist.Store, index: int, text: str, again: bool = False) -> None:
+    """again: the server is started again, so that trainers which only begin may wait for it."""
+    if again:
+        _tell(store, f"rollout/{index}/again", "1")
     _tell(store, f"rollout/{index}/failed", text)
 
 
@@ -217,9 +220,12 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[Worker
     deadline = time.monotonic() + timeout_s
     while True:
         for index in range(store.add("rollout/count", 0)):
+            if any(told(store, index, what) is not None for what in ("again", "leaving", "gone")):
+                workers.pop(index, None)
+                continue
             _raise_if_failed(store, index)
-            if index not in workers and (told := _told(store, f"rollout/{index}/info")) is not None:
-                worker = from_known(json.loads(told))
+            if index not in workers and (info := told(store, index, "info")) is not None:
+                worker = from_known(json.loads(info))
                 for other in [i for i in workers if workers[i].url == worker.url]:  # it had lost the store
                     del workers[other]
                 workers[index] = worker

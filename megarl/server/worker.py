@@ -44,7 +44,13 @@ class _Stopped(Exception):
 
 
 class _Failed(Exception):
-    """The server ended, never answered, or hangs: one line, and its log's last ones."""
+    """The server ended, never answered, or hangs: one line, and its log's last ones. wait_s: until it is started again;
+    None where it is not.
+    """
+
+    def __init__(self, text: str, wait_s: float | None) -> None:
+        super().__init__(text)
+        self.wait_s = wait_s
 
 
 def run_rollout(config: Config, store_host: str, store_port: int, log_dir: Path) -> int:
@@ -106,7 +112,7 @@ class _Worker:
                 return 1
             except _Failed as failed:
                 self.end_server()
-                wait_s = self._backoff.next() if self._answered else None
+                wait_s = failed.wait_s
                 if wait_s is None:
                     print(f"megarl: error: {failed}", file=sys.stderr)
                     return 1
@@ -205,7 +211,8 @@ class _Worker:
         print(f"megarl: SIGTERM, leaving when what runs is done, at most {limit_s:g} s (again: at once)", flush=True)
         self._link.call(registry.worker_leaves, info.index)
         while (passed := time.monotonic() - start) < limit_s and self._child.poll() is None:
-            if passed > NOTICED_S and self._probe is not None and not self._probe.running:
+            idle = self._probe is not None and (not self._probe.running or self._probe.silent_s > HUNG_S)
+            if passed > NOTICED_S and idle:
                 break
             if self._beat_or_over(info.index):
                 return
@@ -244,8 +251,9 @@ class _Worker:
         line = f"rollout worker {info.index} (pid {info.pid} on {info.host}): the vLLM server {what}"
         line += f": {why}" if why else ""
         text = f"{line}; last lines of {info.log}:\n{log_tail(Path(info.log))}"
-        self._link.call(registry.report_failure, info.index, text)
-        raise _Failed(text)
+        wait_s = self._backoff.next() if self._answered else None
+        self._link.call(registry.report_failure, info.index, text, wait_s is not None)
+        raise _Failed(text, wait_s)
 
 
 def _open_log(folder: Path) -> IO[bytes]:

@@ -16,7 +16,7 @@ import pytest
 
 from megarl.rollout.client import RolloutClient
 from megarl.rollout.dispatch import TRIES, Answered, Dispatcher, Request, take, wait_for
-from megarl.rollout.registry import RolloutError, WorkerInfo
+from megarl.rollout.registry import NoServers, RolloutError, WorkerInfo
 from megarl.rollout.wire import ENGINE_DIED
 from tools.bench.stub_server import Reply, StubServer, generated
 
@@ -255,3 +255,43 @@ def test_a_batch_is_one_request_a_server() -> None:
         assert [group[0].tokens.tolist() for group in groups] == [[i, *[100 + N * i] * 3] for i in range(5)]
         assert (a.served, b.served) == (1, 1)
         assert np.array_equal(groups[4][1].tokens, [4, 109, 109, 109])
+
+
+def test_a_server_that_leaves_finishes_what_it_has_and_gets_nothing_new() -> None:
+    """Also where the step that agrees on it comes before it has finished."""
+    gate, answered = threading.Event(), [0, 0]
+
+    def counted(i: int, wait: bool) -> Reply:
+        async def reply(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+            while wait and not gate.is_set():
+                await asyncio.sleep(0.005)
+            answered[i] += 1
+            return await at_once(asked)
+
+        return reply
+
+    with servers(counted(0, True), counted(1, False)) as (a, b), dispatcher(a.info(0)) as dispatch:
+        first, second = requests(2)
+        dispatch.submit(first)
+        until(lambda: len(a.connections) == 1)
+        dispatch.retire(a.url)
+        dispatch.set_servers([b.info(1)])
+        dispatch.submit(second)
+        assert take(first.done, 20.0)[0].request is second
+        gate.set()
+        assert take(first.done, 20.0)[0].request is first and answered == [1, 1]
+
+
+def test_where_no_server_is_left_the_error_says_so() -> None:
+    with servers(at_once) as (server,), dispatcher(server.info()) as dispatch:
+        server.close()
+        (asked,) = requests(1)
+        dispatch.submit(asked)
+        with pytest.raises(NoServers, match="connection lost"):
+            wait_for([asked])
+    with pytest.raises(NoServers, match="^no rollout server is left$"):
+        client = RolloutClient([], 5)
+        try:
+            client.generate([[1]], 1, 1.0, 1, [])
+        finally:
+            client.close()

@@ -66,6 +66,19 @@ def test_workers_meet_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - start > 0.2 and registry.shutdown_requested(other)
 
 
+def test_trainers_that_begin_wait_for_a_server_that_is_started_again() -> None:
+    """They were started again themselves, while a worker mends its server; only one that gave up ends the wait."""
+    store = open_store("127.0.0.1", 0, is_master=True, timeout_s=5)
+    for index in range(3):
+        registry.claim_index(store)
+        registry.register_worker(store, worker(index))
+    registry.report_failure(store, 0, "rollout worker 0: ended", again=True)
+    registry.worker_leaves(store, 1)
+    assert wait_for_workers(store, 1, 5) == [worker(2)]
+    with pytest.raises(UserError, match="1 of 2 rollout workers came"):
+        wait_for_workers(store, 2, 0.2)
+
+
 def test_workers_that_are_cut_differently_are_named() -> None:
     assert registry.common_tp([worker(0), worker(1)]) == 1
     with pytest.raises(
