@@ -39,7 +39,7 @@ class Peers:
         self.rank, self.world, self.line = rank, world, ""
         self.on_word, self._end = on_word, end
         self._links: dict[int, _Link] = {}  # by rank; of another rank than 0: rank 0 alone
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._closed, self._listens = threading.Lock(), False, False
         self._deadline, self._late = 0.0, ""
         self._met: dict[str, set[int]] = {}
         self._wake, self._woken = socket.socketpair()
@@ -55,6 +55,7 @@ class Peers:
                 self._reach(store, address)
         except dist.DistError:
             raise UserError("rank 0's torchrun has ended; its terminal says why") from None
+        self._listens = True
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
     def meet(self, what: str, within_s: float = JOIN_S) -> None:
@@ -97,7 +98,7 @@ class Peers:
     def hear(self, within_s: float) -> str:
         """Another rank's word, for which one may wait whose peers went away."""
         until = time.monotonic() + within_s
-        while not self.line and self._links and time.monotonic() < until:
+        while not self.line and self._listens and time.monotonic() < until:
             time.sleep(0.05)
         return self.line
 

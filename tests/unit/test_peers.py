@@ -61,6 +61,7 @@ def test_a_rank_that_is_killed_is_named_and_one_that_leaves_in_order_is_not(rank
     assert not zero.ended.is_set() and not one.ended.is_set()
     one.peers._links[0].connection.shutdown(socket.SHUT_RDWR)  # as the kernel does for a killed process
     line = f"megarl: error: trainer rank 1 on host {socket.gethostname()} ended without a word"
+    assert zero.peers.hear(10) == line  # as a rank does that has lost its peer
     assert zero.ended.wait(10) and zero.told == [line]
 
 
