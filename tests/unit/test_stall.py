@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,14 @@ from megarl.observe.stall import StallWatch
 from megarl.observe.trace import phase
 
 logs, rank, world = Path(sys.argv[1]), int(sys.argv[2]), 3
+print("ready", flush=True)
+sys.stdin.readline()
 StallWatch(logs, rank, world, stall_s=float(sys.argv[3]))
-with phase("rollout"):
-    print("ready", flush=True)
-    sys.stdin.readline()
 
 def waits_for_its_peers():
     time.sleep(600)
 
 with phase("update"):
-    print("ready", flush=True)
     waits_for_its_peers()
 """
 
@@ -46,11 +45,15 @@ def test_a_stopped_rank_is_named_the_stacks_of_the_others_are_in_their_logs_and_
                 ranks.append(
                     subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
                 )
-        for number in range(2):
-            for each in ranks:
-                assert each.stdin is not None and each.stdout is not None and each.stdout.readline() == "ready\n"
-                if number == 0:
-                    each.stdin.write("\n"), each.stdin.flush()
+        for each in ranks:
+            assert each.stdout is not None and each.stdout.readline() == "ready\n"
+        for each in ranks:
+            assert each.stdin is not None
+            each.stdin.write("\n"), each.stdin.flush()
+        pulse, until = tmp_path / "pulse" / f"{stopped}.json", time.monotonic() + 60
+        while not pulse.exists() or json.loads(pulse.read_text())["phase"] != "update":
+            assert time.monotonic() < until
+            time.sleep(0.02)
         ranks[stopped].send_signal(signal.SIGSTOP)
         first = min({0, 1, 2} - {stopped})
         assert ranks[first].wait(60) == 1 and ranks[stopped].wait(60) == -signal.SIGKILL
