@@ -34,18 +34,25 @@ def check_shared(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / names[0]).touch()
     dist.barrier()
+    try:
+        _all_see(run_dir, names[0])
+    finally:
+        if rank == 0:
+            (run_dir / names[0]).unlink()
+
+
+def _all_see(folder: Path, name: str) -> None:
+    """UserError, on every rank, where one does not see what rank 0 sees in `folder`, a run.dir or below it."""
     until = time.monotonic() + SEEN_WITHIN_S
-    while not (seen := _lists(run_dir, names[0])) and time.monotonic() < until:
+    while not (seen := _lists(folder, name)) and time.monotonic() < until:
         time.sleep(0.2)
     everyone: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()
     dist.all_gather_object(everyone, (seen, socket.gethostname()))
-    if rank == 0:
-        (run_dir / names[0]).unlink()
     for other, (sees, host) in enumerate(everyone):
         if not sees:
             raise UserError(
-                f"run.dir {str(run_dir)!r} is not the same folder for all ranks: rank {other} (host {host}) does not "
-                f"see what rank 0 (host {everyone[0][1]}) writes there; give a folder that all hosts share"
+                f"run.dir {str(folder)!r} is not the same folder for all ranks: rank {other} (host {host}) does not "
+                f"see {name}, which rank 0 (host {everyone[0][1]}) sees there; give a folder that all hosts share"
             )
 
 
@@ -71,6 +78,7 @@ def agree(folder: Path) -> Path | None:
     dist.broadcast_object_list(names, src=0)
     faults: dict[str, str] = {}
     for name in names[0]:
+        _all_see(folder, name)
         fault = damage_on_any_rank(folder / name)
         if fault is None:
             if rank == 0:

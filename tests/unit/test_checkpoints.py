@@ -113,6 +113,16 @@ def test_a_checkpoint_that_is_written_while_the_run_goes_on_is_that_of_its_momen
     assert not any(thread.name == "checkpoint" for thread in threading.enumerate())
 
 
+def test_fault_12_a_checkpoint_that_a_rank_does_not_see_is_not_taken_for_a_damaged_one(
+    engine: Engine, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megarl.loop.resume.SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr("os.listdir", lambda folder: ["step_2"])
+    with pytest.raises(UserError, match=r"same folder for all ranks: rank 0 \(host .*\) does not see step_4"):
+        agree(run_dir / "checkpoints")
+    assert [path.name for path in whole_checkpoints(run_dir / "checkpoints")] == ["step_2", "step_4"]
+
+
 def test_fault_12_a_part_that_rank_0_does_not_see_makes_no_checkpoint(
     engine: Engine, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
