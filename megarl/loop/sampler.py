@@ -66,10 +66,10 @@ class Sampler:
         first_group: number of the first prompt's group. step: rollout steps done before this one; it seeds
         the draw. stop: what may end the wait.
         """
-        config, mine = self.config, self._share(len(prompts))
+        config, local = self.config, self._share(len(prompts))
         seed = (config.run.seed * 1_000_003 + step) * 1_000_003 % 2**31
-        seed += (first_group + int(mine[0]) if len(mine) else 0) * config.batch.group
-        wanted = [prompts[i] for i in mine]
+        seed += (first_group + int(local[0]) if len(local) else 0) * config.batch.group
+        wanted = [prompts[i] for i in local]
 
         def ask() -> list[list[Response]]:
             with phase("rollout"), stop.interruptible() if stop else nullcontext():
@@ -81,19 +81,19 @@ class Sampler:
             return Sampled([], stopped=stopped)
         rollouts = [
             Rollout(first_group + int(i), prompts[i], response)
-            for i, group in zip(mine, groups, strict=self.client is not None)
+            for i, group in zip(local, groups, strict=self.client is not None)
             for response in group
         ]
         return Sampled(rollouts, self.check_routes(rollouts))
 
     def sample_for_evaluation(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Rollout]:
         """`samples` responses to each prompt of this replica's share; their routes are not looked at."""
-        mine = self._share(len(prompts))
-        wanted, seed = [prompts[i] for i in mine], self.config.run.seed
+        local = self._share(len(prompts))
+        wanted, seed = [prompts[i] for i in local], self.config.run.seed
         groups = self._served(lambda: self.generate(wanted, samples, temperature, seed=seed))
         return [
             Rollout(int(i), prompts[i], response)
-            for i, group in zip(mine, groups, strict=self.client is not None)
+            for i, group in zip(local, groups, strict=self.client is not None)
             for response in group
         ]
 
@@ -130,9 +130,9 @@ class Sampler:
         raise AssertionError
 
     def _largest(self, code: int) -> int:
-        told = torch.tensor(code, device=self.parallel.device.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return int(told)
+        largest = torch.tensor(code, device=self.parallel.device.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
     def _share(self, count: int) -> np.ndarray:
         return np.array_split(np.arange(count), self.parallel.layout.dp)[self.parallel.coord.dp]

@@ -74,7 +74,7 @@ class Fleet:
         if main:
             self._store, where = open_run_store(config, spans_hosts=spans_hosts())
             came = wait_for_workers(self._store, config.rollout.engines, self._wait_s), where
-        self.workers, self._address = self._told(came)
+        self.workers, self._address = self._from_rank_0(came)
         self.members, (host, port) = self.workers, self._address
         self._met = {worker.index for worker in self.workers}
         if is_ingest or main:
@@ -110,31 +110,31 @@ class Fleet:
             answering = _answering([worker for worker in self.workers if worker in seen.here])
             self._tell_of(seen, answering)
             here = [worker.index for worker in answering]
-        kept = self._told(here)
-        self._ask([worker for worker in self.workers if worker.index in kept])
+        agreed = self._from_rank_0(here)
+        self._ask([worker for worker in self.workers if worker.index in agreed])
 
     def gather(self, asked: Callable[[], int] = lambda: 0) -> bool:
         """Collective, before a sync: agrees on its members, all workers that are there and answer. Whether they need a
         new group. Where there is none, rank 0 waits rollout.start_timeout_s for one, then every rank raises UserError;
         Stopped where a signal came meanwhile. asked: its number, or 0.
         """
-        found: list[WorkerInfo] | str | int = self.workers
+        answer: list[WorkerInfo] | str | int = self.workers
         if self._watch is not None and dist.get_rank() == 0:
-            found = self._wait_for_members(asked)
-        found = self._told(found)
-        if isinstance(found, str):
-            raise UserError(found)
-        if isinstance(found, int):
-            raise Stopped(found)
-        self.members = found
-        return self._grouped != found
+            answer = self._wait_for_members(asked)
+        answer = self._from_rank_0(answer)
+        if isinstance(answer, str):
+            raise UserError(answer)
+        if isinstance(answer, int):
+            raise Stopped(answer)
+        self.members = answer
+        return self._grouped != answer
 
     def connect(self, settings: SyncSettings, manifest_inputs: dict[str, Any], remember_disk: bool) -> None:
         """Collective: the group that weights travel by. See SyncLeader.init; of manifest_inputs only rank 0's count.
         Raises WorkersLost.
         """
         self._leave_group()
-        rank, name, (host, port) = dist.get_rank(), self._told(uuid.uuid4().hex), self._address
+        rank, name, (host, port) = dist.get_rank(), self._from_rank_0(uuid.uuid4().hex), self._address
         world = settings.senders + sum(worker.tp for worker in self.members)
 
         def join() -> WeightSender:
@@ -217,11 +217,11 @@ class Fleet:
             here = self._watch.members.look().here if self._watch is not None else self.workers
             request_shutdown(self._store, here)
 
-    def _told(self, what: T) -> T:
+    def _from_rank_0(self, what: T) -> T:
         """What rank 0 says. Collective."""
-        told = [what]
-        dist.broadcast_object_list(told, src=0)
-        return told[0]
+        objects = [what]
+        dist.broadcast_object_list(objects, src=0)
+        return objects[0]
 
     def _settled(self, part: Callable[[], T]) -> T:
         """Collective: this rank's part in a step of a sync. Where rank 0's failed, every rank raises, and no group is
@@ -239,7 +239,9 @@ class Fleet:
             print(f"megarl: trainer rank {rank}: its part in a weight sync failed: {what}", file=sys.stderr)
             if self._sender is not None:
                 self._sender.close()
-        failed = self._told((what, error is not None and rank == 0 and self._one_is_gone(what)) if error else None)
+        failed = self._from_rank_0(
+            (what, error is not None and rank == 0 and self._one_is_gone(what)) if error else None
+        )
         if failed is None:
             if error is not None:
                 raise error

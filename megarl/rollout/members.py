@@ -65,13 +65,13 @@ class Members:
         for index in range(self._count):
             if index in self._ended:
                 continue
-            if index not in self._known and (told := registry.told(self._store, index, "info")) is not None:
-                self._known[index] = from_known(json.loads(told))
-            if (why := registry.told(self._store, index, "failed")) is not None:
+            if index not in self._known and (info := registry.read(self._store, index, "info")) is not None:
+                self._known[index] = from_known(json.loads(info))
+            if (why := registry.read(self._store, index, "failed")) is not None:
                 self._ended[index] = account(why)
-            elif registry.told(self._store, index, "gone") is not None:
+            elif registry.read(self._store, index, "gone") is not None:
                 self._ended[index] = ""
-            elif registry.told(self._store, index, "leaving") is not None:
+            elif registry.read(self._store, index, "leaving") is not None:
                 self._leaving.add(index)
 
     def _silent(self, living: dict[int, WorkerInfo]) -> dict[int, str]:
@@ -93,19 +93,19 @@ class Members:
 def account(failure: str) -> str:
     """The first line of what a worker reported, without what announces its log's last lines."""
     line = failure.splitlines()[0]
-    head, found, log = line.partition("; last lines of ")
-    return f"{head}; its log is {log.rstrip(':')}" if found else line
+    head, bar, log = line.partition("; last lines of ")
+    return f"{head}; its log is {log.rstrip(':')}" if bar else line
 
 
 class Watch:
     """Looks every BEAT_S in a thread of its own, with a connection of its own: one look may wait, the caller does not.
 
-    told: called there with what was seen.
+    on_look: called there with what was seen.
     """
 
-    def __init__(self, store: dist.Store, told: Callable[[Seen], Any] = lambda seen: None) -> None:
+    def __init__(self, store: dist.Store, on_look: Callable[[Seen], Any] = lambda seen: None) -> None:
         self.members = Members(store)
-        self._told, self._over = told, threading.Event()
+        self._on_look, self._over = on_look, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="workers", daemon=True)
         self._thread.start()
 
@@ -121,4 +121,4 @@ class Watch:
             except dist.DistError:  # rank 0 is gone, and whoever waits for it will know
                 return
             if not self._over.is_set():
-                self._told(seen)
+                self._on_look(seen)

@@ -115,7 +115,7 @@ def claimed(store: dist.Store) -> int:
     return store.add("rollout/count", 0)
 
 
-def told(store: dist.Store, index: int, what: str) -> str | None:
+def read(store: dist.Store, index: int, what: str) -> str | None:
     """What worker `index` told as `what` (info, failed, leaving, gone)."""
     return _told(store, f"rollout/{index}/{what}")
 
@@ -179,11 +179,11 @@ def from_known(fields: dict[str, Any]) -> WorkerInfo:
 
 def register_worker(store: dist.Store, info: WorkerInfo) -> None:
     """Announces a server that answers requests. Tokens that follow from the run's secret stay out of the store."""
-    told = known(info)
+    entry = known(info)
     if run_secret():
-        del told["tokens"]
+        del entry["tokens"]
     heartbeat(store, info.index)
-    _tell(store, f"rollout/{info.index}/info", json.dumps(told))
+    _tell(store, f"rollout/{info.index}/info", json.dumps(entry))
 
 
 def heartbeat(store: dist.Store, index: int) -> None:
@@ -220,11 +220,11 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[Worker
     deadline = time.monotonic() + timeout_s
     while True:
         for index in range(store.add("rollout/count", 0)):
-            if any(told(store, index, what) is not None for what in ("again", "leaving", "gone")):
+            if any(read(store, index, what) is not None for what in ("again", "leaving", "gone")):
                 workers.pop(index, None)
                 continue
             _raise_if_failed(store, index)
-            if index not in workers and (info := told(store, index, "info")) is not None:
+            if index not in workers and (info := read(store, index, "info")) is not None:
                 worker = from_known(json.loads(info))
                 for other in [i for i in workers if workers[i].url == worker.url]:  # it had lost the store
                     del workers[other]

@@ -116,7 +116,7 @@ def compare(folder: Path, work: str, steps: int, rounds: int, sft_steps: int) ->
             shown = "  ".join(f"{key} {value:.3f}" for key, value in taken[side][-1].items())
             print(f"{work:10} round {number + 1}  {side:12}  {shown}", flush=True)
     medians = {
-        side: {key: statistics.median(one[key] for one in rounds_of) for key in rounds_of[0]}
+        side: {key: statistics.median(figures[key] for figures in rounds_of) for key in rounds_of[0]}
         for side, rounds_of in taken.items()
     }
     ratio = medians[SIDES[1]]["step_s"] / medians[SIDES[0]]["step_s"]
