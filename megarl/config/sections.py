@@ -146,7 +146,9 @@ class RolloutConfig(Section):
         0.85, gt=0, le=1, description="vLLM's share of GPU memory, but see rollout.kv_cache_gib."
     )
     start_timeout_s: float = Field(
-        300, gt=0, description="How long the trainer waits for the servers to come up, in seconds."
+        300,
+        gt=0,
+        description="How long the trainer waits for the servers to come up, or for one where none is left: seconds.",
     )
     request_timeout_s: float = Field(600, gt=0, description="How long one batch of rollouts may take, in seconds.")
 

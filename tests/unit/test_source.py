@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,11 @@ import torch.distributed as dist
 
 from megarl.config import Config, load_config
 from megarl.data import Prompt, PromptStream
+from megarl.errors import Stopped
+from megarl.loop.sampler import Sampler
 from megarl.loop.source import LockStep, Overlapped, Progress, _Group, choose
 from megarl.rollout.client import RolloutClient
+from megarl.rollout.registry import NoServers
 from tools.bench.stub_server import StubServer, generated
 
 B, N = 4, 2  # groups of a batch, optimizer steps of a batch
@@ -152,6 +156,56 @@ def test_a_group_that_has_become_too_old_goes_back(bench: Bench) -> None:
     values = bench.source.metrics(1.0)
     assert values["async/dropped_groups"] == B and values["async/lag_max"] == 0
     assert set(taken) <= ahead | set(range(2 * B, 4 * B)) and ahead <= {*taken, *bench.source.state_dict()["returned"]}
+
+
+def test_where_the_last_server_is_lost_others_answer_what_it_had(bench: Bench) -> None:
+    """recover() stands for the wait for a worker and the sync that it gets; no prompt is lost or asked for twice."""
+    bench.seconds = dict.fromkeys(range(3), 0.2)  # the rest is answered before
+    others: list[StubServer] = []
+
+    def recover() -> None:
+        others.append(StubServer(bench._reply))
+        bench.client.set_workers([others[-1].info(1)])
+
+    bench.source.sampler.recover = recover
+    loss = threading.Timer(0.1, bench.server.close)
+    loss.start()
+    seen = bench.step(0) + bench.step(1)
+    loss.join()
+    seen += bench.step(2)
+    assert len(others) == 1 and len(set(seen)) == len(seen) == 3 * B
+    assert not set(seen) & set(bench.source.state_dict()["returned"])
+    others[0].close()
+
+
+def sampler(recover: Any) -> Sampler:
+    made = object.__new__(Sampler)
+    made.parallel = SimpleNamespace(device=SimpleNamespace(device="cpu"))  # type: ignore[assignment]
+    made.recover = recover
+    return made
+
+
+def test_a_rank_without_a_server_asks_again_once_there_is_one() -> None:
+    recovered: list[int] = []
+    answers: list[Any] = [NoServers("all are lost"), NoServers("again"), [["answer"]]]
+
+    def ask() -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert sampler(lambda: recovered.append(1))._served(ask) == [["answer"]] and recovered == [1, 1]
+    answers = [NoServers(f"lost {i}") for i in range(3)]
+    with pytest.raises(NoServers, match="lost 2"):  # whoever is asked these prompts is lost
+        sampler(lambda: None)._served(ask)
+    answers = [Stopped(15)]
+    with pytest.raises(Stopped) as stopped:
+        sampler(lambda: None)._served(ask)
+    assert stopped.value.signum == 15
+    answers = [NoServers("megarl eval has no other")]
+    with pytest.raises(NoServers, match="no other"):
+        sampler(None)._served(ask)
 
 
 def test_lock_step_draws_when_asked() -> None:
