@@ -90,7 +90,7 @@ def test_a_look_costs_two_calls_while_nothing_is_new(store: dist.TCPStore, monke
     for _ in range(5):
         joined(store)
     looks.look()
-    monkeypatch.setattr(registry, "told", lambda *given: pytest.fail(f"asked for {given}"))
+    monkeypatch.setattr(registry, "read", lambda *given: pytest.fail(f"asked for {given}"))
     assert len(here(looks.look())) == 5
 
 
