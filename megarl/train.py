@@ -90,7 +90,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             if learned.guarded:
                 refit.check()  # a server that holds other weights ends the run here
             step, done = step + 1, done + learned.optimizer_steps
-            metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done)}
+            metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done), **fleet.figures()}
             seconds = time.perf_counter() - start
             metrics |= rates(metrics, seconds) | source.metrics(seconds)
             stop = dull.add(step, metrics)

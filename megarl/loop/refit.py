@@ -112,7 +112,7 @@ class Refit:
         self.synced = True
         values["time/sync_s"] = time.perf_counter() - start
         values["version/weights"] = float(version)
-        return values | self.fleet.figures()
+        return values
 
     def _sync(self, version: int, stop: StopRequest | None) -> Values:
         model, digests = self.engine.model, self.config.sync.digests

@@ -106,10 +106,7 @@ class Fleet:
         """
         here: list[int] = []
         if self._watch is not None and dist.get_rank() == 0:
-            seen = self._watch.members.look()
-            answering = _answering([worker for worker in self.workers if worker in seen.here])
-            self._tell_of(seen, answering)
-            here = [worker.index for worker in answering]
+            here = [worker.index for worker in self._look() if worker in self.workers]
         agreed = self._from_rank_0(here)
         self._ask([worker for worker in self.workers if worker.index in agreed])
 
@@ -268,10 +265,7 @@ class Fleet:
         assert self._watch is not None
         deadline = time.monotonic() + self._wait_s
         while True:
-            seen = self._watch.members.look()
-            members = _answering(seen.here)
-            self._tell_of(seen, members)
-            members = [worker for worker in members if self._fits(worker)]
+            members = [worker for worker in self._look(all_here=True) if self._fits(worker)]
             if members:
                 return members
             if signum := asked():
@@ -282,6 +276,22 @@ class Fleet:
                     f"start `megarl rollout` with the same launch.store. The last one: {self._last_words}"
                 )
             time.sleep(0.2)
+
+    def _look(self, all_here: bool = False) -> list[WorkerInfo]:
+        """Who is there and answers, of `workers` or of all; tells of it. A worker whose server has died may need a
+        moment for its own account.
+        """
+        assert self._watch is not None
+        seen = self._watch.members.look()
+        answering = _answering([worker for worker in seen.here if all_here or worker in self.workers])
+        deadline = time.monotonic() + ACCOUNT_S
+        while time.monotonic() < deadline and any(
+            worker in seen.here and worker not in answering for worker in self.workers
+        ):
+            time.sleep(0.1)
+            seen = self._watch.members.look()
+        self._tell_of(seen, answering)
+        return answering
 
     def _tell_of(self, seen: Seen, answering: list[WorkerInfo]) -> None:
         """Prints, on rank 0, once for each worker, that it is lost or has come."""
