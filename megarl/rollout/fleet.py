@@ -22,6 +22,7 @@ from megarl.errors import Stopped, UserError
 from megarl.rollout.client import RolloutClient, Server
 from megarl.rollout.members import Seen, Watch
 from megarl.rollout.registry import (
+    Refusals,
     RolloutError,
     WorkerInfo,
     check_workers,
@@ -54,6 +55,7 @@ class Fleet:
     _store: Any = None
     _leader: SyncLeader | None = None
     _sender: WeightSender | None = None
+    _refusals: Refusals | None = None  # rank 0
     client: RolloutClient | None = None
     _one_tp = False
     _grouped: list[WorkerInfo] | None = None  # the workers of the weight group, where there is one
@@ -73,7 +75,8 @@ class Fleet:
         came: tuple[list[WorkerInfo], tuple[str, int]] = [], ("", 0)
         if main:
             self._store, where = open_run_store(config, spans_hosts=spans_hosts())
-            came = wait_for_workers(self._store, config.rollout.engines, self._wait_s), where
+            self._refusals = Refusals(self._store)
+            came = wait_for_workers(self._store, config.rollout.engines, self._wait_s, self._refusals), where
         self.workers, self._address = self._from_rank_0(came)
         self.members, (host, port) = self.workers, self._address
         self._met = {worker.index for worker in self.workers}
@@ -294,7 +297,9 @@ class Fleet:
         return answering
 
     def _tell_of(self, seen: Seen, answering: list[WorkerInfo]) -> None:
-        """Prints, on rank 0, once for each worker, that it is lost or has come."""
+        """Prints, on rank 0, once for each worker, that it is lost, has come, or is refused."""
+        if self._refusals is not None:
+            self._refusals.announce_new()
         for worker in self.workers:
             if worker.index in self._met and worker not in answering:
                 self._met.discard(worker.index)

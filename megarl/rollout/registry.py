@@ -210,12 +210,12 @@ def shutdown_requested(store: dist.Store) -> bool:
     return _told(store, "rollout/shutdown") is not None
 
 
-def wait_for_workers(store: dist.Store, n: int, timeout_s: float) -> list[WorkerInfo]:
+def wait_for_workers(store: dist.Store, n: int, timeout_s: float, refusals: Refusals | None = None) -> list[WorkerInfo]:
     """The `n` workers that came first. Raises RolloutDied if one fails meanwhile,
     UserError when they do not all come.
     """
     workers: dict[int, WorkerInfo] = {}
-    refusals = Refusals(store)
+    refusals = refusals or Refusals(store)
     announce(f"waiting for {plural(n, 'rollout server')}")
     deadline = time.monotonic() + timeout_s
     while True:
