@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from megarl.announce import announce
 from megarl.rollout.client import Server
 from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.wire import decode
@@ -144,10 +145,17 @@ class SyncLeader:
 
     def check(self, folder: str | None) -> None:
         """Compares the workers' weights with an engine loaded from
-        `folder` (None: the one vLLM started with). Raises RolloutError.
+        `folder` (None: the one vLLM started with). Raises RolloutError. A worker whose host does not see the folder is
+        told of, and held by checksums and the canary.
         """
         self._deadline = time.monotonic() + self.settings.timeout_s
-        self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
+        answers = self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
+        for server, answer in zip(self._servers, answers, strict=True):
+            if not json.loads(answer)["compared"]:
+                announce(
+                    f"rollout server {server.url} does not see {folder}: its weights are compared by checksums and the "
+                    "canary, not by digests (sync.digests)"
+                )
 
     def commit(self, version: int) -> None:
         """Sets the version of all servers, which serve again from here on."""

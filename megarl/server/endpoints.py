@@ -187,7 +187,10 @@ class RolloutEndpoint:
         elif step == "load":
             return await self._load(engine, request["canary"], request["version"])
         elif step == "check":
-            await _on_workers(engine, "sync_check", request["folder"])
+            seen = request["folder"] is None or os.path.isdir(request["folder"])  # this host may not share run.dir
+            if seen:
+                await _on_workers(engine, "sync_check", request["folder"])
+            return json.dumps({"compared": seen}).encode()
         elif step == "commit":
             await engine.update_weight_version(str(request["version"]))
             self._dirty = False

@@ -86,7 +86,7 @@ def test_a_run_over_three_hosts_whose_network_fails_and_comes_back(bench: Bench,
         for process in (*trainers, server):
             assert process.wait(START_S) == 0, process.text
         assert steps(run_dir) == list(range(1, STEPS + 1))
-        assert "of 1" in trainers[0].text and "nothing is left" not in server.text
+        assert "does not see" in trainers[0].text and ".weight_check" in trainers[0].text  # gen0 has its own run.dir
         assert {path.name for path in (run_dir / "logs").iterdir()} >= {"trainer_0.log", "trainer_1.log"}
         assert [path.name for path in gen0.tmp.iterdir() if not path.name.startswith("torchinductor")] == []
         assert [path.name for path in own.iterdir()] == ["logs.rollout"]
