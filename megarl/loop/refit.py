@@ -24,7 +24,7 @@ from megarl.engine.export import export_hf
 from megarl.errors import UserError
 from megarl.launch.stop import StopRequest
 from megarl.loop.reduce import Values
-from megarl.observe.trace import phase
+from megarl.observe.trace import enter, phase
 from megarl.replay.routes import accept_routes
 from megarl.rollout.fleet import Fleet, WorkersLost
 from megarl.rollout.registry import ServerLost, common_tp
@@ -116,7 +116,12 @@ class Refit:
 
     def _sync(self, version: int, stop: StopRequest | None) -> Values:
         model, digests = self.engine.model, self.config.sync.digests
-        if self.fleet.gather((lambda: stop.asked) if stop else (lambda: 0)):
+
+        def asked() -> int:
+            enter("the wait for a rollout worker")  # which is no stall: it has a limit of its own
+            return stop.asked if stop else 0
+
+        if self.fleet.gather(asked):
             self.connect()
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
         with self._quantized():
