@@ -158,9 +158,34 @@ def test_a_finished_run_starts_nothing(whole: list[dict[str, Any]], bench: Bench
     assert bench.rows("whole") == whole
 
 
+def ranks_of(run_dir: Path) -> dict[int, int]:
+    """rank -> pid, as the ranks themselves told."""
+    pulses = (run_dir / "logs" / "pulse").glob("*.json")
+    return {pulse["rank"]: pulse["pid"] for pulse in map(json.loads, map(Path.read_text, pulses))}
+
+
+def fault(command: Command, run_dir: Path, rank: int, signum: signal.Signals, said: str, saved: int) -> None:
+    """A signal to one trainer rank: the trainers start again from step `saved`, the rollout server lives on."""
+
+    def servers() -> set[int]:
+        return {pid for pid, line in command.processes().items() if "vllm.entrypoints.openai" in line}
+
+    before = servers()
+    os.kill(ranks_of(run_dir)[rank], signum)
+    line = f"the trainers start again from step {saved}, restart 1 of 3"
+    command.wait_until(lambda: line in command.err, line)
+    assert said in command.err
+    command.wait_until(lambda: f"resuming after step {saved}\n" in command.out, "the resume")
+    assert servers() == before and len(before) == 1
+
+
 def test_kill_9_of_everything_then_the_same_command(whole: list[dict[str, Any]], bench: Bench, cold: Path) -> None:
-    config, run_dir = r3(bench, cold), bench.folder / "killed"
+    """After a rank that was stopped; and then one is killed: each step is done once, bit for bit."""
+    config, run_dir = {**r3(bench, cold), "launch": {"trainers": 4, "stall_s": 15}}, bench.folder / "killed"
     first = bench.start("run", "killed", config)
+    first.wait_until(lambda: len(bench.rows("killed")) >= 3, "step 3")
+    fault(first, run_dir, 1, signal.SIGSTOP, "shows no sign of life", saved=2)
+    assert "in <module>" in (run_dir / "logs" / "trainer_0.log").read_text()  # its stacks
     first.wait_until(lambda: len(bench.rows("killed")) >= 5, "step 5")
     assert len([line for line in first.processes().values() if "megarl.launch.rank" in line]) >= 4
     first.kill_everything()
@@ -176,6 +201,8 @@ def test_kill_9_of_everything_then_the_same_command(whole: list[dict[str, Any]],
     again.wait_until(lambda: len(bench.rows("killed")) >= 7, "step 7")
     assert "resuming after step 4\n" in again.out
     assert "checkpoints/step_8' is damaged (" in again.out and not (checkpoints / ".step_6.partial").exists()
+    fault(again, run_dir, 2, signal.SIGKILL, "trainer rank 2 was killed by SIGKILL", saved=6)
+    again.wait_until(lambda: len(bench.rows("killed")) >= 8, "step 8")
     ctrl_c_ends_everything(again)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     rows = bench.rows("killed")
@@ -214,35 +241,34 @@ def ctrl_c_ends_everything(command: Command) -> None:
     command.popen.send_signal(signal.SIGINT)
     assert command.wait() == 130
     assert command.processes() == {}
-    assert command.err.strip().startswith("megarl: SIGINT, ending all processes; what is not saved is saved first, at")
+    assert "\nmegarl: SIGINT, ending all processes; what is not saved is saved first, at" in command.err
 
 
-def test_no_replay_a_bad_line_skipped_and_the_only_worker_killed(bench: Bench, cold: Path) -> None:
-    """Mode none under DP2 at temperature 1; the run waits for the server that is started again, gives it the weights,
-    asks again for what it has lost, and ends with all its steps.
-    """
+def test_no_replay_a_bad_line_skipped_and_a_worker_killed(bench: Bench, cold: Path) -> None:
+    """Mode none under DP2 at temperature 1; the run has many steps and ends when its vLLM server is killed."""
     prompts = bench.folder / "data" / "spoilt.jsonl"
     lines = (bench.folder / "data" / "train.jsonl").read_text().splitlines()
     prompts.write_text("\n".join([*lines[:6], '{"prompt": "123=", "ans', *lines[6:]]) + "\n")
     config = configuration(bench, cold, DP2, replay={"mode": "none"})
     config["data"] |= {"prompts": str(prompts), "on_bad_line": "skip"}
-    config["train"]["steps"] = 14
+    config["train"]["steps"] = 1000
     command = bench.start("run", "none", config)
     command.wait_until(lambda: len(bench.rows("none")) >= 9, "step 9")  # the evaluation of step 8 is over
     server = next(pid for pid, line in command.processes().items() if "vllm.entrypoints.openai.api_server" in line)
     os.kill(server, signal.SIGKILL)
-    assert command.wait() == 0, command.err
+    assert command.wait() in (1, 2)  # the worker's status or the rank's, whichever ends first
     assert command.processes() == {}
-    (lost,) = [line for line in command.out.splitlines() if "0 workers left" in line]
-    assert lost.startswith("megarl: rollout worker 0 (pid ")
-    assert "the vLLM server ended with status -9; its log is " in lost
-    assert "megarl: rollout worker 1 (http://" in command.out and "megarl: error: " not in command.err
+    first, *log = command.err.splitlines()
+    assert (
+        first.startswith("megarl: error: rollout worker 0 (pid ")
+        and "the vLLM server ended with status -9; last lines of " in first
+    )
+    assert any("vllm" in line.lower() or "INFO" in line for line in log)
+    assert command.err.count("megarl: error: ") == 1
     assert f"{prompts}: skipped 1 bad lines, kept 512\n" in command.out
 
     rows = bench.rows("none")
-    assert [row["step"] for row in rows] == list(range(1, 15))
-    assert sum(row["fleet/lost"] for row in rows) == 1 and {row["fleet/workers"] for row in rows} == {1}
-    assert_every_key(rows, evaluated=[4, 8, 12, 14])
+    assert_every_key(rows, evaluated=[4, 8])
     clean = [row["routing/any_layer_differs_frac"] == 0 for row in rows]
     assert sum(clean) >= 6, (
         f"agreement {[row['routing/agree_rollout_old'] for row in rows]}: too few steps in which no route differs"
