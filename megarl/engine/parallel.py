@@ -75,7 +75,7 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel
         parallel_state.destroy_model_parallel()
     elif "RANK" in os.environ:
         with connecting():
-            dist.init_process_group(device.backend, timeout=GROUP_TIMEOUT)
+            _join_torchrun(device.backend)
     else:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)
@@ -94,6 +94,20 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=device.device.type == "cpu")
     layout = Layout(**config.model_dump(), world=dist.get_world_size())
     return Parallel(layout, layout.coord(dist.get_rank()), device)
+
+
+def _join_torchrun(backend: str) -> None:
+    """By torchrun's environment. Its static rendezvous keeps one store for all its restarts: each start has names of
+    its own in it, or ranks would look for each other where those before them were.
+    """
+    starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not starts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+        return
+    whole = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.PrefixStore(f"start_{starts}", whole)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
 
 
 def destroy_parallel() -> None:
