@@ -224,9 +224,9 @@ def difference(got: Any, want: Any, rounding: Mapping[str, float] | float = 0.0)
             return math.inf
         of = rounding if isinstance(rounding, Mapping) else {}
         return max(difference(got[name], want[name], of.get(name, 0.0)) for name in want)
-    scale, difference = float(want.abs().max()), float((got - want).abs().max())
+    scale, largest = float(want.abs().max()), float((got - want).abs().max())
     allowed = rounding if isinstance(rounding, float) else 0.0
-    return math.inf if math.isnan(difference) else max(difference - allowed, 0.0) / (scale or 1.0)
+    return math.inf if math.isnan(largest) else max(largest - allowed, 0.0) / (scale or 1.0)
 
 
 def render(results: dict[str, dict[str, dict[str, float]]]) -> str:
