@@ -69,7 +69,7 @@ class Run:
         return {
             "model": {"path": str(folder / "model")},
             "data": {"prompts": str(self.prompts), "reward": "digit_sum"},
-            "batch": {"prompts": PROMPTS, "group": 2},
+            "batch": {"prompts": PROMPTS, "group": 2, "minibatches": 2},  # two: pi_old is then a phase of its own
             "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 9, "engines": 2, "request_timeout_s": 60},
             "train": {"steps": STEPS, "lr": 1e-4},
             "sync": {"timeout_s": 30},
@@ -241,6 +241,7 @@ def main(argv: list[str]) -> int:
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     folder = args.folder or Path(tempfile.mkdtemp(prefix="faults_"))
     folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends the run
     run, outcomes = Run(folder), []
     say("| fault | seconds to recover | steps done again |\n|---|---|---|")
     try:
