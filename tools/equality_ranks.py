@@ -111,9 +111,8 @@ def train_steps(engine: Any, config: Any) -> dict[str, Any]:
         each = len(RESPONSES) // count
         members = [list(range(i * each, (i + 1) * each)) for i in range(count)]
         minibatches = [lay_out(engine, config, with_routes=True, members=chosen) for chosen in members]
-        batch = Batch(
-            minibatches, [str(i) for i in range(len(RESPONSES))], {}, [], sampled=list(range(0, len(RESPONSES), 5))
-        )
+        names, sampled = [str(i) for i in range(len(RESPONSES))], list(range(0, len(RESPONSES), 5))
+        batch = Batch(minibatches, names, {}, [], sampled, [[] for _ in RESPONSES])
         learned = learner.learn(batch, step)
         values = {name: value for name, value in learned.metrics.items() if not name.startswith("time/")}
         values["worst tokens"] = [row["difference"] for row in learned.notes.worst]

@@ -112,7 +112,7 @@ def step(folder: Path, pairs: int, routes: str, overrides: list[str]) -> None:
         minibatches = move(rollouts, groups, engine).minibatches
         middle = time.perf_counter()
         names = [""] * len(rollouts.metas)
-        values = learners[mode].learn(Batch(minibatches, names, {}, [], []), 0).metrics
+        values = learners[mode].learn(Batch(minibatches, names, {}, [], [], [[] for _ in names]), 0).metrics
         dist.barrier()
         end = time.perf_counter()
         parts[mode].append(
