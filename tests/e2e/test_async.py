@@ -1,0 +1,54 @@
+"""Rollouts that overlap training, with real engines under DP2: the bound on lag, versions to the token, and that a kill
+loses no prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.conftest import DP2, Bench
+
+STEPS, PROMPTS, GROUP = 8, 8, 4
+
+
+def prompts_of(run_dir: Path, steps: range) -> Counter[str]:
+    """How often each prompt was learnt from, by the samples that rank 0 keeps: those of its replica."""
+    files = [run_dir / "rollouts" / f"step_{step:06}.json" for step in steps]
+    return Counter(sample["prompt"] for file in files for sample in json.loads(file.read_text())["samples"])
+
+
+def test_one_step_off_with_a_kill_in_between(bench: Bench, cold: Path) -> None:
+    config: dict[str, Any] = {
+        **DP2,
+        "model": {"path": str(cold)},
+        "data": {"prompts": str(bench.folder / "data" / "train.jsonl"), "reward": "digit_sum", "shuffle": False},
+        "batch": {"prompts": PROMPTS, "group": GROUP, "minibatches": 2},
+        "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 9, "max_lag": 2},
+        "replay": {"mode": "R3"},
+        "train": {"steps": STEPS, "lr": 5e-4},
+        "run": {"save_every": 3, "rollout_samples": PROMPTS * GROUP},
+    }
+    run_dir = bench.folder / "async"
+    first = bench.start("run", "async", config)
+    first.wait_until(lambda: len(bench.rows("async")) >= 4, "step 4")
+    first.kill_everything()
+    state = json.loads((run_dir / "checkpoints" / "step_3" / "megarl.json").read_text())
+    assert len(state["stream"]["returned"]) == PROMPTS  # the batch ahead, drawn and not trained
+    again = bench.finish("run", "async", config)
+    assert f"{PROMPTS} prompts drawn and not trained before: sampled again\n" in again.out
+
+    rows = bench.rows("async")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[0]["async/lag_max"] == 0 and all(row["async/lag_max"] == 2 for row in rows[5:])
+    assert all(row["async/dropped_groups"] == 0 and row["async/in_flight"] > 0 for row in rows)
+    for row in rows:
+        assert row["routing/missing_rows"] == 0
+        mismatch = row["async/mismatch_k3_by_lag"]
+        assert len(mismatch) == 2 and mismatch[0] < 1e-9  # of the tokens whose weights are those of now
+    lines = (bench.folder / "data" / "train.jsonl").read_text().splitlines()[: (STEPS + 1) * PROMPTS]
+    order = [json.loads(line)["prompt"] for line in lines]
+    learnt = prompts_of(run_dir, range(1, STEPS + 1))
+    assert learnt and set(learnt) <= set(order) and set(learnt.values()) == {GROUP}
