@@ -30,7 +30,7 @@ def scratch() -> Iterator[dict[str, str]]:
     _sweep(Path(outer))
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=outer))
     try:
-        with (folder / f"{LOCK}.new").open("w") as lock:
+        with (folder / f"{LOCK}.new").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / f"{LOCK}.new").rename(folder / LOCK)  # whoever sees it sees it held
             cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(outer, f"torchinductor_{_user()}")
@@ -43,7 +43,7 @@ def scratch() -> Iterator[dict[str, str]]:
 def _sweep(outer: Path) -> None:
     """Removes directories of ours whose owner has ended."""
     for folder in outer.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
+        with contextlib.suppress(OSError), (folder / LOCK).open("r+", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -33,7 +33,7 @@ class StoreLink:
         self.host, self.port, self._interface = host, port, interface
         self._store: dist.TCPStore | None = None
 
-    def open(self) -> bool:
+    def connect(self) -> bool:
         """Whether the store answers."""
         try:
             address = resolve(self.host, self._interface)

@@ -223,7 +223,7 @@ class _Worker:
     def _join(self, info: WorkerInfo) -> WorkerInfo:
         """Connects to the run's store, which may come up after this worker did, and takes a number in it."""
         deadline = time.monotonic() + self.config.rollout.start_timeout_s
-        while not self._link.open():
+        while not self._link.connect():
             if time.monotonic() > deadline:
                 host, port = self._link.host, self._link.port
                 if self._joined:

@@ -123,7 +123,7 @@ def test_a_store_that_comes_back_gets_the_same_server(start: Callable[..., Start
     first = subprocess.Popen([sys.executable, "-c", holder, str(port)])
     worker = start(port, "rollout.start_timeout_s=300")
     link = StoreLink("127.0.0.1", port)
-    worker.until(link.open)
+    worker.until(link.connect)
     looks = worker.until(lambda: link.call(Members))
     [before] = worker.until(lambda: looks.look().here)
     first.kill()
