@@ -111,7 +111,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     finally:
         scorer.close()
         fleet.close()
-        saver.stop.close()
+        saver.close()
         stall.close()
     if output:
         output.close()

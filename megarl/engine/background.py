@@ -105,6 +105,10 @@ class Background:
     def failed(self) -> bool:
         return self._error is not None
 
+    def wait(self, seconds: float) -> None:
+        """For so long, or until the work has ended, well or not."""
+        self._thread.join(seconds)
+
     def finish(self) -> None:
         self._thread.join()
         if self._error is not None:

@@ -17,6 +17,8 @@ from megarl.errors import Stopped
 from megarl.launch.stop import StopRequest
 from megarl.observe.trace import phase
 
+END_S = 20.0  # how long a run that ends by an error waits for a checkpoint that is being written
+
 
 class Saver:
     """Every rank calls every method. ending: whether a signal ends the run after the last step that was done.
@@ -74,6 +76,12 @@ class Saver:
         """Stopped where a signal ended the run; after all else is closed."""
         if self.ending:
             raise Stopped(self._signum)
+
+    def close(self) -> None:
+        """However the run ends: what was begun is whole by then, unless that takes too long. Signals are as before."""
+        if self._writing is not None:
+            self._writing.wait(END_S)
+        self.stop.close()
 
     def _at_risk(self) -> bool:
         return self._unsaved is not None or (self._writing is not None and self._writing.running)
