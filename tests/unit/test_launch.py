@@ -484,23 +484,22 @@ def test_a_run_dir_in_use_is_refused(run_yaml: Path) -> None:
         pass
 
 
-def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(
-    tmp_path: Path, run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from megarl import cli
-
+def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(tmp_path: Path, run_yaml: Path) -> None:
+    """In processes of their own: a rank that fails leaves at once."""
     (tmp_path / "a_rank.py").write_text("def main(argv): return 0")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(cli.MODULES, "sft", "a_rank")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    run_dir = Path(load_config(run_yaml).run.dir)
-    with owned(run_dir / "logs"):
-        for rank, status in (("0", 2), ("1", 0)):  # rank 0 speaks for all: its failure ends them
-            monkeypatch.setenv("RANK", rank)
-            assert cli.main(["sft", str(run_yaml)]) == status
-    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
-    monkeypatch.setenv("RANK", "0")
-    assert cli.main(["sft", str(run_yaml)]) == 0
+    code = "import sys; from megarl import cli; cli.MODULES['sft'] = 'a_rank'; sys.exit(cli.main(['sft', sys.argv[1]]))"
+
+    def rank(number: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+        env = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "4", "RANK": number}
+        argv = [sys.executable, "-c", code, str(run_yaml)]
+        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+
+    with owned(Path(load_config(run_yaml).run.dir) / "logs"):
+        refused = rank("0")  # it speaks for all: its failure ends them
+        assert refused.returncode == 2 and f"is in use by process {os.getpid()}" in refused.stderr
+        assert rank("1").returncode == 0
+    assert rank("0").returncode == 0
 
 
 def test_fault_16_a_run_dir_that_cannot_be_made_is_one_line(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
