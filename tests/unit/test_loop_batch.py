@@ -296,6 +296,6 @@ def test_a_response_of_a_version_that_no_sync_committed_is_bad(folder: Path) -> 
     _, loop, client = build(folder, [MIXED] * 4)
     client.version = 143
     with pytest.raises(
-        UserError, match="step 1: response 0 .*: sampled with weights of version 143, not 0, which the last"
+        UserError, match="step 1: response 0 .*: sampled with weights of version 143, not 0, which syncs committed"
     ):
         collect(loop)
