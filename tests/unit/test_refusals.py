@@ -263,9 +263,9 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     (
         "lag",
         "run",
-        ["rollout.max_lag=1", "launch.colocate=true"],
+        ["rollout.max_lag=4", "launch.colocate=true"],
         {},
-        ["rollout.max_lag 1 with launch.colocate", "set rollout.max_lag=0"],
+        ["rollout.max_lag 4 with launch.colocate", "set rollout.max_lag=0"],
     ),
     (
         "lengths",
