@@ -5,6 +5,7 @@ another syncs into them: what the tools that measure syncs share.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -58,7 +59,7 @@ def servers(
         workers = registry.wait_for_workers(store, len(tps), START_S)
         yield (
             store.port,
-            [registry.known(worker) for worker in workers],
+            [dataclasses.asdict(worker) for worker in workers],
         )
         registry.request_shutdown(store, workers)
     finally:

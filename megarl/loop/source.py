@@ -85,6 +85,17 @@ class _Finished:
     spans: float
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What a rank tells the others, or what any has told: groups it has fetched, whether a signal ends its wait,
+    whether it found no server.
+    """
+
+    finished: list[_Finished]
+    stopped: bool
+    unserved: bool
+
+
 class Overlapped:
     """Groups in flight and finished, the same list on every rank; their responses where they were fetched."""
 
@@ -96,7 +107,6 @@ class Overlapped:
         self._done: SimpleQueue[Answered] = SimpleQueue()
         self._asked: dict[Request, int] = {}  # -> the number of its group
         self._responses: dict[int, list[Rollout]] = {}  # of finished groups, by number
-        self._any_unserved = False
         self._unserved: list[Request] = []  # no server was left for them
         self._wrong_routes: str | None = None
         self._dropped, self._waited_s, self._busy = 0, 0.0, dict[str, float]()
@@ -114,10 +124,12 @@ class Overlapped:
                 except Stopped as stopped:
                     self._tell([], stopped)
                     return Sampled([], stopped=stopped)
-                if self._tell(finished, None):
+                told = self._tell(finished, None)
+                if told.stopped:
                     return Sampled([])
                 try:
-                    self._recover()
+                    if told.unserved:
+                        self._recover()
                 except Stopped as stopped:  # on every rank
                     return Sampled([], stopped=stopped)
                 self._drop(done.optimizer_steps)
@@ -132,7 +144,7 @@ class Overlapped:
         client = self.sampler.client
         busy = client.dispatcher.busy_seconds() if client else {}
         everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, {url: busy[url] - self._busy.get(url, 0.0) for url in busy})
+        dist.all_gather_object(everyone, {url: self._more(url, busy[url]) for url in busy})
         self._busy = busy
         servers = {url for busy_of_rank in everyone for url in busy_of_rank}
         share = sum(min(max(busy_of_rank.get(url, 0.0) for busy_of_rank in everyone) / step_s, 1.0) for url in servers)
@@ -150,6 +162,11 @@ class Overlapped:
             }
         self._dropped, self._waited_s, self._lags, self._spans = 0, 0.0, [], []
         return values
+
+    def _more(self, url: str, busy_s: float) -> float:
+        """Since the last metrics(); a server that left and came back counts from 0."""
+        before = self._busy.get(url, 0.0)
+        return busy_s - before if busy_s >= before else busy_s
 
     def state_dict(self) -> dict[str, Any]:
         """As LockStep.state_dict. Whatever is in flight or finished and was not trained is sampled again."""
@@ -203,21 +220,17 @@ class Overlapped:
             finished.append(_finished(self._groups[number], responses))
         return finished
 
-    def _tell(self, finished: list[_Finished], stopped: Stopped | None) -> bool:
-        """What every rank has fetched, to all. Whether any was stopped. Collective."""
-        everyone: list[tuple[list[_Finished], bool, bool]] = [([], False, False)] * dist.get_world_size()
-        dist.all_gather_object(everyone, (finished, stopped is not None, bool(self._unserved)))
-        for groups, _, _ in everyone:
-            for finished_group in groups:
-                group = self._groups[finished_group.number]
-                group.finished, group.version, group.spans = True, finished_group.version, finished_group.spans
-        self._any_unserved = any(unserved for _, _, unserved in everyone)
-        return any(ended for _, ended, _ in everyone)
+    def _tell(self, finished: list[_Finished], stopped: Stopped | None) -> _Told:
+        """What every rank has fetched, to all. Collective."""
+        everyone = [_Told([], False, False)] * dist.get_world_size()
+        dist.all_gather_object(everyone, _Told(finished, stopped is not None, bool(self._unserved)))
+        for fetched in (fetched for told in everyone for fetched in told.finished):
+            group = self._groups[fetched.number]
+            group.finished, group.version, group.spans = True, fetched.version, fetched.spans
+        return _Told([], any(told.stopped for told in everyone), any(told.unserved for told in everyone))
 
     def _recover(self) -> None:
         """Where a rank found no server: waits for one, and asks again for what nobody has answered. Collective."""
-        if not self._any_unserved:
-            return
         if self.sampler.recover is None:
             raise NoServers("no rollout server is left")
         self.sampler.recover()
@@ -232,7 +245,7 @@ class Overlapped:
         return {n: (group.version + lag - done) // minibatches for n, group in self._groups.items()}
 
     def _drop(self, done: int) -> None:
-        """Those that are too old, whose prompts go back. None of those that this run waits for ever is."""
+        """Those that are too old, whose prompts go back. Those that batches wait for never become so by waiting."""
         old = [n for n, later in self._later(done).items() if later < 0 and self._groups[n].finished]
         self._dropped += len(old)
         self.stream.give_back([self._groups.pop(n).index for n in old])

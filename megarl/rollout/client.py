@@ -73,11 +73,11 @@ class Server:
 class RolloutClient:
     """Spreads prompts over the servers of `workers`. Its methods wait for the answers.
 
-    at_once, wait_s: of the Dispatcher, which also takes what nobody waits for.
+    at_once: of the Dispatcher, which also takes what nobody waits for.
     """
 
-    def __init__(self, workers: list[WorkerInfo], timeout_s: float, wait_s: float = 0.0, at_once: int = 0) -> None:
-        self.dispatcher = Dispatcher(workers, timeout_s, wait_s, at_once)
+    def __init__(self, workers: list[WorkerInfo], timeout_s: float, at_once: int = 0) -> None:
+        self.dispatcher = Dispatcher(workers, timeout_s, at_once)
         self._timeout_s = timeout_s
         self.servers: list[Server] = []
         self.set_workers(workers)

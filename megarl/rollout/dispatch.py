@@ -51,12 +51,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Answered:
-    """groups: by prompt, n responses each. error: why there are none. seconds: from being sent to the answer."""
+    """groups: by prompt, n responses each. error: why there are none."""
 
     request: Request
     groups: list[list[Response]]
     error: RolloutError | None = None
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,23 +92,20 @@ class _Link:
 
 class Dispatcher:
     """Safe from any thread. A request that a server answers by a refusal fails; one whose server is lost is sent to
-    another, from its beginning.
+    another, from its beginning; where none is left it fails with NoServers.
 
-    timeout_s: of one answer, from its sending. wait_s: how long requests wait where no server is left; 0 fails them at
-    once. at_once: responses that one server has at work; what is more waits here, where a later server can take it.
+    timeout_s: of one answer, from its sending. at_once: responses that one server has at work, 0 is any number; what
+    is more waits here, where a later server can take it.
     """
 
-    def __init__(self, workers: Sequence[WorkerInfo], timeout_s: float, wait_s: float = 0.0, at_once: int = 0) -> None:
-        self._timeout_s, self._wait_s, self._at_once = timeout_s, wait_s, at_once
+    def __init__(self, workers: Sequence[WorkerInfo], timeout_s: float, at_once: int = 0) -> None:
+        self._timeout_s, self._at_once = timeout_s, at_once
         self._links: dict[str, _Link] = {}
-        self._waiting: list[
-            tuple[int, Request]
-        ] = []  # a heap: what was asked first goes first, also when it comes back
+        # a heap: what was asked first goes first, also when it comes back
+        self._waiting: list[tuple[int, Request]] = []
         self._numbers = itertools.count()
         self._running: dict[Request, _Running] = {}
-        self._none_left: asyncio.TimerHandle | None = None
         self._last_error: RolloutError | None = None
-        self.on_lost: Callable[[str, str], None] = lambda url, why: None  # called in the loop's thread
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
@@ -169,16 +165,16 @@ class Dispatcher:
 
     def _set_servers(self, workers: list[WorkerInfo]) -> None:
         named = {worker.url: worker for worker in workers}
+        for url, worker in named.items():  # first, so that what the others give up finds them
+            if url in self._links:
+                self._links[url].lost, self._links[url].leaves = "", False
+            else:
+                self._links[url] = _Link(worker)
         for url in [url for url, link in self._links.items() if url not in named]:
             if self._links[url].leaves and self._links[url].at_work:
                 continue
             self._lose(url, RolloutError(f"rollout server {url}: left the run"), True)
             self._links.pop(url).close()
-        for url, worker in named.items():
-            if url in self._links:
-                self._links[url].lost, self._links[url].leaves = "", False
-            else:
-                self._links[url] = _Link(worker)
         self._pump()
 
     def _queue(self, request: Request) -> None:
@@ -197,11 +193,7 @@ class Dispatcher:
         """Sends what waits, as far as the servers take it."""
         usable = [link for link in self._links.values() if not link.lost and not link.leaves]
         if not usable:
-            self._wait_for_servers()
-            return
-        if self._none_left:
-            self._none_left.cancel()
-            self._none_left = None
+            self._give_up()
         later = []
         while self._waiting:
             number, request = heapq.heappop(self._waiting)
@@ -224,13 +216,7 @@ class Dispatcher:
         fits = not self._at_once or not link.at_work or link.at_work + request.responses <= self._at_once
         return link if fits or request.url else None
 
-    def _wait_for_servers(self) -> None:
-        """Where none is left: what waits fails, if none comes in time."""
-        if self._waiting and self._none_left is None:
-            self._none_left = self._loop.call_later(self._wait_s, self._give_up)
-
     def _give_up(self) -> None:
-        self._none_left = None
         error = NoServers(str(self._last_error or "no rollout server is left"))
         while self._waiting:
             _, request = heapq.heappop(self._waiting)
@@ -242,7 +228,6 @@ class Dispatcher:
             self._pump()
 
     async def _run(self, link: _Link, request: Request) -> None:
-        start = time.monotonic()
         lost: RolloutError | None = None
         try:
             answer = await self._ask(link, request)
@@ -264,7 +249,7 @@ class Dispatcher:
             self._lose(link.url, lost)
             return
         groups = responses_of(answer.body.data, request.prompts, request.n)
-        self._finish(request, Answered(request, groups, None, time.monotonic() - start))
+        self._finish(request, Answered(request, groups))
 
     def _finish(self, request: Request, answered: Answered) -> None:
         self._running.pop(request, None)
@@ -283,8 +268,6 @@ class Dispatcher:
         link = self._links.get(url)
         if link is None:
             return
-        if not link.lost:
-            self.on_lost(url, str(error))
         link.lost, self._last_error = str(error), error
         link.close()
         for request, running in [*self._running.items()] if others else []:

@@ -55,8 +55,6 @@ class WorkerInfo:
     host: str
     log: str
     tokens: Tokens = field(default=Tokens("", ""), compare=False)
-    beat: int = field(default=-1, compare=False)
-    seen_at: float = field(default=0.0, compare=False)  # this process's monotonic clock, seconds
 
 
 def open_store(
@@ -166,20 +164,15 @@ def claim_index(store: dist.Store) -> int:
     return store.add("rollout/count", 1) - 1
 
 
-def known(info: WorkerInfo) -> dict[str, Any]:
-    """All of `info` but what this process alone has seen of it, for JSON."""
-    return {key: value for key, value in asdict(info).items() if key not in ("beat", "seen_at")}
-
-
 def from_known(fields: dict[str, Any]) -> WorkerInfo:
-    """The inverse of `known`. A worker that told no tokens has those of the run."""
+    """The inverse of asdict. A worker that told no tokens has those of the run."""
     tokens = Tokens(**fields["tokens"]) if "tokens" in fields else server_tokens()
     return WorkerInfo(**fields | {"tokens": tokens or Tokens("", "")})
 
 
 def register_worker(store: dist.Store, info: WorkerInfo) -> None:
     """Announces a server that answers requests. Tokens that follow from the run's secret stay out of the store."""
-    entry = known(info)
+    entry = asdict(info)
     if run_secret():
         del entry["tokens"]
     heartbeat(store, info.index)
@@ -257,25 +250,14 @@ def common_tp(workers: list[WorkerInfo]) -> int:
 
 
 def check_workers(store: dist.Store, workers: list[WorkerInfo], wait_s: float = 0.0) -> None:
-    """Raises RolloutDied if a worker reported a failure or has been
-    silent for STALE_S. Cheap: two store look-ups a worker.
+    """Raises RolloutDied, with the worker's own account, if one reported a failure. Who is silent: members.py.
 
-    wait_s: after a broken connection, how long to wait for the worker's own account of it.
+    wait_s: after a broken connection, how long to wait for that account.
     """
     deadline = time.monotonic() + wait_s
     while True:
-        for worker in workers:  # before silence, which may be a failure's echo
-            _raise_if_failed(store, worker.index)
         for worker in workers:
-            beat, now = store.add(f"rollout/{worker.index}/beat", 0), time.monotonic()
-            if beat != worker.beat:
-                worker.beat, worker.seen_at = beat, now
-            elif now - worker.seen_at > STALE_S:
-                raise RolloutDied(
-                    f"rollout worker {worker.index} ({worker.url}, pid {worker.pid} on {worker.host}) has been silent "
-                    "for "
-                    f"{now - worker.seen_at:.0f} s; its log is {worker.log}"
-                )
+            _raise_if_failed(store, worker.index)
         if time.monotonic() >= deadline:
             return
         time.sleep(0.1)

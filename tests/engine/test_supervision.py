@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megarl.launch.lifeline import descendants
 from megarl.rollout import registry
 from megarl.rollout.client import RolloutClient
+from megarl.rollout.members import Members
 from megarl.rollout.registry import RolloutDied, RolloutError
 from tests.engine.support import START_S, prompts, supervised
 from tests.engine.test_rollout import assert_judged
@@ -83,8 +85,12 @@ def test_failed_syncs_and_a_killed_supervisor(
         assert ends([supervisor.pid, *below], within_s=60)
         registry.check_workers(rollout.store, rollout.workers)
         monkeypatch.setattr(registry, "STALE_S", 2.5)
-        with pytest.raises(RolloutDied, match=r"rollout worker 0 .* has been silent for"):
-            registry.check_workers(rollout.store, rollout.workers, wait_s=5)
+        members, index = Members(rollout.store), rollout.workers[0].index
+        deadline = time.monotonic() + 30
+        while index not in (gone := members.look().gone):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert re.search(r"rollout worker 0 .* has been silent for", gone[index])
         rollout.workers = []
 
 

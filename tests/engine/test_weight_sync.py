@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from megarl.rollout.client import Server
-from megarl.rollout.registry import RolloutError, known
+from megarl.rollout.registry import RolloutError
 from megarl.rollout.response import Response
 from megarl.rollout.sync_leader import InFlight
 from megarl.rollout.wire import decode
@@ -149,7 +149,7 @@ def test_a_killed_sender(rollout: Rollout, checkpoints: tuple[Path, Path], phase
         "tests.engine.killed_sender",
         phase,
         port,
-        json.dumps(known(rollout.workers[0])),
+        json.dumps(dataclasses.asdict(rollout.workers[0])),
         str(checkpoints[1]),
     ]
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 
@@ -49,7 +50,7 @@ def test_a_stranger_says_nothing_in_the_store(monkeypatch: pytest.MonkeyPatch) -
     stranger = open_store("127.0.0.1", store.port, is_master=False, timeout_s=5)
     info = WorkerInfo(0, "http://127.0.0.1:8000", 1, 7, "here", "/log")
     assert registry.claim_index(store) == 0
-    stranger.set("rollout/0/info", json.dumps(registry.known(info)))
+    stranger.set("rollout/0/info", json.dumps(dataclasses.asdict(info)))
     stranger.get("rollout/0/info")
     with pytest.raises(Exception, match="0 of 1 rollout workers came"):
         wait_for_workers(store, 1, 0.1)

@@ -94,7 +94,10 @@ def test_rank_0_where_it_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None
         Rank(0, 3).peers.join(dist.HashStore(), HERE)
 
 
-def test_a_stranger_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def listening_rank_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[dist.HashStore, Rank, threading.Thread, tuple[str, int]]:
+    """Rank 0 of two, in a thread that waits for the other; and where it listens."""
     monkeypatch.setattr(peers, "JOIN_S", 5.0)
     store, zero = dist.HashStore(), Rank(0, 2)
     joining = threading.Thread(target=zero.peers.join, args=(store, HERE))
@@ -102,7 +105,12 @@ def test_a_stranger_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     while not store.check(["address"]):
         time.sleep(0.01)
     host, port, _ = json.loads(store.get("address").decode().partition(" ")[2])
-    with socket.create_connection((host, port)) as stranger:
+    return store, zero, joining, (host, port)
+
+
+def test_a_stranger_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, zero, joining, address = listening_rank_0(monkeypatch)
+    with socket.create_connection(address) as stranger:
         stranger.sendall(b'{"rank": 1, "host": "x", "address": "y"}\n')
         assert stranger.recv(1) == b""
     one = Rank(1, 2)
@@ -114,15 +122,9 @@ def test_a_stranger_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_word_that_comes_at_once_with_the_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "JOIN_S", 5.0)
-    store, zero = dist.HashStore(), Rank(0, 2)
-    joining = threading.Thread(target=zero.peers.join, args=(store, HERE))
-    joining.start()
-    while not store.check(["address"]):
-        time.sleep(0.01)
-    host, port, _ = json.loads(store.get("address").decode().partition(" ")[2])
+    store, zero, joining, address = listening_rank_0(monkeypatch)
     said = [{"rank": 1, "host": "node1", "address": HERE}, {"at": "the start"}]
-    with socket.create_connection((host, port)) as one:
+    with socket.create_connection(address) as one:
         one.sendall("".join(signed("peers", json.dumps(message)) + "\n" for message in said).encode())
         joining.join(10)
         zero.peers.meet("the start", within_s=5.0)
