@@ -17,6 +17,7 @@ from megarl.addresses import watch
 
 HEAD_BYTES = 2**16  # most that a status line and its header lines may take
 CONNECT_S = 10.0
+READ_BYTES = 2**17  # at most at once: hundreds of answers come together, and no one may hold up the loop
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._waiting:  # the server's end, most likely; asyncio wants room all the same
             return memoryview(self._head)
         target = memoryview(self._head) if self._body is None else self._body.data
-        return target[self._filled :]
+        return target[self._filled : self._filled + READ_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         if not self._waiting:
