@@ -232,7 +232,7 @@ class Fleet:
         error: Exception | None = None
         try:
             result = part()
-        except (RolloutError, RuntimeError) as raised:  # gloo's and c10d's are RuntimeErrors
+        except Exception as raised:  # of whatever kind: the others wait for this rank's word
             error = raised
         rank, what = dist.get_rank(), " ".join(str(error).split())
         if error is not None and rank:

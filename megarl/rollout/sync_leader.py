@@ -124,8 +124,13 @@ class SyncLeader:
         failed = None
         try:
             send()
-        except RuntimeError as error:  # a server that failed has left the group: its own account comes first
-            failed = " ".join(str(error).split())
+        except Exception as error:
+            if not isinstance(error, RuntimeError):  # no failed server's doing; whoever receives learns of it at once
+                abort()
+                raise
+            failed = " ".join(
+                str(error).split()
+            )  # a server that failed has left the group: its own account comes first
             wait(posts, ACCOUNT_S, return_when=FIRST_EXCEPTION)
             abort()
         answers = self._await(posts)

@@ -18,6 +18,7 @@ from megarl.rollout import registry
 from megarl.rollout.client import Server
 from megarl.rollout.fleet import Fleet, WorkersLost
 from megarl.rollout.registry import RolloutError, WorkerInfo
+from megarl.rollout.sync_leader import SyncLeader, SyncSettings
 from tools.bench.stub_server import StubServer
 
 
@@ -132,6 +133,25 @@ def test_a_step_of_a_sync_fails_for_good_only_where_all_are_there(run: Run) -> N
     with pytest.raises(WorkersLost, match="a bit was flipped"):  # its echo on another comes first
         fleet._settled(lambda: step(workers[0], *refuse))
     fleet.close()
+
+
+def test_a_send_that_fails_by_a_mistake_leaves_the_group_too(run: Run) -> None:
+    """Whatever its kind: the other ranks and the servers would wait for this one."""
+    run.join()
+    fleet = run.fleet(1)
+    fleet._grouped, aborted = fleet.workers, []
+    with pytest.raises(TypeError, match="takes no argument"):
+        fleet._settled(lambda: mistaken(fleet.workers, run.store.port, aborted))
+    assert fleet._grouped is None and aborted
+    fleet.close()
+
+
+def mistaken(workers: list[WorkerInfo], port: int, aborted: list[int]) -> None:
+    def send() -> None:
+        raise TypeError("it takes no argument")
+
+    leader = SyncLeader(workers, "127.0.0.1", port, SyncSettings("reshard", 1, False, 5.0))
+    leader.push(send, [], lambda: aborted.append(1))
 
 
 def test_what_a_silent_worker_has_at_work_goes_to_others_without_a_step(run: Run) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.weights.transport.nccl import NcclBackend
+
 SENDER = 0  # of a broadcast
 
 
@@ -22,7 +24,7 @@ class Work(Protocol):
 
 
 class WeightGroup:
-    """Broadcast and point-to-point over gloo, or over NCCL when `device` is CUDA (that branch has never been run)."""
+    """Broadcast and point-to-point over gloo, or over NCCL when `device` is CUDA (nccl.py; not yet run)."""
 
     def __init__(
         self, store: dist.Store, name: str, rank: int, world_size: int, timeout_s: float, device: torch.device
@@ -35,16 +37,13 @@ class WeightGroup:
         timeout = timedelta(seconds=timeout_s)
         store = dist.PrefixStore(f"weights/{name}", store)
         store.set_timeout(timeout)
-        self.device = device
-        self._group: Any
+        self._group: NcclBackend | _Gloo | None
         if device.type == "cuda":
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, world_size, nccl)
+            self._group = NcclBackend(store, rank, world_size, timeout_s, device)
         else:
-            self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+            self._group = _Gloo(dist.ProcessGroupGloo(store, rank, world_size, timeout))
 
-    def broadcast(self, buffer: Tensor) -> dist.Work:
+    def broadcast(self, buffer: Tensor) -> Work:
         """Starts to send (rank 0) or receive (the others) a contiguous
         buffer; the work's wait() ends within `timeout_s`.
         """
@@ -52,20 +51,15 @@ class WeightGroup:
 
     def exchange(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], tag: int
-    ) -> list[dist.Work]:
+    ) -> Sequence[Work]:
         """Starts to send contiguous buffers to ranks and to fill others
         from ranks; NCCL runs them as one group of operations.
 
         Messages between two ranks arrive in order; `tag` numbers the bucket.
         """
-        grouped, group = self.device.type == "cuda" and bool(sends or receives), self._open()
-        if grouped:
-            group._start_coalescing(self.device)
-        works = [group.send([buffer], rank, tag) for buffer, rank in sends]
-        works += [group.recv([buffer], rank, tag) for buffer, rank in receives]
-        return [group._end_coalescing(self.device)] if grouped else works
+        return self._open().exchange(sends, receives, tag)
 
-    def _open(self) -> Any:
+    def _open(self) -> NcclBackend | _Gloo:
         group = self._group  # another thread may close it: a server that fails ends what is being sent
         if group is None:
             raise RuntimeError("the weight group was closed")
@@ -76,3 +70,20 @@ class WeightGroup:
         group, self._group = self._group, None
         if group is not None:
             group.abort()
+
+
+class _Gloo:
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def broadcast(self, buffer: Tensor, source: int) -> Work:
+        return self._group.broadcast(buffer, source)
+
+    def exchange(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], tag: int
+    ) -> list[Work]:
+        works = [self._group.send([buffer], rank, tag) for buffer, rank in sends]
+        return works + [self._group.recv([buffer], rank, tag) for buffer, rank in receives]
+
+    def abort(self) -> None:
+        self._group.abort()

@@ -1,0 +1,149 @@
+"""The NCCL half of the group that weights travel by (groups.py). Written after torch's ProcessGroupNCCL; the calls into
+it are held by tests/unit/test_nccl_group.py over a stand-in, on a GPU they have not been run.
+
+What torch would do here, and what it costs a run that loses a rollout worker:
+    wait() makes a CUDA stream wait, not the host, so no time limit holds: here the host looks until the work is done
+    the watchdog ends the whole process where an operation fails: this group has none of its error handling
+    the communicator is made by the first message, by all ranks or none: here at the meeting, before any message
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+POLL_S = 0.0005  # between two looks whether a work is done
+SETTLE_S = 2.0  # how long close() waits for the thread that is handing operations to NCCL
+WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+
+class NcclBackend:
+    """Broadcast and grouped messages with a time limit each. Every method may raise RuntimeError."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float, device: torch.device) -> None:
+        """All ranks meet, compare their NCCL and make the communicator.
+
+        RuntimeError where they have not come within `timeout_s`, or run other releases of NCCL.
+        """
+        meet(store, rank, world_size, timeout_s, nccl_version())
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()  # held while operations are handed to NCCL: an abort would free what they use
+        self._closed = False
+        self._backend = _make(store, rank, world_size, timeout_s)
+        self._backend.eager_connect_single_device(device)
+
+    def broadcast(self, buffer: Tensor, source: int) -> Timed:
+        with self._handing_over():
+            return Timed(self, self._backend.broadcast(buffer, source), self._timeout_s)
+
+    def exchange(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], tag: int
+    ) -> list[Timed]:
+        """One group of operations, so that no order among them matters."""
+        if not sends and not receives:
+            return []
+        with self._handing_over():
+            self._backend._start_coalescing()
+            try:
+                for buffer, rank in sends:
+                    self._backend.send([buffer], rank, tag)
+                for buffer, rank in receives:
+                    self._backend.recv([buffer], rank, tag)
+            finally:
+                work = self._backend._end_coalescing()  # after a failure too: NCCL counts its groups
+        return [Timed(self, work, self._timeout_s)]
+
+    @contextmanager
+    def _handing_over(self) -> Iterator[None]:
+        with self._lock:
+            self.check()
+            yield
+
+    def check(self) -> None:
+        """RuntimeError once the group was closed."""
+        if self._closed:
+            raise RuntimeError("the weight group was closed")
+
+    def abort(self) -> None:
+        """What is pending fails, here and at the other end. A thread that is stuck in NCCL is not waited for."""
+        if self._closed:
+            return
+        self._closed = True
+        idle = self._lock.acquire(timeout=SETTLE_S)
+        try:
+            self._backend.abort()
+        finally:
+            if idle:
+                self._lock.release()
+
+
+class Timed:
+    """An operation's work whose wait() ends: done, closed, or late, and then the group is closed."""
+
+    def __init__(self, group: NcclBackend, work: Any, timeout_s: float) -> None:
+        self._group, self._work, self._timeout_s = group, work, timeout_s
+
+    def wait(self) -> None:
+        """Until the device is done with it, at most the time limit."""
+        deadline = time.monotonic() + self._timeout_s
+        while not self._work.is_completed():
+            self._group.check()
+            if time.monotonic() > deadline:
+                self._group.abort()
+                raise RuntimeError(f"weight group: NCCL was not done within {self._timeout_s:g} s")
+            time.sleep(POLL_S)
+        self._group.check()  # an aborted operation counts as completed
+        self._work.wait(timedelta(seconds=self._timeout_s))  # with a limit it raises what failed
+
+
+def nccl_version() -> str:
+    """Of the library that this process has loaded."""
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float, version: str) -> None:
+    """Waits for all ranks and compares their releases of NCCL: two that differ fail inside it, as an internal error.
+
+    store: one of this group alone. RuntimeError, the same on every rank.
+    """
+    store.set(f"nccl/{rank}", version)
+    keys = [f"nccl/{other}" for other in range(world_size)]
+    try:
+        store.wait(keys, timedelta(seconds=timeout_s))
+    except RuntimeError:
+        missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
+        raise RuntimeError(f"weight group: rank {missing} did not come within {timeout_s:g} s") from None
+    versions = [store.get(key).decode() for key in keys]
+    if len(set(versions)) > 1:
+        who = "; ".join(
+            f"{release} on rank {', '.join(str(other) for other, theirs in enumerate(versions) if theirs == release)}"
+            for release in sorted(set(versions))
+        )
+        raise RuntimeError(
+            f"weight group: NCCL {who}: all must run one release; install the same nvidia-nccl package for trainers "
+            "and rollout workers (launch.rollout_python)"
+        )
+
+
+def _make(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> Any:
+    """ProcessGroupNCCL reads how it handles errors from the environment, when it is made."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=2 * timeout_s)  # ours comes first
+    before = os.environ.get(WATCHDOG)
+    os.environ[WATCHDOG] = "0"
+    try:
+        return dist.ProcessGroupNCCL(store, rank, world_size, options)
+    finally:
+        if before is None:
+            del os.environ[WATCHDOG]
+        else:
+            os.environ[WATCHDOG] = before
