@@ -108,11 +108,14 @@ class Restarts:
             if first.get("user_error") or (not first.keys() & {"signal", "stall"} and self._done() <= self._from):
                 return None
             what = _what(first)
+        saved = self._saved()
+        if saved > self._from:  # it got further than the start before: none of a row
+            self._backoff.used = 0
         wait_s = self._backoff.next()
         if wait_s is None:
             return None
         self._backoff.began()
-        self._from = self._saved()
+        self._from = saved
         if first is not None:
             (log_dir / FAILURES).rename(log_dir / f"failures.{int(time.time())}.jsonl")
         print(

@@ -27,7 +27,7 @@ from megarl.launch.lifeline import adopt_orphans, descendants, die_with_parent, 
 _POLL_S = 0.05
 _LOG_TAIL = 25
 _FULL_BYTES = 2**16
-STOPPED_S = 15.0  # a helper that is stopped for so long is taken for dead
+STOPPED_S = 15.0  # a process that is stopped for so long is taken for dead
 
 
 @dataclass
@@ -126,6 +126,7 @@ def _watch(
     again: Callable[[int], float | None],
 ) -> int:
     start_at: float | None = None  # of main, which has failed
+    standing = _Standing()
     while True:
         for helper in helpers:
             if failed := helper.look(running):
@@ -144,7 +145,25 @@ def _watch(
                 return _exit_status(code)
             _kill_everything(spared=[child.pid for name, child in running.items() if name != main.name])
             start_at = time.monotonic() + wait_s
+        else:
+            standing.end(running[main.name])
         time.sleep(_POLL_S)
+
+
+class _Standing:
+    """Ends a process that somebody stopped (SIGSTOP): nothing else would."""
+
+    _since: float | None = None
+
+    def end(self, child: subprocess.Popen[bytes]) -> None:
+        """Kills it, where it has been stopped for STOPPED_S."""
+        now = time.monotonic()
+        if not is_stopped(child.pid):
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif now - self._since > STOPPED_S:
+            child.kill()
 
 
 class _Helper:
@@ -155,7 +174,7 @@ class _Helper:
         self._backoff = Backoff(max_restarts)
         self._start_at: float | None = None  # of the next start, while it waits for it
         self._over = False
-        self._stopped_since: float | None = None
+        self._standing = _Standing()
 
     def look(self, running: dict[str, subprocess.Popen[bytes]]) -> int:
         """The status of a failure that ends everything, else 0."""
@@ -170,7 +189,7 @@ class _Helper:
         child = running[self.process.name]
         code = child.poll()
         if code is None:
-            self._end_where_stopped(child)
+            self._standing.end(child)
         elif code and not _answered(self.process.log):
             return code
         elif code is not None:
@@ -183,16 +202,6 @@ class _Helper:
                 said = f"megarl: {self.process.name} {describe_exit(code)}; its log is {self.process.log}; {then}"
                 print(said, file=sys.stderr, flush=True)
         return 0
-
-    def _end_where_stopped(self, child: subprocess.Popen[bytes]) -> None:
-        """Kills a helper that somebody stopped (SIGSTOP): nothing else would end it."""
-        now = time.monotonic()
-        if not is_stopped(child.pid):
-            self._stopped_since = None
-        elif self._stopped_since is None:
-            self._stopped_since = now
-        elif now - self._stopped_since > STOPPED_S:
-            child.kill()
 
 
 def _answered(log: Path) -> bool:

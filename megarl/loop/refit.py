@@ -127,7 +127,7 @@ class Refit:
         with self._quantized():
             with phase("sync"):
                 scores = self.fleet.push(
-                    self.outgoing.buckets(model.params()), self.canary.tolist(), self._in_flight(version)
+                    self.outgoing.buckets(model.params()), self.canary.tolist(), self._in_flight(version), phase
                 )
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)

@@ -208,6 +208,11 @@ METRICS: dict[str, Metric] = {
     "fleet/joined": Metric(
         "Workers that this sync gave their first weights: new ones, and those that were started again.", "workers", "0"
     ),
+    "fleet/asked_again": Metric(
+        "Prompts that a worker had at work when it was lost, since the step before; others were given them.",
+        "prompts",
+        "0",
+    ),
     "time/rollout_s": Metric("Sampling, rewards and refills.", "seconds", ""),
     "time/old_logprob_s": Metric("The pi_old pass; 0 where the only update is its own.", "seconds", ""),
     "time/reference_s": Metric("The reference's pass.", "seconds", ""),

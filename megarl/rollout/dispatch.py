@@ -106,6 +106,7 @@ class Dispatcher:
         self._numbers = itertools.count()
         self._running: dict[Request, _Running] = {}
         self._last_error: RolloutError | None = None
+        self._taken_back = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
@@ -137,6 +138,10 @@ class Dispatcher:
         """By server, how long it has had something at work since the dispatcher was made."""
         return self._call(lambda: {link.url: link.busy_so_far() for link in self._links.values()})
 
+    def taken_back(self) -> int:
+        """Prompts that were at work in servers when these were lost, since this was asked last."""
+        return self._call(self._count)
+
     def close(self) -> None:
         if self._thread.is_alive():
             self._call(lambda: self._abandon([*self._running, *(request for _, request in self._waiting)]))
@@ -158,6 +163,10 @@ class Dispatcher:
         return result.result(60)
 
     # What follows runs in the loop's thread.
+
+    def _count(self) -> int:
+        count, self._taken_back = self._taken_back, 0
+        return count
 
     def _close_links(self) -> None:
         for link in self._links.values():
@@ -259,6 +268,7 @@ class Dispatcher:
     def _again(self, request: Request) -> None:
         """Back among those that wait, in its old place."""
         request.tries += 1
+        self._taken_back += len(request.prompts)
         heapq.heappush(self._waiting, (self._running.pop(request).number, request))
 
     def _lose(self, url: str, error: RolloutError, others: bool = False) -> None:

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -152,15 +152,21 @@ class Fleet:
         self._grouped = self.members
         self._tp = self.members[0].tp if self._one_tp else None
 
-    def push(self, buckets: Iterable[Outgoing], canary: list[int], in_flight: InFlight | None = None) -> list[Canary]:
+    def push(
+        self,
+        buckets: Iterable[Outgoing],
+        canary: list[int],
+        in_flight: InFlight | None = None,
+        phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    ) -> list[Canary]:
         """Collective: sends this rank's buckets. Rank 0: returns every server's score of the canary, once all have
-        loaded; they do not serve yet. Elsewhere an empty list. Raises WorkersLost.
+        loaded; they do not serve yet. Elsewhere an empty list. phase: see SyncLeader.push. Raises WorkersLost.
         """
         sender, leader = self._sender, self._leader
 
         def send() -> list[Canary]:
             if leader is not None and sender is not None:
-                return leader.push(lambda: sender.send(buckets), canary, sender.close, in_flight)
+                return leader.push(lambda: sender.send(buckets), canary, sender.close, in_flight, phase)
             if sender is not None:
                 sender.send(buckets)
             else:
@@ -184,10 +190,17 @@ class Fleet:
         self._ask(self.members)
 
     def figures(self) -> dict[str, float]:
-        """Of the fleet, since this was asked last."""
+        """Collective: of the fleet, since this was asked last."""
         lost, joined = self._lost, self._joined
         self._lost = self._joined = 0
-        return {"fleet/workers": float(len(self.workers)), "fleet/lost": float(lost), "fleet/joined": float(joined)}
+        again = torch.tensor(self.client.dispatcher.taken_back() if self.client else 0, device=self._device)
+        dist.all_reduce(again)
+        return {
+            "fleet/workers": float(len(self.workers)),
+            "fleet/lost": float(lost),
+            "fleet/joined": float(joined),
+            "fleet/asked_again": float(again),
+        }
 
     @property
     def push_seconds(self) -> dict[str, float]:
@@ -247,6 +260,7 @@ class Fleet:
                 raise error
             return result
         self._leave_group()
+        dist.barrier()  # no server is blamed for what a rank that stands still did not send: launch.stall_s names it
         what, gone = failed
         if gone:
             raise WorkersLost(what)

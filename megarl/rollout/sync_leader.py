@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -105,19 +106,35 @@ class SyncLeader:
         canary: list[int],
         abort: Callable[[], None],
         in_flight: InFlight | None = None,
+        phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ) -> list[Canary]:
         """Takes all servers as far as loaded and not yet committed; returns their scores of the canary (empty: none).
         With in_flight they are paused before, and serve again once loaded.
 
-        send: sends this rank's messages; abort: makes a pending send() fail. Raises RolloutError, one line that names
-        the server and, where bytes differ, tensor, rank and slice.
+        send: sends this rank's messages; abort: makes a pending send() fail; phase: around what has a name. Raises
+        RolloutError, one line that names the server and, where bytes differ, tensor, rank and slice.
         """
         if in_flight:
             self._deadline = time.monotonic() + in_flight.drain_s
             self._await(self._post("pause", [{"in_flight": in_flight.how}] * len(self._servers)))
         start = time.monotonic()
-        self._deadline = start + self.settings.timeout_s
         body = {"load": self._lone, "canary": canary, "version": in_flight.version if in_flight else 0}
+        with phase("sync_receive"):
+            answers = self._receive(body, send, abort)
+        received = time.monotonic()
+        if not self._lone:
+            self._deadline = time.monotonic() + self.settings.timeout_s
+            answers = self._await(self._post("load", [body] * len(self._servers)))
+        self.seconds = {
+            "receive": received - start,
+            "load": time.monotonic() - received,
+        }  # a lone worker loads within receive
+        if not canary:
+            return []
+        return [Canary(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)]
+
+    def _receive(self, body: dict[str, Any], send: Callable[[], None], abort: Callable[[], None]) -> list[bytes]:
+        self._deadline = time.monotonic() + self.settings.timeout_s
         posts = self._post("receive", [body] * len(self._servers))
         for post in posts:
             post.add_done_callback(lambda done: abort() if done.exception() else None)
@@ -134,19 +151,9 @@ class SyncLeader:
             wait(posts, ACCOUNT_S, return_when=FIRST_EXCEPTION)
             abort()
         answers = self._await(posts)
-        received = time.monotonic()
         if failed:
             raise RolloutError(f"weight sync: sending failed although every rollout server received: {failed}")
-        if not self._lone:
-            self._deadline = time.monotonic() + self.settings.timeout_s
-            answers = self._await(self._post("load", [body] * len(self._servers)))
-        self.seconds = {
-            "receive": received - start,
-            "load": time.monotonic() - received,
-        }  # a lone worker loads within receive
-        if not canary:
-            return []
-        return [Canary(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)]
+        return answers
 
     def check(self, folder: str | None) -> None:
         """Compares the workers' weights with an engine loaded from

@@ -126,6 +126,7 @@ def test_what_a_killed_server_had_goes_to_the_other() -> None:
         until(lambda: living.served == 3 and len(dying.connections) == 3)
         dying.close()
         assert {answered.request for answered in wait_for(asked)} == set(asked) and living.served == 6
+        assert (dispatch.taken_back(), dispatch.taken_back()) == (3, 0)
 
 
 def test_a_server_cut_off_in_its_answer_loses_nothing() -> None:

@@ -85,7 +85,7 @@ def test_a_step_begins_with_those_that_are_there(run: Run, capfd: pytest.Capture
     assert capfd.readouterr().out == came
     fleet.commit(2)
     assert fleet.workers == [second, third]
-    assert fleet.figures() == {"fleet/workers": 2, "fleet/lost": 1, "fleet/joined": 1}
+    assert fleet.figures() == {"fleet/workers": 2, "fleet/lost": 1, "fleet/joined": 1, "fleet/asked_again": 0}
 
     registry.worker_leaves(run.store, 1)
     run.servers[2].close()  # killed, and nobody was left to report it
@@ -115,7 +115,10 @@ def test_a_worker_that_is_cut_differently_is_not_used(run: Run, capfd: pytest.Ca
     fleet.close()
 
 
-def test_a_step_of_a_sync_fails_for_good_only_where_all_are_there(run: Run) -> None:
+def test_a_step_of_a_sync_fails_for_good_only_where_all_are_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of workers and of ranks: these meet first, so that one that stands still is named instead of a server."""
+    met: list[int] = []
+    monkeypatch.setattr(dist, "barrier", lambda: met.append(1))
     workers = [run.join(), run.join()]
     fleet = run.fleet(2)
     fleet._grouped = fleet.workers
@@ -132,6 +135,7 @@ def test_a_step_of_a_sync_fails_for_good_only_where_all_are_there(run: Run) -> N
     run.servers[1].close()
     with pytest.raises(WorkersLost, match="a bit was flipped"):  # its echo on another comes first
         fleet._settled(lambda: step(workers[0], *refuse))
+    assert len(met) == 3
     fleet.close()
 
 

@@ -143,9 +143,9 @@ def test_what_trainers_are_started_again_for(
     (run_dir / "checkpoints" / "step_4").mkdir(parents=True)
     (run_dir / "checkpoints" / "step_4" / "megarl.json").write_text("{}")
     done[0] = 5
-    assert after(1, user_error=None) == 2.0
-    assert "rank 1 failed; the trainers start again from step 4, restart 2 of 2" in capsys.readouterr().err
-    assert after(1, signal=9) is None
+    assert after(1, user_error=None) == 1.0, "a start that got further than the one before it"
+    assert "rank 1 failed; the trainers start again from step 4, restart 1 of 2" in capsys.readouterr().err
+    assert after(1, signal=9) == 2.0 and after(1, signal=9) is None
     assert first_failure(plan.log_dir) == {"time": 1.0, "rank": 1, "signal": 9}
     with failures.open("a") as file:
         file.write(json.dumps({"time": 2.0, "rank": 0, "stall": "no rank went on"}) + "\n")

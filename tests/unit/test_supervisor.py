@@ -193,23 +193,25 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     assert left_behind(tmp_path) == []
 
 
-def test_a_main_that_is_killed_is_started_again_and_the_helpers_live_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+def test_a_main_that_is_killed_is_started_again_and_the_helpers_live_on(tmp_path: Path, number: str) -> None:
     """What is left of the first start, in a session of its own, is ended before the second."""
     main = (
-        "import os, pathlib, subprocess, sys\n"
+        "import os, pathlib, signal, subprocess, sys\n"
         f"seen, helper = [pathlib.Path({str(tmp_path)!r}) / name for name in ('seen', 'helper')]\n"
         "if not seen.exists():\n"
         f"    child = subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True)\n"
         "    seen.write_text(str(child.pid))\n"
         "    while not helper.exists() or not helper.read_text(): pass\n"
-        "    os.kill(os.getpid(), 9)\n"
+        f"    os.kill(os.getpid(), signal.{number})\n"
         "print(os.path.exists('/proc/' + seen.read_text()), os.path.exists('/proc/' + helper.read_text()))\n"
     )
     helper = (
         f"import os, pathlib, time; pathlib.Path({str(tmp_path)!r}, 'helper').write_text(str(os.getpid())); "
         "time.sleep(600)"
     )
-    run = supervisor(tmp_path, main, [helper], again="lambda code: 0.1 if code == -9 else None")
+    before = "from megarl.launch import supervisor; supervisor.STOPPED_S = 0.2"
+    run = supervisor(tmp_path, main, [helper], before=before, again="lambda code: 0.1 if code == -9 else None")
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out, err) == (0, "False True\n", "")
     assert left_behind(tmp_path) == []
