@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from megarl.rollout.registry import (
     wait_for_workers,
 )
 from megarl.rollout.store import open_run_store
-from megarl.rollout.sync_leader import Canary, InFlight, SyncLeader, SyncSettings
+from megarl.rollout.sync_leader import Canary, InFlight, Phase, SyncLeader, SyncSettings, untraced
 from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.transport.send import Outgoing, WeightSender
 
@@ -157,7 +157,7 @@ class Fleet:
         buckets: Iterable[Outgoing],
         canary: list[int],
         in_flight: InFlight | None = None,
-        phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        phase: Phase = untraced,
     ) -> list[Canary]:
         """Collective: sends this rank's buckets. Rank 0: returns every server's score of the canary, once all have
         loaded; they do not serve yet. Elsewhere an empty list. phase: see SyncLeader.push. Raises WorkersLost.

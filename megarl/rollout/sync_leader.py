@@ -28,7 +28,13 @@ from megarl.rollout.client import Server
 from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.wire import decode
 
+Phase = Callable[[str], AbstractContextManager[None]]
 ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it
+
+
+def untraced(name: str) -> AbstractContextManager[None]:
+    """A Phase that nobody is told of."""
+    return nullcontext()
 
 
 class Canary(NamedTuple):
@@ -106,7 +112,7 @@ class SyncLeader:
         canary: list[int],
         abort: Callable[[], None],
         in_flight: InFlight | None = None,
-        phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        phase: Phase = untraced,
     ) -> list[Canary]:
         """Takes all servers as far as loaded and not yet committed; returns their scores of the canary (empty: none).
         With in_flight they are paused before, and serve again once loaded.
