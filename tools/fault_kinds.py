@@ -47,14 +47,19 @@ def struck(what: str, who: str, phase: str, restarts: bool = False, every: bool 
     return Fault(name, do, restarts=restarts)
 
 
-def _slow(run: Run) -> float:
-    pid = run.pids("engine core")[0]
-    run.until("rollout")
-    start = time.monotonic()
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(SLOW_S)
-    os.kill(pid, signal.SIGCONT)
-    return start
+def slow(who: str, phase: str) -> Fault:
+    """It stands still for SLOW_S and goes on by itself."""
+
+    def do(run: Run) -> float:
+        pid = run.pids(who)[0]
+        run.until(phase)
+        start = time.monotonic()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(SLOW_S)
+        os.kill(pid, signal.SIGCONT)
+        return start
+
+    return Fault(f"SIGSTOP of {who} in {phase} for {SLOW_S:g} s", do)
 
 
 def _stop_torchrun(run: Run) -> float:
@@ -132,13 +137,12 @@ def _mend_cable(run: Run) -> None:
 def worker_faults(cable: bool) -> list[Fault]:
     """Two servers, and in the end a third that joins, is cut off and leaves."""
     phases = ("rollout", "sync receive", "sync load")
-    found = [struck("SIGKILL", who, phase) for phase in phases for who in ("engine core", "API server")]
-    found += [struck("SIGKILL", "rollout worker", "rollout")]
+    found = [slow(who, phase) for who in ("engine core", "API server") for phase in phases]
+    found += [slow("rollout worker", "rollout")]
+    found += [struck("SIGKILL", who, phase) for phase in phases for who in ("engine core", "API server")]
+    found += [struck("SIGSTOP", who, "rollout") for who in ("API server", "rollout worker")]
     found += [struck("SIGSTOP", "engine core", phase) for phase in phases]
-    found += [struck("SIGSTOP", "API server", phase) for phase in phases[:2]]
-    found += [struck("SIGSTOP", "rollout worker", "rollout")]
-    found += [Fault("slow engine core in rollout", _slow)]
-    found += [struck("SIGKILL", "engine core", "rollout", every=True)]
+    found += [struck("SIGKILL", "rollout worker", "rollout"), struck("SIGKILL", "engine core", "rollout", every=True)]
     where = "from another host" if cable else "from a command of its own"
     found += [Fault(f"a worker with other weights joins {where}", _join, more=1)]
     found += [Fault("cut link of a worker in rollout", _cut, _mend_cable)] if cable else []
@@ -148,17 +152,16 @@ def worker_faults(cable: bool) -> list[Fault]:
 def trainer_faults(small_disk: bool) -> list[Fault]:
     """One server, and two trainer ranks."""
     phases = ("rollout", "pi_old", "update", "sync", "checkpoint")
-    found = [struck("SIGKILL", f"rank {rank}", phase, True) for rank in (0, 1) for phase in phases]
-    found += [struck("SIGSTOP", "rank 0", phase, True) for phase in ("rollout", "update", "sync", "checkpoint")]
-    found += [struck("SIGSTOP", "rank 1", phase, True) for phase in ("pi_old", "update", "sync")]
-    found += [
-        struck("SIGKILL", "torchrun", "update", True),
-        Fault("SIGSTOP of torchrun in update", _stop_torchrun, restarts=True),
-    ]
+    found = [slow("rank 1", phase) for phase in ("update", "sync")] + [slow("supervisor", "update")]
+    found += [struck("SIGKILL", "rank 0", phase, True) for phase in phases]
+    found += [struck("SIGKILL", "rank 1", phase, True) for phase in ("rollout", "update", "sync")]
+    found += [struck("SIGSTOP", "rank 0", "update", True), struck("SIGSTOP", "rank 1", "sync", True)]
+    found += [struck("SIGSTOP", "rank 1", "checkpoint", True), struck("SIGKILL", "torchrun", "update", True)]
+    found += [Fault("SIGSTOP of torchrun in update", _stop_torchrun, restarts=True)]
     harms = ("truncated part", "changed bit", "missing part", "emptied megarl.json")
     found += [Fault(f"{how} of the newest checkpoint", partial(_damage, how), restarts=True) for how in harms]
     found += [struck("SIGKILL", "API server", "rollout")]
-    ends = {"SIGKILL": ("rollout", "checkpoint"), "SIGTERM": ("update",), "SIGINT": ("rollout",)}
+    ends = {"SIGKILL": ("rollout", "checkpoint"), "SIGTERM": ("update",)}
     found += [struck(what, "supervisor", phase, True) for what, phases in ends.items() for phase in phases]
     return [*found, *([Fault("full disk at a checkpoint", _fill, restarts=True)] if small_disk else [])]
 
