@@ -1,7 +1,4 @@
-"""The loop: roll out, recompute, update, sync. Every rank runs the same.
-
-torchrun ... -m megarl.train CONFIG [key=value ...]
-"""
+"""The loop: roll out, recompute, update, sync. On every rank: torchrun ... -m megarl.train CONFIG [key=value ...]"""
 
 from __future__ import annotations
 
@@ -46,13 +43,11 @@ def main(argv: list[str]) -> int:
 def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     """One run, from its beginning or its last whole checkpoint. `connect`: how the rollout workers are found."""
     announce(f"loading the weights of {config.model.path}")
-    optimizer_steps = config.train.steps * config.batch.minibatches
-    engine = build_engine(config, optimizer_steps=optimizer_steps, temperature=config.rollout.temperature)
+    engine = build_engine(config, optimizer_steps=config.optimizer_steps, temperature=config.rollout.temperature)
     parallel = engine.model.parallel
     tokenizer = load_tokenizer(config.model)
     prompts = load_run_prompts(config, tokenizer)
-    content = content_digest(config.data.prompts)
-    stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content)
+    stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content_digest(config.data.prompts))
     learner = Learner(config, engine)
     dull, stop = DullSteps(config), ""
     step = done = 0  # rollout steps, optimizer steps
@@ -66,7 +61,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     source = open_source(config, sampler, prompts.train, stream)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
-    evaluation = Evaluation(config, sampler, scorer, prompts.validation, output)
+    evaluation = Evaluation(config, sampler, scorer, prompts.validation, output, fleet.watched)
     refit = Refit(config, engine, fleet)
     saver = Saver(config, engine, learner.critic)
     stall = StallWatch(log_dir_of("train", config), parallel.coord.rank, parallel.layout.world, config.launch.stall_s)
@@ -74,8 +69,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     try:
         announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)
-        with fleet.watched():
-            evaluation.catch_up(step)
+        evaluation.catch_up(step)
         while step < config.train.steps and not (stop or saver.ending):
             start = time.perf_counter()
             refit.ready(done, saver.stop)
@@ -102,8 +96,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
                 with turns.training(fleet):
                     saver.save()
             if not saver.ending:
-                with fleet.watched():
-                    evaluation.after(step, last=last)
+                evaluation.after(step, last=last)
         saver.finish()
     except Stopped as stopped:  # Ctrl-C or SIGTERM, while rollouts were awaited
         with turns.training(fleet):

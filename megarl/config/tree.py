@@ -77,6 +77,11 @@ class Config(Section):
         """Whether the rollout engine captures routes at all."""
         return self.replay_mode == "R3" or self.replay.metrics
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Of a whole run, where no mini-batch is skipped."""
+        return self.train.steps * self.batch.minibatches
+
 
 def walk() -> Iterator[tuple[str, Any, Any]]:
     """Every key as (dotted name, its pydantic field, the section's class), in the order of the file."""

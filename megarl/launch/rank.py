@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.errors import Stopped, UserError
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> int:
     rank = int(os.environ["RANK"])
     redirect(log_path(log_dir, rank), keep_stdout=rank == 0)
     try:
-        return importlib.import_module(module).main(arguments)
+        with without_wandb():
+            imported = importlib.import_module(module)
+        return imported.main(arguments)
     except UserError as error:
         line = f"megarl: error: {error}"
         reported = _report(log_dir, rank, line)
@@ -56,6 +59,21 @@ def main(argv: list[str]) -> int:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
+
+
+@contextlib.contextmanager
+def without_wandb() -> Iterator[None]:
+    """megarl's own logger imports it where it is asked for. megatron-core does wherever it is installed, for inference
+    that is not used here: a sixth of a rank's start.
+    """
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["wandb"]
 
 
 def redirect(log: Path, keep_stdout: bool) -> None:

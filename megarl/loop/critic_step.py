@@ -19,7 +19,7 @@ class CriticStep:
 
     def __init__(self, config: Config, policy: Engine) -> None:
         self.settings = config.critic
-        self.critic = build_critic(config, policy.model.parallel, config.train.steps * config.batch.minibatches)
+        self.critic = build_critic(config, policy.model.parallel, config.optimizer_steps)
 
     def value(self, packs: list[Pack]) -> None:
         """Values before the first update, and from them and the rewards GAE's advantages and returns, one a token."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -23,20 +25,26 @@ class Evaluation:
     """When the policy is evaluated: every eval.every steps and at the end. Every rank calls every method.
 
     It follows the step's row and checkpoint, which so outlive whatever becomes of it; its numbers are added to the row.
-    output: on rank 0.
+    output: on rank 0. watched: around what asks the servers, Fleet.watched.
     """
 
     def __init__(
-        self, config: Config, sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], output: Output | None
+        self,
+        config: Config,
+        sampler: Sampler,
+        scorer: RewardScorer,
+        prompts: list[Prompt],
+        output: Output | None,
+        watched: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.config, self.prompts, self.output = config, prompts, output
+        self.config, self.prompts, self.output, self.watched = config, prompts, output, watched
         self.sampler, self.scorer = sampler, scorer
 
     def after(self, step: int, *, last: bool) -> None:
         """An evaluation, where one is due after `step`. last: the run ends here."""
         every = self.config.eval.every
         if self.prompts and (last or (every and step % every == 0)):
-            with phase("evaluate"):
+            with phase("evaluate"), self.watched():
                 values = evaluate(self.sampler, self.scorer, self.prompts, self.config)
             if self.output:
                 self.output.evaluated(step, values)

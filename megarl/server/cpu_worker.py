@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.worker import cpu_worker  # first: vLLM asks for it
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from megarl.server.plugin import end_with_parent
 from megarl.server.vllm_patches import RouteCapture, check_version
 
 
@@ -46,6 +47,7 @@ class RolloutRunner(CPUModelRunner):
 
 class RolloutWorker(cpu_worker.CPUWorker):
     def init_device(self) -> None:
+        end_with_parent()  # a forked engine loads no plugins
         check_version()
         original, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, RolloutRunner
         try:

@@ -12,6 +12,7 @@ import os
 
 BACKEND = "megarl"
 OWN_SERVER = "MEGARL_ROLLOUT"  # set in the environment of the servers that megarl starts
+FORKS = "MEGARL_FORKS"  # beside it where the engine is one process with one thread: it may be forked
 
 
 def register() -> None:
@@ -25,11 +26,16 @@ def register() -> None:
         from megarl.server import vllm_patches
 
         vllm_patches.apply()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Of a process below one of our servers: vLLM's engine outlives an API server that is killed."""
     if OWN_SERVER in os.environ and (parent := multiprocessing.parent_process()) is not None:
         from megarl.launch.lifeline import die_with_parent
 
         assert parent.pid is not None
-        die_with_parent(parent.pid)  # vLLM's engine outlives an API server that is killed
+        die_with_parent(parent.pid)
 
 
 def vllm_version() -> str:

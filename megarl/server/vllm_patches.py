@@ -6,11 +6,14 @@ wrong experts.
 silently wrong.
 3. Routes (AuxOutput connector) are wired to Model Runner V2 only, which needs Triton: we drive vLLM's own connector
 from the CPU runner.
+4. The CPU platform starts the engine by spawn, which imports everything once more: 15 s of CPU. Our servers of one
+thread fork it, as vLLM does elsewhere.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +22,9 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.platforms.cpu import CpuPlatform
+
+from megarl.server.plugin import FORKS
 
 VERSION = "0.32.0"
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
@@ -41,6 +47,7 @@ def apply() -> None:
         _repack_experts_on_update()
         _rotate_every_head()
         _allow_routes_with_our_worker()
+        _fork_the_engine()
 
 
 def _repack_experts_on_update() -> None:
@@ -94,6 +101,20 @@ def _allow_routes_with_our_worker() -> None:
 
     _verify._megarl = True  # type: ignore[attr-defined]
     VllmConfig._verify_aux_output_compatibility = _verify
+
+
+def _fork_the_engine() -> None:
+    original = CpuPlatform.check_and_update_config
+    if getattr(original, "_megarl", False):
+        return
+
+    def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
+        original(vllm_config)
+        if os.environ.get(FORKS):
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    check_and_update_config._megarl = True  # type: ignore[attr-defined]
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 class RouteCapture:

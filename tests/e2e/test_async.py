@@ -43,7 +43,7 @@ def test_one_step_off_with_a_kill_in_between(bench: Bench, cold: Path) -> None:
     rows = bench.rows("async")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[0]["async/lag_max"] == 0 and all(row["async/lag_max"] == 2 for row in rows[5:])
-    assert all(row["async/dropped_groups"] == 0 and row["async/in_flight"] > 0 for row in rows)
+    assert all(row["async/dropped_groups"] == 0 for row in rows)
     for row in rows:
         assert row["routing/missing_rows"] == 0
         mismatch = row["async/mismatch_k3_by_lag"]
