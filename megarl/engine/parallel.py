@@ -72,7 +72,7 @@ class Parallel:
 def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel:
     """Joins the process group and makes megatron-core's groups. Outside torchrun this is a world of one rank."""
     if dist.is_initialized():  # a process may build several models one after the other, in layouts of their own
-        parallel_state.destroy_model_parallel()
+        _leave_groups()
     elif "RANK" in os.environ:
         with connecting():
             _join_torchrun(device.backend)
@@ -114,3 +114,14 @@ def destroy_parallel() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _leave_groups() -> None:
+    """megatron-core only forgets its groups: each would keep threads that wake up a hundred times a second (gloo's
+    loop). Collective.
+    """
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    dist.barrier()  # nobody is in a group that another rank closes
+    for group in groups:
+        dist.destroy_process_group(group)
