@@ -55,6 +55,7 @@ MODELS = {  # arguments of make_tiny_model; the default family is Qwen3-MoE
     "qwen2": {"family": "qwen2_moe", "kv_heads": 4},  # QKV bias, a shared expert behind a gate
     "llama": {"family": "llama"},  # no experts
     "deep": {"layers": 8},
+    "tied": {"family": "qwen3_tied", "vocab_size": 33},
 }
 ROWS = [
     Row("1 rank, several micro-batches", 1, engine=SMALL, quick=True),
@@ -119,6 +120,16 @@ ROWS = [
     Row("DeepSeek, PP2 full recompute", 2, {"pp": 2}, {"recompute": "full", **SMALL}, model="deepseek"),
     Row("Qwen2-MoE, TP2 PP2 ETP2", 4, {"tp": 2, "pp": 2, "etp": 2}, SMALL, model="qwen2", quick=True),
     Row("Llama, TP2 PP2", 4, {"tp": 2, "pp": 2}, SMALL, model="llama", quick=True),
+    Row("tied embeddings, TP2", 2, {"tp": 2}, SMALL, model="tied"),
+    Row("tied embeddings, PP2 VPP2", 2, {"pp": 2, "vpp": 2}, SMALL, model="tied"),
+    Row(
+        "tied embeddings, PP2 DP2 distributed optimizer",
+        4,
+        {"pp": 2},
+        {"distributed_optimizer": True, **SMALL},
+        model="tied",
+        quick=True,
+    ),
 ]
 
 

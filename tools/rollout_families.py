@@ -79,7 +79,7 @@ def serve(family: str, folder: Path) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     first, second = (make_tiny_model(folder / str(seed), family, seed=seed, hidden=128) for seed in (0, 1))
-    experts = family not in ("qwen3", "llama")
+    experts = family not in ("qwen3", "qwen3_tied", "llama")
     llm = LLM(
         str(first),
         dtype="float32",

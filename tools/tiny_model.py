@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789= +-*/:,.?\n"
-FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "qwen3", "llama")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "qwen3", "qwen3_tied", "llama")
 
 
 def tiny_config(
@@ -50,14 +50,15 @@ def tiny_config(
         **({} if latent else {"head_dim": head_dim}),
         **_of_family(family, experts, top_k, moe_intermediate, head_dim),
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
+        tie_word_embeddings=family == "qwen3_tied",
         initializer_range=initializer_range,
         bos_token_id=None,
         eos_token_id=SPECIAL.index("<eos>"),
         pad_token_id=SPECIAL.index("<pad>"),
         dtype=dtype,
     )
-    return AutoConfig.for_model("deepseek_v3" if family == "moonlight" else family, **(sizes | (changes or {})))
+    model_type = {"moonlight": "deepseek_v3", "qwen3_tied": "qwen3"}.get(family, family)
+    return AutoConfig.for_model(model_type, **(sizes | (changes or {})))
 
 
 def make_tiny_model(out: str | Path, family: str = "qwen3_moe", *, seed: int = 0, **sizes: Any) -> Path:
@@ -140,6 +141,7 @@ def _of_family(family: str, experts: int, top_k: int, width: int, head_dim: int)
         "moonlight": {**shared, **one_group, **latent, "q_lora_rank": None, "n_shared_experts": 2},
         "glm4_moe": {**shared, **one_group, "attention_bias": True, "use_qk_norm": True},
         "qwen3": {},
+        "qwen3_tied": {},
         "llama": {},
     }[family]
 

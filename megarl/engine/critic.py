@@ -66,6 +66,7 @@ def value_map(hf_config: dict[str, Any]) -> WeightMap:
         "hf_names": (VALUE_HEAD,),
         "hf_shapes": ((1, hf_config["hidden_size"]),),
         "relation": Replicated(),
+        "copy": False,
     }
     weight_map.entries = tuple(
         replace(entry, **head) if entry.name == "output_layer.weight" else entry for entry in weight_map.entries

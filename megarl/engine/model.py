@@ -98,7 +98,7 @@ def build_model(
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 parallel_output=True,
-                share_embeddings_and_output_weights=False,
+                share_embeddings_and_output_weights=weight_map.tied,
                 vp_stage=stage,
                 **weight_map.gpt,
             ).to(parallel.device.device)

@@ -6,7 +6,9 @@ wrong experts.
 silently wrong.
 3. Routes (AuxOutput connector) are wired to Model Runner V2 only, which needs Triton: we drive vLLM's own connector
 from the CPU runner.
-4. The CPU platform starts the engine by spawn, which imports everything once more: 15 s of CPU. Our servers of one
+4. On a CPU an output layer that is the embedding (tie_word_embeddings) keeps the old weights in oneDNN's memory when
+the embedding is updated in place: silently wrong.
+5. The CPU platform starts the engine by spawn, which imports everything once more: 15 s of CPU. Our servers of one
 thread fork it, as vLLM does elsewhere.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
@@ -22,6 +24,8 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise
 from vllm.platforms.cpu import CpuPlatform
 
 from megarl.server.plugin import FORKS
@@ -46,6 +50,7 @@ def apply() -> None:
     if vllm.__version__.partition("+")[0] == VERSION:
         _repack_experts_on_update()
         _rotate_every_head()
+        _repack_tied_heads_on_update()
         _allow_routes_with_our_worker()
         _fork_the_engine()
 
@@ -63,6 +68,22 @@ def _repack_experts_on_update() -> None:
 
     _setup_kernel._megarl = True  # type: ignore[attr-defined]
     UnquantizedFusedMoEMethod._setup_kernel = _setup_kernel
+
+
+def _repack_tied_heads_on_update() -> None:
+    original = layerwise.finalize_layerwise_processing
+    if getattr(original, "_megarl", False):
+        return
+
+    def finalize_layerwise_processing(model: Any, model_config: Any) -> None:
+        original(model, model_config)
+        embeddings = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+        for head in (layer for layer in embeddings if isinstance(layer, ParallelLMHead)):
+            if any(head.weight is other.weight for other in embeddings if other is not head):
+                head.quant_method.process_weights_after_loading(head)
+
+    finalize_layerwise_processing._megarl = True  # type: ignore[attr-defined]
+    layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
 def _rotate_every_head() -> None:

@@ -27,7 +27,7 @@ from megarl.weights.rect import Rect
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.tiny_model import FAMILIES, tiny_config  # noqa: E402
 
-DENSE = ("qwen3", "llama")
+DENSE = ("qwen3", "qwen3_tied", "llama")
 LAYOUTS = ("", "--tp 2", "--pp 2 --vpp 2", "--pp 4", "--tp 2 --pp 2", "--tp 4 --pp 2 --vpp 2")
 EXPERTS = ("--ep 8", "--tp 2 --etp 2", "--tp 2 --pp 2 --ep 2", "--tp 4 --etp 2 --ep 4 --pp 2 --vpp 2")
 SHARD = "--shard-gib 0.00003"  # 31 KiB: several files of a model of some 200 KB

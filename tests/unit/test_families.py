@@ -61,6 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family
     ),
     "glm4_moe, no QK norm, no QKV bias": ("glm4_moe", dict(changes=dict(use_qk_norm=False, attention_bias=False))),
     "mixtral, widths that grouped_mm does not take": ("mixtral", dict(hidden=60, changes=dict(intermediate_size=90))),
+    "qwen3_moe, tied embeddings": ("qwen3_moe", dict(changes=dict(tie_word_embeddings=True))),
     "llama, rope scaling of Llama 3.1": ("llama", dict(changes=dict(rope_parameters=LLAMA3))),
 }
 LAYOUTS = [
@@ -183,7 +184,6 @@ REFUSED = [
     ("qwen2_moe", dict(use_sliding_window=True), "use_sliding_window true"),
     ("mixtral", dict(sliding_window=4096), "sliding_window 4096"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "'sliding_attention'"),
-    ("qwen3", dict(tie_word_embeddings=True), "tie_word_embeddings true"),
     ("qwen3", dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope scaling 'yarn'"),
     ("llama", dict(mlp_bias=True), "mlp_bias true"),
     ("llama", dict(rope_parameters=dict(LLAMA3, low_freq_factor=2.0)), "'llama3' with low_freq_factor 2.0"),

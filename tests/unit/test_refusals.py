@@ -27,7 +27,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ),
     ("model_path", "run", ["model.path=/tmp"], {}, ["model.path '/tmp' has no config.json", "give"]),
     ("family", "run", [], {"model_type": "gpt2"}, ["model_type 'gpt2' is not supported", "qwen3_moe"]),
-    ("architecture", "sft", [], {"tie_word_embeddings": True}, ["tie_word_embeddings true", "lm_head.weight"]),
+    ("architecture", "sft", [], {"mlp_bias": True}, ["mlp_bias true", "without biases"]),
     ("architecture", "run", [], {"rope_scaling": {"rope_type": "yarn"}}, ["rope scaling 'yarn'", "remove"]),
     (
         "architecture",

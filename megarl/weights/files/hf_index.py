@@ -19,6 +19,7 @@ from megarl.weights.rect import Shape
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALE = "_scale_inv"  # of tensor X is X + SCALE, float32, one value a block
+HEAD = "lm_head.weight"
 COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store what config.json already says
 
 
@@ -125,6 +126,8 @@ class HfIndex:
         prediction: list[str] = []
         unknown: list[str] = []
         for name in sorted(self.where.keys() - weight_map.hf_shapes.keys()):
+            if weight_map.tied and name == HEAD:  # some writers store it beside the embedding that it is
+                continue
             if name.endswith(COMPUTED) or (name.endswith(SCALE) and self.scaled(name.removesuffix(SCALE))):
                 continue
             (prediction if prefixes and name.startswith(prefixes) else unknown).append(name)

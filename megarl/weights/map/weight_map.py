@@ -57,6 +57,8 @@ class Entry:
 
     hf_shapes: of those tensors, whole. where: in which layers ("moe":
     those with experts, "dense": the others), or before or behind them.
+    copy: a second place of a tensor that the first stage holds (tied embeddings), there only where the last stage is
+    another one; nobody sends or stores it.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Entry:
     relation: Relation
     where: Literal["layer", "moe", "dense", "first", "last"] = "layer"
     buffer: bool = False
+    copy: bool = False
 
     @property
     def expert(self) -> bool:
@@ -130,7 +133,7 @@ class WeightMap:
         yield from ((entry, 0) for entry in self.entries if entry.where == "first")
         for layer in range(self.num_layers):
             yield from ((entry, layer) for entry in self.entries if self._in_layer(entry, layer))
-        yield from ((entry, 0) for entry in self.entries if entry.where == "last")
+        yield from ((entry, 0) for entry in self.entries if entry.where == "last" and not entry.copy)
 
     def _tensors(self, entry: Entry, layer: int) -> Iterator[tuple[str, Shape]]:
         for expert in range(self.num_experts) if entry.expert else range(1):
@@ -139,6 +142,11 @@ class WeightMap:
 
     def _in_layer(self, entry: Entry, layer: int) -> bool:
         return entry.where == "layer" or entry.where == ("moe" if layer in self.moe_layers else "dense")
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return any(entry.copy for entry in self.entries)
 
     def padded_vocab(self, tp: int) -> int:
         return -(-self.vocab_size // tp) * tp
@@ -150,6 +158,8 @@ class WeightMap:
                 if entry.where == "first" and (coord.pp or chunk):
                     continue
                 if entry.where == "last" and (coord.pp, chunk) != (layout.pp - 1, layout.vpp - 1):
+                    continue
+                if entry.copy and layout.pp == 1:
                     continue
                 if entry.where in ("first", "last"):
                     yield from self._params_of(entry, layout, coord, chunk, 0, 0)
@@ -167,6 +177,7 @@ class WeightMap:
         copies = [coord.edp] if entry.expert else [coord.dp, coord.cp]
         if not split:
             copies.append(rank.index)
+        copies.append(int(entry.copy))
         for e in range(each):
             hf_names = tuple(name.format(layer=layer, expert=coord.ep * each + e) for name in entry.hf_names)
             shard = entry.relation(hf_names, entry.hf_shapes, rank)

@@ -133,18 +133,14 @@ def row(
 
 
 def ends(config: HfConfig) -> tuple[Entry, ...]:
-    """Embedding, final norm and output layer."""
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    """Embedding, final norm and output layer; under tie_word_embeddings the last is the first."""
+    hidden, vocab, tied = config["hidden_size"], config["vocab_size"], bool(config.get("tie_word_embeddings"))
+    embedding, shape = "model.embed_tokens.weight", (vocab, hidden)
+    head = embedding if tied else "lm_head.weight"
     return (
-        Entry(
-            "embedding.word_embeddings.weight",
-            ("model.embed_tokens.weight",),
-            ((vocab, hidden),),
-            Vocabulary(),
-            "first",
-        ),
+        Entry("embedding.word_embeddings.weight", (embedding,), (shape,), Vocabulary(), "first"),
         Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((hidden,),), Replicated(), "last"),
-        Entry("output_layer.weight", ("lm_head.weight",), ((vocab, hidden),), Vocabulary(), "last"),
+        Entry("output_layer.weight", (head,), (shape,), Vocabulary(), "last", copy=tied),
     )
 
 

@@ -26,10 +26,6 @@ def anywhere(
             "use a model of SiLU",
         ),
         (
-            config.get("tie_word_embeddings") and "tie_word_embeddings true",
-            "use a checkpoint that has its own lm_head.weight",
-        ),
-        (
             biased_output and config.get(biased_output) and f"{biased_output} true",
             "Megatron's output projection has no bias",
         ),
