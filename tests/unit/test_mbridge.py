@@ -27,6 +27,7 @@ BRIDGES = {
     "moonlight": "deepseek_v3.DeepseekV3Bridge",
     "glm4_moe": "glm4moe.GLM4MoEBridge",
     "qwen3": "qwen3.Qwen3Bridge",
+    "qwen3_tied": "qwen3.Qwen3Bridge",
     "llama": "llama.LLaMABridge",
 }
 
