@@ -160,7 +160,7 @@ def trainer_faults(small_disk: bool) -> list[Fault]:
     found += [Fault("SIGSTOP of torchrun in update", _stop_torchrun, restarts=True)]
     harms = ("truncated part", "changed bit", "missing part", "emptied megarl.json")
     found += [Fault(f"{how} of the newest checkpoint", partial(_damage, how), restarts=True) for how in harms]
-    found += [struck("SIGKILL", "API server", "rollout")]
+    found += [Fault("SIGKILL of the only API server in rollout", struck("SIGKILL", "API server", "rollout").do)]
     ends = {"SIGKILL": ("rollout", "checkpoint"), "SIGTERM": ("update",)}
     found += [struck(what, "supervisor", phase, True) for what, phases in ends.items() for phase in phases]
     return [*found, *([Fault("full disk at a checkpoint", _fill, restarts=True)] if small_disk else [])]

@@ -183,7 +183,11 @@ class Run:
         """By the steps' rows, by the prompts that rank 0 has kept samples of, all or its replica's half, and by the
         stream of the last checkpoint: what was drawn is learnt from once, or will be drawn again.
         """
-        steps = [row["step"] for row in self.rows()]
+        rows = self.rows()
+        steps = [row["step"] for row in rows]
+        for row in rows if not self.batches_ahead else []:  # then each token is of the weights that are trained
+            if not (row["mismatch/kl_k3"] <= 1e-9 and row["version/rollout_lag_max"] == 0):
+                raise UserError(f"step {row['step']} was sampled from other weights, k3 {row['mismatch/kl_k3']:.1e}")
         last = newest(self.dir / "checkpoints")
         if last is None or step_of(last) != steps[-1]:
             raise UserError(f"the run's last step, {steps[-1]}, is not saved: {self.tail()}")

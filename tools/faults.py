@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megarl.errors import UserError
 from tools.digit_sum import write_task
-from tools.fault_kinds import Cable, Fault, may_make_networks, trainer_faults, worker_faults
+from tools.fault_kinds import Cable, Fault, may_make_networks, slow, struck, trainer_faults, worker_faults
 from tools.fault_run import LIMIT_S, PROMPTS, Run
 from tools.tiny_model import make_tiny_model
 
@@ -43,11 +43,11 @@ TRAINERS: dict[str, Any] = {
     "sync": {"timeout_s": 10},
     "run": {"save_every": 2, "keep": 4},
 }
-SHORT = (
-    "SIGKILL of API server in sync receive",
-    "SIGSTOP of engine core in rollout",
-    "SIGKILL of rank 1 in update",
-)
+SHORT = [
+    slow("engine core", "sync receive"),
+    struck("SIGKILL", "API server", "sync receive"),
+    struck("SIGKILL", "rank 1", "update", restarts=True),  # while the server is still being started again
+]
 
 
 @dataclass
@@ -66,8 +66,10 @@ class Outcome:
     error: str = ""
 
 
-def suffer(run: Run, fault: Fault) -> Outcome:
-    """Injects it into a run that goes on, and waits until that does again. UserError where it does not."""
+def suffer(run: Run, fault: Fault, whole: bool = True) -> Outcome:
+    """Injects it into a run that goes on, and waits until that does again; whole: and until all workers serve.
+    UserError where it does not.
+    """
     before = run.step()
     run.wait(lambda: run.step() > before and (run.saved() or not fault.restarts), "step and checkpoint", again=True)
     workers, asked = run.last()["fleet/workers"], run.asked_again()
@@ -83,18 +85,19 @@ def suffer(run: Run, fault: Fault) -> Outcome:
     run.wait(further, "step after the fault", again=True)
     seconds = time.monotonic() - start
     fault.mend(run)
-    run.wait(lambda: run.last()["fleet/workers"] == workers + fault.more, "all workers", again=True)
+    if whole:
+        run.wait(lambda: run.last()["fleet/workers"] == workers + fault.more, "all workers", again=True)
     whole_s, steps = time.monotonic() - start, done - lowest
     ahead = 1 + run.batches_ahead
     prompts = (steps + ahead) * PROMPTS if fault.restarts else run.asked_again() - asked
     return Outcome(fault.name, seconds, whole_s, steps, prompts)
 
 
-def suffer_all(run: Run, faults: list[Fault]) -> Iterator[Outcome]:
+def suffer_all(run: Run, faults: list[Fault], short: bool) -> Iterator[Outcome]:
     """A run that a fault was too much for is ended as a whole, and begins again from its last checkpoint."""
     for fault in faults:
         try:
-            yield suffer(run, fault)
+            yield suffer(run, fault, whole=not short)
         except (UserError, OSError, subprocess.SubprocessError) as error:
             yield Outcome(fault.name, LIMIT_S, LIMIT_S, error=str(error))
             run.kill()
@@ -139,21 +142,20 @@ def all_runs(folder: Path, only: str, short: bool, outcomes: Outcomes) -> Iterat
     write_task(folder / "data", train=TRAIN, valid=8, demos=8)
 
     def run_of(name: str, settings: dict[str, Any], faults: list[Fault], cable: Cable | None) -> tuple[int, int]:
-        chosen = [fault for fault in faults if only in fault.name and (fault.name in SHORT or not short)]
+        chosen = [fault for fault in faults if only in fault.name]
         if not chosen:
             return 0, 0
         chosen = outcomes.rest(chosen)
         run = Run(folder / name, folder / "model", folder / "data" / "train.jsonl", settings, cable)
         try:
-            for outcome in suffer_all(run, chosen):
+            for outcome in suffer_all(run, chosen, short):
                 outcomes.add(outcome)
             return run.end()
         finally:
             run.kill()
 
     if short:
-        settings = WORKERS | {"run": {"save_every": 2}}
-        yield run_of("short", settings, [*worker_faults(False), *trainer_faults(False)], None)
+        yield run_of("short", WORKERS | {"run": {"save_every": 2}}, SHORT, None)
         return
     with small_disk(folder / "trainers") as mounted:
         yield run_of("trainers", TRAINERS, trainer_faults(mounted), None)
