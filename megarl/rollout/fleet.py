@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from megarl.addresses import host_and_port, spans_hosts
 from megarl.announce import plural
+from megarl.checkpoints import newest
 from megarl.config import Config
 from megarl.errors import Stopped, UserError
 from megarl.rollout.client import RolloutClient, Server
@@ -76,7 +78,10 @@ class Fleet:
         if main:
             self._store, where = open_run_store(config, spans_hosts=spans_hosts())
             self._refusals = Refusals(self._store)
-            came = wait_for_workers(self._store, config.rollout.engines, self._wait_s, self._refusals), where
+            # a run that has lost a worker for good goes on without, also after its trainers were started again
+            least = 1 if newest(Path(config.run.dir) / "checkpoints") else None
+            workers = wait_for_workers(self._store, config.rollout.engines, self._wait_s, self._refusals, least)
+            came = workers, where
         self.workers, self._address = self._from_rank_0(came)
         self.members, (host, port) = self.workers, self._address
         self._met = {worker.index for worker in self.workers}
@@ -268,8 +273,7 @@ class Fleet:
 
     def _one_is_gone(self, error: str) -> bool:
         """Whether a member failed, fell silent or does not answer; the worker's own account may take a moment."""
-        if self._watch is None:
-            return False
+        assert self._watch is not None  # rank 0
         deadline = time.monotonic() + (ENGINE_ACCOUNT_S if ENGINE_DIED in error else ACCOUNT_S)
         while time.monotonic() < deadline:
             here = self._watch.members.look().here

@@ -203,9 +203,11 @@ def shutdown_requested(store: dist.Store) -> bool:
     return _told(store, "rollout/shutdown") is not None
 
 
-def wait_for_workers(store: dist.Store, n: int, timeout_s: float, refusals: Refusals | None = None) -> list[WorkerInfo]:
-    """The `n` workers that came first. Raises RolloutDied if one fails meanwhile,
-    UserError when they do not all come.
+def wait_for_workers(
+    store: dist.Store, n: int, timeout_s: float, refusals: Refusals | None = None, least: int | None = None
+) -> list[WorkerInfo]:
+    """The `n` workers that came first; those that came within timeout_s, where these are `least` (n if unset). Raises
+    RolloutDied if one fails meanwhile, UserError when too few come.
     """
     workers: dict[int, WorkerInfo] = {}
     refusals = refusals or Refusals(store)
@@ -227,9 +229,12 @@ def wait_for_workers(store: dist.Store, n: int, timeout_s: float, refusals: Refu
         if len(workers) >= n:
             return [workers[index] for index in sorted(workers)][:n]
         if time.monotonic() > deadline:
+            came = f"{len(workers)} of {n} rollout workers came within {timeout_s:.0f} s{refusals.in_words()}"
+            if len(workers) >= (n if least is None else least):
+                announce(f"{came}: going on with these; others may join")
+                return [workers[index] for index in sorted(workers)]
             raise UserError(
-                f"{len(workers)} of {n} rollout workers came within {timeout_s:.0f} s{refusals.in_words()}: "
-                "start `megarl rollout` with the same launch.store, or raise rollout.start_timeout_s"
+                f"{came}: start `megarl rollout` with the same launch.store, or raise rollout.start_timeout_s"
             )
         time.sleep(0.1)
 

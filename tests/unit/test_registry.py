@@ -65,6 +65,7 @@ def test_trainers_that_begin_wait_for_a_server_that_is_started_again() -> None:
     assert wait_for_workers(store, 1, 5) == [worker(2)]
     with pytest.raises(UserError, match="1 of 2 rollout workers came"):
         wait_for_workers(store, 2, 0.2)
+    assert wait_for_workers(store, 2, 0.2, least=1) == [worker(2)], "where the run has lost one for good"
 
 
 def test_workers_that_are_cut_differently_are_named() -> None:
