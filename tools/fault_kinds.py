@@ -139,10 +139,11 @@ def worker_faults(cable: bool) -> list[Fault]:
     phases = ("rollout", "sync receive", "sync load")
     found = [slow(who, phase) for who in ("engine core", "API server") for phase in phases]
     found += [slow("rollout worker", "rollout")]
-    found += [struck("SIGKILL", who, phase) for phase in phases for who in ("engine core", "API server")]
-    found += [struck("SIGSTOP", who, "rollout") for who in ("API server", "rollout worker")]
-    found += [struck("SIGSTOP", "engine core", phase) for phase in phases]
-    found += [struck("SIGKILL", "rollout worker", "rollout"), struck("SIGKILL", "engine core", "rollout", every=True)]
+    found += [struck("SIGKILL", "engine core", phase) for phase in phases]
+    found += [struck("SIGKILL", "API server", phase) for phase in phases[:2]]
+    found += [struck("SIGKILL", "rollout worker", "rollout")]
+    found += [struck("SIGSTOP", "engine core", "sync receive"), struck("SIGSTOP", "API server", "rollout")]
+    found += [struck("SIGKILL", "engine core", "rollout", every=True)]
     where = "from another host" if cable else "from a command of its own"
     found += [Fault(f"a worker with other weights joins {where}", _join, more=1)]
     found += [Fault("cut link of a worker in rollout", _cut, _mend_cable)] if cable else []
@@ -152,16 +153,16 @@ def worker_faults(cable: bool) -> list[Fault]:
 def trainer_faults(small_disk: bool) -> list[Fault]:
     """One server, and two trainer ranks."""
     phases = ("rollout", "pi_old", "update", "sync", "checkpoint")
-    found = [slow("rank 1", phase) for phase in ("update", "sync")] + [slow("supervisor", "update")]
+    found = [slow(f"rank {rank}", phase) for rank in (1, 0) for phase in ("update", "sync", "checkpoint")]
+    found += [slow("supervisor", "update"), slow("torchrun", "update")]
     found += [struck("SIGKILL", "rank 0", phase, True) for phase in phases]
-    found += [struck("SIGKILL", "rank 1", phase, True) for phase in ("rollout", "update", "sync")]
+    found += [struck("SIGKILL", "rank 1", "update", True), struck("SIGKILL", "torchrun", "update", True)]
     found += [struck("SIGSTOP", "rank 0", "update", True), struck("SIGSTOP", "rank 1", "sync", True)]
-    found += [struck("SIGSTOP", "rank 1", "checkpoint", True), struck("SIGKILL", "torchrun", "update", True)]
     found += [Fault("SIGSTOP of torchrun in update", _stop_torchrun, restarts=True)]
-    harms = ("truncated part", "changed bit", "missing part", "emptied megarl.json")
+    harms = ("truncated part", "changed bit", "missing part")
     found += [Fault(f"{how} of the newest checkpoint", partial(_damage, how), restarts=True) for how in harms]
     found += [Fault("SIGKILL of the only API server in rollout", struck("SIGKILL", "API server", "rollout").do)]
-    ends = {"SIGKILL": ("rollout", "checkpoint"), "SIGTERM": ("update",)}
+    ends = {"SIGKILL": ("rollout",), "SIGTERM": ("update",)}
     found += [struck(what, "supervisor", phase, True) for what, phases in ends.items() for phase in phases]
     return [*found, *([Fault("full disk at a checkpoint", _fill, restarts=True)] if small_disk else [])]
 
