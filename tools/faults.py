@@ -1,6 +1,6 @@
 """Faults in real runs, one after the other: what each costs, and that no step or prompt is lost or done twice.
 
-    python tools/faults.py [--short] [--json FILE] [--table FILE] [--only WORD] [--folder DIR]
+    python tools/faults.py [--short] [--run NAME] [--json FILE] [--table FILE] [--only WORD] [--folder DIR]
 
 `megarl run` of a tiny model, twice: trainers that fail, one step off under TP2, one server, a checkpoint every other
 step, in a small file system where the user may mount one; then two servers whose processes fail, in lock-step under
@@ -136,7 +136,7 @@ class Outcomes:
         return [fault for fault in faults if fault.name not in names]
 
 
-def all_runs(folder: Path, only: str, short: bool, outcomes: Outcomes) -> Iterator[tuple[int, int]]:
+def all_runs(folder: Path, runs: list[str], only: str, outcomes: Outcomes) -> Iterator[tuple[int, int]]:
     """Of each run what was lost and doubled, steps and prompts; what is in `outcomes` is not injected again."""
     make_tiny_model(folder / "model")
     write_task(folder / "data", train=TRAIN, valid=8, demos=8)
@@ -148,20 +148,21 @@ def all_runs(folder: Path, only: str, short: bool, outcomes: Outcomes) -> Iterat
         chosen = outcomes.rest(chosen)
         run = Run(folder / name, folder / "model", folder / "data" / "train.jsonl", settings, cable)
         try:
-            for outcome in suffer_all(run, chosen, short):
+            for outcome in suffer_all(run, chosen, name == "short"):
                 outcomes.add(outcome)
             return run.end()
         finally:
             run.kill()
 
-    if short:
+    if "short" in runs:
         yield run_of("short", WORKERS | {"run": {"save_every": 2}}, SHORT, None)
-        return
-    with small_disk(folder / "trainers") as mounted:
-        yield run_of("trainers", TRAINERS, trainer_faults(mounted), None)
-    with contextlib.ExitStack() as stack:
-        cable = stack.enter_context(contextlib.closing(Cable())) if may_make_networks() else None
-        yield run_of("workers", WORKERS, worker_faults(bool(cable)), cable)
+    if "trainers" in runs:
+        with small_disk(folder / "trainers") as mounted:
+            yield run_of("trainers", TRAINERS, trainer_faults(mounted), None)
+    if "workers" in runs:
+        with contextlib.ExitStack() as stack:
+            cable = stack.enter_context(contextlib.closing(Cable())) if may_make_networks() else None
+            yield run_of("workers", WORKERS, worker_faults(bool(cable)), cable)
 
 
 def line_of(outcome: Outcome) -> str:
@@ -175,7 +176,8 @@ HEAD = """| fault | seconds to recover | until all workers serve | steps done ag
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="three faults in one run, for CI")
+    parser.add_argument("--short", action="store_true", help="three faults in a run of their own, for CI")
+    parser.add_argument("--run", choices=("trainers", "workers"), help="one of the two")
     parser.add_argument("--json", type=Path, help="a file that gets every outcome")
     parser.add_argument("--table", type=Path, help="a page whose table is made anew, docs/faults.md")
     parser.add_argument("--only", default="", help="faults whose name holds this word")
@@ -186,7 +188,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends the run
     kept = Outcomes(folder)
     print(HEAD, flush=True)
-    accounts = [*all_runs(folder, args.only, args.short, kept)]
+    runs = ["short"] if args.short else [args.run] if args.run else ["trainers", "workers"]
+    accounts = [*all_runs(folder, runs, args.only, kept)]
     outcomes = kept.all
     lost, doubled = (sum(numbers) for numbers in zip(*accounts, strict=True))
     good = [outcome for outcome in outcomes if not outcome.error]
