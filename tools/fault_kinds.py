@@ -135,19 +135,20 @@ def _mend_cable(run: Run) -> None:
 
 
 def worker_faults(cable: bool) -> list[Fault]:
-    """Two servers, and in the end a third that joins, is cut off and leaves."""
+    """Two servers, and for a while a third that joins, is cut off and leaves."""
     phases = ("rollout", "sync receive", "sync load")
     found = [slow(who, phase) for who in ("engine core", "API server") for phase in phases]
     found += [slow("rollout worker", "rollout")]
+    where = "from another host" if cable else "from a command of its own"
+    found += [Fault(f"a worker with other weights joins {where}", _join, more=1)]
+    found += [Fault("cut link of a worker in rollout", _cut, _mend_cable)] if cable else []
+    found += [Fault("SIGTERM of a worker in rollout", _leave, more=-1)]
     found += [struck("SIGKILL", "engine core", phase) for phase in phases]
     found += [struck("SIGKILL", "API server", phase) for phase in phases[:2]]
     found += [struck("SIGKILL", "rollout worker", "rollout")]
     found += [struck("SIGSTOP", "engine core", "sync receive"), struck("SIGSTOP", "API server", "rollout")]
     found += [struck("SIGKILL", "engine core", "rollout", every=True)]
-    where = "from another host" if cable else "from a command of its own"
-    found += [Fault(f"a worker with other weights joins {where}", _join, more=1)]
-    found += [Fault("cut link of a worker in rollout", _cut, _mend_cable)] if cable else []
-    return [*found, Fault("SIGTERM of a worker in rollout", _leave, more=-1)]
+    return found
 
 
 def trainer_faults(small_disk: bool) -> list[Fault]:

@@ -43,6 +43,7 @@ TRAINERS: dict[str, Any] = {
     "sync": {"timeout_s": 10},
     "run": {"save_every": 2, "keep": 4},
 }
+enough: list[int] = []  # SIGUSR1 came: no more faults, the run ends and is accounted for
 SHORT = [
     slow("engine core", "sync receive"),
     struck("SIGKILL", "API server", "sync receive"),
@@ -96,6 +97,8 @@ def suffer(run: Run, fault: Fault, whole: bool = True) -> Outcome:
 def suffer_all(run: Run, faults: list[Fault], short: bool) -> Iterator[Outcome]:
     """A run that a fault was too much for is ended as a whole, and begins again from its last checkpoint."""
     for fault in faults:
+        if enough:
+            return
         try:
             yield suffer(run, fault, whole=not short)
         except (UserError, OSError, subprocess.SubprocessError) as error:
@@ -186,6 +189,7 @@ def main(argv: list[str]) -> int:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="faults_"))
     folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends the run
+    signal.signal(signal.SIGUSR1, lambda number, _: enough.append(number))
     kept = Outcomes(folder)
     print(HEAD, flush=True)
     runs = ["short"] if args.short else [args.run] if args.run else ["trainers", "workers"]
