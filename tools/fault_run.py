@@ -74,6 +74,7 @@ class Run:
         for section, values in settings.items():
             base.setdefault(section, {}).update(values)
         folder.mkdir(parents=True, exist_ok=True)
+        self.workers = base["rollout"]["engines"]  # that serve where nothing fails
         self.batches_ahead = base["rollout"].get("max_lag", 0) // 2
         self.config.write_text(yaml.safe_dump(base), encoding="utf-8")
         self.start()

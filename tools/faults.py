@@ -73,7 +73,7 @@ def suffer(run: Run, fault: Fault, whole: bool = True) -> Outcome:
     """
     before = run.step()
     run.wait(lambda: run.step() > before and (run.saved() or not fault.restarts), "step and checkpoint", again=True)
-    workers, asked = run.last()["fleet/workers"], run.asked_again()
+    asked = run.asked_again()
     start = fault.do(run)
     done = lowest = run.step()
 
@@ -86,8 +86,9 @@ def suffer(run: Run, fault: Fault, whole: bool = True) -> Outcome:
     run.wait(further, "step after the fault", again=True)
     seconds = time.monotonic() - start
     fault.mend(run)
+    run.workers += fault.more
     if whole:
-        run.wait(lambda: run.last()["fleet/workers"] == workers + fault.more, "all workers", again=True)
+        run.wait(lambda: run.last()["fleet/workers"] == run.workers, "all workers", again=True)
     whole_s, steps = time.monotonic() - start, done - lowest
     ahead = 1 + run.batches_ahead
     prompts = (steps + ahead) * PROMPTS if fault.restarts else run.asked_again() - asked
@@ -100,7 +101,7 @@ def suffer_all(run: Run, faults: list[Fault], short: bool) -> Iterator[Outcome]:
         if enough:
             return
         try:
-            yield suffer(run, fault, whole=not short)
+            yield suffer(run, fault, whole=not short or fault is faults[-1])
         except (UserError, OSError, subprocess.SubprocessError) as error:
             yield Outcome(fault.name, LIMIT_S, LIMIT_S, error=str(error))
             run.kill()

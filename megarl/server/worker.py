@@ -7,6 +7,7 @@ behind. SIGTERM drains: nothing new is taken, what runs is finished. SIGINT and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -223,7 +224,7 @@ class _Worker:
     def _join(self, info: WorkerInfo) -> WorkerInfo:
         """Connects to the run's store, which may come up after this worker did, and takes a number in it."""
         deadline = time.monotonic() + self.config.rollout.start_timeout_s
-        while not self._link.connect():
+        while (index := self._number(info)) is None:
             if time.monotonic() > deadline:
                 host, port = self._link.host, self._link.port
                 if self._joined:
@@ -234,11 +235,6 @@ class _Worker:
             if self._child.poll() is not None and time.monotonic() + 30 < deadline:
                 deadline = time.monotonic() + 30  # the server is gone already: wait only to say so
             time.sleep(0.2)
-        theirs = self._link.call(refuse_foreign, f"{self._link.host}:{self._link.port}")
-        if theirs:
-            who = f"rollout worker {info.url} on host {info.host}"
-            self._link.call(refuse_other, theirs, facts(self.config), _vllm_release(), who)
-        index = self._link.call(registry.claim_index)
         if info.index < 0 and not self._lost_store:  # a second store numbers anew: such a log may be another's
             path = Path(info.log).with_name(f"rollout_{index}.log")
             os.replace(info.log, path)
@@ -246,13 +242,29 @@ class _Worker:
         self._joined = True
         return replace(info, index=index)
 
+    def _number(self, info: WorkerInfo) -> int | None:
+        """None where the store does not answer, or goes meanwhile: with trainers that are killed, before others open
+        a new one.
+        """
+        try:
+            if not self._link.connect():
+                return None
+            theirs = self._link.call(refuse_foreign, f"{self._link.host}:{self._link.port}")
+            if theirs:
+                who = f"rollout worker {info.url} on host {info.host}"
+                self._link.call(refuse_other, theirs, facts(self.config), _vllm_release(), who)
+            return int(self._link.call(registry.claim_index))
+        except StoreLost:
+            return None
+
     def _fail(self, info: WorkerInfo, what: str) -> None:
         why = cause(Path(info.log))
         line = f"rollout worker {info.index} (pid {info.pid} on {info.host}): the vLLM server {what}"
         line += f": {why}" if why else ""
         text = f"{line}; last lines of {info.log}:\n{log_tail(Path(info.log))}"
         wait_s = self._backoff.next() if self._answered else None
-        self._link.call(registry.report_failure, info.index, text, wait_s is not None)
+        with contextlib.suppress(StoreLost):  # nobody is left to be told; the server is needed by who comes
+            self._link.call(registry.report_failure, info.index, text, wait_s is not None)
         raise _Failed(text, wait_s)
 
 

@@ -9,14 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from megarl.config import load_config
 from megarl.launch.ports import reserve_port
 from megarl.rollout import registry
 from megarl.rollout.members import Members, Seen
+from megarl.rollout.registry import WorkerInfo
+from megarl.server import worker as module
 from megarl.server.store_link import StoreLink, StoreLost, bounded
 
 STUB = """
@@ -138,6 +142,27 @@ def test_a_store_that_comes_back_gets_the_same_server(start: Callable[..., Start
     worker.until(lambda: Members(store).look().leaving)
     worker.popen.send_signal(signal.SIGTERM)
     assert worker.popen.wait(60) == 128 + signal.SIGTERM
+
+
+def test_a_server_that_fails_together_with_the_store_is_started_again(tmp_path: Path) -> None:
+    """The trainers were killed: in the middle of a worker's joining, and before it could tell of its server."""
+    worker = module._Worker(load_config(None, ["rollout.start_timeout_s=60"]), "127.0.0.1", 1, tmp_path)
+    answers: list[Any] = [StoreLost("gone"), {}, 5, StoreLost("gone")]
+
+    def call(*_: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    worker._link = SimpleNamespace(connect=lambda: True, call=call, host="", port=0)  # type: ignore[assignment]
+    (tmp_path / "log").touch()
+    worker._child, worker._answered = SimpleNamespace(poll=lambda: None), True
+    info = WorkerInfo(0, "http://127.0.0.1:1", 1, 7, "here", str(tmp_path / "log"))
+    assert worker._join(info).index == 5
+    with pytest.raises(module._Failed, match="the vLLM server ended") as failed:
+        worker._fail(info, "ended with status -9")
+    assert failed.value.wait_s == 1.0 and not answers
 
 
 def test_a_call_that_does_not_return_is_given_up() -> None:
