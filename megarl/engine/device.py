@@ -136,7 +136,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _answer_megatron() -> None:
-    """Names inside megatron-core that assume CUDA or Transformer Engine."""
+    """Names inside megatron-core that assume CUDA."""
     core = "megatron.core."
     embeddings = "models.common.embeddings.rope_utils"  # pins memory for its indices under context parallelism
     optimizer = ("optimizer.optimizer", "optimizer.clip_grads")
@@ -151,22 +151,12 @@ def _answer_megatron() -> None:
     )
     random.__dict__["_set_cuda_rng_state"] = lambda new_state, device=-1, graph_safe=False: None
 
-    # transformer/moe/moe_utils.py:1192: NameError in every MoE forward without Transformer Engine.
-    moe_utils = importlib.import_module(core + "transformer.moe.moe_utils")
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.__dict__["te_general_gemm"] = None
-
     # transformer/moe/moe_utils.py:1093 converts splits only if they lie on CUDA; all_to_all (mappings.py:443) refuses
     # tensors.
     dispatcher = importlib.import_module(core + "transformer.moe.token_dispatcher")
     dispatcher.__dict__["maybe_move_tensor_to_cpu"] = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
-
-    # transformer/multi_latent_attention.py:56: its HAVE_TE is true without Transformer Engine, where TELinear is a mock
-    # and no type.
-    latent = importlib.import_module(core + "transformer.multi_latent_attention")
-    latent.__dict__["HAVE_TE"] = importlib.import_module(core + "extensions.transformer_engine").__dict__["HAVE_TE"]
     _answer_tensor_type()
 
 

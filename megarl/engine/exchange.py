@@ -170,23 +170,20 @@ def _route_bytes(share: _Share, meta: Meta, coord: Coord, route_shape: RouteShap
 
 
 def _swap(outgoing: dict[int, bytes], sizes: dict[int, int], parallel: Parallel) -> dict[int, bytes]:
-    """One message from each owner to each rank; what a rank has for itself does not travel."""
-    me, device = parallel.coord.rank, parallel.device.device
-    received = {
-        owner: torch.empty(size, dtype=torch.uint8, device=device)
-        for owner, size in sizes.items()
-        if owner != me and size
-    }
-    work = [dist.irecv(buffer, src=owner) for owner, buffer in received.items()]
-    keep = []
-    for rank, payload in outgoing.items():
-        if rank != me and payload:
-            keep.append(torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device))
-            work.append(dist.isend(keep[-1], dst=rank))
-    for item in work:
-        assert item is not None  # this rank is in the group
-        item.wait()
-    result = {owner: bytes(buffer.cpu().numpy()) for owner, buffer in received.items()}
+    """One message from each owner to each rank, all in one operation between hosts; what a rank has for itself does not
+    travel.
+    """
+    me, world = parallel.coord.rank, parallel.layout.world
+    others = [rank for rank in range(world) if rank != me]
+    sent = bytearray().join(outgoing.get(rank, b"") for rank in others)
+    sends = [0 if rank == me else len(outgoing.get(rank, b"")) for rank in range(world)]
+    receives = [0 if rank == me else sizes.get(rank, 0) for rank in range(world)]
+    received = torch.empty(sum(receives), dtype=torch.uint8)
+    if world > 1:
+        payload = torch.frombuffer(sent, dtype=torch.uint8) if sent else torch.empty(0, dtype=torch.uint8)
+        dist.all_to_all_single(received, payload, receives, sends, group=parallel.host_group)
+    pieces = received.split(receives)
+    result = {owner: pieces[owner].numpy().tobytes() for owner in sizes if receives[owner]}
     if me in outgoing:
         result[me] = outgoing[me]
     return result

@@ -6,6 +6,7 @@ mla.py).
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 
 MEGATRON_CORE = "0.16"  # the release whose internals megarl/engine/ answers for or replaces
@@ -28,3 +29,16 @@ def replace_parts() -> None:
     from megarl.engine import permutation
 
     permutation.install()
+    _answer_without_transformer_engine()
+
+
+def _answer_without_transformer_engine() -> None:
+    """Names that megatron-core lacks, or takes for present, where Transformer Engine is not installed: on a GPU too."""
+    core = "megatron.core."
+    have_te = importlib.import_module(core + "extensions.transformer_engine").__dict__["HAVE_TE"]
+
+    # transformer/moe/moe_utils.py:1192: NameError in every MoE forward.
+    importlib.import_module(core + "transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
+
+    # transformer/multi_latent_attention.py:56: its HAVE_TE is true, and TELinear a mock and no type.
+    importlib.import_module(core + "transformer.multi_latent_attention").__dict__["HAVE_TE"] = have_te

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megarl.launch.peers import connecting
 from megarl.weights.map.layout import Coord, Layout
 
 GROUP_TIMEOUT = timedelta(minutes=30)
+_host: tuple[Any, Any] = (None, None)  # the default group, and the gloo group beside it
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Parallel:
     layout: Layout
     coord: Coord
     device: Device
+    host_group: dist.ProcessGroup | None = None  # of all ranks, for what lies in host memory; None is the default group
 
     @property
     def is_main(self) -> bool:
@@ -93,7 +96,17 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel
     # keep.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=device.device.type == "cpu")
     layout = Layout(**config.model_dump(), world=dist.get_world_size())
-    return Parallel(layout, layout.coord(dist.get_rank()), device)
+    return Parallel(layout, layout.coord(dist.get_rank()), device, _host_group(device))
+
+
+def _host_group(device: Device) -> dist.ProcessGroup | None:
+    """NCCL takes no host memory. Made once for a default group. Collective."""
+    global _host
+    if device.backend == "gloo":
+        return None
+    if _host[0] is not dist.group.WORLD:
+        _host = dist.group.WORLD, dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    return _host[1]
 
 
 def _join_torchrun(backend: str) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
 
 from megarl.config import load_config
 from megarl.engine import parallel
@@ -63,6 +65,16 @@ def test_importing_megarl_changes_nothing_in_torch_and_megatron() -> None:
     """setup_device does, and says nothing to child processes through the environment."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_gpu_without_transformer_engine_has_the_answers_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were given on a CPU alone: every MoE forward on a GPU was a NameError."""
+    monkeypatch.delitem(moe_utils.__dict__, "te_general_gemm", raising=False)
+    monkeypatch.setattr(multi_latent_attention, "HAVE_TE", "a mock")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert setup_device().backend == "nccl"
+    assert moe_utils.te_general_gemm is None and multi_latent_attention.HAVE_TE is False
 
 
 def test_nothing_in_megarl_changes_a_configuration() -> None:

@@ -1,0 +1,49 @@
+"""The exchange of responses moves host memory: one operation, over the host group, whatever the ranks compute on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megarl.engine import exchange, parallel
+from megarl.engine.device import CPU, Device
+from megarl.engine.parallel import Parallel
+from megarl.weights.map.layout import Layout
+
+GPU = Device(torch.device("cuda", 0), "nccl")
+
+
+@pytest.mark.parametrize("me", range(4))
+def test_two_owners_send_in_one_operation_from_host_memory(me: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Receives posted one by one before sends wait for each other under NCCL. Ranks 0 and 2 own responses."""
+    messages = {owner: {rank: bytes([owner, rank]) * (owner + rank) for rank in range(4)} for owner in (0, 2)}
+    layout, group = Layout(tp=1, pp=1, vpp=1, ep=1, etp=1, cp=1, world=4), object()
+
+    def all_to_all(out: Tensor, given: Tensor, receives: list[int], sends: list[int], group: Any) -> None:
+        assert group is at.host_group and out.device == given.device == CPU
+        assert sends == [len(messages.get(me, {}).get(rank, b"")) if rank != me else 0 for rank in range(4)]
+        mine = messages.get(me, {})
+        assert bytes(given.numpy()) == b"".join(mine[rank] for rank in mine if rank != me)
+        came = b"".join(messages[owner][me] for owner in (0, 2) if owner != me)
+        assert sum(receives) == len(came)
+        out.copy_(torch.frombuffer(bytearray(came), dtype=torch.uint8))
+
+    monkeypatch.setattr(exchange.dist, "all_to_all_single", all_to_all)
+    at = Parallel(layout, layout.coord(me), GPU, group)  # type: ignore[arg-type]
+    sizes = {owner: len(messages[owner][me]) for owner in (0, 2)}
+    assert exchange._swap(messages.get(me, {}), sizes, at) == {
+        owner: messages[owner][me] for owner in (0, 2) if sizes[owner] or owner == me
+    }
+
+
+def test_a_gpu_has_a_host_group_beside_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(parallel.dist, "new_group", lambda **asked: made.append(asked) or len(made))
+    assert parallel._host_group(Device(CPU, "gloo")) is None and not made
+    monkeypatch.setattr(parallel, "_host", (None, None))
+    monkeypatch.setattr(parallel.dist, "group", type("group", (), {"WORLD": "world"}))
+    assert parallel._host_group(GPU) == parallel._host_group(GPU) == 1
+    assert [asked["backend"] for asked in made] == ["gloo"]
