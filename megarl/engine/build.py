@@ -7,7 +7,7 @@ from megarl.engine.device import make_deterministic, setup_device
 from megarl.engine.exchange import RouteShape
 from megarl.engine.model import Model, build_model, load_weights, wrap_for_training
 from megarl.engine.optim import build_optimizer
-from megarl.engine.parallel import Parallel, init_parallel
+from megarl.engine.parallel import Parallel, group_timeout, init_parallel
 from megarl.engine.step import Engine
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
@@ -19,7 +19,7 @@ def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float
     device = setup_device()
     if config.engine.deterministic:
         make_deterministic()
-    parallel = init_parallel(config.parallel, device, config.run.seed)
+    parallel = init_parallel(config.parallel, device, config.run.seed, group_timeout(config))
     weight_map = WeightMap(load_hf_config(config.model.path))
     model = build_model(config, weight_map, parallel)
     load_weights(model, config.model.path)

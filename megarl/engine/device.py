@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from megarl.engine.megatron_compat import check_release, replace_parts
+from megarl.errors import UserError
+from megarl.launch.gpus import refuse_lost_gpu
 
 CPU = torch.device("cpu")
 
@@ -39,14 +41,17 @@ class Device:
 def setup_device() -> Device:
     """Picks the device of this process and makes megatron-core run on it. Idempotent.
 
-    RuntimeError on another release of megatron-core than megarl is written for (megatron_compat.py).
+    RuntimeError on another release of megatron-core than megarl is written for (megatron_compat.py). UserError where a
+    GPU was planned for this process and none is seen.
     """
     check_release()
     replace_parts()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        float32_means_float32()
         return Device(device, "nccl")
+    refuse_lost_gpu(sees_cuda=False)
     # megatron's jit_fuser is torch.compile; without a C++ toolchain it would fail
     importlib.import_module("torch._dynamo").config.disable = True
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -55,6 +60,16 @@ def setup_device() -> Device:
     _answer_cuda_calls()
     _answer_megatron()
     return Device(CPU, "gloo")
+
+
+def float32_means_float32() -> None:
+    """No TF32 in float32 products (the router's), whatever the container asks for: NVIDIA's sets
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, from which torch takes its default. UserError where it cannot be turned off.
+    """
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        raise UserError("NVIDIA_TF32_OVERRIDE=1 makes every float32 product TF32, the router's too; unset it")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def make_deterministic() -> None:

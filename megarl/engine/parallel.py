@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,12 +13,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megarl.config import ParallelConfig
+from megarl.config import Config, ParallelConfig
 from megarl.engine.device import Device
 from megarl.launch.peers import connecting
 from megarl.weights.map.layout import Coord, Layout
 
-GROUP_TIMEOUT = timedelta(minutes=30)
+GROUP_TIMEOUT = timedelta(minutes=30)  # at least
+MARGIN = timedelta(minutes=10)
 _host: tuple[Any, Any] = (None, None)  # the default group, and the gloo group beside it
 
 
@@ -72,16 +74,26 @@ class Parallel:
         return self.coord.rank == self.ingest_rank(self.coord.dp)
 
 
-def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel:
-    """Joins the process group and makes megatron-core's groups. Outside torchrun this is a world of one rank."""
+def group_timeout(config: Config) -> timedelta:
+    """For a rank that waits in a group for another: longer than any wait of that one for rollouts."""
+    rollout = config.rollout
+    longest = max(rollout.request_timeout_s, rollout.start_timeout_s, config.sync.timeout_s)
+    return max(GROUP_TIMEOUT, timedelta(seconds=longest) + MARGIN)
+
+
+def init_parallel(config: ParallelConfig, device: Device, seed: int, timeout: timedelta = GROUP_TIMEOUT) -> Parallel:
+    """Joins the process group and makes megatron-core's groups. Outside torchrun this is a world of one rank.
+
+    timeout: of every operation of every group.
+    """
     if dist.is_initialized():  # a process may build several models one after the other, in layouts of their own
         _leave_groups()
     elif "RANK" in os.environ:
         with connecting():
-            _join_torchrun(device.backend)
+            _join_torchrun(device.backend, timeout)
     else:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -90,37 +102,38 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int) -> Parallel
         expert_model_parallel_size=config.ep,
         expert_tensor_parallel_size=config.etp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     torch.manual_seed(seed)
     # On a CPU the tracker of inference forks no CUDA generator; there is no dropout whose generator it would have to
     # keep.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=device.device.type == "cpu")
     layout = Layout(**config.model_dump(), world=dist.get_world_size())
-    return Parallel(layout, layout.coord(dist.get_rank()), device, _host_group(device))
+    return Parallel(layout, layout.coord(dist.get_rank()), device, _host_group(device, timeout))
 
 
-def _host_group(device: Device) -> dist.ProcessGroup | None:
+def _host_group(device: Device, timeout: timedelta) -> dist.ProcessGroup | None:
     """NCCL takes no host memory. Made once for a default group. Collective."""
     global _host
     if device.backend == "gloo":
         return None
     if _host[0] is not dist.group.WORLD:
-        _host = dist.group.WORLD, dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        _host = dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout)
     return _host[1]
 
 
-def _join_torchrun(backend: str) -> None:
+def _join_torchrun(backend: str, timeout: timedelta) -> None:
     """By torchrun's environment. Its static rendezvous keeps one store for all its restarts: each start has names of
     its own in it, or ranks would look for each other where those before them were.
     """
     starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if not starts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
         return
     whole = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.PrefixStore(f"start_{starts}", whole)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def destroy_parallel() -> None:

@@ -12,6 +12,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from megarl.config import EngineConfig
 from megarl.engine.device import Device
 
@@ -52,15 +54,17 @@ class Profile:
 
 
 def choose_profile(engine: EngineConfig, device: Device, *, latent: bool = False) -> Profile:
-    """engine.transformer_impl and what is installed; latent attention has local layers only (engine/mla.py).
+    """engine.transformer_impl and what is installed; latent attention has local layers only (engine/mla.py), and so has
+    float32.
 
     `setup_device()` must have run: megatron-core says which Adam it took.
     """
     wanted = engine.transformer_impl
     on_gpu = device.device.type == "cuda"
+    exact = device.dtype(engine.dtype) == torch.float32  # Transformer Engine's float32 products are TF32
     return Profile(
         transformer_engine=wanted == "transformer_engine"
-        or (wanted == "auto" and on_gpu and not latent and has_transformer_engine()),
+        or (wanted == "auto" and on_gpu and not latent and not exact and has_transformer_engine()),
         grouped_experts=engine.experts == "grouped",
         fused_activation=on_gpu and importlib.util.find_spec("triton") is not None,
         fused_gradients=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,

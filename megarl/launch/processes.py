@@ -4,7 +4,6 @@ rollout workers, as full command lines with their environment.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shlex
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from megarl.addresses import set_interface
 from megarl.config import Config
 from megarl.errors import UserError
+from megarl.launch.gpus import VISIBLE, gpu_names, has_gpu
 from megarl.launch.ports import reserve_port
 from megarl.launch.supervisor import Process
 
@@ -90,8 +90,10 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
     ranks = ranks_of(command, config)
     engines = config.rollout.engines if command in WITH_ROLLOUTS else 0
     colocated = config.launch.colocate and command == "run"
-    gpus = _gpus(ranks if colocated else ranks + engines * config.rollout.tp)
-    for_rollouts = gpus if colocated else gpus[ranks:]
+    # a rank without an engine computes nothing; what it sees tells it the precision of the others
+    own = 0 if command in WITHOUT_ENGINE else ranks
+    gpus = _gpus(ranks if colocated else own + engines * config.rollout.tp)
+    for_rollouts = gpus if colocated else gpus[own:]
     env = _environment(config, host)
     torchrun = [sys.executable, "-m", "megarl.launch.torchrun", str(log_dir), f"--nproc-per-node={ranks}"]
     torchrun += [
@@ -134,22 +136,11 @@ def _environment(config: Config, host: str) -> dict[str, str]:
     return env | set_interface(config.launch.interface, host)
 
 
-def has_gpu() -> bool:
-    """Whether torch would see a CUDA device; does not import torch."""
-    if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return False
-    try:
-        return not importlib.metadata.version("torch").endswith("+cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
 def _gpus(needed: int) -> list[str]:
     """The GPUs of this host, trainer ranks first, then the rollout workers; empty on a CPU."""
     if not has_gpu():
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [path.name[6:] for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    gpus = gpu_names()
     if needed > len(gpus):
         raise UserError(
             f"trainer ranks and rollout workers need {needed} GPUs, this host has {len(gpus)}; lower launch.trainers "
@@ -159,4 +150,4 @@ def _gpus(needed: int) -> list[str]:
 
 
 def _visible(gpus: list[str]) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    return {VISIBLE: ",".join(gpus)} if gpus else {}

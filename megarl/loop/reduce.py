@@ -23,7 +23,8 @@ def reduce_sums(parallel: Parallel, sums: Sums) -> Sums:
             joined = torch.stack([sums[key].double().to(parallel.device.device) for key in keys])
             dist.all_reduce(joined, op=op, group=parallel.replica_group)
             sums |= dict(zip(keys, joined, strict=True))
-    reduced = [sums]
+    # pickled, a CUDA tensor would make a context on its rank's GPU in every other rank
+    reduced = [{key: value.cpu() for key, value in sums.items()}]
     if parallel.layout.pp > 1:
         dist.broadcast_object_list(reduced, src=parallel.layout.rank_of(tp=0, cp=0, dp=0, pp=parallel.layout.pp - 1))
     return reduced[0]

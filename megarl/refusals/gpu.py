@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from megarl.launch.processes import has_gpu
+from megarl.launch.gpus import has_gpu
 from megarl.refusals.case import Case
 
 
@@ -21,6 +21,11 @@ def transformer_engine(case: Case) -> str | None:
         return (
             "engine.transformer_impl transformer_engine needs a GPU, this host has none; set "
             "engine.transformer_impl=auto"
+        )
+    if case.config.engine.dtype == "float32":
+        return (
+            "engine.transformer_impl transformer_engine with engine.dtype float32: its float32 products are TF32, of "
+            "10 bits; set engine.transformer_impl=auto"
         )
     if case.model.get("multi_latent_attention"):
         return (

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megarl.launch.processes import has_gpu
+from megarl.launch.gpus import has_gpu
 from megarl.refusals.case import Case
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # v1/attention/backends/cpu_attn.py

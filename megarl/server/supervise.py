@@ -20,6 +20,7 @@ from megarl.addresses import set_interface
 from megarl.checkpoints import hf_files
 from megarl.config import Config
 from megarl.errors import UserError
+from megarl.launch.gpus import refuse_lost_gpu
 from megarl.launch.lifeline import die_with_parent
 from megarl.rollout.registry import WorkerInfo
 from megarl.server.plugin import BACKEND, FORKS, OWN_SERVER
@@ -88,7 +89,10 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
 def server_environment(config: Config, store_host: str) -> dict[str, str]:
     """The server's environment: no telemetry, no downloads; on a CPU
     one thread a worker, and the worker inside the engine's process.
+
+    UserError where this worker was given a GPU and torch sees none.
     """
+    refuse_lost_gpu(torch.cuda.is_available())
     ours = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -96,6 +100,7 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         OWN_SERVER: "1",
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # NVIDIA's containers set it: the router would not be float32
     }
     ours |= set_interface(config.launch.interface, store_host)
     if config.rollout.enforce_eager:

@@ -20,7 +20,7 @@ from megarl.engine.adam_state import parts_of
 from megarl.engine.offload import TrainingMemory
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
-from megarl.launch import processes
+from megarl.launch import gpus, processes
 from megarl.loop.colocate import MemoryTurns
 from megarl.rollout import fleet as fleet_module
 from megarl.rollout.fleet import Fleet
@@ -178,8 +178,9 @@ def test_memory_that_cannot_be_shared(run_yaml: Path, monkeypatch):
 
 
 def test_each_worker_sees_the_gpu_of_its_trainer_rank(run_yaml: Path, monkeypatch):
-    """A machine of two GPUs, as processes.py reads it."""
+    """A machine of two GPUs."""
     monkeypatch.setattr(processes, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpus, "driver_devices", lambda: (2, ""))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     keys = ["launch.trainers=2", "rollout.engines=2"]
     made = processes.make_plan("run", "m", load_config(run_yaml, [*keys, "launch.colocate=true"]), [str(run_yaml)])
