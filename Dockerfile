@@ -1,18 +1,23 @@
-# Not yet built: no container engine here can (docs/gpu.md). Linted by hadolint in CI.
+# Not yet built (docs/gpu.md). Linted by hadolint in CI.
 #
 # Two environments, because a vLLM wheel fits one released torch only and NGC's torch is a build of its own:
 #   /opt/train    NGC's torch, Transformer Engine and Apex; megatron-core and megarl: the trainer ranks, and the `megarl` command
 #   /opt/rollout  vLLM with the torch it was built for; megarl: the rollout servers (launch.rollout_python)
+# Weights travel between them by NCCL, which takes one release at both ends: NGC's.
 FROM nvcr.io/nvidia/pytorch:26.03-py3
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # PIP_CONSTRAINT: NGC pins what its own Python holds; the environments below have pins of their own.
 ENV PIP_CONSTRAINT="" PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-RUN python3 -m venv --system-site-packages /opt/train \
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv --system-site-packages /opt/train \
     && /opt/train/bin/pip install --no-cache-dir megatron-core==0.16.1 nvidia-dali-cuda130==2.4.0 \
     && python3 -m venv /opt/rollout \
-    && /opt/rollout/bin/pip install --no-cache-dir torch==2.13.0 vllm==0.32.0
+    && /opt/rollout/bin/pip install --no-cache-dir torch==2.13.0 vllm==0.32.0 \
+    && nccl="$(/opt/train/bin/python -c 'import torch; print(*torch.cuda.nccl.version(), sep=".")')" \
+    && /opt/rollout/bin/pip install --no-cache-dir --no-deps "nvidia-nccl-cu13==$nccl"
 
 WORKDIR /opt/megarl
 COPY setup.py pyproject.toml README.md LICENSE ./
@@ -26,7 +31,8 @@ RUN /opt/train/bin/pip install --no-cache-dir . \
     && useradd --create-home --uid 10001 megarl \
     && mkdir /work && chown megarl /work
 
-ENV PATH=/opt/train/bin:$PATH
+# ROLLOUT_PYTHON: for examples/multi_node/node.sh
+ENV PATH=/opt/train/bin:$PATH ROLLOUT_PYTHON=/opt/rollout/bin/python
 USER 10001
 WORKDIR /work
 HEALTHCHECK --interval=60s --timeout=20s --start-period=120s --retries=3 CMD ["bash", "-c", "megarl --version && nvidia-smi -L"]

@@ -43,7 +43,7 @@ BEGINS = {  # phase -> the event of trace.json whose end is its beginning
 PROCESSES = {  # who -> what stands in the command line
     "torchrun": "megarl.launch.torchrun",
     "rollout worker": "-m megarl rollout",
-    "API server": "vllm.entrypoints.openai.api_server",
+    "API server": "vllm.entrypoints",
     "engine core": "VLLM::EngineCore",
 }
 

@@ -126,9 +126,16 @@ class RolloutConfig(Section):
         ),
     )
     max_num_seqs: int = Field(256, ge=1, description="Responses one server decodes at the same time.")
-    enforce_eager: bool = Field(True, description="Run vLLM without torch.compile and graphs.")
-    kv_cache_gib: float = Field(
-        0.25, gt=0, description="Memory for vLLM's KV cache on a CPU and under launch.colocate, in GiB a GPU."
+    enforce_eager: bool | None = Field(
+        None, description="Run vLLM without torch.compile and graphs; unset is true on a CPU, false on a GPU."
+    )
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Memory for vLLM's KV cache on a CPU and under launch.colocate, in GiB a GPU; unset is 0.25 on a CPU, and "
+            "what the weights of both engines leave of a GPU."
+        ),
     )
     quantization: Literal["none", "fp8"] = Field(
         "none", description="fp8: vLLM quantises the weights as it loads them, and again at every sync; needs a GPU."
@@ -179,7 +186,11 @@ class SyncConfig(Section):
         ),
     )
     digests: Literal["first", "every", "off"] = Field(
-        "first", description="Which syncs compare digests of the workers' weights with an engine loaded from disk."
+        "first",
+        description=(
+            "Which syncs compare digests of the workers' weights with an engine loaded from disk; on a GPU only the "
+            "first of a run that begins."
+        ),
     )
     timeout_s: float = Field(120, gt=0, description="Time limit of each step of a weight sync in seconds.")
     canary_tolerance: float | None = Field(

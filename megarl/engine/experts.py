@@ -9,6 +9,7 @@ token once for each expert it goes to, sorted by expert), E local experts, H hid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -178,9 +179,21 @@ def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     [E, i, o]. ends_E int32: where each expert's rows end.
     """
     if a.numel():
-        return F.grouped_mm(a, b, offs=ends_E)
+        out = F.grouped_mm(a, b, offs=ends_E)
+        if b.dim() == 2 and leaves_garbage(a.device):
+            rows_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+            out.masked_fill_((rows_E == 0)[:, None, None], 0)
+        return out
     # no rows at all on this rank: torch 2.13 cannot take it ("Invalid strides/sizes")
     return a.new_zeros(len(a), b.shape[2]) if b.dim() == 3 else a.new_zeros(len(ends_E), len(a), b.shape[1])
+
+
+@cache
+def leaves_garbage(device: torch.device) -> bool:
+    """Whether grouped_mm leaves what was in memory as the weight gradient of an expert without rows: on Blackwell
+    (pytorch#172439).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:

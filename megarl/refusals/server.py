@@ -6,15 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
-from megarl.launch.gpus import has_gpu
+from megarl.launch import kv_cache as kv
+from megarl.launch.gpus import gpu_bytes, has_gpu
 from megarl.refusals.case import Case
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # v1/attention/backends/cpu_attn.py
-BLOCK = 32  # tokens of a block of the KV cache, as megarl/server/supervise.py asks for
 
 
 def heads_on_a_cpu(case: Case) -> str | None:
-    size = _head(case)
+    size = kv.head_width(case.model)
     if has_gpu() or size in CPU_HEADS:
         return None
     name = "qk_nope_head_dim + qk_rope_head_dim" if case.model.get("multi_latent_attention") else "head_dim"
@@ -28,7 +28,7 @@ def fp8_cache_on_a_cpu(case: Case) -> str | None:
     """What its cpu_attn.py asks for."""
     if case.config.rollout.kv_cache_dtype != "fp8" or has_gpu():
         return None
-    if (size := _head(case)) % 32:
+    if (size := kv.head_width(case.model)) % 32:
         return (
             f"rollout.kv_cache_dtype fp8 on a CPU needs heads of a multiple of 32, these are {size}; set "
             "rollout.kv_cache_dtype=auto"
@@ -44,7 +44,8 @@ def _cpu_flags() -> set[str]:
 
 def compiler_on_a_cpu(case: Case) -> str | None:
     """torch.compile writes C++ there (torch/_inductor/cpp_builder.py)."""
-    if case.config.rollout.enforce_eager or has_gpu() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))):
+    eager = case.config.rollout.enforce_eager is not False
+    if eager or has_gpu() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))):
         return None
     return (
         "rollout.enforce_eager false on a CPU needs a C++ compiler, this host has no g++; install one or set "
@@ -53,40 +54,29 @@ def compiler_on_a_cpu(case: Case) -> str | None:
 
 
 def kv_cache(case: Case) -> str | None:
-    """Where its size is ours to say, it holds one request of the longest kind, and the block that vLLM keeps empty."""
+    """Where its size is ours to say, it holds one request of the longest kind."""
     config, rollout = case.config, case.config.rollout
-    if has_gpu() and not config.launch.colocate:
+    if (gpu := has_gpu()) and not config.launch.colocate:
         return None
-    longest = config.server_context
-    tokens = (-(-longest // BLOCK) + 1) * BLOCK
-    needed = tokens * _bytes_per_token(case) / 2**30
-    if rollout.kv_cache_gib >= needed:
-        return None
-    return (
-        f"rollout.kv_cache_gib {rollout.kv_cache_gib:g} cannot hold one request of {longest} tokens "
-        f"(rollout.max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens}, or a "
-        f"weight sync's check); raise it to {_two_digits_up(needed)} or more"
+    longest, needed = config.server_context, kv.request_bytes(config, case.model, gpu) / 2**30
+    what = (
+        f"one request of {longest} tokens (rollout.max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens "
+        f"{rollout.max_new_tokens}, or a weight sync's check)"
     )
-
-
-def _head(case: Case) -> int:
-    """Width of a head in vLLM's cache: of keys and values alike, on a CPU without MLA's compression."""
-    if case.model.get("multi_latent_attention"):
-        return case.model["qk_head_dim"] + case.model["qk_pos_emb_head_dim"]
-    return case.model["kv_channels"]
-
-
-def _bytes_per_token(case: Case) -> int:
-    """Of one rank of a server, over all layers."""
-    rollout, model = case.config.rollout, case.model
-    dtype = rollout.dtype if rollout.dtype != "auto" else case.config.engine.dtype
-    wide = dtype == "float32" or (dtype == "auto" and not has_gpu())
-    element = 1 if rollout.kv_cache_dtype == "fp8" else 4 if wide else 2
-    if model.get("multi_latent_attention") and has_gpu():
-        width = model["kv_lora_rank"] + model["qk_pos_emb_head_dim"]
-    else:
-        width = 2 * max(1, model["num_query_groups"] // rollout.tp) * _head(case)
-    return model["num_layers"] * width * element
+    if gpu and rollout.kv_cache_gib is None:
+        size = gpu_bytes()
+        left = kv.colocated_bytes(config, case.weight_map, size) / 2**30
+        return (
+            f"launch.colocate true: {rollout.gpu_memory_utilization:g} (rollout.gpu_memory_utilization) of a GPU of "
+            f"{size / 2**30:.0f} GiB leaves {max(left, 0):.2g} GiB beside the weights of trainer and rollouts, "
+            f"{_two_digits_up(needed)} hold {what}; raise rollout.tp or parallel.*, or set it to false"
+            if left < needed
+            else None
+        )
+    given = kv.ON_A_CPU_GIB if rollout.kv_cache_gib is None else rollout.kv_cache_gib
+    if given >= needed:
+        return None
+    return f"rollout.kv_cache_gib {given:g} cannot hold {what}; raise it to {_two_digits_up(needed)} or more"
 
 
 def _two_digits_up(value: float) -> str:

@@ -212,17 +212,19 @@ class Fleet:
         """Where the last push took its time, on rank 0."""
         return self._leader.seconds if self._leader is not None else {}
 
-    def turn(self, step: Literal["sleep", "wake"]) -> None:
+    def turn(self, step: Literal["sleep", "wake"], group: dist.ProcessGroup | None = None) -> None:
         """Collective: every server sleeps, or is awake, when this returns. After the first sync.
 
         Whoever asks has done its part before: on every rank the memory
         that a server takes is free, and no ingest rank asks it for more.
+        group: of all ranks, in which they meet without their devices; None is the default group.
         """
-        dist.barrier()
+        idle(self._device)  # vLLM refuses to sleep where the device's free memory shrinks meanwhile
+        dist.barrier(group=group)
         if self._leader is not None:
             with self.watched():
                 self._leader.turn(step)
-        dist.barrier()
+        dist.barrier(group=group)
 
     def close(self) -> None:
         """Ends the workers of this run, rank 0; safe to call after a failure."""
@@ -379,6 +381,12 @@ class JoinedFleet(Fleet):
     def close(self) -> None:
         """Lets go of the workers, which go on."""
         self._leave_group()
+
+
+def idle(device: torch.device) -> None:
+    """Returns once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _answering(workers: list[WorkerInfo]) -> list[WorkerInfo]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.wire import decode
 
 Phase = Callable[[str], AbstractContextManager[None]]
+READ_BYTES_S = 100e6  # a server reads an export at least so fast
 ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it
 
 
@@ -166,7 +168,9 @@ class SyncLeader:
         `folder` (None: the one vLLM started with). Raises RolloutError. A worker whose host does not see the folder is
         told of, and held by checksums and the canary.
         """
-        self._deadline = time.monotonic() + self.settings.timeout_s
+        files = Path(folder).iterdir() if folder is not None else ()
+        reading_s = sum(file.stat().st_size for file in files) / READ_BYTES_S
+        self._deadline = time.monotonic() + self.settings.timeout_s + reading_s
         answers = self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
         for server, answer in zip(self._servers, answers, strict=True):
             if not json.loads(answer)["compared"]:

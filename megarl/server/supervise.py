@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -20,12 +21,15 @@ from megarl.addresses import set_interface
 from megarl.checkpoints import hf_files
 from megarl.config import Config
 from megarl.errors import UserError
-from megarl.launch.gpus import refuse_lost_gpu
+from megarl.launch import kv_cache
+from megarl.launch.gpus import gpu_bytes, refuse_lost_gpu
 from megarl.launch.lifeline import die_with_parent
 from megarl.rollout.registry import WorkerInfo
 from megarl.server.plugin import BACKEND, FORKS, OWN_SERVER
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
+CPU_WORKER = "megarl.server.cpu_worker.RolloutWorker"
+QUANTIZATION = {"fp8": "fp8_per_tensor"}  # vLLM's names; its "fp8" is for checkpoints that hold it
 STOP_S = 4.0  # between SIGTERM and SIGKILL
 
 
@@ -38,22 +42,33 @@ def check_installed() -> None:
         )
 
 
+def api_server() -> str:
+    """The module of vLLM that serves: by its newer name, where this release has it. Does not import vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if (Path(folder) / "entrypoints" / "launchers" / "api_server" / "entry.py").is_file():
+            return "vllm.entrypoints.launchers.api_server.entry"
+    return "vllm.entrypoints.openai.api_server"
+
+
 def server_command(config: Config, here: str, port: int) -> list[str]:
     """The command line of the vLLM server. It listens at `here` alone: whoever reaches it may change its weights."""
-    rollout = config.rollout
+    rollout, cuda = config.rollout, torch.cuda.is_available()
     dtype = rollout.dtype if rollout.dtype != "auto" else config.engine.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        dtype = "bfloat16" if cuda else "float32"
     length = config.server_context
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(hf_files(config.model.path))]
+    command = [sys.executable, "-m", api_server(), "--model", str(hf_files(config.model.path))]
     if hf_files(config.model.path) != Path(
         config.model.path
     ):  # a Megatron checkpoint: the trainers' first sync brings the weights
         command += ["--load-format", "dummy"]
     command += ["--host", here, "--port", str(port), "--dtype", dtype, "--tensor-parallel-size", str(rollout.tp)]
     command += ["--max-model-len", str(length), "--max-num-seqs", str(rollout.max_num_seqs), "--enable-prefix-caching"]
-    # A request with a seed kills the engine where prefill is chunked (docs/engines.md): every prompt goes in at once.
-    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 4096, rollout.max_num_seqs))]
+    if not cuda:
+        # where prefill is chunked, a request with a seed kills the engine there (docs/engines.md)
+        batched = max(length, 4096, rollout.max_num_seqs)
+        command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(batched)]
     command += [
         "--logprobs-mode",
         "processed_logprobs",
@@ -68,22 +83,35 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     command += ["--disable-uvicorn-access-log", "--disable-log-stats"]
     if config.model.trust_remote_code:
         command += ["--trust-remote-code"]
-    if rollout.enforce_eager:
+    if _eager(config):
         command += ["--enforce-eager"]
     if rollout.quantization != "none":
-        command += ["--quantization", rollout.quantization]
+        command += ["--quantization", QUANTIZATION[rollout.quantization]]
     if rollout.kv_cache_dtype != "auto":
         command += ["--kv-cache-dtype", rollout.kv_cache_dtype]
     if config.wants_routes and WeightMap(load_hf_config(config.model.path)).moe_layers:
         command += ["--enable-return-routed-experts"]
-    cuda, cache = torch.cuda.is_available(), ["--kv-cache-memory-bytes", str(int(rollout.kv_cache_gib * 2**30))]
     if not cuda:
-        return [*command, *cache, "--block-size", "32", "--worker-cls", "megarl.server.cpu_worker.RolloutWorker"]
-    if (
-        config.launch.colocate
-    ):  # what is free while the trainer starts as well says nothing: vLLM must not size its cache by it
-        return [*command, *cache, "--gpu-memory-utilization", "0.01", "--enable-sleep-mode"]
+        return [*command, *_cache(config, cuda), "--block-size", "32", "--worker-cls", CPU_WORKER]
+    if config.launch.colocate:  # what is free while the trainer starts as well says nothing
+        return [*command, *_cache(config, cuda), "--gpu-memory-utilization", "0.01", "--enable-sleep-mode"]
     return [*command, "--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
+
+
+def _eager(config: Config) -> bool:
+    eager = config.rollout.enforce_eager
+    return not torch.cuda.is_available() if eager is None else eager
+
+
+def _cache(config: Config, cuda: bool) -> list[str]:
+    gib = config.rollout.kv_cache_gib
+    if gib is not None:
+        size = int(gib * 2**30)
+    elif cuda:
+        size = kv_cache.colocated_bytes(config, WeightMap(load_hf_config(config.model.path)), gpu_bytes())
+    else:
+        size = int(kv_cache.ON_A_CPU_GIB * 2**30)
+    return ["--kv-cache-memory-bytes", str(size)]
 
 
 def server_environment(config: Config, store_host: str) -> dict[str, str]:
@@ -103,7 +131,7 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # NVIDIA's containers set it: the router would not be float32
     }
     ours |= set_interface(config.launch.interface, store_host)
-    if config.rollout.enforce_eager:
+    if _eager(config):
         ours["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles a few helpers even so, which costs 20 s and a C++ compiler
     if config.rollout.batch_invariant:
         ours["VLLM_BATCH_INVARIANT"] = "1"

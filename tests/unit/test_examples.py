@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +63,21 @@ def test_the_layout_fits_the_model(name: str, hf: dict[str, Any], trainer_nodes:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Any:
-    """Runs node.sh with torchrun and megarl that only write down how they were called."""
-    for command in ("torchrun", "megarl"):
+    """Runs node.sh with Pythons that only write down how they were called, but for the line that reads CONFIG; torchrun
+    and megarl are those of another environment.
+    """
+    for command in ("python", "rollout-python", "torchrun", "megarl"):
         script = tmp_path / command
         script.write_text(
-            f'#!/bin/bash\necho "{command} GPUS=${{CUDA_VISIBLE_DEVICES-none}} $*"\n[ "$2" != "$FAIL" ] || exit 3\n'
+            f'#!/bin/bash\n[ "$1" != -c ] || exec {sys.executable} "$@"\n'
+            f'echo "{command} GPUS=${{CUDA_VISIBLE_DEVICES-none}} $*"\n[ "$4" != "$FAIL" ] || exit 3\n'
         )
         script.chmod(0o755)
     (tmp_path / "run.yaml").write_text((MULTI_NODE / "qwen3_30b_a3b.yaml").read_text())
 
     def run(number: int, **env: str) -> subprocess.CompletedProcess[str]:
         overrides = "launch.store=first:29600 train.lr=1e-5"
+        env = {"ROLLOUT_PYTHON": "rollout-python"} | env
         here = {"CONFIG": str(tmp_path / "run.yaml"), "TRAINERS": "2", "HEAD": "first", "OVERRIDES": overrides}
         env = {**os.environ, **here, "SLURM_NODEID": str(number), "PATH": f"{tmp_path}:{os.environ['PATH']}", **env}
         env.pop("CUDA_VISIBLE_DEVICES", None)
@@ -86,14 +92,28 @@ def test_what_a_node_starts(node: Any, tmp_path: Path) -> None:
     rest = f"{tmp_path}/run.yaml launch.store=first:29600 train.lr=1e-5"
     trainer = node(1)
     where = "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 29500"
-    assert trainer.stdout == f"torchrun GPUS=none {where} -m megarl.train {rest}\n" and trainer.returncode == 0
+    assert (
+        trainer.stdout == f"python GPUS=none -m torch.distributed.run {where} -m megarl.train {rest}\n"
+        and trainer.returncode == 0
+    )
     servers = node(2)
     assert sorted(servers.stdout.splitlines()) == [
-        f"megarl GPUS={gpus} rollout {rest}" for gpus in ("0,1", "2,3", "4,5", "6,7")
+        f"rollout-python GPUS={gpus} -m megarl rollout {rest}" for gpus in ("0,1", "2,3", "4,5", "6,7")
     ]
     assert servers.returncode == 0
     assert node(3).stdout == ""  # all four engines have a place
     assert node(2, FAIL=f"{tmp_path}/run.yaml").returncode == 3
+
+
+def test_rank_0_is_where_launch_store_is() -> None:
+    """torchrun's c10d rendezvous numbers nodes by their names; and its command starts the Python that it belongs to."""
+    root, run = MULTI_NODE.parents[1], re.compile(r"^ +.*torch\.distributed\.run.*(?:\\\n.*)*", re.M)
+    paths = (root / "README.md", root / "docs" / "gpu.md", MULTI_NODE / "node.sh")
+    for path in paths:
+        text = path.read_text()
+        [line] = run.findall(text)
+        assert "--node-rank" in line and "--master-addr" in line, path
+        assert not re.search(r"^ *(exec )?torchrun |rdzv-backend", text, re.M), path
 
 
 def test_the_manifests_are_yaml_and_agree() -> None:

@@ -207,3 +207,32 @@ def test_fault_13_widths_that_grouped_mm_takes(hidden, width, itemsize, says):
     else:
         x = torch.randn(5, hidden, dtype={4: torch.float32, 2: torch.bfloat16}[itemsize], requires_grad=True)
         make_these()(x, torch.tensor([2, 3]), torch.ones(5))[0].sum().backward()
+
+
+@pytest.mark.parametrize("garbage", [True, False])
+def test_an_expert_without_rows_has_no_gradient_whatever_the_kernel_leaves(garbage, monkeypatch):
+    """Blackwell's kernel does not write that block of a weight gradient; here it holds NaN."""
+    counts, original = COUNTS["some experts without a token"], torch.nn.functional.grouped_mm
+
+    def grouped_mm(a, b, offs):
+        out = original(a, b, offs=offs)
+        if b.dim() == 2:
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return out
+
+    sequential, grouped = make_pair()
+    want = run(sequential, counts)
+    monkeypatch.setattr(module.F, "grouped_mm", grouped_mm)
+    monkeypatch.setattr(module, "leaves_garbage", lambda device: garbage)
+    got = run(grouped, counts)
+    if not garbage:
+        assert any(value.isnan().any() for value in got.values())
+        return
+    close(got, want)
+
+
+@pytest.mark.parametrize(("capability", "garbage"), [((9, 0), False), ((10, 0), True), ((12, 0), True)])
+def test_which_gpus_leave_garbage(capability, garbage, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert module.leaves_garbage.__wrapped__(torch.device("cuda", 0)) == garbage
+    assert not module.leaves_garbage(torch.device("cpu"))

@@ -19,7 +19,7 @@ from tools.bench.gpu import run as bench
 from megarl.engine.parallel import destroy_parallel
 
 ROOT = Path(__file__).resolve().parents[2]
-QUARTER_HOUR_S = 15 * 60 - 120  # less the time that a machine takes to start
+MOST_S = 13 * 60  # all parts together, as docs/gpu.md says
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,10 +89,10 @@ def test_a_part_over_its_limit_keeps_what_it_found(tmp_path: Path, monkeypatch: 
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_all_parts_fit_a_quarter_of_an_hour_and_a_budget_names_what_it_leaves(
+def test_all_parts_fit_their_time_and_a_budget_names_what_it_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    assert sum(bench.LIMITS.values()) <= QUARTER_HOUR_S
+    assert sum(bench.LIMITS.values()) <= MOST_S
     begun: list[str] = []
     monkeypatch.setattr(bench, "start", lambda name, smoke, out, limit: begun.append(name) or True)
     monkeypatch.setattr(

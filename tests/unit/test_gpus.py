@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from megarl.engine import device, parallel, profile
 from megarl.engine.device import Device
 from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
-from megarl.launch import gpus, processes
-from megarl.loop import reduce
+from megarl.launch import gpus, kv_cache, processes
+from megarl.loop import reduce, refit
+from megarl.server import supervise
 from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 GPU = Device(torch.device("cuda", 0), "nccl")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -131,3 +135,84 @@ def test_sums_of_a_stage_travel_as_host_memory(monkeypatch: pytest.MonkeyPatch) 
         sums = {"loss": torch.zeros((), device="cuda"), "ratio:max": torch.zeros((), device="cuda")}
         reduce.reduce_sums(Parallel(layout, layout.coord(1), GPU), sums)
     assert [value.device.type for value in seen[0].values()] == ["cpu", "cpu"]
+
+
+def shared_gpu(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    for module in (refusals.gpu, refusals.server):
+        monkeypatch.setattr(module, "has_gpu", lambda: True)
+    for module in (refusals.server, supervise):
+        monkeypatch.setattr(module, "gpu_bytes", lambda: int(gib * 2**30))
+    monkeypatch.setattr(supervise.torch.cuda, "is_available", lambda: True)
+
+
+COLOCATED = ["launch.colocate=true", "rollout.engines=4", "rollout.max_new_tokens=1900"]
+
+
+def test_a_shared_gpu_gives_the_cache_what_both_engines_leave(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default was a CPU's 0.25 GiB, which holds no usual length."""
+    shared_gpu(monkeypatch, 80)
+    config = load_config(run_yaml, COLOCATED)
+    refusals.check(config)
+    command = supervise.server_command(config, "127.0.0.1", 1)
+    size = int(command[command.index("--kv-cache-memory-bytes") + 1])
+    request = kv_cache.request_bytes(config, WeightMap(load_hf_config(config.model.path)).model, True)
+    assert size == config.rollout.max_num_seqs * request < 0.85 * 80 * 2**30
+
+
+def test_a_shared_gpu_that_is_too_small_is_refused(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_gpu(monkeypatch, 7)
+    with pytest.raises(UserError, match=r"0\.85 \(.*\) of a GPU of 7 GiB leaves 0 GiB beside"):
+        refusals.check(load_config(run_yaml, COLOCATED))
+
+
+def test_what_a_cpu_needs_is_not_asked_of_a_gpu(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(run_yaml, ["rollout.quantization=fp8"])
+    on_cpu, eager = supervise.server_command(config, "127.0.0.1", 1), {"--enforce-eager", "--no-enable-chunked-prefill"}
+    monkeypatch.setattr(supervise.torch.cuda, "is_available", lambda: True)
+    on_gpu = supervise.server_command(config, "127.0.0.1", 1)
+    assert eager <= set(on_cpu) and not eager & set(on_gpu)
+    assert "TORCHDYNAMO_DISABLE" not in supervise.server_environment(config, "127.0.0.1").keys() - os.environ.keys()
+    assert on_gpu[on_gpu.index("--quantization") + 1] == "fp8_per_tensor"
+    asked = load_config(run_yaml, ["rollout.enforce_eager=true"])
+    assert "--enforce-eager" in supervise.server_command(asked, "127.0.0.1", 1)
+
+
+def test_nothing_deprecated_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = type("spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(supervise.importlib.util, "find_spec", lambda name: vllm)
+    assert supervise.api_server() == "vllm.entrypoints.openai.api_server"
+    newer = tmp_path / "entrypoints" / "launchers" / "api_server"
+    newer.mkdir(parents=True)
+    (newer / "entry.py").touch()
+    assert supervise.api_server() == "vllm.entrypoints.launchers.api_server.entry"
+
+
+@pytest.mark.parametrize("module", ["plugin", "weight_receiver", "vllm_reload", "worker_extension", "endpoints"])
+def test_a_gpu_never_imports_what_repairs_the_cpu_build(module: str) -> None:
+    """Importing it would reach into files that a CUDA build may not have."""
+    tree = ast.parse((Path(refusals.__file__).parents[1] / "server" / f"{module}.py").read_text())
+    names = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert "megarl.server.vllm_patches" not in names
+
+
+@pytest.mark.parametrize(
+    ("version", "disk_is_step_0", "on_gpu", "source"),
+    [
+        (0, True, True, "start"),
+        (0, True, False, "start"),
+        (0, False, False, "export"),
+        (3, True, False, "export"),
+        (3, True, True, None),  # a resume: a second model beside the one that serves, and its cache, has no room
+        (0, False, True, None),
+    ],
+)
+def test_digests_on_a_gpu_are_those_of_the_start_alone(
+    version: int, disk_is_step_0: bool, on_gpu: bool, source: str | None
+) -> None:
+    assert refit.digest_source(version, disk_is_step_0, on_gpu) == source
+
+
+def test_digests_of_every_sync_are_refused_on_a_gpu(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals.gpu, "has_gpu", lambda: True)
+    with pytest.raises(UserError, match="sync.digests every .* set sync.digests=first"):
+        refusals.check(load_config(run_yaml, ["sync.digests=every"]))
