@@ -197,7 +197,8 @@ class SyncConfig(Section):
         None,
         gt=0,
         description=(
-            "Largest |log-probability difference| of the canary; unset is 1e-4 in float32, 0.5 in lower precision."
+            "Largest |log-probability difference| of the canary; unset is 1e-4 in float32, in lower precision 0.5, "
+            "with median and tail within 4 times their usual."
         ),
     )
 

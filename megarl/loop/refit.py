@@ -24,6 +24,7 @@ from megarl.engine.exchange import attach_routes
 from megarl.engine.export import export_hf
 from megarl.errors import UserError
 from megarl.launch.stop import StopRequest
+from megarl.loop.canary import CanaryLimits, Spread, spread_of
 from megarl.loop.reduce import Values
 from megarl.observe.trace import enter, phase
 from megarl.replay.routes import accept_routes
@@ -33,11 +34,6 @@ from megarl.rollout.sync_leader import Canary, InFlight, SyncSettings
 from megarl.weights.reshard.outgoing import Slices, WholeTensors
 from megarl.weights.reshard.quantize import quantized_weights
 from megarl.weights.reshard.rollout_layout import RolloutLayout
-
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 0.5,
-}  # of |log-probability difference|, by the coarser of the two engines
 
 
 def digest_source(version: int, disk_is_step_0: bool, on_gpu: bool) -> Literal["start", "export"] | None:
@@ -65,7 +61,7 @@ class Refit:
         trained = device.dtype(config.engine.dtype)
         self.rollout_dtype = trained if config.rollout.dtype == "auto" else device.dtype(config.rollout.dtype)
         coarse = torch.bfloat16 if torch.bfloat16 in (trained, self.rollout_dtype) else torch.float32
-        self.tolerance = config.sync.canary_tolerance or TOLERANCE[coarse]
+        self.limits = CanaryLimits(config.sync.canary_tolerance, coarse)
         # Whether vLLM, loading model.path by itself, holds what the trainer would send at step 0.
         from_disk = hf_files(config.model.path) == Path(
             config.model.path
@@ -143,8 +139,12 @@ class Refit:
                     self._check_digests(version)
             with phase("canary"):
                 urls = [worker.url for worker in self.fleet.members]
-                values["sync/canary_max_diff"] = self._compare_canary([*zip(urls, scores, strict=False)])
+                spreads = self._compare_canary([*zip(urls, scores, strict=False)])
+        keys = ("sync/canary_median_diff", "sync/canary_tail_diff", "sync/canary_max_diff")
+        for figure, key in enumerate(keys):
+            values[key] = max((spread[figure] for spread in spreads), default=0.0)
         self.fleet.commit(version)
+        self.limits.learn(spreads)
         if version not in self.committed:
             self.committed.append(version)
         return values
@@ -200,14 +200,12 @@ class Refit:
             if self.engine.model.parallel.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _compare_canary(self, scores: list[tuple[str, Canary]]) -> float:
-        """Largest |log pi - log mu| over the canary, over all servers, given with their URLs. Raises where it exceeds
-        the tolerance.
-        """
+    def _compare_canary(self, scores: list[tuple[str, Canary]]) -> list[Spread]:
+        """|log pi - log mu| over the canary, of each server, given with its URL. Raises where one exceeds its limit."""
         model, parallel = self.engine.model, self.engine.model.parallel
         answers = [scores]
         dist.broadcast_object_list(answers, src=0)
-        worst = torch.zeros(len(answers[0]), dtype=torch.float64, device=parallel.device.device)
+        figures = torch.zeros(len(answers[0]), len(Spread._fields), dtype=torch.float64, device=parallel.device.device)
         for number, (url, (logprobs, routes)) in enumerate(answers[0]):
             (pack,) = make_packs([[0]], [self.canary], [1], parallel.layout, parallel.coord)
             if routes is not None and self.route_shape is not None:
@@ -223,14 +221,14 @@ class Refit:
             scored = self.engine.logprobs(packs, "off" if pack.rollout.routes is None else "replay", temperature=1.0)
             if scored:
                 ours = scored[0].logprobs[: CANARY_TOKENS - 1].cpu()
-                worst[number] = (ours - torch.from_numpy(logprobs.copy())).abs().max()
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        if not worst.max() <= self.tolerance:  # not (a <= b): NaN fails too
-            number = int(worst.argmax())
+                spread = spread_of(ours - torch.from_numpy(logprobs.copy()))
+                figures[number] = torch.tensor(spread, dtype=torch.float64)
+        dist.all_reduce(figures, op=dist.ReduceOp.MAX)
+        spreads = [Spread(*row) for row in figures.tolist()]
+        if excess := self.limits.excess(spreads):
             raise UserError(
-                f"weight sync: the canary differs by {float(worst[number]):.3g} (limit {self.tolerance:g}) between "
-                "the trainer and "
-                f"{answers[0][number][0]}; the worker did not load what was sent (a coarser rollout.dtype needs "
-                "sync.canary_tolerance)"
+                f"weight sync: the canary differs by {excess.value:.3g} ({excess.what}; limit {excess.limit:.3g}"
+                f"{excess.why}) between the trainer and {answers[0][excess.server][0]}; the worker did not load what "
+                "was sent (a coarser rollout.dtype needs sync.canary_tolerance)"
             )
-        return float(worst.max())
+        return spreads

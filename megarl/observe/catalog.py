@@ -197,6 +197,18 @@ METRICS: dict[str, Metric] = {
         "below 1e-4 in float32 and 0.5 in bfloat16: beyond, the run stops",
         "max of |log pi - log mu|",
     ),
+    "sync/canary_median_diff": Metric(
+        "The same, the median of the tokens.",
+        "nats",
+        "steady: beyond 4 times its usual in bfloat16 the run stops",
+        "median of |log pi - log mu|",
+    ),
+    "sync/canary_tail_diff": Metric(
+        "The same, the mean of the largest sixteenth.",
+        "nats",
+        "steady: beyond 4 times its usual in bfloat16 the run stops",
+        "mean of the 3 largest |log pi - log mu|",
+    ),
     "fleet/workers": Metric(
         "Rollout workers that hold the weights after the step's sync.", "workers", "rollout.engines"
     ),

@@ -1,0 +1,145 @@
+"""The limits of a weight sync's canary: what is wrong is seen in bfloat16 too, and what is well is not refused.
+
+The trainer is a real bf16 model, the rollout the same weights in float32, along the same routes: between them lies the
+rounding of one engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from tools.bench.gpu.common import engine_of
+from tools.tiny_model import tiny_config
+
+# isort: split
+from megarl.config import CANARY_TOKENS
+from megarl.engine.batch import make_packs
+from megarl.engine.build import Engine, route_shape
+from megarl.engine.exchange import attach_routes
+from megarl.engine.parallel import destroy_parallel
+from megarl.loop.canary import FACTOR, CanaryLimits, Spread, spread_of
+
+BF16 = torch.bfloat16
+GOOD = Spread(0.003, 0.012, 0.015)
+
+
+class Engines:
+    def __init__(self) -> None:
+        hf = tiny_config(dtype="float32").to_dict()
+        self.trainer, self.rollout = (
+            engine_of(hf, [f"engine.dtype={dtype}"], train=False)[1] for dtype in ("bfloat16", "float32")
+        )
+        self.tokens = torch.randint(hf["vocab_size"], (CANARY_TOKENS,), generator=torch.Generator().manual_seed(0))
+        self.generator = torch.Generator().manual_seed(1)
+        self.sync()
+
+    def sync(self, change: float = 0.0) -> None:
+        """Other weights on both sides, each by a share `change` of itself."""
+        pairs = zip(self.trainer.model.params(), self.rollout.model.params(), strict=True)
+        for (_, ours), (_, theirs) in pairs:
+            noise = torch.randn(theirs.shape, generator=self.generator)
+            ours.data.copy_(theirs.data * (1 + change * noise))
+            theirs.data.copy_(ours.data)
+
+    def spread(self) -> Spread:
+        theirs, routes = self._score(self.rollout)
+        return spread_of(self._score(self.trainer, routes)[0] - theirs)
+
+    def _score(self, engine: Engine, routes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        at, rows = engine.model.parallel, CANARY_TOKENS - 1
+        (pack,) = make_packs([[0]], [self.tokens], [1], at.layout, at.coord)
+        if routes is not None:
+            attach_routes(pack, routes, at, route_shape(engine.model))
+        [scored] = engine.logprobs([pack], "record" if routes is None else "replay")
+        live = pack.passes.live_routes
+        return scored.logprobs[:rows], None if live is None else live[:rows]
+
+    def busiest_expert(self, layer: int) -> int:
+        _, routes = self._score(self.rollout)
+        assert routes is not None
+        return int(routes[:, layer].flatten().long().bincount().argmax())
+
+    @contextmanager
+    def without(self, layer: int, expert: int | None = None) -> Iterator[None]:
+        """The rollout computes without that layer, or without that expert of it."""
+        part = f"decoder.layers.{layer}." + (f"mlp.experts.local_experts.{expert}." if expert is not None else "")
+        out = [
+            tensor
+            for param, tensor in self.rollout.model.params()
+            if param.name.startswith(part) and ("linear_fc2" in param.name or "linear_proj" in param.name)
+        ]
+        assert out, part
+        kept = [tensor.data.clone() for tensor in out]
+        for tensor in out:
+            tensor.data.zero_()
+        yield
+        for tensor, was in zip(out, kept, strict=True):
+            tensor.data.copy_(was)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    yield Engines()
+    destroy_parallel()
+
+
+@pytest.fixture(scope="module")
+def calibrated(engines: Engines) -> CanaryLimits:
+    """After one sync that was well."""
+    limits, spread = CanaryLimits(None, BF16), engines.spread()
+    assert limits.excess([spread]) is None
+    limits.learn([spread])
+    return limits
+
+
+def test_other_weights_are_taken(engines: Engines, calibrated: CanaryLimits) -> None:
+    for _ in range(6):
+        engines.sync(0.02)
+        assert calibrated.excess([engines.spread()]) is None, engines.spread()
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_layer_that_was_not_loaded_is_seen(engines: Engines, calibrated: CanaryLimits, layer: int) -> None:
+    with engines.without(layer):
+        assert calibrated.excess([GOOD, engines.spread()]) is not None
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_an_expert_of_zeros_is_seen(engines: Engines, calibrated: CanaryLimits, layer: int) -> None:
+    """By the tail, where the largest difference alone, as it was, let it pass."""
+    with engines.without(layer, engines.busiest_expert(layer)):
+        spread = engines.spread()
+    excess = calibrated.excess([spread])
+    assert excess is not None and excess.limit < excess.value
+    assert CanaryLimits(0.5, BF16).excess([spread]) is None
+
+
+def test_limits_follow_a_slow_change_and_not_a_jump() -> None:
+    limits = CanaryLimits(None, BF16)
+    grown = GOOD
+    for step in range(60):
+        assert limits.excess([grown]) is None, step
+        limits.learn([grown])
+        grown = Spread(*(value * (1.05 if step < 40 else 1) for value in grown))
+    jump = Spread(grown.median * FACTOR * 1.01, grown.tail, grown.largest)
+    excess = limits.excess([grown, jump])
+    assert excess is not None and (excess.server, excess.what) == (1, "median")
+
+
+def test_what_the_user_gave_holds_alone_and_float32_keeps_its_limit() -> None:
+    given, single = CanaryLimits(5.0, BF16), CanaryLimits(None, torch.float32)
+    given.learn([GOOD]), single.learn([Spread(1e-7, 1e-6, 1e-6)])
+    assert given.excess([Spread(0.4, 2.0, 4.9)]) is None and given.excess([Spread(0.4, 2.0, 5.1)]) is not None
+    assert single.excess([Spread(1e-5, 5e-5, 9e-5)]) is None and single.excess([Spread(1e-5, 5e-5, 2e-4)]) is not None
+    assert CanaryLimits(None, BF16).excess([Spread(0.3, 0.4, 0.49)]) is not None, "a first sync that is half wrong"
+
+
+def test_a_difference_that_is_no_number_is_beyond_every_limit() -> None:
+    spread = spread_of(torch.tensor([0.0, math.nan, 0.0]))
+    assert spread.largest == math.inf and CanaryLimits(100.0, BF16).excess([spread]) is not None
