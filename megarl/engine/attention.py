@@ -25,6 +25,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megarl.engine.device import to_device
+
 # A segment shorter than SHORTEST of its rectangle's longest starts a rectangle of its own, unless all that this saves
 # is fewer pairs of
 # query and key than CALL_CELLS: about the cost of one more call.
@@ -41,7 +43,8 @@ class Rectangle:
     mask: Tensor | None = None  # bool [segments, 1, longest query, longest key]; None is causal
 
     def to(self, device: torch.device) -> Rectangle:
-        return Rectangle(*(None if x is None else x.to(device) for x in (self.query_index, self.key_index, self.mask)))  # type: ignore[arg-type]
+        parts = (self.query_index, self.key_index, self.mask)
+        return Rectangle(*(None if x is None else to_device(x, device) for x in parts))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -55,7 +58,7 @@ class PackedSequences(PackedSeqParams):
 
     def to(self, device: torch.device) -> PackedSequences:
         moved: dict[str, Any] = {
-            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: to_device(value, device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, rectangles=[rectangle.to(device) for rectangle in self.rectangles], **moved)
 

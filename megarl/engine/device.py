@@ -62,6 +62,13 @@ def setup_device() -> Device:
     return Device(CPU, "gloo")
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for: on a GPU through pinned memory, which torch keeps and uses again."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def float32_means_float32() -> None:
     """No TF32 in float32 products (the router's), whatever the container asks for: NVIDIA's sets
     TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, from which torch takes its default. UserError where it cannot be turned off.

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megarl.engine.batch import Pack, cp_rows, router_rows
+from megarl.engine.device import to_device
 from megarl.engine.logprob import vocab_parallel_logprobs
 from megarl.engine.model import Model
 from megarl.engine.optim import current_lr
@@ -130,7 +131,8 @@ class Engine:
     def _head(self, pack: Pack, logits: Tensor, temperature: float) -> tuple[Tensor, ...]:
         """log pi and entropy of all rows of the pack, from this rank's logits [1, rows, columns]."""
         parallel = self.model.parallel
-        labels = pack.labels[cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)].to(logits.device)
+        local_rows = cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)
+        labels = to_device(pack.labels[local_rows], logits.device)
         group, vocab_size = parallel.tp_group if parallel.layout.tp > 1 else None, self.model.weight_map.vocab_size
         return self._whole(pack, *vocab_parallel_logprobs(logits.squeeze(0), labels, temperature, group, vocab_size))
 
@@ -206,12 +208,12 @@ class Engine:
             given, has_route = pack.rollout.routes, pack.rollout.has_route
             if routes == "replay_old":
                 given, has_route = pack.passes.old_routes, None
-            target = None if given is None else given[:, self._layers[index]].to(device)
-            has_route = None if has_route is None or has_route.all() else has_route.to(device)
+            target = None if given is None else to_device(given[:, self._layers[index]], device)
+            has_route = None if has_route is None or has_route.all() else to_device(has_route, device)
             context = replay.forward(index, target, has_route, replay=routes in ("replay", "replay_old"))
         parallel = self.model.parallel
         local_rows = cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)
-        tokens, positions = pack.tokens[local_rows].to(device), pack.positions[local_rows].to(device)
+        tokens, positions = (to_device(rows[local_rows], device) for rows in (pack.tokens, pack.positions))
         # bf16 logits stay bf16: megatron-core would copy all of them to float32, 20 GB for 32k tokens, and their
         # gradient too.
         half = {"fp32_output": False} if self.model.config.bf16 else {}

@@ -10,6 +10,7 @@ from megarl.config import Config
 from megarl.engine.batch import Pack
 from megarl.engine.build import Engine
 from megarl.engine.critic import build_critic
+from megarl.engine.device import to_device
 from megarl.objective import Sums, gae, value_loss
 from megarl.objective.metrics import mean, unmasked
 
@@ -47,7 +48,7 @@ class CriticStep:
         def loss(pack: Pack, values: Tensor) -> tuple[Tensor, Sums]:
             passes = pack.passes
             assert passes.old_values is not None and passes.returns is not None
-            old, returns, mask = (x.to(values.device) for x in (passes.old_values, passes.returns, pack.mask))
+            old, returns, mask = (to_device(x, values.device) for x in (passes.old_values, passes.returns, pack.mask))
             total = value_loss(values, old, returns, mask, clip=self.settings.value_clip, denominator=1.0)
             return total / count, _metrics(
                 total, values.detach(), old, returns, unmasked(mask), self.settings.value_clip

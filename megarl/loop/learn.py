@@ -11,6 +11,7 @@ from torch import Tensor
 from megarl.config import Config
 from megarl.engine.batch import Pack
 from megarl.engine.build import Engine, route_shape
+from megarl.engine.device import to_device
 from megarl.engine.reference import Reference
 from megarl.engine.step import Routes
 from megarl.errors import UserError
@@ -256,13 +257,13 @@ class Learner:
         return policy_loss(
             logprobs,
             passes.old_logprobs,
-            rollout.logprobs.to(device),
-            (rollout.advantages if passes.advantages is None else passes.advantages).to(device),
-            pack.mask.to(device),
-            pack.seq_ids.to(device),
+            to_device(rollout.logprobs, device),
+            to_device(rollout.advantages if passes.advantages is None else passes.advantages, device),
+            to_device(pack.mask, device),
+            to_device(pack.seq_ids, device),
             self.config.objective,
-            group_ids=rollout.group_ids.to(device),
+            group_ids=to_device(rollout.group_ids, device),
             ref_logprobs=passes.ref_logprobs,
             entropy=entropy,
-            denominator=rollout.denominators.to(device),
+            denominator=to_device(rollout.denominators, device),
         )

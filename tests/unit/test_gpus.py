@@ -216,3 +216,22 @@ def test_digests_of_every_sync_are_refused_on_a_gpu(run_yaml: Path, monkeypatch:
     monkeypatch.setattr(refusals.gpu, "has_gpu", lambda: True)
     with pytest.raises(UserError, match="sync.digests every .* set sync.digests=first"):
         refusals.check(load_config(run_yaml, ["sync.digests=every"]))
+
+
+def test_no_copy_to_a_gpu_holds_up_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From pageable memory the host waits for it, however it is asked."""
+    calls: list[str] = []
+
+    class Host:
+        device = torch.device("cpu")
+
+        def pin_memory(self) -> Host:
+            calls.append("pinned")
+            return self
+
+        def to(self, where: torch.device, non_blocking: bool = False) -> Host:
+            calls.append(f"to {where.type}, non_blocking {non_blocking}")
+            return self
+
+    device.to_device(Host(), GPU.device)  # type: ignore[arg-type]
+    assert calls == ["pinned", "to cuda, non_blocking True"]

@@ -12,7 +12,8 @@ from megarl.weights.map.layout import Layout
 from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect
-from megarl.weights.reshard.hash import tensor_hash
+from megarl.weights.reshard import hash as hash_module
+from megarl.weights.reshard.hash import device_hash, tensor_hash
 from megarl.weights.reshard.manifest import manifest_from, whole_inputs, whole_manifest
 from megarl.weights.reshard.message import Manifest, Message, TensorShard
 from megarl.weights.reshard.outgoing import Slices, whole_buckets
@@ -74,7 +75,8 @@ def test_a_stream_is_read_bucket_by_bucket() -> None:
     assert len(taken) < len(tensors())
 
 
-def test_every_flipped_bit_of_a_message_is_noticed() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_every_flipped_bit_of_a_message_is_noticed(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a slice that is a shard by itself, in one put together with
     another, in the checksums. Padding carries nothing.
     """
@@ -87,6 +89,7 @@ def test_every_flipped_bit_of_a_message_is_noticed() -> None:
         Message(0, 5, 0, (HfSlice("cut", Rect((5, 0), (1, 4))),)),
     )
     manifest = Manifest(shards, (bucket,))
+    monkeypatch.setattr(hash_module, "on_device", lambda tensor: on_device)
     buffers = []
     for message in bucket:
         buffer = torch.zeros(message_bytes(message.slices, manifest.dtypes), dtype=torch.uint8)
@@ -115,6 +118,24 @@ def test_the_hash_sees_one_bit_and_the_order() -> None:
     flipped.view(torch.int32)[1, 1] ^= 1
     assert len({tensor_hash(tensor), tensor_hash(flipped), tensor_hash(tensor.t())}) == 3
     assert tensor_hash(tensor.t()) == tensor_hash(tensor.t().contiguous())
+
+
+def test_the_hash_of_a_device_needs_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same whatever it is cut into and wherever it lies; a change of one word, or of two, changes it."""
+    raw = torch.randint(256, (8 * 37 + 5,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole, seen = int(device_hash(raw)), set()
+    moved = torch.cat([torch.zeros(3, dtype=torch.uint8), raw])[3:]
+    monkeypatch.setattr(hash_module, "CHUNK", 5)
+    assert int(device_hash(raw)) == int(device_hash(moved)) == whole
+    for bit in range(8 * raw.numel()):
+        changed = raw.clone()
+        changed[bit // 8] ^= 1 << bit % 8
+        seen.add(int(device_hash(changed)))
+    assert len(seen | {whole}) == 8 * raw.numel() + 1
+    swapped = torch.cat([raw[8:16], raw[:8], raw[16:]])
+    longer = torch.cat([raw, torch.zeros(1, dtype=torch.uint8)])
+    assert len({whole, int(device_hash(swapped)), int(device_hash(longer))}) == 3
+    device_hash(torch.zeros(1000, device="meta"))  # a look at a value would raise: this one has none
 
 
 LAYOUTS = [

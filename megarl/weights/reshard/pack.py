@@ -1,20 +1,19 @@
 """Messages of a weight sync as bytes: slices of Hugging Face tensors in one buffer, each with its checksum.
 
 In a message every slice starts at a multiple of ALIGNMENT bytes, so that the receiver's tensors are views of the
-buffer; the checksums (XXH3, 64 bits, of the bytes as sent: cast and quantised) come last.
+buffer; the checksums (64 bits, hash.py, of the bytes as sent: cast and quantised) come last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megarl.weights.map.relations import HfSlice
-from megarl.weights.reshard.hash import bytes_hash, tensor_hash
+from megarl.weights.reshard.hash import checksums
 from megarl.weights.reshard.message import Manifest, Message
 
 ALIGNMENT = 16  # bytes; a view of another dtype needs a multiple of its item size
@@ -38,19 +37,10 @@ def payload_bytes(slices: Sequence[HfSlice], dtypes: Dtypes) -> int:
 def pack(slices: Sequence[HfSlice], values: Sequence[Tensor], dtypes: Dtypes, buffer: Tensor) -> None:
     """Fills `buffer` (uint8 [message_bytes]) with `values`, one for each slice and of its size, cast to its dtype."""
     *offsets, end = _offsets(slices, dtypes)
-    for each, value, offset in zip(slices, values, offsets, strict=True):
-        _view(buffer, offset, each, dtypes).copy_(value)
-    raw = buffer.cpu().numpy()
-    sizes = [payload_bytes([each], dtypes) for each in slices]
-    hashes = [bytes_hash(raw[offset : offset + size]) for offset, size in zip(offsets, sizes, strict=True)]
-    buffer[end:].copy_(torch.from_numpy(np.array(hashes, HASH).view(np.uint8)))
-
-
-class _Arrived(NamedTuple):
-    source: int
-    slice: HfSlice
-    checksum: int  # as sent
-    actual: int | None  # None until the slice is in its place
+    views = [_view(buffer, offset, each, dtypes) for each, offset in zip(slices, offsets, strict=True)]
+    for view, value in zip(views, values, strict=True):
+        view.copy_(value)
+    buffer[end:].copy_(checksums(views).view(torch.uint8))
 
 
 def assemble(bucket: Sequence[Message[HfSlice]], buffers: Sequence[Tensor], manifest: Manifest) -> dict[str, Tensor]:
@@ -59,30 +49,34 @@ def assemble(bucket: Sequence[Message[HfSlice]], buffers: Sequence[Tensor], mani
     Raises Corrupted where the bytes of a slice, in their final place, do not have the checksum they were sent with.
     """
     shards: dict[str, Tensor] = {}
-    arrived: list[_Arrived] = []
+    arrived: list[tuple[int, HfSlice]] = []  # with the rank that sent it
+    sent: list[Tensor] = []
     for message, buffer in zip(bucket, buffers, strict=True):
         *offsets, end = _offsets(message.slices, manifest.dtypes)
-        raw = buffer.cpu().numpy()
-        checksums = raw[end : end + HASH.itemsize * len(message.slices)].view(HASH).tolist()
-        for each, offset, checksum in zip(message.slices, offsets, checksums, strict=True):
-            view, rect, actual = _view(buffer, offset, each, manifest.dtypes), manifest.shards[each.hf_name].rect, None
+        sent.append(buffer[end : end + HASH.itemsize * len(message.slices)].view(torch.int64))
+        for each, offset in zip(message.slices, offsets, strict=True):
+            view, rect = _view(buffer, offset, each, manifest.dtypes), manifest.shards[each.hf_name].rect
             if each.rect.size == rect.size:
                 shards[each.hf_name] = view
-                actual = bytes_hash(raw[offset : offset + view.nbytes])
             else:
                 if each.hf_name not in shards:
                     shards[each.hf_name] = torch.empty(rect.size, dtype=view.dtype, device=view.device)
                 shards[each.hf_name][each.rect.within(rect).slices].copy_(view)
-            arrived.append(_Arrived(message.source, each, checksum, actual))
-    for source, each, checksum, actual in arrived:
-        if actual is None:
-            rect = manifest.shards[each.hf_name].rect
-            actual = tensor_hash(shards[each.hf_name][each.rect.within(rect).slices])
-        if actual != checksum:
-            raise Corrupted(
-                f"{each} from trainer rank {source} arrived with checksum {actual:016x}, was sent with {checksum:016x}"
-            )
+            arrived.append((message.source, each))
+    placed = [shards[each.hf_name][each.rect.within(manifest.shards[each.hf_name].rect).slices] for _, each in arrived]
+    if placed:
+        _compare(arrived, checksums(placed), torch.cat(sent))
     return shards
+
+
+def _compare(arrived: list[tuple[int, HfSlice]], actual: Tensor, sent: Tensor) -> None:
+    """One look at the device for a whole bucket."""
+    for number in (actual != sent).nonzero().flatten().tolist():
+        source, each = arrived[number]
+        found, expected = (int(hashes[number]) % 2**64 for hashes in (actual, sent))
+        raise Corrupted(
+            f"{each} from trainer rank {source} arrived with checksum {found:016x}, was sent with {expected:016x}"
+        )
 
 
 def _view(buffer: Tensor, offset: int, each: HfSlice, dtypes: Dtypes) -> Tensor:
