@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megarl", "megarl.*"]),
-    package_data={"megarl.report": ["assets/*", "assets/uplot/*"]},
+    package_data={"megarl.report": ["assets/*", "assets/uplot/*"], "megarl.simulate": ["shim.cpp"]},
     install_requires=[
         "math-verify==0.9.0",
         "numpy==2.3.5",

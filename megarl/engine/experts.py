@@ -70,7 +70,7 @@ class GroupedExperts(SequentialMLP):
         fused = self.config.bias_activation_fusion
         if not hidden_NH.is_cpu:
             return _GatedExperts.apply(
-                hidden_NH, probs_N, _ends(tokens_per_expert).to(hidden_NH.device), fused, *fc1, *fc2
+                hidden_NH, probs_N, _ends(tokens_per_expert).to(hidden_NH.device, non_blocking=True), fused, *fc1, *fc2
             ), None
         blocks = _blocks(tokens_per_expert.tolist(), CACHE_BYTES // fc1[0][:, 0].nbytes)
         rows = [int(tokens_per_expert[block].sum()) for block in blocks]

@@ -26,9 +26,10 @@ def check_release() -> None:
 
 def replace_parts() -> None:
     """In this process, for every model built from here on: rows go to the experts and back by index."""
-    from megarl.engine import permutation
+    from megarl.engine import grad_norm, permutation
 
     permutation.install()
+    grad_norm.install()
     _answer_without_transformer_engine()
 
 

@@ -97,12 +97,12 @@ def _sync(
 def describe(plan: dict[str, Any]) -> str:
     """The figures as tables."""
     train, rollout, sync = plan["train"], plan["rollout"], plan["sync"]
-    columns = ("parameters", "gradients", "optimizer", "activations", "logits", "total")
+    columns = ("parameters", "gradients", "optimizer", "activations", "logits", "temporaries", "total")
     lines = [
         f"{plan['model']['parameters'] / 1e9:,.2f} billion parameters in {plan['model']['tensors']:,} tensors",
         "",
-        f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank; activations and "
-        "logits are estimates",
+        f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank; the last three "
+        "columns before the total are estimates, and the total takes the larger of logits and temporaries",
         f"{'stage':>5} {'layers':>6} " + " ".join(f"{name:>11}" for name in columns),
     ]
     for stage in train["stages"]:

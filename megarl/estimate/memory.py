@@ -1,38 +1,42 @@
 """Memory of a trainer rank, computed from config.json and the layout alone.
 
-Parameters, gradients and optimizer are held against running ranks
-(tests/parallel/ranks.py, planned_memory), not activations and logits.
+Parameters, gradients and optimizer are held against running ranks (tests/parallel/ranks.py, planned_memory), the total
+against the peak of a simulated GPU (tests/unit/test_simulate.py).
 
 States are what megatron-core allocates for the parameters of the weight map: gradients in float32,
 Adam with float32 moments and, in bfloat16, a float32 copy of the parameters. The distributed
-optimizer divides moments and copy by the replicas of a parameter. Activations count what the
-modules of megarl/engine keep for the backward pass; fragmentation and temporaries are not in them.
+optimizer divides moments and copy by the replicas of a parameter. Activations count what the modules of megarl/engine
+keep for the backward pass. Fragmentation is in none.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap
 
-LOGPROB_CHUNKS = 3 * 4 * 2**24  # bytes: megarl/engine/logprob.py works on chunks of 2**24 logits, in float32
+LOGPROB_CHUNK = 2**24  # logits: of each and of the one before megarl/engine/logprob.py holds two copies in float32
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank of a pipeline stage."""
+    """Bytes of one rank of a pipeline stage. logits, temporaries: of the backward pass, the former at its start, the
+    latter in a layer, when the logits are gone.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    temporaries: int
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        held = self.parameters + self.gradients + self.optimizer + self.activations
+        return held + max(self.logits, self.temporaries)
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,37 @@ def stage_memory(weight_map: WeightMap, training: Training, stage: int) -> Memor
         optimizer=optimizer,
         activations=_activations(weight_map, training, stage),
         logits=_logits(weight_map, training) if last else 0,
+        temporaries=_temporaries(weight_map, training, stage),
     )
 
 
 def _logits(weight_map: WeightMap, training: Training) -> int:
-    """Logits and their gradient; in bfloat16 the loss sees a float32 copy of both."""
+    """Logits, their gradient, and what its computation holds in float32."""
     rows = training.tokens // training.layout.cp
-    columns = weight_map.padded_vocab(training.layout.tp) // training.layout.tp
-    each = 2 * training.itemsize + (8 if training.itemsize == 2 else 0)
-    return rows * columns * each + min(LOGPROB_CHUNKS, 12 * rows * columns)
+    count = rows * weight_map.padded_vocab(training.layout.tp) // training.layout.tp
+    return 2 * training.itemsize * count + 4 * 2 * min(2 * LOGPROB_CHUNK, count)
+
+
+def _temporaries(weight_map: WeightMap, training: Training, stage: int) -> int:
+    """Of the largest MLP of the stage: gradients of the rows, and of one product's weights before they are added up."""
+    model, layout = weight_map.model, training.layout
+    layers = [
+        layer for chunk in range(layout.vpp) for layer in layout.stage_layers(weight_map.num_layers, stage, chunk)
+    ]
+    hidden, elements = model["hidden_size"], 0
+    if any(layer in weight_map.moe_layers for layer in layers):
+        width = model["moe_ffn_hidden_size"] // layout.etp
+        weights = model["num_moe_experts"] // layout.ep * 2 * width * hidden
+        elements = _routed(model, layout, training.tokens // layout.cp) * (hidden + 3 * width) + weights
+    if any(layer not in weight_map.moe_layers for layer in layers):
+        width, rows = model["ffn_hidden_size"] // layout.tp, training.tokens // layout.cp
+        elements = max(elements, rows * (hidden + 5 * width))
+    return training.itemsize * elements
+
+
+def _routed(model: dict[str, Any], layout: Layout, rows: int) -> int:
+    """Rows of a rank's experts, on average; the busiest rank of an imbalanced layer has more."""
+    return rows // layout.tp * model["moe_router_topk"] * layout.etp
 
 
 def _activations(weight_map: WeightMap, training: Training, stage: int) -> int:
@@ -116,8 +142,8 @@ def layer_activations(weight_map: WeightMap, training: Training, *, moe: bool) -
 
 
 def _attention_width(model: dict[str, Any], recompute: str) -> int:
-    """Elements a row over all heads. q, k, v are kept as projected, as
-    rotated and as padded rectangles; and the result.
+    """Elements a row over all heads. q, k, v are kept as projected, q and k as normed and as rotated, v once more for
+    attention; and the result.
     """
     heads = model["num_attention_heads"]
     if model.get("multi_latent_attention"):
@@ -126,8 +152,9 @@ def _attention_width(model: dict[str, Any], recompute: str) -> int:
         inputs, padded, result = heads * 3 * key, heads * 3 * key, heads * model["v_head_dim"]
         return 2 * latent + inputs + (0 if recompute == "selective" else padded) + 2 * result
     query, key_value = heads * model["kv_channels"], 2 * model["num_query_groups"] * model["kv_channels"]
-    inputs = query + key_value + (query + key_value // 2 if model.get("qk_layernorm") else 0)
-    return inputs + (query + key_value if recompute == "selective" else query + key_value + query) + query
+    projected = query + key_value + (query if model.get("qk_layernorm") else 0)
+    rotated = query + key_value // 2 + 4 * model["kv_channels"]  # and its cosines and sines, in float32
+    return projected + rotated + query + (0 if recompute == "selective" else key_value // 2)
 
 
 def _mlp(model: dict[str, Any], layout: Layout, rows: int, moe: bool) -> int:
@@ -136,10 +163,8 @@ def _mlp(model: dict[str, Any], layout: Layout, rows: int, moe: bool) -> int:
     """
     if not moe:
         return rows * 4 * model["ffn_hidden_size"] // layout.tp
-    routed = (
-        rows // layout.tp * model["moe_router_topk"] * layout.etp
-    )  # on average; the busiest rank of an imbalanced layer has more
-    experts = routed * (2 * model["hidden_size"] + 2 * model["moe_ffn_hidden_size"] // layout.etp)
-    router = rows // layout.tp * 3 * model["num_moe_experts"]
+    routed = _routed(model, layout, rows)
+    experts = routed * (model["hidden_size"] + 2 * model["moe_ffn_hidden_size"] // layout.etp)
+    router = rows // layout.tp * (6 * model["num_moe_experts"] + 14 * model["moe_router_topk"])
     shared = model.get("moe_shared_expert_intermediate_size") or 0
     return experts + router + rows * 4 * shared // layout.tp

@@ -30,7 +30,7 @@ ORDER = """
     observe server
     report refusals estimate
     convert loop
-    train
+    train simulate
     commands
     cli
     __main__
