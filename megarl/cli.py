@@ -228,6 +228,12 @@ def _plan(args: argparse.Namespace) -> int:
     if not args.link_gbs > 0:
         raise UserError(f"--link-gbs {args.link_gbs:g} is not a speed; give GB/s above 0")
     check(config, "plan", world_size=world)
+    if args.trace:
+        if not 0 <= args.rank < world:
+            raise UserError(f"--rank {args.rank} is no rank of {world}; give 0 to {world - 1}")
+        from megarl.simulate import command
+
+        return command.run(args.config, args.overrides, world, args.rank, args.gpus_per_host, args.gpu_gib, args.json)
     from megarl.estimate.cluster import Hosts, run
 
     return run(config, world, args.rollout_ep, Hosts(args.gpus_per_host, args.link_gbs), args.json)

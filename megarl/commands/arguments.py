@@ -82,6 +82,11 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rollout-ep", type=int, default=1, metavar="N", help="expert-parallel ranks of an engine (default 1: none)"
     )
+    parser.add_argument(
+        "--trace", action="store_true", help="run a step of the engine on a simulated GPU instead: memory, waits, bytes"
+    )
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank that --trace runs (default 0)")
+    parser.add_argument("--gpu-gib", type=float, default=80.0, metavar="X", help="memory of a GPU (default 80)")
     parser.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="ranks a host (default 8)")
     parser.add_argument(
         "--link-gbs",

@@ -233,7 +233,7 @@ class Learner:
         """Whether no rank has a fault (fault: this rank's, or ""). Under train.on_bad_batch stop all ranks raise the
         first one.
         """
-        flag = torch.tensor(float(bool(fault)), device=self.parallel.device.device)
+        flag = to_device(torch.tensor(float(bool(fault))), self.parallel.device.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if not flag:
             return True

@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from megarl.engine.device import to_device
 from megarl.engine.parallel import Parallel
 from megarl.objective import Sums, merge
 from megarl.replay.metrics import RoutingSums
@@ -18,16 +19,24 @@ def reduce_sums(parallel: Parallel, sums: Sums) -> Sums:
     """Adds (or maxes) over the data-parallel ranks of the last stage, then tells everyone."""
     if parallel.coord.cp:  # every context-parallel rank computed the same loss
         sums = {key: value if key.endswith(":max") else torch.zeros_like(value) for key, value in sums.items()}
+    sums = _on_host(sums)
     if parallel.is_last_stage and parallel.layout.dp * parallel.layout.cp > 1:
         for op, keys in _by_operation(sums):
-            joined = torch.stack([sums[key].double().to(parallel.device.device) for key in keys])
+            joined = to_device(torch.stack([sums[key].double() for key in keys]), parallel.device.device)
             dist.all_reduce(joined, op=op, group=parallel.replica_group)
-            sums |= dict(zip(keys, joined, strict=True))
-    # pickled, a CUDA tensor would make a context on its rank's GPU in every other rank
-    reduced = [{key: value.cpu() for key, value in sums.items()}]
+            sums |= dict(zip(keys, joined.cpu(), strict=True))
+    reduced = [sums]  # pickled, a CUDA tensor would make a context on its rank's GPU in every other rank
     if parallel.layout.pp > 1:
         dist.broadcast_object_list(reduced, src=parallel.layout.rank_of(tp=0, cp=0, dp=0, pp=parallel.layout.pp - 1))
     return reduced[0]
+
+
+def _on_host(sums: Sums) -> Sums:
+    """One wait for all that lie on the device."""
+    there = [key for key, value in sums.items() if value.device.type != "cpu"]
+    if not there:
+        return sums
+    return sums | dict(zip(there, torch.stack([sums[key].double() for key in there]).cpu(), strict=True))
 
 
 def routing_values(parallel: Parallel, old: RoutingSums, new: RoutingSums) -> Values:
@@ -35,16 +44,17 @@ def routing_values(parallel: Parallel, old: RoutingSums, new: RoutingSums) -> Va
     layers. old: rollout and pi_old; new: pi_old and pi_theta.
     """
     device, layers = parallel.device.device, len(old.agree)
-    differs = (torch.cat(old.differs).double() if old.differs else torch.zeros(0, dtype=torch.float64)).to(device)
+    differs = torch.cat(old.differs).double() if old.differs else torch.zeros(0, dtype=torch.float64)
+    differs = to_device(differs, device)
     if parallel.layout.pp > 1:  # the stages hold different layers of the same rows
         dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=parallel.pp_group)
     differing = torch.tensor([float(differs.sum()), float(len(differs))], dtype=torch.float64)
-    sums = torch.cat([old.agree, old.rows, new.agree, new.rows, differing]).to(device)
-    worst = torch.tensor(old.worst_gap, dtype=torch.float64, device=device)
+    sums = to_device(torch.cat([old.agree, old.rows, new.agree, new.rows, differing]), device)
+    worst = to_device(torch.tensor(old.worst_gap, dtype=torch.float64), device)
     if parallel.layout.world > 1:
         dist.all_reduce(sums)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    agree, rows, agree_new, rows_new, pair = sums.split([layers] * 4 + [2])
+    agree, rows, agree_new, rows_new, pair = sums.cpu().split([layers] * 4 + [2])
     values: Values = {}
     if rows.sum():
         values["routing/agree_rollout_old"] = float(agree.sum() / rows.sum())

@@ -18,7 +18,7 @@ def mean(name: str, total: Tensor, count: Tensor | int) -> Sums:
     total = total.detach().double()
     return {
         f"{name}:sum": total,
-        f"{name}:count": count.double() if isinstance(count, Tensor) else total.new_tensor(count),
+        f"{name}:count": count.double() if isinstance(count, Tensor) else total.new_full((), count),
     }
 
 
