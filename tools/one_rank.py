@@ -6,6 +6,7 @@ from typing import Any
 
 from megarl.config import ParallelConfig
 from megarl.engine.device import setup_device
+from megarl.engine.megatron_compat import submodules_of
 from megarl.engine.parallel import Parallel, init_parallel
 
 
@@ -36,5 +37,6 @@ def expert_layer(kind: Any, experts: int, hidden: int, width: int, **changes: An
         use_cpu_initialization=True,
         **changes,
     )
-    submodules = get_moe_module_spec(use_te=False, num_experts=experts).submodules.experts.submodules
+    experts_spec = submodules_of(get_moe_module_spec(use_te=False, num_experts=experts)).experts
+    submodules = submodules_of(experts_spec)
     return kind(experts, config, submodules, pg_collection=get_default_pg_collection())

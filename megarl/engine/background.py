@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megarl.engine.megatron_compat import own_asynchronous_save
 from megarl.engine.parallel import GROUP_TIMEOUT
 
 FORMAT = ("torch_dist", 1)
@@ -31,7 +32,7 @@ _group: tuple[Any, Any] = (None, None)  # the world, and the writers' group in i
 class _Planned(TorchDistSaveShardedStrategy):
     """megatron-core's plan and files; who writes them, and when, is ours."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *chosen: str) -> AsyncRequest:
         self.writer, self.metadata, _ = planned
         return AsyncRequest(None, (), [])
 
@@ -72,7 +73,9 @@ def copied(sharded: dict[str, Any], folder: Path) -> Parts:
     """Copies what this rank is to write of `sharded` into `folder`: it may change from here on. Collective."""
     filesystem_async._results_queue = queue.SimpleQueue()  # else megatron-core starts a process for it
     strategy = _Planned(*FORMAT)
-    dist_checkpointing.save(sharded, str(folder), sharded_strategy=strategy, async_sharded_save=True)
+    dist_checkpointing.save(
+        sharded, str(folder), sharded_strategy=strategy, async_sharded_save=True, **own_asynchronous_save()
+    )
     buckets = [
         (path, name, (data, [(item, tensor.detach().to("cpu", copy=True)) for item, tensor in tensors]))
         for path, name, (data, tensors) in strategy.writer.write_buckets

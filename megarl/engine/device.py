@@ -41,8 +41,8 @@ class Device:
 def setup_device() -> Device:
     """Picks the device of this process and makes megatron-core run on it. Idempotent.
 
-    RuntimeError on another release of megatron-core than megarl is written for (megatron_compat.py). UserError where a
-    GPU was planned for this process and none is seen.
+    RuntimeError where megatron-core lacks a name that megarl needs (megatron_compat.py). UserError where a GPU was
+    planned for this process and none is seen.
     """
     check_release()
     replace_parts()

@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2/V3) over packed sequences, for layer specs without Transformer Engine.
 
-megatron-core 0.16's own local MLASelfAttention cannot serve here, for three reasons, each held by a test
+megatron-core's own local MLASelfAttention cannot serve here, for three reasons, each held by a test
 (tests/unit/test_families.py,
 tests/parallel/test_equality.py):
 1. It splits the down projections over TP and takes the gradient of the gathered rotary key from this rank's heads alone
@@ -55,6 +55,7 @@ class PackedLatentAttention(MultiLatentAttention):
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,  # newer releases give it; only their settings by layer name ask for it
     ) -> None:
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config, submodules, layer_number, attn_mask_type, "self", cp_comm_type, groups)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 
+from megarl.engine import megatron_compat
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -35,19 +37,28 @@ def install() -> None:
 
 
 def permute(
-    tokens: Tensor, routing_map: Tensor, probs: Tensor | None = None, num_out_tokens: int | None = None, **variant: bool
-) -> tuple[Tensor, Tensor | None, Any]:
+    tokens: Tensor,
+    routing_map: Tensor,
+    probs: Tensor | None = None,
+    num_out_tokens: int | None = None,
+    *,
+    fused: bool = False,
+    drop_and_pad: bool = False,
+    **counts: Any,
+) -> tuple[Any, ...]:
     """tokens [T, H], routing_map bool [T, E] with K true a row, probs
-    [T, E] -> rows [N, H], their probabilities [N], Rows.
+    [T, E] -> rows [N, H], their probabilities [N], Rows, and what else this release returns.
     """
-    if any(variant.values()) or not num_out_tokens:
-        return moe_utils.permute(tokens, routing_map, probs, num_out_tokens, **variant)
+    if fused or drop_and_pad or not num_out_tokens:
+        return moe_utils.permute(
+            tokens, routing_map, probs, num_out_tokens, fused=fused, drop_and_pad=drop_and_pad, **counts
+        )
     # Of a known size: megatron-core's masked_select waits for the device to learn it. Fewer rows than that would be an
     # index of -1.
     expert_N, token_N = torch.nonzero_static(routing_map.t(), size=num_out_tokens).unbind(1)
     rows = Rows(token_N, token_N.argsort(stable=True).view(len(tokens), -1))
     probs_N = None if probs is None else probs.flatten().index_select(0, token_N * probs.shape[1] + expert_N)
-    return _Spread.apply(tokens, rows), probs_N, rows
+    return megatron_compat.permuted(_Spread.apply(tokens, rows), probs_N, rows, counts.get("tokens_per_expert"))
 
 
 def unpermute(

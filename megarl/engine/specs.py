@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.engine.attention import PackedCausalAttention
 from megarl.engine.experts import GroupedExperts
+from megarl.engine.megatron_compat import submodules_of, with_module
 from megarl.engine.mla import PackedLatentAttention
 from megarl.engine.profile import Profile
 
@@ -73,7 +74,8 @@ def _local_layer(profile: Profile, config: TransformerConfig, moe: bool) -> Modu
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedCausalAttention
     if moe and profile.grouped_experts:
-        spec.submodules.mlp.submodules.experts.module = GroupedExperts
+        mlp = submodules_of(spec.submodules.mlp)
+        mlp.experts = with_module(mlp.experts, GroupedExperts)
     return spec
 
 

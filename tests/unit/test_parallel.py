@@ -18,6 +18,7 @@ from megatron.core.transformer.moe import moe_utils
 from megarl.config import load_config
 from megarl.engine import parallel
 from megarl.engine.device import setup_device
+from megarl.engine.megatron_compat import TESTED, check_release
 
 
 def test_trap_19_every_size_is_passed_and_expert_tensor_parallelism_is_1_under_tp_2(
@@ -32,7 +33,7 @@ def test_trap_19_every_size_is_passed_and_expert_tensor_parallelism_is_1_under_t
 
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", initialize)
     monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(parallel_state, "destroy_model_parallel", lambda: None)
+    monkeypatch.setattr(parallel, "_leave_groups", lambda: None)
     with pytest.raises(InterruptedError):
         parallel.init_parallel(load_config(None, ["parallel.tp=2"]).parallel, setup_device(), seed=0)
     assert (
@@ -91,13 +92,24 @@ def test_nothing_in_megarl_changes_a_configuration() -> None:
     assert not found
 
 
-def test_another_release_of_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything of it is replaced, on a CPU and on a GPU."""
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.0")
-    for gpu in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        with pytest.raises(
-            RuntimeError,
-            match="megatron-core 0.19.0: megarl replaces parts of 0.16.x; pip install 'megatron-core==0.16.1'",
-        ):
-            setup_device()
+def test_a_release_of_megatron_core_never_seen_is_warned_of_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once in a process, on the first rank; a release that the tests run on in none."""
+    for version in ("0.99.0", "0.99.0", *(f"{release}.7" for release in TESTED)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        check_release()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megarl: warning: megatron-core 0.99.0: megarl is tested with ") and "unverified" in line
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_megatron_core_without_a_name_that_is_needed_is_refused(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    """Before anything of it is replaced, on a CPU and on a GPU; the name is said."""
+    from megatron.core.pipeline_parallel import schedules
+
+    monkeypatch.delattr(schedules, "get_schedule_table")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    wanted = r"lacks pipeline_parallel\.schedules\.get_schedule_table, which megarl needs; install 0\.16\.x"
+    with pytest.raises(RuntimeError, match=wanted):
+        setup_device()

@@ -27,7 +27,7 @@ def there_and_back(module, x, routing_map, probs, grad):
     """
     x, probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
     rows = int(routing_map.sum())
-    permuted, probs_N, index = module.permute(x, routing_map, probs=probs, num_out_tokens=rows, **PLAIN)
+    permuted, probs_N, index, *_ = module.permute(x, routing_map, probs=probs, num_out_tokens=rows, **PLAIN)
     scaled = (permuted * probs_N[:, None]).to(x.dtype)
     out = module.unpermute(scaled, index, restore_shape=x.shape, routing_map=routing_map, **PLAIN)
     out.backward(grad)

@@ -265,3 +265,28 @@ def test_comparing_replays_nothing(kind):
 def test_without_replay_there_is_no_hook_on_the_path():
     router = make_router("softmax")
     assert router.router_replay is None and not router.config.moe_enable_routing_replay
+
+
+@every_kind
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_pass_without_gradients_orders_the_experts_as_one_with_them(monkeypatch, kind, recorded):
+    """As pi_old and the update do. megatron-core 0.19 sorts only where gradients are on; so does every release here."""
+    from megatron.core.transformer.moe import moe_utils
+
+    def topk(scores, k, dim=-1, **_):  # without sorting a kernel may give any order: the worst
+        values, chosen = torch.topk(scores, k, dim=dim)
+        return (values, chosen) if torch.is_grad_enabled() else (values.flip(dim), chosen.flip(dim))
+
+    monkeypatch.setattr(moe_utils.torch, "topk", topk)
+    router, x = make_router(kind), make_input(rows=400)
+
+    def run():
+        if not recorded:
+            return router(x)[0], torch.empty(0)
+        gates, _, record = route(router, x)
+        return gates, record.stacked()[0]
+
+    with torch.no_grad():
+        gates_old, chosen_old = run()
+    gates, chosen = run()
+    assert torch.equal(gates_old, gates) and torch.equal(chosen_old, chosen) and not gates_old.requires_grad
