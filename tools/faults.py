@@ -5,8 +5,8 @@
 `megarl run` of a tiny model, twice: trainers that fail, one step off under TP2, one server, a checkpoint every other
 step, in a small file system where the user may mount one; then two servers whose processes fail, in lock-step under
 DP2. A fault is injected when its phase begins, by trace.json. Where the command itself ends, the same command is given
-again. With --folder, this one goes on after the last fault that it survived. The last line of the output is one JSON
-object.
+again. With --folder, this one goes on where it has ended; SIGUSR1 ends a run before its next fault. The last
+line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -122,10 +122,14 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 
 class Outcomes:
-    """In a file, so that the same command goes on after the last of them."""
+    """In files, so that the same command goes on after the last of them. accounts: lost and doubled, of runs that have
+    ended.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / "outcomes.jsonl"
+        self._file, self._accounts = folder / "outcomes.jsonl", folder / "accounts.json"
+        kept = json.loads(self._accounts.read_text("utf-8")) if self._accounts.exists() else {}
+        self.accounts: dict[str, tuple[int, int]] = {name: (lost, doubled) for name, (lost, doubled) in kept.items()}
         lines = self._file.read_text("utf-8").splitlines() if self._file.exists() else []
         self.all = [Outcome(**json.loads(line)) for line in lines]
 
@@ -134,6 +138,11 @@ class Outcomes:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(outcome)) + "\n")
         print(line_of(outcome), flush=True)
+
+    def close(self, name: str, account: tuple[int, int]) -> tuple[int, int]:
+        self.accounts[name] = account
+        self._accounts.write_text(json.dumps(self.accounts), encoding="utf-8")
+        return account
 
     def rest(self, faults: list[Fault]) -> list[Fault]:
         names = {outcome.fault for outcome in self.all}
@@ -147,14 +156,14 @@ def all_runs(folder: Path, runs: list[str], only: str, outcomes: Outcomes) -> It
 
     def run_of(name: str, settings: dict[str, Any], faults: list[Fault], cable: Cable | None) -> tuple[int, int]:
         chosen = [fault for fault in faults if only in fault.name]
-        if not chosen:
-            return 0, 0
+        if not chosen or name in outcomes.accounts:
+            return outcomes.accounts.get(name, (0, 0))
         chosen = outcomes.rest(chosen)
         run = Run(folder / name, folder / "model", folder / "data" / "train.jsonl", settings, cable)
         try:
             for outcome in suffer_all(run, chosen, name == "short"):
                 outcomes.add(outcome)
-            return run.end()
+            return outcomes.close(name, run.end())
         finally:
             run.kill()
 
