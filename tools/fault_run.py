@@ -151,6 +151,12 @@ class Run:
             raise UserError(f"no {who} is running: {self.tail()}")
         return [pid for _, pid in sorted(found)]
 
+    def trainers(self) -> list[int]:
+        """What is known of rank 0's process: none while trainers are started again."""
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
+            return [pid for pid in self.pids("rank 0") if psutil.pid_exists(pid)]
+        return []
+
     def until(self, phase: str) -> None:
         """Returns when rank 0 begins `phase`."""
         if phase == "checkpoint":

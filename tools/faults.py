@@ -73,13 +73,16 @@ def suffer(run: Run, fault: Fault, whole: bool = True) -> Outcome:
     """
     before = run.step()
     run.wait(lambda: run.step() > before and (run.saved() or not fault.restarts), "step and checkpoint", again=True)
-    asked = run.asked_again()
+    asked, failing = run.asked_again(), run.trainers()
     start = fault.do(run)
     done = lowest = run.step()
 
     def further() -> bool:
-        nonlocal lowest
+        nonlocal lowest, done
         step = run.step()
+        if fault.restarts and run.trainers() in ([], failing):  # a step that was at its end is none after the fault
+            done = max(done, step)
+            return False
         lowest = min(lowest, step or lowest)
         return step > done
 
