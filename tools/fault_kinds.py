@@ -171,7 +171,7 @@ def trainer_faults(small_disk: bool) -> list[Fault]:
 class Cable:
     """A network of its own for a worker, and a cable to it from ours. Root makes it; it goes with this process."""
 
-    HERE, THERE, NAME = "10.78.0.1", "10.78.0.2", "megarl_faults"
+    HERE, THERE, NAME = "10.78.0.1", "10.78.0.2", "megarl_faults"  # one on this machine at a time
 
     def __init__(self) -> None:
         hold = ["unshare", "--net", "--kill-child", "sleep", "infinity"]

@@ -193,7 +193,7 @@ class Run:
         rows = self.rows()
         steps = [row["step"] for row in rows]
         for row in rows if not self.batches_ahead else []:  # then each token is of the weights that are trained
-            if not (row["mismatch/kl_k3"] <= 1e-9 and row["version/rollout_lag_max"] == 0):
+            if not (row.get("mismatch/kl_k3", 0.0) <= 1e-9 and row["version/rollout_lag_max"] == 0):
                 raise UserError(f"step {row['step']} was sampled from other weights, k3 {row['mismatch/kl_k3']:.1e}")
         last = newest(self.dir / "checkpoints")
         if last is None or step_of(last) != steps[-1]:
