@@ -1,7 +1,7 @@
 """python -m megarl.simulate: ranks to simulate as JSON on standard input, one a line, what each recorded as one line of
 JSON on standard output. The command line starts it (`megarl plan --trace`), and so do tests.
 
-A request: {"keys": ["model.path=...", ...], "world": N, "rank": R, "packs": null}
+A request: {"keys": ["model.path=...", ...], "world": N, "rank": R}, and where wanted "packs" and "minibatches"
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def main() -> int:
         request = json.loads(line)
         config = load_config(request.get("config"), request["keys"])
         try:
-            found = figures(simulate(config, request["world"], request["rank"], request.get("packs")))
+            counts = {key: request[key] for key in ("packs", "minibatches") if key in request}
+            found = figures(simulate(config, request["world"], request["rank"], **counts))
         except Exception as error:
             traceback.print_exc(limit=-8)
             notes = getattr(error, "__notes__", [])

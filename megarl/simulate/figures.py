@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.simulate.ledger import Ledger
-from megarl.simulate.step import MINIBATCHES, Simulated
+from megarl.simulate.step import Simulated
 
 POINTS = 400  # of the curve
 LARGEST = 10
@@ -18,7 +18,7 @@ def figures(found: Simulated) -> dict[str, Any]:
         "rank": found.rank,
         "world": found.world,
         "packs": found.packs,
-        "minibatches": MINIBATCHES,
+        "minibatches": found.minibatches,
         "moe_layers": found.moe_layers,
         "seconds": found.seconds,
         "cpu_seconds": found.cpu_seconds,

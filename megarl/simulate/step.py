@@ -39,14 +39,18 @@ class Simulated:
     rank: int
     world: int
     packs: int
+    minibatches: int
     moe_layers: int  # of this rank
     ledger: Ledger
     seconds: float
     cpu_seconds: float
 
 
-def simulate(config: Config, world: int, rank: int, packs: int | None = None) -> Simulated:
-    """Rank `rank` of `world`. packs: of each mini-batch; None takes as many as the pipeline holds at once.
+def simulate(
+    config: Config, world: int, rank: int, packs: int | None = None, minibatches: int = MINIBATCHES
+) -> Simulated:
+    """Rank `rank` of `world`. packs: of each mini-batch; None takes as many as the pipeline holds at once. One
+    mini-batch has no pi_old pass.
 
     The engine computes in bfloat16 unless engine.dtype says otherwise, with the layers that are installed here.
     """
@@ -56,14 +60,16 @@ def simulate(config: Config, world: int, rank: int, packs: int | None = None) ->
         ledger: Ledger = device.ledger
         engine = _build(config, ledger)
         ledger.phase = "packs"
-        batches = [_packs(config, engine, count) for _ in range(MINIBATCHES)]
+        batches = [_packs(config, engine, count) for _ in range(minibatches)]
         responses = [f"response {i}" for i in range(1 + max((r for p in batches[0] for r in p.responses), default=0))]
         ledger.phase = "metrics"
         learner = Learner(config, engine)
         learner.learn(Batch(batches, responses, {}, [], [], [[] for _ in responses]), 0)
         ledger.phase = "end"
         layers = len(engine.model.routers())
-    return Simulated(rank, world, count, layers, ledger, time.perf_counter() - start, time.process_time() - cpu_start)
+    return Simulated(
+        rank, world, count, minibatches, layers, ledger, time.perf_counter() - start, time.process_time() - cpu_start
+    )
 
 
 @contextmanager
