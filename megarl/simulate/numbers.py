@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-INTEGERS = 1 << 23  # elements: a routing map of 32k rows and 256 experts
-FLOATS = 1 << 17  # elements: a number for each token of a pack
+LARGEST = 1 << 23  # elements: a routing map of 32k rows and 256 experts, which begins as zeros in float32
 EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default}
 FILLED = {aten.zeros_like.default: 0, aten.ones_like.default: 1}
 _written: dict[Any, list[int | str]] = {}
@@ -54,7 +53,7 @@ def beside(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _filled(func, args, kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if all(_small(x) if not isinstance(x, FakeTensor) else known(x) is not None for x in tensors) and (
-            tensors or _small_factory(args, kwargs)
+            tensors or _small_factory(args)
         ):
             result = _compute(func, args, kwargs)
     if result is None:
@@ -93,15 +92,14 @@ def _filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
 
 
 def _small(x: Tensor) -> bool:
-    return x.numel() <= (FLOATS if x.dtype.is_floating_point else INTEGERS)
+    return x.numel() <= LARGEST
 
 
-def _small_factory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _small_factory(args: tuple[Any, ...]) -> bool:
     size = 1
     for n in args[0] if args and isinstance(args[0], (list, tuple)) else ():
         size *= n
-    dtype = kwargs.get("dtype") or torch.float32
-    return size <= (FLOATS if dtype.is_floating_point else INTEGERS)
+    return size <= LARGEST
 
 
 def _places_written(func: Any) -> list[int | str]:
