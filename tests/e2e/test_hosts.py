@@ -21,7 +21,8 @@ START_S, STEP_S, SILENT_S = 180.0, 90.0, 90.0  # limits on two very busy cores
 
 def readme(program: str, **words: str) -> list[str]:
     """The README's command of many nodes that starts with `program`, its words in capitals replaced."""
-    line = re.search(rf"^    ({program} .*launch\.store=.*?)( +#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    text = re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text())
+    line = re.search(rf"^    ({program} .*launch\.store=.*?)( +#.*)?$", text, re.MULTILINE)
     assert line is not None
     command = line[1].replace("--nproc-per-node 8", "--nproc-per-node 1")
     for name, word in words.items():
@@ -58,8 +59,8 @@ def test_a_run_over_three_hosts_whose_network_fails_and_comes_back(bench: Bench,
         server = started(gen0, "rollout", readme("megarl rollout", **words))
 
         def train(name: str) -> list[Started]:
-            hosts = enumerate((node0, node1))
-            return [started(host, name, readme("torchrun", I=str(i), **words)) for i, host in hosts]
+            program, hosts = "python -m torch.distributed.run", enumerate((node0, node1))
+            return [started(host, name, readme(program, I=str(i), **words)) for i, host in hosts]
 
         def until(condition: Callable[[], bool], within_s: float) -> None:
             trainers[0].until(condition, within_s)
