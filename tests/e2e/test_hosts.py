@@ -93,6 +93,6 @@ def test_a_run_over_three_hosts_whose_network_fails_and_comes_back(bench: Bench,
         assert [path.name for path in own.iterdir()] == ["logs.rollout"]
 
 
-@pytest.mark.parametrize("program", ["torchrun", "megarl rollout"])
+@pytest.mark.parametrize("program", ["python -m torch.distributed.run", "megarl rollout"])
 def test_the_readme_has_the_commands_of_many_nodes(program: str) -> None:
     assert "launch.store=first:29600" in readme(program, HOST="first")
