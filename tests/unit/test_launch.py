@@ -78,7 +78,7 @@ def ranks(tmp_path: Path, run_yaml: Path):
 )
 def test_ranks_under_torchrun(ranks, tmp_path: Path, what: str, status: int, message: str) -> None:
     run = ranks(what)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert (run.returncode, out) == (status, f"starting 2 trainer ranks; logs in {tmp_path}/run/logs\nrank 0\n")
     assert (
         err.startswith(message)
@@ -94,10 +94,10 @@ def test_no_rank_outlives_the_command(ranks, tmp_path: Path, signum: signal.Sign
     run = ranks("wait")
     assert run.stdout is not None and "logs in" in run.stdout.readline() and run.stdout.readline() == "rank 0\n"
     second = ranks("wait")
-    assert second.wait(timeout=60) == 2
+    assert second.wait(timeout=300) == 2
     assert second.stderr is not None and f"is in use by process {run.pid} on " in second.stderr.read()
     run.send_signal(signum)
-    run.wait(timeout=60)
+    run.wait(timeout=300)
     wait_for(tmp_path, 0)
 
 
@@ -224,7 +224,7 @@ def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(tmp_path: 
         path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
         env = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "4", "RANK": number}
         argv = [sys.executable, "-c", code, str(run_yaml)]
-        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
 
     with owned(Path(load_config(run_yaml).run.dir) / "logs"):
         refused = rank("0")  # it speaks for all: its failure ends them

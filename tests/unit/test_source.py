@@ -173,9 +173,11 @@ def test_where_the_last_server_is_lost_others_answer_what_it_had(bench: Bench) -
     seen = bench.step(0) + bench.step(1)
     loss.join()
     seen += bench.step(2)
-    assert len(others) == 1 and len(set(seen)) == len(seen) == 3 * B
+    # a request that was sent off before the loss was known may find no server once more
+    assert others and len(set(seen)) == len(seen) == 3 * B
     assert not set(seen) & set(bench.source.state_dict()["returned"])
-    others[0].close()
+    for server in others:
+        server.close()
 
 
 def sampler(recover: Any) -> Sampler:

@@ -62,7 +62,7 @@ def test_fault_18_a_wait_for_rollouts_ends_at_once_and_an_update_is_not_cut(supe
     for body, said in ((WAITS, f"stopped by {int(signum)}\n"), (UPDATES, "stopped after the update\n")):
         run = rank(body, supervised=supervised)
         run.send_signal(signum)
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=300)
         assert (run.returncode, out, err) == (0, said, "")
 
 
@@ -75,7 +75,7 @@ def test_fault_18_a_rank_with_nothing_to_save_ends_at_once_wherever_it_is() -> N
 def test_fault_18_a_rank_that_cannot_save_in_time_ends_without() -> None:
     run = rank(STUCK, within_s=0.5)
     run.send_signal(signal.SIGTERM)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=300)
     assert (run.returncode, err) == (143, "no checkpoint within run.preempt_s 0.5: ending without\n")
 
 

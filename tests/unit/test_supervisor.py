@@ -78,14 +78,14 @@ def wait_for(tmp_path: Path, count: int) -> None:
 
 def test_a_clean_end_of_main_ends_the_helpers(tmp_path: Path) -> None:
     run = supervisor(tmp_path, "print('done')", [SLEEP, PARENT])
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert (run.returncode, out, err) == (0, "done\n", "")
     assert left_behind(tmp_path) == []
 
 
 def test_a_helper_that_dies_ends_all_and_is_named_with_its_log(tmp_path: Path) -> None:
     run = supervisor(tmp_path, PARENT, ["import sys; print('last words'); sys.exit(7)", SLEEP])
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 7
     assert err.startswith("megarl: error: helper0 exited with status 7; all processes are being ended; last lines of ")
     assert err.endswith("last words\n")
@@ -122,7 +122,7 @@ def test_a_helper_that_answered_and_was_killed_is_started_again(tmp_path: Path, 
         before="from megarl.launch import supervisor; supervisor.STOPPED_S = 0.2",
         max_restarts=1,
     )
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert (run.returncode, out) == (0, "")
     assert err.startswith("megarl: helper0 was killed by SIGKILL; its log is ") and err.endswith("again in 1 s\n")
     assert left_behind(tmp_path) == []
@@ -131,7 +131,7 @@ def test_a_helper_that_answered_and_was_killed_is_started_again(tmp_path: Path, 
 def test_a_helper_that_answered_and_gave_up_leaves_the_rest_alone(tmp_path: Path) -> None:
     helper, _ = answering(tmp_path, "sys.exit(1)")
     run = supervisor(tmp_path, "import time; time.sleep(3)", [helper], max_restarts=3)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 0 and (tmp_path / "starts").read_text() == "x"
     assert err.startswith("megarl: helper0 exited with status 1; ") and err.endswith("; no more is started\n")
 
@@ -139,7 +139,7 @@ def test_a_helper_that_answered_and_gave_up_leaves_the_rest_alone(tmp_path: Path
 def test_a_helper_that_was_killed_before_it_ever_answered_ends_all(tmp_path: Path) -> None:
     helper, _ = answering(tmp_path, "pass", before="os.kill(os.getpid(), signal.SIGKILL)")
     run = supervisor(tmp_path, SLEEP, [helper], max_restarts=3)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 1 and err.startswith("megarl: error: helper0 was killed by SIGKILL")
 
 
@@ -157,18 +157,18 @@ def test_starts_again_after_longer_and_longer_waits(monkeypatch: pytest.MonkeyPa
 def test_what_a_process_said_itself_is_the_message(tmp_path: Path) -> None:
     says = "import sys; print('noise'); print('megarl: error: port 7 is taken; give another'); sys.exit(2)"
     run = supervisor(tmp_path, SLEEP, [says])
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=300)
     assert (run.returncode, err) == (2, "megarl: error: port 7 is taken; give another\n")
 
 
 def test_a_helper_may_leave_with_0_before_main_does(tmp_path: Path) -> None:
     run = supervisor(tmp_path, "import time; time.sleep(1)", ["pass"])
-    assert run.wait(timeout=60) == 0
+    assert run.wait(timeout=300) == 0
 
 
 def test_a_main_that_is_killed_gives_status_1(tmp_path: Path) -> None:
     run = supervisor(tmp_path, "import os; os.kill(os.getpid(), 9)", [SLEEP])
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 1
     assert "main was killed by SIGKILL" in err
     assert left_behind(tmp_path) == []
@@ -179,7 +179,7 @@ def test_a_signal_ends_everything(tmp_path: Path, signum: signal.Signals, status
     run = supervisor(tmp_path, PARENT, [STUBBORN, SLEEP])
     wait_for(tmp_path, 5)
     run.send_signal(signum)
-    assert run.wait(timeout=60) == status
+    assert run.wait(timeout=300) == status
     assert left_behind(tmp_path) == []
 
 
@@ -189,7 +189,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     run.send_signal(signal.SIGINT)
     time.sleep(0.3)
     run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=30) == 130
+    assert run.wait(timeout=300) == 130
     assert left_behind(tmp_path) == []
 
 
@@ -212,7 +212,7 @@ def test_a_main_that_is_killed_is_started_again_and_the_helpers_live_on(tmp_path
     )
     before = "from megarl.launch import supervisor; supervisor.STOPPED_S = 0.2"
     run = supervisor(tmp_path, main, [helper], before=before, again="lambda code: 0.1 if code == -9 else None")
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert (run.returncode, out, err) == (0, "False True\n", "")
     assert left_behind(tmp_path) == []
 
@@ -236,7 +236,7 @@ def test_fault_18_main_may_save_until_a_second_signal_or_its_time_is_over(
     for _ in range(signals):
         run.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert (run.returncode, out) == (130, "saved\n" if saved else "")
     assert err.startswith("\nmegarl: SIGINT, ending all processes; what is not saved is saved first, at most ")
     assert left_behind(tmp_path) == []
@@ -262,7 +262,7 @@ def test_a_program_that_does_not_exist_ends_what_was_started(tmp_path: Path) -> 
         "p(name, code).log)"
     )
     run = supervisor(tmp_path, "", [SLEEP], before=before)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 1 and "/nowhere" in err
     assert left_behind(tmp_path) == []
 
