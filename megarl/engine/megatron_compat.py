@@ -132,6 +132,12 @@ def with_module(spec: Any, module: type) -> Any:
     return spec
 
 
+def groups_of_layout() -> list[Any]:
+    """The process groups that megatron-core has made for this rank and knows; none where a release keeps no list."""
+    known = getattr(importlib.import_module(CORE + "parallel_state"), "_global_process_group_list", None)
+    return [group for group in known or () if group is not None]
+
+
 def own_asynchronous_save() -> dict[str, str]:
     """Arguments of dist_checkpointing.save that keep it to megatron-core's own writer where there is a choice."""
     from megatron.core import dist_checkpointing

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megarl.config import Config, ParallelConfig
 from megarl.engine.device import Device
+from megarl.engine.megatron_compat import groups_of_layout
 from megarl.launch.peers import connecting
 from megarl.weights.map.layout import Coord, Layout
 
@@ -146,7 +147,7 @@ def _leave_groups() -> None:
     """megatron-core only forgets its groups: each would keep threads that wake up a hundred times a second (gloo's
     loop). Collective.
     """
-    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    groups = groups_of_layout()
     parallel_state.destroy_model_parallel()
     dist.barrier()  # nobody is in a group that another rank closes
     for group in groups:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +19,8 @@ from megarl.rollout.dispatch import Answered, Dispatcher, Request, wait_for
 from megarl.rollout.registry import NoServers, RolloutError, ServerLost, WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import ENGINE_DIED, decode, refusal_of
+
+ANSWER_S = 10.0  # a server that takes longer to say its version is left out of a step and of a sync
 
 
 class Server:
@@ -156,3 +160,22 @@ def sampling_of(n: int, temperature: float, max_new_tokens: int, stop_token_ids:
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
     }
+
+
+def answering(workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
+    """Those that say within ANSWER_S which weights they hold: their engines are asked for it."""
+
+    def answers(worker: WorkerInfo) -> bool:
+        server = Server(worker.url, ANSWER_S, worker.tokens.control)
+        try:
+            server.post("/megarl/sync/version", {})
+        except RolloutError:
+            return False
+        finally:
+            server.close()
+        return True
+
+    if not workers:
+        return []
+    with ThreadPoolExecutor(len(workers), "answering") as pool:
+        return [worker for worker, good in zip(workers, pool.map(answers, workers), strict=True) if good]

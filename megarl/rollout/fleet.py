@@ -8,7 +8,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,7 +20,7 @@ from megarl.announce import plural
 from megarl.checkpoints import newest
 from megarl.config import Config
 from megarl.errors import Stopped, UserError
-from megarl.rollout.client import RolloutClient, Server
+from megarl.rollout.client import RolloutClient, answering
 from megarl.rollout.members import Seen, Watch
 from megarl.rollout.registry import (
     Refusals,
@@ -38,7 +37,6 @@ from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.transport.send import Outgoing, WeightSender
 
 T = TypeVar("T")
-ANSWER_S = 10.0  # a server that takes longer to say its version is left out of a step and of a sync
 ACCOUNT_S, ENGINE_ACCOUNT_S = 5.0, 60.0  # how long a failure waits for the worker's own account of it
 
 
@@ -282,7 +280,7 @@ class Fleet:
             if any(worker not in here for worker in self.members):
                 return True
             time.sleep(0.2)
-        return len(_answering(self.members)) < len(self.members)
+        return len(answering(self.members)) < len(self.members)
 
     def _wait_for_members(self, asked: Callable[[], int]) -> list[WorkerInfo] | str | int:
         assert self._watch is not None
@@ -306,22 +304,22 @@ class Fleet:
         """
         assert self._watch is not None
         seen = self._watch.members.look()
-        answering = _answering([worker for worker in seen.here if all_here or worker in self.workers])
+        alive = answering([worker for worker in seen.here if all_here or worker in self.workers])
         deadline = time.monotonic() + ACCOUNT_S
         while time.monotonic() < deadline and any(
-            worker in seen.here and worker not in answering for worker in self.workers
+            worker in seen.here and worker not in alive for worker in self.workers
         ):
             time.sleep(0.1)
             seen = self._watch.members.look()
-        self._tell_of(seen, answering)
-        return answering
+        self._tell_of(seen, alive)
+        return alive
 
-    def _tell_of(self, seen: Seen, answering: list[WorkerInfo]) -> None:
+    def _tell_of(self, seen: Seen, alive: list[WorkerInfo]) -> None:
         """Prints, on rank 0, once for each worker, that it is lost, has come, or is refused."""
         if self._refusals is not None:
             self._refusals.announce_new()
         for worker in self.workers:
-            if worker.index in self._met and worker not in answering:
+            if worker.index in self._met and worker not in alive:
                 self._met.discard(worker.index)
                 leaves = worker.index in seen.leaving or seen.gone.get(worker.index) == ""
                 why = seen.gone.get(worker.index) or f"rollout worker {worker.index} ({worker.url}) does not answer"
@@ -329,9 +327,9 @@ class Fleet:
                     why = f"rollout worker {worker.index} ({worker.url}) leaves"
                 else:
                     self._lost, self._last_words = self._lost + 1, why
-                print(f"megarl: {why}; {plural(len(answering), 'worker')} left", flush=True)
+                print(f"megarl: {why}; {plural(len(alive), 'worker')} left", flush=True)
         for worker in seen.here:
-            if worker.index not in self._met and worker in answering:
+            if worker.index not in self._met and worker in alive:
                 self._met.add(worker.index)
                 then = "it gets the weights at the next sync"
                 if not self._fits(worker):
@@ -387,22 +385,3 @@ def idle(device: torch.device) -> None:
     """Returns once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _answering(workers: list[WorkerInfo]) -> list[WorkerInfo]:
-    """Those that say within ANSWER_S which weights they hold: their engines are asked for it."""
-
-    def answers(worker: WorkerInfo) -> bool:
-        server = Server(worker.url, ANSWER_S, worker.tokens.control)
-        try:
-            server.post("/megarl/sync/version", {})
-        except RolloutError:
-            return False
-        finally:
-            server.close()
-        return True
-
-    if not workers:
-        return []
-    with ThreadPoolExecutor(len(workers), "answering") as pool:
-        return [worker for worker, good in zip(workers, pool.map(answers, workers), strict=True) if good]

@@ -153,9 +153,8 @@ class SyncLeader:
             if not isinstance(error, RuntimeError):  # no failed server's doing; whoever receives learns of it at once
                 abort()
                 raise
-            failed = " ".join(
-                str(error).split()
-            )  # a server that failed has left the group: its own account comes first
+            failed = " ".join(str(error).split())
+            # a server that failed has left the group: its own account comes first
             wait(posts, ACCOUNT_S, return_when=FIRST_EXCEPTION)
             abort()
         answers = self._await(posts)

@@ -9,12 +9,11 @@ from collections import Counter
 from typing import Any
 
 from megarl.errors import UserError
+from megarl.simulate.phases import BUILD, STEP
 
 GIB = 2**30
 BAR = 40  # columns
 LARGEST = 10
-STEP = ("pi_old pass", "gradients", "optimizer step", "metrics")
-BUILD = ("model", "gradient buffers", "optimizer")
 
 
 def run(

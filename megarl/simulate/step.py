@@ -28,8 +28,6 @@ from megarl.simulate.ledger import Ledger
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 MINIBATCHES = 2  # more than one, so that there is a pi_old pass
-BUILD = ("model", "gradient buffers", "optimizer")
-STEP = ("pi_old pass", "gradients", "optimizer step", "metrics")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def _build(config: Config, ledger: Ledger) -> Engine:
     wrap_for_training(model, config)
     engine = Engine(model, config.rollout.temperature)
     ledger.phase = "optimizer"
-    engine.set_optimizer(*build_optimizer(config, model, config.train.steps * config.batch.minibatches))
+    engine.set_optimizer(*build_optimizer(config, model, config.optimizer_steps))
     engine.step()  # Adam's moments come with the first one
     for name, phase in (("logprobs", "pi_old pass"), ("gradients", "gradients"), ("step", "optimizer step")):
         setattr(engine, name, _in_phase(ledger, phase, getattr(engine, name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from megarl.config import load_config
 from megarl.errors import UserError
-from megarl.launch import processes
+from megarl.launch import processes, rank
 from megarl.launch.local import Restarts, explain_trainer, first_failure, launch
 from megarl.launch.lock import owned
 from tests.unit.test_supervisor import left_behind, wait_for
@@ -239,3 +240,11 @@ def test_fault_16_a_run_dir_that_cannot_be_made_is_one_line(run_yaml: Path, caps
     assert cli.main(["run", str(run_yaml), "run.dir=/proc/x/y"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("megarl: error: run.dir '/proc/x/y' cannot be ") and said.count("\n") == 1
+
+
+def test_a_rank_leaves_wandb_to_its_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core would import it in every rank."""
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with rank.without_wandb(), pytest.raises(ImportError):
+        importlib.import_module("wandb")
+    assert "wandb" not in sys.modules
