@@ -218,7 +218,8 @@ def main(argv: list[str]) -> int:
         "median_recovery_s": round(statistics.median(outcome.seconds for outcome in good), 1) if good else None,
     }
     if args.json:
-        args.json.write_text(json.dumps(summary | {"faults": [asdict(one) for one in outcomes]}, indent=1) + "\n")
+        report = summary | {"faults": [asdict(one) for one in outcomes]}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     if args.table:
         write_table(args.table, outcomes, summary)
     if args.folder is None:
@@ -233,7 +234,8 @@ def write_table(page: Path, outcomes: list[Outcome], summary: dict[str, Any]) ->
     before, _, after = text.partition("| fault |")
     rest = after.split("\n\n", 1)[1]
     table = "\n".join([HEAD, *map(line_of, outcomes)])
-    page.write_text(f"{before}{table}\n\n{rest.partition('`{')[0]}`{json.dumps(summary)}`{rest.partition('}`')[2]}")
+    told = f"{rest.partition('`{')[0]}`{json.dumps(summary)}`{rest.partition('}`')[2]}"
+    page.write_text(f"{before}{table}\n\n{told}", "utf-8")
 
 
 if __name__ == "__main__":

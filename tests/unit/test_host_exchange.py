@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from megarl.engine.device import CPU, Device
 from megarl.engine.parallel import Parallel
 from megarl.weights.map.layout import Layout
 
-GPU = Device(torch.device("cuda", 0), "nccl")
+GPU, WAIT = Device(torch.device("cuda", 0), "nccl"), timedelta(seconds=1)
 
 
 @pytest.mark.parametrize("me", range(4))
@@ -42,8 +43,8 @@ def test_two_owners_send_in_one_operation_from_host_memory(me: int, monkeypatch:
 def test_a_gpu_has_a_host_group_beside_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(parallel.dist, "new_group", lambda **asked: made.append(asked) or len(made))
-    assert parallel._host_group(Device(CPU, "gloo")) is None and not made
+    assert parallel._host_group(Device(CPU, "gloo"), WAIT) is None and not made
     monkeypatch.setattr(parallel, "_host", (None, None))
     monkeypatch.setattr(parallel.dist, "group", type("group", (), {"WORLD": "world"}))
-    assert parallel._host_group(GPU) == parallel._host_group(GPU) == 1
+    assert parallel._host_group(GPU, WAIT) == parallel._host_group(GPU, WAIT) == 1
     assert [asked["backend"] for asked in made] == ["gloo"]
