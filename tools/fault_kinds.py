@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from megarl.checkpoints import newest
 from tools.fault_run import Run
 
 SLOW_S = 6.0
+LONG_S = 60.0  # a link is cut: for longer than any time-out of the runs here
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,21 @@ def _mend_cable(run: Run) -> None:
     run.cable.switch("up")
 
 
+def _cut_long(phase: str) -> Fault:
+    """The link of the only worker, which comes back."""
+
+    def do(run: Run) -> float:
+        assert run.cable is not None
+        run.until(phase)
+        run.cable.switch("down")
+        start = time.monotonic()
+        time.sleep(LONG_S)
+        run.cable.switch("up")
+        return start
+
+    return Fault(f"cut link of the only worker in {phase} for {LONG_S:g} s", do)
+
+
 def worker_faults(cable: bool) -> list[Fault]:
     """Two servers, and for a while a third that joins, is cut off and leaves."""
     phases = ("rollout", "sync receive", "sync load")
@@ -168,23 +184,30 @@ def trainer_faults(small_disk: bool) -> list[Fault]:
     return [*found, *([Fault("full disk at a checkpoint", _fill, restarts=True)] if small_disk else [])]
 
 
+def outer_faults() -> list[Fault]:
+    """Trainers under an outer torchrun, the only worker on another host."""
+    found = [struck("SIGKILL", rank, phase, True) for rank, phase in (("rank 1", "update"), ("rank 0", "rollout"))]
+    outer = [replace(fault, name=f"{fault.name} under torchrun --max-restarts") for fault in found]
+    return [*outer, *(_cut_long(phase) for phase in ("rollout", "sync"))]
+
+
 class Cable:
     """A network of its own for a worker, and a cable to it from ours. Root makes it; it goes with this process."""
 
-    HERE, THERE, NAME = "10.78.0.1", "10.78.0.2", "megarl_faults"  # one on this machine at a time
-
     def __init__(self) -> None:
+        number = os.getpid()  # several commands on one machine have networks of their own
+        name, net = f"faults{number}", f"10.78.{number % 256}"
+        self.here, there = f"{net}.1", f"{net}.2"
         hold = ["unshare", "--net", "--kill-child", "sleep", "infinity"]
         self._holder = subprocess.Popen(hold)
         until = time.monotonic() + 10
         ours = os.readlink("/proc/self/ns/net")
         while os.readlink(f"/proc/{self._holder.pid}/ns/net") == ours and time.monotonic() < until:
             time.sleep(0.01)
-        there = ["netns", str(self._holder.pid)]
-        _ip("link", "add", self.NAME, "type", "veth", "peer", "name", "eth0", *there)
-        _ip("address", "add", f"{self.HERE}/30", "dev", self.NAME)
-        _ip("link", "set", self.NAME, "up")
-        for words in (["address", "add", f"{self.THERE}/30", "dev", "eth0"], ["link", "set", "lo", "up"]):
+        _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(self._holder.pid))
+        _ip("address", "add", f"{self.here}/30", "dev", name)
+        _ip("link", "set", name, "up")
+        for words in (["address", "add", f"{there}/30", "dev", "eth0"], ["link", "set", "lo", "up"]):
             subprocess.run(self.enter("ip", *words), check=True)
         self.switch("up")
 

@@ -54,13 +54,14 @@ class Run:
     """
 
     joined: subprocess.Popen[bytes] | None = None
+    popen: subprocess.Popen[bytes]
 
     def __init__(
         self, folder: Path, model: Path, prompts: Path, settings: dict[str, Any], cable: Cable | None = None
     ) -> None:
         self.folder, self.dir, self.config = folder, folder / "run", folder / "run.yaml"
         self.cable, self._log, self._prompts = cable, folder / "out.txt", prompts
-        here = cable.HERE if cable else "127.0.0.1"
+        here = cable.here if cable else "127.0.0.1"
         base: dict[str, Any] = {
             "model": {"path": str(model)},
             "data": {"prompts": str(prompts), "reward": REWARD, "reward_workers": 1, "shuffle": False},
@@ -80,18 +81,27 @@ class Run:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "megarl", "run", str(self.config)]
-        with self._log.open("ab") as log:
-            self.popen = subprocess.Popen(command, env=ENV, stdout=log, stderr=log, start_new_session=True)
+        self.popen = self._begin("-m", "megarl", "run", str(self.config))
+
+    def _begin(self, *argv: str, elsewhere: bool = False, log: str = "out.txt") -> subprocess.Popen[bytes]:
+        """A command of Python, its output in the run's folder. elsewhere: at the other end of the cable."""
+        command = [sys.executable, *argv]
+        if elsewhere and self.cable:
+            command = self.cable.enter(*command)
+        with (self.folder / log).open("ab") as out:
+            return subprocess.Popen(command, env=ENV, stdout=out, stderr=out, start_new_session=True)
+
+    @property
+    def commands(self) -> list[subprocess.Popen[bytes]]:
+        """All that belong to the run, the trainers' first."""
+        return [self.popen, *([self.joined] if self.joined else [])]
 
     def join(self) -> None:
         """Another worker, of other weights, which the first sync replaces."""
         other = self.folder / "other"
         make_tiny_model(other, seed=1)
-        command = [sys.executable, "-m", "megarl", "rollout", str(self.config), f"model.path={other}"]
-        command = self.cable.enter(*command) if self.cable else command
-        with (self.folder / "joined.txt").open("ab") as log:
-            self.joined = subprocess.Popen(command, env=ENV, stdout=log, stderr=log, start_new_session=True)
+        words = ("-m", "megarl", "rollout", str(self.config), f"model.path={other}")
+        self.joined = self._begin(*words, elsewhere=True, log="joined.txt")
 
     def wait(self, condition: Callable[[], Any], what: str, *, again: bool = False, every_s: float = 0.1) -> None:
         """again: the same command is given again when it ends, as a user would. UserError where it takes too long, or
@@ -169,17 +179,20 @@ class Run:
 
     def end(self) -> tuple[int, int]:
         """Ctrl-C; then what was lost and what was done twice, of steps and of prompts."""
-        self.popen.send_signal(signal.SIGINT)
+        self._interrupt()
         try:
             self.popen.wait(LIMIT_S)
         finally:
             self.kill()
         return self._account()
 
+    def _interrupt(self) -> None:
+        self.popen.send_signal(signal.SIGINT)
+
     def kill(self) -> None:
         """All of it."""
-        with contextlib.suppress(psutil.Error):
-            for command in [self.popen, *([self.joined] if self.joined else [])]:
+        for command in self.commands:
+            with contextlib.suppress(psutil.Error):
                 process = psutil.Process(command.pid)
                 for one in [process, *process.children(recursive=True)]:
                     with contextlib.suppress(psutil.Error):
@@ -193,8 +206,9 @@ class Run:
         rows = self.rows()
         steps = [row["step"] for row in rows]
         for row in rows if not self.batches_ahead else []:  # then each token is of the weights that are trained
-            if not (row.get("mismatch/kl_k3", 0.0) <= 1e-9 and row["version/rollout_lag_max"] == 0):
-                raise UserError(f"step {row['step']} was sampled from other weights, k3 {row['mismatch/kl_k3']:.1e}")
+            k3, lag = row.get("mismatch/kl_k3", 0.0), row["version/rollout_lag_max"]  # a guarded step has no k3
+            if not (k3 <= 1e-9 and lag == 0):
+                raise UserError(f"step {row['step']} was sampled from other weights: k3 {k3:.1e}, lag {lag:g}")
         last = newest(self.dir / "checkpoints")
         if last is None or step_of(last) != steps[-1]:
             raise UserError(f"the run's last step, {steps[-1]}, is not saved: {self.tail()}")
@@ -212,3 +226,29 @@ class Run:
         lost += max(expected - len(learnt), 0) + sum(prompt not in set(drawn) for prompt in learnt)
         doubled = len(steps) - len(set(steps)) + sum(count > GROUP for count in learnt.values())
         return lost, doubled + sum(prompt in learnt for prompt in waiting)
+
+
+class OuterRun(Run):
+    """Trainers as on two nodes, each a torchrun with --max-restarts; `megarl rollout`, for itself, on a third."""
+
+    _node: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """What of it does not run."""
+        if self.joined is None:
+            self.joined = self._begin("-m", "megarl", "rollout", str(self.config), elsewhere=True, log="joined.txt")
+        port = reserve_port("127.0.0.1")
+        torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1000"]
+        torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+        self.popen, self._node = (
+            self._begin(*torchrun, f"--node-rank={node}", "-m", "megarl.train", str(self.config)) for node in range(2)
+        )
+
+    @property
+    def commands(self) -> list[subprocess.Popen[bytes]]:
+        return [*super().commands, *([self._node] if self._node else [])]
+
+    def _interrupt(self) -> None:
+        for command in self.commands:
+            if command is not self.joined:
+                command.send_signal(signal.SIGINT)

@@ -4,9 +4,10 @@
 
 `megarl run` of a tiny model, twice: trainers that fail, one step off under TP2, one server, a checkpoint every other
 step, in a small file system where the user may mount one; then two servers whose processes fail, in lock-step under
-DP2. A fault is injected when its phase begins, by trace.json. Where the command itself ends, the same command is given
-again. With --folder, this one goes on where it has ended; SIGUSR1 ends a run before its next fault. The last
-line of the output is one JSON object.
+DP2. Where the user may make networks, a third run by the commands of many nodes: two torchruns with --max-restarts, and
+`megarl rollout` on another host. A fault is injected when its phase begins, by trace.json. Where the command itself
+ends, the same command is given again. With --folder, this one goes on where it has ended; SIGUSR1 ends a run before its
+next fault. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,18 +31,33 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megarl.errors import UserError
 from tools.digit_sum import write_task
-from tools.fault_kinds import Cable, Fault, may_make_networks, slow, struck, trainer_faults, worker_faults
-from tools.fault_run import LIMIT_S, PROMPTS, Run
+from tools.fault_kinds import (
+    Cable,
+    Fault,
+    may_make_networks,
+    outer_faults,
+    slow,
+    struck,
+    trainer_faults,
+    worker_faults,
+)
+from tools.fault_run import LIMIT_S, PROMPTS, OuterRun, Run
 from tools.tiny_model import make_tiny_model
 
 TRAIN = 40_000  # prompts: more than the steps of a run take, so that each comes once
 DISK_MIB = 96
+RUNS = ("trainers", "workers", "torchrun")
 WORKERS: dict[str, Any] = {"rollout": {"engines": 2}, "sync": {"timeout_s": 30}}
 TRAINERS: dict[str, Any] = {
     "parallel": {"tp": 2},
     "rollout": {"engines": 1, "max_lag": 2},
     "sync": {"timeout_s": 10},
     "run": {"save_every": 2, "keep": 4},
+}
+OUTER: dict[str, Any] = {
+    "rollout": {"engines": 1, "request_timeout_s": 60},
+    "sync": {"timeout_s": 10},
+    "run": {"save_every": 2},
 }
 enough: list[int] = []  # SIGUSR1 came: no more faults, the run ends and is accounted for
 SHORT = [
@@ -162,7 +178,8 @@ def all_runs(folder: Path, runs: list[str], only: str, outcomes: Outcomes) -> It
         if not chosen or name in outcomes.accounts:
             return outcomes.accounts.get(name, (0, 0))
         chosen = outcomes.rest(chosen)
-        run = Run(folder / name, folder / "model", folder / "data" / "train.jsonl", settings, cable)
+        kind = OuterRun if name == "torchrun" else Run
+        run = kind(folder / name, folder / "model", folder / "data" / "train.jsonl", settings, cable)
         try:
             for outcome in suffer_all(run, chosen, name == "short"):
                 outcomes.add(outcome)
@@ -175,10 +192,13 @@ def all_runs(folder: Path, runs: list[str], only: str, outcomes: Outcomes) -> It
     if "trainers" in runs:
         with small_disk(folder / "trainers") as mounted:
             yield run_of("trainers", TRAINERS, trainer_faults(mounted), None)
-    if "workers" in runs:
-        with contextlib.ExitStack() as stack:
-            cable = stack.enter_context(contextlib.closing(Cable())) if may_make_networks() else None
+    with contextlib.ExitStack() as stack:
+        wanted = {"workers", "torchrun"} & {*runs} and may_make_networks()
+        cable = stack.enter_context(contextlib.closing(Cable())) if wanted else None
+        if "workers" in runs:
             yield run_of("workers", WORKERS, worker_faults(bool(cable)), cable)
+        if "torchrun" in runs and cable:
+            yield run_of("torchrun", OUTER, outer_faults(), cable)
 
 
 def line_of(outcome: Outcome) -> str:
@@ -193,7 +213,7 @@ HEAD = """| fault | seconds to recover | until all workers serve | steps done ag
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="three faults in a run of their own, for CI")
-    parser.add_argument("--run", choices=("trainers", "workers"), help="one of the two")
+    parser.add_argument("--run", choices=RUNS, help="one of them")
     parser.add_argument("--json", type=Path, help="a file that gets every outcome")
     parser.add_argument("--table", type=Path, help="a page whose table is made anew, docs/faults.md")
     parser.add_argument("--only", default="", help="faults whose name holds this word")
@@ -205,7 +225,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGUSR1, lambda number, _: enough.append(number))
     kept = Outcomes(folder)
     print(HEAD, flush=True)
-    runs = ["short"] if args.short else [args.run] if args.run else ["trainers", "workers"]
+    runs = ["short"] if args.short else [args.run] if args.run else [*RUNS]
     accounts = [*all_runs(folder, runs, args.only, kept)]
     outcomes = kept.all
     lost, doubled = (sum(numbers) for numbers in zip(*accounts, strict=True))

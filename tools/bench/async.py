@@ -1,6 +1,7 @@
 """Lock-step against one step off (rollout.max_lag = one batch): seconds a step, idle share of either side, reward.
 
     python tools/bench/async.py [--work quickstart,tail,in-flight] [--steps 30] [--rounds 3] [--seeds 0] [--json FILE]
+        [--folder DIR]
 
 Both take turns in every round, on the same weights and prompts. quickstart: the work of examples/quickstart.yaml on one
 trainer rank. tail: 16 prompts x 8 responses whose lengths are log-normal, the longest about 20 times the median
@@ -9,7 +10,7 @@ some waits for. Medians over the rounds. idle: the trainer's share of a step spe
 servers' share without anything to sample. in-flight: the k3 of tokens sampled after an update in the middle of their
 response, against the trainer with the same weights, float32: keys and values recomputed, and kept; with routes replayed
 (R3) and without. --seeds N: trains the quickstart for its 100 steps with N seeds each, and compares the reward of the
-last ten.
+last ten. With --folder, the same command goes on where it has ended: runs that are done are not made again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def prepare(folder: Path, work: str, sft_steps: int) -> dict[str, Any]:
     cold["sft"] = {"data": str(folder / "demos.jsonl"), "out": str(folder / "cold"), "batch": 64}
     cold["train"] = COLD["train"] | {"steps": sft_steps}
     cold["run"] = {"dir": str(folder / "sft")}
-    megarl("sft", written(folder / "sft.yaml", cold))
+    if not (folder / "cold").exists():
+        megarl("sft", written(folder / "sft.yaml", cold))
     config: dict[str, Any] = {
         "model": {"path": str(folder / "cold")},
         "launch": {"trainers": 1},
@@ -82,6 +84,8 @@ def rows_of(folder: Path, config: dict[str, Any], side: str, name: str, steps: i
     lag = config["batch"]["minibatches"] if side == SIDES[1] else 0
     rollout = config["rollout"] | {"max_lag": lag}
     train = config["train"] | {"steps": steps}
+    if (Path(run["dir"]) / "metrics.jsonl").exists() and len(rows := read_metrics(run["dir"])) == steps:
+        return rows
     megarl("run", written(folder / f"{name}.yaml", config | {"run": run, "rollout": rollout, "train": train}))
     return read_metrics(run["dir"])
 
@@ -158,17 +162,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0)
     parser.add_argument("--sft-steps", type=int, default=COLD["train"]["steps"])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, help="where the runs lie; a temporary one that is removed if unset")
     args = parser.parse_args()
     result: dict[str, Any] = {"steps": args.steps}
     with tempfile.TemporaryDirectory() as temporary:
+        base = args.folder or Path(temporary)
         for work in filter(None, args.work.split(",")):
-            (folder := Path(temporary) / work).mkdir()
+            (folder := base / work).mkdir(parents=True, exist_ok=True)
             if work == "in-flight":
                 result[work] = in_flight(folder, args.steps, args.sft_steps)
             else:
                 result[work] = compare(folder, work, args.steps, args.rounds, args.sft_steps)
         if args.seeds:
-            (folder := Path(temporary) / "reward").mkdir()
+            (folder := base / "reward").mkdir(parents=True, exist_ok=True)
             result["reward"] = rewards(folder, args.seeds, args.sft_steps)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
