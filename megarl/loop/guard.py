@@ -8,17 +8,19 @@ from statistics import median
 MEMORY = 20  # batches
 WARM_UP = 5  # batches before the band is known
 LEAST_K3 = 1e-6  # below this, k3 is the noise of float32
+LEAST_LAGGED_K3 = 1e-3  # with rollouts that overlap training: the policy's own moves, of 1e-6 to 1e-2 in turn
 LEAST_DISAGREEMENT = 1e-3  # of the share of routes
 
 
 class MismatchGuard:
     """Remembers k3 and the routes' agreement of the last batches that passed, the same on every rank.
 
-    factor: how many times the recent median a batch may have; 0 turns the guard off. The band is forgotten on a resume.
+    factor: how many times the recent median a batch may have; 0 turns the guard off. lagged: whether tokens may be of
+    older weights than pi_old's. The band is forgotten on a resume.
     """
 
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
+    def __init__(self, factor: float, lagged: bool = False) -> None:
+        self.factor, self._least_k3 = factor, LEAST_LAGGED_K3 if lagged else LEAST_K3
         self._k3: deque[float] = deque(maxlen=MEMORY)
         self._disagreement: deque[float] = deque(maxlen=MEMORY)
 
@@ -26,7 +28,7 @@ class MismatchGuard:
         """What is out of line, in one clause; "" where nothing is, and the batch is remembered. None: not measured."""
         disagreement = None if agreement is None else 1 - agreement
         for name, value, recent, least in (
-            ("mismatch/kl_k3", k3, self._k3, LEAST_K3),
+            ("mismatch/kl_k3", k3, self._k3, self._least_k3),
             ("the share of routes that differ", disagreement, self._disagreement, LEAST_DISAGREEMENT),
         ):
             if value is None or not self.factor or len(recent) < WARM_UP:

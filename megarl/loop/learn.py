@@ -82,7 +82,7 @@ class Learner:
         self.critic_norm: dict[str, float] = {}
         self.reference = Reference(engine.model) if config.objective.kl_coef else None
         self.unreplayed: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
-        self.guard = MismatchGuard(config.train.mismatch_guard)
+        self.guard = MismatchGuard(config.train.mismatch_guard, config.rollout.max_lag > 0)
         self._step, self._names, self._guarded = 0, [""], ""
 
     @property

@@ -123,6 +123,21 @@ def test_fault_12_a_checkpoint_that_a_rank_does_not_see_is_not_taken_for_a_damag
     assert [path.name for path in whole_checkpoints(run_dir / "checkpoints")] == ["step_2", "step_4"]
 
 
+def test_fault_12_a_run_dir_that_a_rank_does_not_share_is_refused_before_the_first_step(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any layout: under PP2 without a shared folder each host would keep half of the model."""
+    run_dir = tmp_path / "new" / "run"
+    assert resume(run_dir, engine) is None and list(run_dir.iterdir()) == []
+    monkeypatch.setattr("megarl.loop.resume.SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr("megarl.loop.resume._lists", lambda folder, name: False)
+    with pytest.raises(
+        UserError, match=r"run' is not the same folder for all ranks: rank 0 \(host .*does not see .seen"
+    ):
+        resume(run_dir, engine)
+    assert list(run_dir.iterdir()) == []
+
+
 def test_fault_12_a_part_that_rank_0_does_not_see_makes_no_checkpoint(
     engine: Engine, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,17 @@ def test_a_batch_out_of_line_does_not_widen_the_band() -> None:
     assert all(guard.judge(0.1, 1.0) for _ in range(30))
 
 
+def test_what_the_policy_moved_between_sampling_and_update_is_no_fault() -> None:
+    """k3 of one run, one step off: a settled policy that moves again is trained on, other weights are not."""
+    settled = (3.5e-7, 2.3e-6, 1.8e-6, 2.2e-6, 7.3e-6, 5.3e-6, 4.1e-6)
+    guard, in_lock_step = MismatchGuard(50.0, lagged=True), MismatchGuard(50.0)
+    for k3 in settled:
+        assert guard.judge(k3, 0.995) == in_lock_step.judge(k3, 0.995) == ""
+    assert in_lock_step.judge(8.7e-4, 0.992)
+    assert [guard.judge(k3, 0.992) for k3 in (8.7e-4, 1.3e-3, 1.7e-3)] == [""] * 3
+    assert guard.judge(0.06, 0.99).startswith("mismatch/kl_k3 is 0.06, above 0.05")
+
+
 def test_the_first_batches_and_a_factor_of_zero_let_everything_pass() -> None:
     assert MismatchGuard(50.0).judge(9.0, 0.1) == ""
     assert warmed(1e-12, factor=0.0).judge(9.0, 0.1) == ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megarl.config import Config, load_config  # noqa: E402
+from megarl.config import CANARY_TOKENS, Config, load_config  # noqa: E402
 from megarl.data import Prompt, load_tokenizer  # noqa: E402
+from megarl.engine.batch import make_packs  # noqa: E402
 from megarl.engine.build import Engine, build_engine  # noqa: E402
 from megarl.engine.parallel import destroy_parallel  # noqa: E402
 from megarl.errors import UserError  # noqa: E402
@@ -27,6 +29,7 @@ from megarl.loop.dull import DullSteps  # noqa: E402
 from megarl.loop.evaluate import evaluate  # noqa: E402
 from megarl.loop.guard import WARM_UP  # noqa: E402
 from megarl.loop.learn import Learner  # noqa: E402
+from megarl.loop.refit import Refit  # noqa: E402
 from megarl.loop.sampler import Sampler  # noqa: E402
 from megarl.loop.scoring import RewardScorer  # noqa: E402
 from megarl.reward.pool import Score  # noqa: E402
@@ -290,6 +293,28 @@ def test_a_batch_sampled_from_other_weights_is_not_trained_on(
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, engine.model.params(), strict=True))
     client.mu = -0.5
     assert learner.learn(collect(loop)[0], WARM_UP + 1).optimizer_steps == minibatches
+
+
+def test_the_canary_tells_a_wrong_server_from_a_hard_batch(folder: Path) -> None:
+    """What a guarded batch is followed by (megarl/train.py): every server is asked, without a sync."""
+    engine, loop, _ = build(folder, [])
+    right = np.zeros(CANARY_TOKENS - 1, np.float32)
+    wrong = {"http://one": 0.0, "http://two": 0.0}
+
+    def score(tokens: list[int], server: int) -> tuple[np.ndarray, None]:
+        return right + np.float32([*wrong.values()][server]), None
+
+    servers = [SimpleNamespace(url=url) for url in wrong]
+    fleet: Any = SimpleNamespace(client=SimpleNamespace(servers=servers, score=score))
+    refit, at = Refit(loop.config, engine, fleet), engine.model.parallel
+    [scored] = engine.logprobs(make_packs([[0]], [refit.canary], [1], at.layout, at.coord), "off", temperature=1.0)
+    right[:] = scored.logprobs[: CANARY_TOKENS - 1]
+    refit.check()
+    wrong["http://two"] = 0.5
+    with pytest.raises(
+        UserError, match=r"the canary differs by 0\.5 .* between the trainer and http://two; the worker"
+    ):
+        refit.check()
 
 
 def test_a_response_of_a_version_that_no_sync_committed_is_bad(folder: Path) -> None:

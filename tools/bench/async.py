@@ -7,7 +7,8 @@ Both take turns in every round, on the same weights and prompts. quickstart: the
 trainer rank. tail: 16 prompts x 8 responses whose lengths are log-normal, the longest about 20 times the median
 (tools/bench/tail_task.py). A step's time is the mean over the steps after a warm-up of 3: a tail is what one step in
 some waits for. Medians over the rounds. idle: the trainer's share of a step spent waiting for rollouts, and the
-servers' share without anything to sample. in-flight: the k3 of tokens sampled after an update in the middle of their
+servers' share without anything to sample. cpu: seconds of a core a step, by process, and of all; where they add up to
+two a second, two cores have no more to give. in-flight: the k3 of tokens sampled after an update in the middle of their
 response, against the trainer with the same weights, float32: keys and values recomputed, and kept; with routes replayed
 (R3) and without. --seeds N: trains the quickstart for its 100 steps with N seeds each, and compares the reward of the
 last ten. With --folder, the same command goes on where it has ended: runs that are done are not made again.
@@ -16,15 +17,18 @@ last ten. With --folder, the same command goes on where it has ended: runs that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +48,42 @@ COLD = yaml.safe_load((ROOT / "examples" / "cold_start.yaml").read_text(encoding
 def megarl(*arguments: str) -> None:
     command = [sys.executable, "-m", "megarl", *arguments]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+CPU = {"trainer": "megarl.launch.rank", "engine": "VLLM::EngineCore", "api_server": "vllm.entrypoints"}
+
+
+def run_and_weigh(config: str, run_dir: Path) -> None:
+    """`megarl run`. CPU seconds a step by process, from the warm-up to the last step, go to run_dir/cpu.json."""
+    command = [sys.executable, "-m", "megarl", "run", config]
+    first: tuple[int, dict[str, float]] | None = None
+    last = WARM_UP - 1
+    found: dict[str, list[psutil.Process]] = {}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as popen:
+        while popen.poll() is None:
+            time.sleep(0.5)
+            steps = _lines(run_dir / "metrics.jsonl")
+            if steps <= last:
+                continue
+            last = steps
+            with contextlib.suppress(psutil.Error):
+                found = found or _processes(popen.pid)
+                spent = {kind: sum(sum(one.cpu_times()[:2]) for one in found[kind]) for kind in CPU}
+                first = first or (steps, spent)
+                if steps > first[0]:
+                    a_step = {kind: (spent[kind] - first[1][kind]) / (steps - first[0]) for kind in CPU}
+                    (run_dir / "cpu.json").write_text(json.dumps(a_step), encoding="utf-8")
+    if popen.returncode:
+        raise SystemExit(f"megarl run {config} ended with status {popen.returncode}")
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _processes(pid: int) -> dict[str, list[psutil.Process]]:
+    below = [(child, " ".join(child.cmdline())) for child in psutil.Process(pid).children(recursive=True)]
+    return {kind: [child for child, command in below if word in command] for kind, word in CPU.items()}
 
 
 def written(path: Path, config: dict[str, Any]) -> str:
@@ -80,14 +120,21 @@ def prepare(folder: Path, work: str, sft_steps: int) -> dict[str, Any]:
 
 
 def rows_of(folder: Path, config: dict[str, Any], side: str, name: str, steps: int, seed: int) -> list[dict[str, Any]]:
-    run = {"dir": str(folder / name), "seed": seed, "rollout_samples": 0}
+    run_dir = folder / name
+    run = {"dir": str(run_dir), "seed": seed, "rollout_samples": 0}
     lag = config["batch"]["minibatches"] if side == SIDES[1] else 0
     rollout = config["rollout"] | {"max_lag": lag}
     train = config["train"] | {"steps": steps}
-    if (Path(run["dir"]) / "metrics.jsonl").exists() and len(rows := read_metrics(run["dir"])) == steps:
-        return rows
-    megarl("run", written(folder / f"{name}.yaml", config | {"run": run, "rollout": rollout, "train": train}))
-    return read_metrics(run["dir"])
+    if _lines(run_dir / "metrics.jsonl") < steps:
+        run_and_weigh(
+            written(folder / f"{name}.yaml", config | {"run": run, "rollout": rollout, "train": train}), run_dir
+        )
+    return read_metrics(run_dir)
+
+
+def cpu_of(run_dir: Path) -> dict[str, float]:
+    cpu: dict[str, float] = json.loads((run_dir / "cpu.json").read_text(encoding="utf-8"))
+    return {f"cpu_{kind}_s": seconds for kind, seconds in cpu.items()} | {"cpu_s": sum(cpu.values())}
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -116,7 +163,8 @@ def compare(folder: Path, work: str, steps: int, rounds: int, sft_steps: int) ->
     for number in range(rounds):
         for side in SIDES:
             name = f"{side.replace(' ', '_')}_{number}"
-            taken[side].append(figures(rows_of(folder, config, side, name, WARM_UP + steps, number)))
+            rows = rows_of(folder, config, side, name, WARM_UP + steps, number)
+            taken[side].append(figures(rows) | cpu_of(folder / name))
             shown = "  ".join(f"{key} {value:.3f}" for key, value in taken[side][-1].items())
             print(f"{work:10} round {number + 1}  {side:12}  {shown}", flush=True)
     medians = {
