@@ -27,7 +27,7 @@ from megarl.errors import UserError
 JOIN_S = 300.0  # from the first rank's coming to the last one's
 REACH_S = 20.0  # for a connection to rank 0, once it listens
 WORDS_S = 5.0
-CONNECTED_S = 90.0  # for process groups, once all ranks make them
+CONNECTED_S, A_RANK_S = 45.0, 0.25  # for process groups, once all ranks make them
 MOST_BYTES = 2**16  # of one line
 
 
@@ -77,11 +77,12 @@ class Peers:
         """Bounds the making of process groups, which gloo tries for half an hour."""
         self.meet("the process groups")
         hosts = ", ".join(sorted({f"{link.host} {link.address}" for link in self._links.values()}))
+        within_s = CONNECTED_S + A_RANK_S * self.world
         self._late = (
-            f"the trainer ranks did not connect to each other within {CONNECTED_S:g} s, on the networks of {hosts}: "
+            f"the trainer ranks did not connect to each other within {within_s:g} s, on the networks of {hosts}: "
             "do all hosts reach each other there? launch.interface names another"
         )
-        self._deadline = time.monotonic() + CONNECTED_S
+        self._deadline = time.monotonic() + within_s
         try:
             yield
         finally:

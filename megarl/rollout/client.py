@@ -16,7 +16,7 @@ import numpy as np
 
 from megarl.door import header
 from megarl.rollout.dispatch import Answered, Dispatcher, Request, wait_for
-from megarl.rollout.registry import NoServers, RolloutError, ServerLost, WorkerInfo
+from megarl.rollout.registry import NoServers, RolloutError, ServerLost, ServerSilent, WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import ENGINE_DIED, decode, refusal_of
 
@@ -47,7 +47,7 @@ class Server:
                 break
             except TimeoutError:
                 self.close()
-                raise ServerLost(f"rollout server {self.url}{path}: no answer within {timeout_s:.0f} s") from None
+                raise ServerSilent(f"rollout server {self.url}{path}: no answer within {timeout_s:.0f} s") from None
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 if fresh or not isinstance(error, (http.client.RemoteDisconnected, BrokenPipeError)):

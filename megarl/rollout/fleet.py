@@ -25,6 +25,7 @@ from megarl.rollout.members import Seen, Watch
 from megarl.rollout.registry import (
     Refusals,
     RolloutError,
+    ServerSilent,
     WorkerInfo,
     check_workers,
     open_store,
@@ -71,6 +72,7 @@ class Fleet:
         self._one_tp = config.sync.transport == "reshard"
         self._out: set[int] = set()  # workers that this rank asks no more, before all ranks have agreed
         self._met: set[int] = set()  # workers of which rank 0 has told
+        self._silent: set[int] = set()  # workers that did not answer when a sync failed: not asked twice
         main = dist.get_rank() == 0
         came: tuple[list[WorkerInfo], tuple[str, int]] = [], ("", 0)
         if main:
@@ -257,9 +259,7 @@ class Fleet:
             print(f"megarl: trainer rank {rank}: its part in a weight sync failed: {what}", file=sys.stderr)
             if self._sender is not None:
                 self._sender.close()
-        failed = self._from_rank_0(
-            (what, error is not None and rank == 0 and self._one_is_gone(what)) if error else None
-        )
+        failed = self._from_rank_0((what, rank == 0 and self._one_is_gone(error)) if error is not None else None)
         if failed is None:
             if error is not None:
                 raise error
@@ -271,16 +271,26 @@ class Fleet:
             raise WorkersLost(what)
         raise error if rank == 0 and error is not None else RolloutError(what)
 
-    def _one_is_gone(self, error: str) -> bool:
-        """Whether a member failed, fell silent or does not answer; the worker's own account may take a moment."""
+    def _one_is_gone(self, error: Exception) -> bool:
+        """Whether a member failed, fell silent or does not answer; the worker's own account may take a moment. Who was
+        too late is asked at once.
+        """
         assert self._watch is not None  # rank 0
-        deadline = time.monotonic() + (ENGINE_ACCOUNT_S if ENGINE_DIED in error else ACCOUNT_S)
+        deadline = time.monotonic() + (ENGINE_ACCOUNT_S if ENGINE_DIED in str(error) else ACCOUNT_S)
+        if isinstance(error, ServerSilent) and self._ask_members():
+            return True
         while time.monotonic() < deadline:
             here = self._watch.members.look().here
             if any(worker not in here for worker in self.members):
                 return True
             time.sleep(0.2)
-        return len(answering(self.members)) < len(self.members)
+        return self._ask_members()
+
+    def _ask_members(self) -> bool:
+        """Whether one does not answer."""
+        alive = answering(self.members)
+        self._silent = {worker.index for worker in self.members if worker not in alive}
+        return bool(self._silent)
 
     def _wait_for_members(self, asked: Callable[[], int]) -> list[WorkerInfo] | str | int:
         assert self._watch is not None
@@ -303,11 +313,12 @@ class Fleet:
         moment for its own account.
         """
         assert self._watch is not None
+        silent, self._silent = self._silent, set()
         seen = self._watch.members.look()
-        alive = answering([worker for worker in seen.here if all_here or worker in self.workers])
+        alive = answering([w for w in seen.here if (all_here or w in self.workers) and w.index not in silent])
         deadline = time.monotonic() + ACCOUNT_S
         while time.monotonic() < deadline and any(
-            worker in seen.here and worker not in alive for worker in self.workers
+            worker in seen.here and worker not in alive and worker.index not in silent for worker in self.workers
         ):
             time.sleep(0.1)
             seen = self._watch.members.look()

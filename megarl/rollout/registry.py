@@ -36,6 +36,10 @@ class ServerLost(RolloutError):
     """The connection to a server broke, it did not answer in time, or its engine died: another may be asked."""
 
 
+class ServerSilent(ServerLost):
+    """It did not answer in time."""
+
+
 class NoServers(RolloutError):
     """No server is left that could be asked."""
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from megarl.announce import announce
 from megarl.rollout.client import Server
-from megarl.rollout.registry import RolloutError, WorkerInfo
+from megarl.rollout.registry import RolloutError, ServerSilent, WorkerInfo
 from megarl.rollout.wire import decode
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -227,7 +227,7 @@ class SyncLeader:
             late = ", ".join(  # of an init the last post is the group's
                 server.url for server, post in zip(self._servers, posts, strict=False) if post in pending
             )
-            raise RolloutError(
+            raise ServerSilent(
                 f"weight sync: no answer within {self.settings.timeout_s:.0f} s from rollout server {late or '(group)'}"
             )
         return [post.result() for post in posts]

@@ -37,8 +37,15 @@ def steps(folder: Path) -> list[int]:
         return []
 
 
-def started(host: Host, name: str, command: list[str]) -> Started:
-    return host.start(name, *command, **{RUN_SECRET: "of this test", "OMP_NUM_THREADS": "1"})
+def started(host: Host, name: str, command: list[str], **env: str) -> Started:
+    return host.start(name, *command, **{RUN_SECRET: "of this test", "OMP_NUM_THREADS": "1"}, **env)
+
+
+def another_clock(folder: Path) -> str:
+    """A PYTHONPATH under which it was a day before."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() - 86400\n")
+    return f"{folder}:{ROOT}"
 
 
 def test_a_run_over_three_hosts_whose_network_fails_and_comes_back(bench: Bench, tmp_path: Path) -> None:
@@ -56,7 +63,8 @@ def test_a_run_over_three_hosts_whose_network_fails_and_comes_back(bench: Bench,
         node0, node1, gen0 = net.hosts
         own = gen0.keep_apart(run_dir)
         words = {"HOST": "node0", "CONFIG": str(config), "N": "2"}
-        server = started(gen0, "rollout", readme("megarl rollout", **words))
+        clock = another_clock(tmp_path / "clock")  # of gen0; no host's time means anything to another
+        server = started(gen0, "rollout", readme("megarl rollout", **words), PYTHONPATH=clock)
 
         def train(name: str) -> list[Started]:
             program, hosts = "python -m torch.distributed.run", enumerate((node0, node1))

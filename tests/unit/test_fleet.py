@@ -139,6 +139,29 @@ def test_a_step_of_a_sync_fails_for_good_only_where_all_are_there(run: Run, monk
     fleet.close()
 
 
+def test_a_server_that_hangs_in_a_sync_is_asked_once_more_and_left_out(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A hang costs the sync's time limit and one question; it is a member again once it answers."""
+    first, second = run.join(), run.join()
+    fleet = run.fleet(2)
+    fleet._grouped, hangs, asked = fleet.workers, [0], list[list[int]]()
+
+    def answers(workers: list[WorkerInfo]) -> list[WorkerInfo]:
+        asked.append(numbers(workers))
+        return [worker for worker in workers if worker.index not in hangs]
+
+    monkeypatch.setattr(module, "answering", answers)
+    with pytest.raises(WorkersLost, match="no answer within"):
+        fleet._settled(lambda: Server(first.url, 0.3, "").post("/megarl/sync/load", {"hang": 1}))
+    assert fleet.gather() and fleet.members == [second] and asked == [[0, 1], [1]]
+    fleet.commit(1)
+    assert f"rollout worker 0 ({first.url}) does not answer; 1 worker left" in capfd.readouterr().out
+    hangs.clear()
+    assert fleet.gather() and fleet.members == [first, second]
+    fleet.close()
+
+
 def test_a_send_that_fails_by_a_mistake_leaves_the_group_too(run: Run) -> None:
     """Whatever its kind: the other ranks and the servers would wait for this one."""
     run.join()

@@ -69,6 +69,7 @@ def test_process_groups_that_do_not_connect_are_bounded(
     ranks: Callable[[int], list[Rank]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "CONNECTED_S", 0.2)
+    monkeypatch.setattr(peers, "A_RANK_S", 0.0)
     zero, one = ranks(2)
 
     def connects(rank: Rank) -> None:
