@@ -192,12 +192,7 @@ class Run:
     def kill(self) -> None:
         """All of it."""
         for command in self.commands:
-            with contextlib.suppress(psutil.Error):
-                process = psutil.Process(command.pid)
-                for one in [process, *process.children(recursive=True)]:
-                    with contextlib.suppress(psutil.Error):
-                        one.kill()
-                command.wait()
+            _kill(command)
 
     def _account(self) -> tuple[int, int]:
         """By the steps' rows, by the prompts that rank 0 has kept samples of, all or its replica's half, and by the
@@ -228,14 +223,26 @@ class Run:
         return lost, doubled + sum(prompt in learnt for prompt in waiting)
 
 
+def _kill(command: subprocess.Popen[bytes]) -> None:
+    """With all that is below it."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(command.pid)
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+    command.wait()
+
+
 class OuterRun(Run):
     """Trainers as on two nodes, each a torchrun with --max-restarts; `megarl rollout`, for itself, on a third."""
 
     _node: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """What of it does not run."""
-        if self.joined is None:
+        """The worker, where it does not run; and the trainers, again where one of the two has ended."""
+        if self._node is not None:
+            _kill(self._node)
+        if self.joined is None or self.joined.poll() is not None:
             self.joined = self._begin("-m", "megarl", "rollout", str(self.config), elsewhere=True, log="joined.txt")
         port = reserve_port("127.0.0.1")
         torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1000"]

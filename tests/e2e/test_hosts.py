@@ -16,7 +16,7 @@ from tests.e2e.conftest import Bench
 from tests.hosts import ROOT, Host, Started, network
 
 STEPS, SAVE_EVERY, CUT_AT = 24, 2, 4
-START_S, STEP_S, SILENT_S = 180.0, 90.0, 90.0  # limits on two very busy cores
+START_S, STEP_S, SILENT_S = 480.0, 180.0, 90.0  # the first two only end what hangs
 
 
 def readme(program: str, **words: str) -> list[str]:
@@ -54,7 +54,7 @@ def test_a_run_over_three_hosts_whose_network_fails_and_comes_back(bench: Bench,
         "model": {"path": str(bench.folder / "model")},
         "data": {"prompts": str(bench.folder / "data" / "train.jsonl"), "reward": "digit_sum"},
         "batch": {"prompts": 8, "group": 4},
-        "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 9, "start_timeout_s": 240},
+        "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 9, "start_timeout_s": 400},
         "train": {"steps": STEPS, "lr": 5e-4, "stop_on_dull_steps": 0},
         "run": {"dir": str(run_dir), "save_every": SAVE_EVERY},
     }

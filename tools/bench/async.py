@@ -185,8 +185,10 @@ def in_flight(folder: Path, steps: int, sft_steps: int) -> dict[str, dict[str, f
         config["rollout"]["in_flight"], config["replay"], name = how, {"mode": mode}, f"{mode} {how}"
         rows = rows_of(folder, config, SIDES[1], f"in_flight_{mode}_{how}", WARM_UP + steps, 0)
         k3 = [row["async/in_flight_k3"] for row in rows if "async/in_flight_k3" in row]
-        result[name] = {"steps": float(len(k3)), "median": statistics.median(k3), "max": max(k3)}
-        print(f"in-flight  replay {name:15} k3 median {result[name]['median']:.2e}, max {max(k3):.2e}", flush=True)
+        step_s = statistics.fmean(row["time/step_s"] for row in rows[WARM_UP:])
+        result[name] = {"steps": float(len(k3)), "median": statistics.median(k3), "max": max(k3), "step_s": step_s}
+        told = f"k3 median {result[name]['median']:.2e}, max {max(k3):.2e} in {len(k3)} steps of {step_s:.2f} s"
+        print(f"in-flight  replay {name:15} {told}", flush=True)
     return result
 
 
