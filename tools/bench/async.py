@@ -8,7 +8,8 @@ trainer rank. tail: 16 prompts x 8 responses whose lengths are log-normal, the l
 (tools/bench/tail_task.py). A step's time is the mean over the steps after a warm-up of 3: a tail is what one step in
 some waits for. Medians over the rounds. idle: the trainer's share of a step spent waiting for rollouts, and the
 servers' share without anything to sample. cpu: seconds of a core a step, by process, and of all; where they add up to
-two a second, two cores have no more to give. in-flight: the k3 of tokens sampled after an update in the middle of their
+two a second, two cores have no more to give. First printed is how much slower two busy processes are than one: virtual
+cores may be halves of one. in-flight: the k3 of tokens sampled after an update in the middle of their
 response, against the trainer with the same weights, float32: keys and values recomputed, and kept; with routes replayed
 (R3) and without. --seeds N: trains the quickstart for its 100 steps with N seeds each, and compares the reward of the
 last ten. With --folder, the same command goes on where it has ended: runs that are done are not made again.
@@ -51,6 +52,35 @@ def megarl(*arguments: str) -> None:
 
 
 CPU = {"trainer": "megarl.launch.rank", "engine": "VLLM::EngineCore", "api_server": "vllm.entrypoints"}
+
+
+BUSY = """
+import sys, time, torch
+torch.set_num_threads(1)
+a = torch.randn(64, 64)
+print("ready", flush=True)
+sys.stdin.readline()
+start = time.perf_counter()
+for _ in range(200_000):
+    a @ a
+print(time.perf_counter() - start)
+"""
+
+
+def slowdown() -> float:
+    """Seconds that each of two busy processes takes over those of one alone."""
+
+    def seconds(count: int) -> float:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        busy = [subprocess.Popen([sys.executable, "-c", BUSY], **pipes) for _ in range(count)]
+        for one in busy:
+            assert one.stdout is not None and one.stdout.readline() == "ready\n"
+        for one in busy:
+            assert one.stdin is not None
+            one.stdin.write("\n"), one.stdin.flush()
+        return statistics.fmean(float(one.communicate()[0]) for one in busy)
+
+    return seconds(2) / seconds(1)
 
 
 def run_and_weigh(config: str, run_dir: Path) -> None:
@@ -215,6 +245,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the runs lie; a temporary one that is removed if unset")
     args = parser.parse_args()
     result: dict[str, Any] = {"steps": args.steps}
+    if args.work:
+        result["slowdown"] = slowdown()
+        print(f"two busy processes take {result['slowdown']:.2f} times as long as one alone", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         base = args.folder or Path(temporary)
         for work in filter(None, args.work.split(",")):
