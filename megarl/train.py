@@ -103,7 +103,8 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             saver.interrupted(stopped)
     finally:
         scorer.close()
-        fleet.close()
+        failed = sys.exception()  # by a lost peer, say: who starts the trainers again finds the workers as they are
+        fleet.close(run_is_over=failed is None or isinstance(failed, UserError))
         saver.close()
         stall.close()
     if output:

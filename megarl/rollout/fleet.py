@@ -226,14 +226,14 @@ class Fleet:
                 self._leader.turn(step)
         dist.barrier(group=group)
 
-    def close(self) -> None:
-        """Ends the workers of this run, rank 0; safe to call after a failure."""
+    def close(self, run_is_over: bool = True) -> None:
+        """Safe after a failure. run_is_over: rank 0 ends the workers too; else they wait for trainers to come back."""
         if self._watch is not None:
             self._watch.close()
         if self.client is not None:
             self.client.close()
         self._leave_group()
-        if self._store is not None and dist.get_rank() == 0:
+        if run_is_over and self._store is not None and dist.get_rank() == 0:
             here = self._watch.members.look().here if self._watch is not None else self.workers
             request_shutdown(self._store, here)
 
@@ -387,7 +387,7 @@ class JoinedFleet(Fleet):
         self._device, self._address = device, (host, port)
         self.workers = self.members = workers
 
-    def close(self) -> None:
+    def close(self, run_is_over: bool = False) -> None:
         """Lets go of the workers, which go on."""
         self._leave_group()
 

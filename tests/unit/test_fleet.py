@@ -39,7 +39,8 @@ class Run:
         where = ("127.0.0.1", self.store.port)
         monkeypatch.setattr(module, "open_run_store", lambda config, spans_hosts: (self.store, where))
         monkeypatch.setattr(module, "ACCOUNT_S", 0.3)
-        monkeypatch.setattr(module, "request_shutdown", lambda store, workers: None)
+        self.ended: list[list[int]] = []
+        monkeypatch.setattr(module, "request_shutdown", lambda store, workers: self.ended.append(numbers(workers)))
 
     def join(self, tp: int = 1) -> WorkerInfo:
         self.servers.append(StubServer(says_version))
@@ -102,6 +103,16 @@ def test_a_step_begins_with_those_that_are_there(run: Run, capfd: pytest.Capture
     assert fleet.gather() and fleet.members == [fourth]
     fleet.close()
     assert first not in fleet.members
+
+
+def test_workers_outlive_trainers_that_may_be_started_again(run: Run) -> None:
+    """A rank that lost a peer raises, and ended the workers before torchrun started it again."""
+    run.join()
+    fleet = run.fleet(1)
+    fleet.close(run_is_over=False)
+    assert run.ended == []
+    fleet.close()
+    assert run.ended == [[0]]
 
 
 def test_a_worker_that_is_cut_differently_is_not_used(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
