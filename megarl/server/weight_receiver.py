@@ -19,11 +19,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from megarl.server.partial import partial_tensor
 from megarl.server.vllm_reload import abandon_reload, fingerprint, fingerprint_of_folder
-from megarl.weights.map.relations import HfSlice
 from megarl.weights.reshard.manifest import manifest_from
-from megarl.weights.reshard.message import Message
 from megarl.weights.reshard.pack import Corrupted, assemble, message_bytes
-from megarl.weights.transport.groups import WeightGroup, Work
+from megarl.weights.transport.groups import WeightGroup
+from megarl.weights.transport.receive import receive
 from megarl.weights.transport.shared import SharedGroup
 
 
@@ -101,7 +100,7 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
         self._staged = None
         staged: dict[str, Tensor] = {}
         if not self._staging:
-            self._staging = [self._buffers(bucket) for bucket in self._manifest.buckets]
+            self._staging = [self._buffers(number) for number in range(len(self._manifest.buckets))]
         for tensors in self._receive(self._staging):
             staged |= tensors
         self._staged = staged
@@ -147,13 +146,9 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
             raise RuntimeError("weights were sent before the group was made: call init first")
         try:
             buckets = self._manifest.buckets
-            ahead = self._begin(0, staging)
-            for number, bucket in enumerate(buckets):
-                buffers, works = ahead
-                if number + 1 < len(buckets):
-                    ahead = self._begin(number + 1, staging)
-                for work in works:
-                    work.wait()
+            sources = [[None if self._broadcast else message.source for message in bucket] for bucket in buckets]
+            make = self._buffers if staging is None else staging.__getitem__
+            for bucket, buffers in zip(buckets, receive(self._group, sources, make), strict=True):
                 yield assemble(bucket, buffers, self._manifest)
         except Corrupted as error:
             self.shutdown()
@@ -162,15 +157,7 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
             self.shutdown()  # whoever sends to this rank learns of it at once
             raise
 
-    def _begin(self, number: int, staging: list[list[Tensor]] | None) -> tuple[list[Tensor], list[Work]]:
-        assert self._group is not None
+    def _buffers(self, number: int) -> list[Tensor]:
         bucket = self._manifest.buckets[number]
-        buffers = staging[number] if staging is not None else self._buffers(bucket)
-        if self._broadcast:
-            return buffers, [self._group.broadcast(buffer) for buffer in buffers]
-        receives = [(buffer, message.source) for buffer, message in zip(buffers, bucket, strict=True)]
-        return buffers, [*self._group.exchange([], receives, number)]
-
-    def _buffers(self, bucket: tuple[Message[HfSlice], ...]) -> list[Tensor]:
         sizes = [message_bytes(message.slices, self._manifest.dtypes) for message in bucket]
         return [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
