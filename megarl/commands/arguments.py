@@ -85,6 +85,10 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", action="store_true", help="run a step of the engine on a simulated GPU instead: memory, waits, bytes"
     )
+    parser.add_argument(
+        "--search", action="store_true", help="try every layout instead: which fit, ranked by arithmetic"
+    )
+    parser.add_argument("--out", metavar="FILE", help="of --trace: a page with the chart of memory over the step")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank that --trace runs (default 0)")
     parser.add_argument("--gpu-gib", type=float, default=80.0, metavar="X", help="memory of a GPU (default 80)")
     parser.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="ranks a host (default 8)")

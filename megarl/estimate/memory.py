@@ -11,11 +11,14 @@ keep for the backward pass. Fragmentation is in none.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 from megarl.weights.map.layout import Layout
-from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.map.weight_map import Param, WeightMap
 
 LOGPROB_CHUNK = 2**24  # logits: of each and of the one before megarl/engine/logprob.py holds two copies in float32
 
@@ -52,30 +55,67 @@ class Training:
     tokens: int
 
 
-def stage_memory(weight_map: WeightMap, training: Training, stage: int) -> Memory:
-    """All ranks of a stage hold the same shapes."""
-    layout = training.layout
-    parameters = trained = optimizer = 0
-    moments = 8 + (4 if training.itemsize == 2 else 0)  # bytes a parameter
-    for param in weight_map.params(layout, layout.coord(stage * (layout.world // layout.pp))):
-        count = 1
-        for size in param.shape:
-            count *= size
-        parameters += count * (4 if param.buffer else training.itemsize)
+class Held(NamedTuple):
+    """Elements of one rank's parameters. whole: of the dense ones, those that no tensor-parallel rank cuts. buffers:
+    not trained, float32.
+    """
+
+    dense: int = 0
+    expert: int = 0
+    whole: int = 0
+    buffers: int = 0
+
+    def times(self, count: int) -> Held:
+        return Held(*(count * n for n in self))
+
+    def plus(self, other: Held) -> Held:
+        return Held(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def held_of(params: Iterable[Param]) -> Held:
+    dense = expert = whole = buffers = 0
+    for param in params:
+        count = prod(param.shape)
         if param.buffer:
-            continue
-        trained += count
-        replicas = layout.edp if param.expert else layout.dp * layout.cp
-        optimizer += count * moments // (replicas if training.distributed_optimizer else 1)
+            buffers += count
+        elif param.expert:
+            expert += count
+        else:
+            dense += count
+            whole += 0 if param.split else count
+    return Held(dense, expert, whole, buffers)
+
+
+def stage_held(weight_map: WeightMap, layout: Layout, stage: int) -> Held:
+    return held_of(weight_map.params(layout, layout.coord(stage * (layout.world // layout.pp))))
+
+
+def stage_memory(weight_map: WeightMap, training: Training, stage: int, held: Held | None = None) -> Memory:
+    """All ranks of a stage hold the same shapes. held: what it holds, where that is known already."""
+    layout = training.layout
+    held = held or stage_held(weight_map, layout, stage)
+    trained = held.dense + held.expert
+    moments = 8 + (4 if training.itemsize == 2 else 0)  # bytes a parameter
+    dense, expert = held.dense * moments, held.expert * moments
+    if training.distributed_optimizer:
+        dense, expert = dense // (layout.dp * layout.cp), expert // layout.edp
     last = stage == layout.pp - 1
     return Memory(
-        parameters=parameters,
+        parameters=training.itemsize * trained + 4 * held.buffers,
         gradients=4 * trained,
-        optimizer=optimizer,
+        optimizer=dense + expert,
         activations=_activations(weight_map, training, stage),
         logits=_logits(weight_map, training) if last else 0,
         temporaries=_temporaries(weight_map, training, stage),
     )
+
+
+def layer_kinds(weight_map: WeightMap, layout: Layout, stage: int, chunk: int) -> dict[bool, int]:
+    """How many layers of a model chunk have experts (True) and have none; without those of which there are none."""
+    layers = layout.stage_layers(weight_map.num_layers, stage, chunk)
+    start, stop = (bisect_left(weight_map.moe_layers, edge) for edge in (layers.start, layers.stop))
+    kinds = {True: stop - start, False: len(layers) - (stop - start)}
+    return {moe: count for moe, count in kinds.items() if count}
 
 
 def _logits(weight_map: WeightMap, training: Training) -> int:
@@ -88,15 +128,13 @@ def _logits(weight_map: WeightMap, training: Training) -> int:
 def _temporaries(weight_map: WeightMap, training: Training, stage: int) -> int:
     """Of the largest MLP of the stage: gradients of the rows, and of one product's weights before they are added up."""
     model, layout = weight_map.model, training.layout
-    layers = [
-        layer for chunk in range(layout.vpp) for layer in layout.stage_layers(weight_map.num_layers, stage, chunk)
-    ]
+    kinds = {moe for chunk in range(layout.vpp) for moe in layer_kinds(weight_map, layout, stage, chunk)}
     hidden, elements = model["hidden_size"], 0
-    if any(layer in weight_map.moe_layers for layer in layers):
+    if True in kinds:
         width = model["moe_ffn_hidden_size"] // layout.etp
         weights = model["num_moe_experts"] // layout.ep * 2 * width * hidden
         elements = _routed(model, layout, training.tokens // layout.cp) * (hidden + 3 * width) + weights
-    if any(layer not in weight_map.moe_layers for layer in layers):
+    if False in kinds:
         width, rows = model["ffn_hidden_size"] // layout.tp, training.tokens // layout.cp
         elements = max(elements, rows * (hidden + 5 * width))
     return training.itemsize * elements
@@ -114,10 +152,10 @@ def _activations(weight_map: WeightMap, training: Training, stage: int) -> int:
     entering = training.tokens // layout.cp // layout.tp * weight_map.model["hidden_size"] * training.itemsize
     for chunk in range(layout.vpp):
         in_flight = _micro_batches_in_flight(layout, stage, chunk)
-        for layer in layout.stage_layers(weight_map.num_layers, stage, chunk):
-            layer_bytes = layer_activations(weight_map, training, moe=layer in weight_map.moe_layers)
+        for moe, count in layer_kinds(weight_map, layout, stage, chunk).items():
+            layer_bytes = layer_activations(weight_map, training, moe=moe)
             largest = max(largest, layer_bytes)
-            total += in_flight * (entering if training.recompute == "full" else layer_bytes)
+            total += count * in_flight * (entering if training.recompute == "full" else layer_bytes)
     return total + (largest if training.recompute == "full" else 0)
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megarl.config import Config
+from megarl.config import Config, ParallelConfig
 from megarl.errors import UserError
 from megarl.refusals import files, gpu, layouts, model_folder, resume, server, work
 from megarl.refusals.case import Case
+
+if TYPE_CHECKING:
+    from megarl.weights.map.weight_map import WeightMap
 
 LOOP = ("run", "train")
 ENGINE = (*LOOP, "sft", "score", "compare")
@@ -77,6 +80,16 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (model_folder.served_weights, ROLLOUT),
     (files.store, ROLLOUT),
 )
+
+
+LAYOUTS = (layouts.world, layouts.expert_world, layouts.heads, layouts.ffn, layouts.layers, layouts.experts)
+
+
+def layout_refusal(config: Config, parallel: ParallelConfig, world_size: int, weight_map: WeightMap) -> str | None:
+    """Why a model cannot be cut so over so many trainer ranks; None where it can. config: whose layout is another."""
+    case = Case("plan", config.model_copy(update={"parallel": parallel}), world_size, weight_map.hf_config)
+    case.__dict__["weight_map"] = weight_map  # as cached_property keeps it
+    return next((sentence for refusal in LAYOUTS if (sentence := refusal(case))), None)
 
 
 def check(

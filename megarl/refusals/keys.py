@@ -31,7 +31,8 @@ READS = {
     "eval": f"{SERVERS} -rollout.temperature eval.prompts eval.samples eval.temperature eval.max_prompts",
     "compare": f"{ENGINE} -engine.distributed_optimizer {SERVERS} sync batch -batch.equal_groups -batch.max_refills"
     " replay data.prompts objective.is_cap train.on_bad_batch",
-    "plan": "model parallel engine rollout.engines rollout.tp rollout.dtype launch.trainers",
+    "plan": "model parallel engine rollout.engines rollout.tp rollout.dtype rollout.max_prompt_tokens"
+    " rollout.max_new_tokens batch.prompts batch.group batch.minibatches replay.mode launch.trainers",
 }
 
 

@@ -28,7 +28,8 @@ ORDER = """
     reward
     engine data
     observe server
-    report refusals estimate
+    report refusals
+    estimate
     convert loop
     train simulate
     commands

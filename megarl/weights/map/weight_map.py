@@ -162,15 +162,22 @@ class WeightMap:
                 if entry.copy and layout.pp == 1:
                     continue
                 if entry.where in ("first", "last"):
-                    yield from self._params_of(entry, layout, coord, chunk, 0, 0)
+                    yield from self.params_of(entry, layout, coord, chunk, 0, 0)
                     continue
                 for local, layer in enumerate(layout.stage_layers(self.num_layers, coord.pp, chunk)):
                     if self._in_layer(entry, layer):
-                        yield from self._params_of(entry, layout, coord, chunk, local, layer)
+                        yield from self.params_of(entry, layout, coord, chunk, local, layer)
 
-    def _params_of(
-        self, entry: Entry, layout: Layout, coord: Coord, chunk: int, local: int, layer: int
+    def layer_params(self, layout: Layout, coord: Coord, layer: int) -> Iterator[Param]:
+        """What the rank at `coord` would hold of one layer, alone in its model chunk."""
+        for entry in self.entries:
+            if entry.where not in ("first", "last") and self._in_layer(entry, layer):
+                yield from self.params_of(entry, layout, coord, layer=layer)
+
+    def params_of(
+        self, entry: Entry, layout: Layout, coord: Coord, chunk: int = 0, local: int = 0, layer: int = 0
     ) -> Iterator[Param]:
+        """One row of the table. local: the number of the layer in its model chunk."""
         each = self.num_experts // layout.ep if entry.expert else 1
         rank = Rank(layout.etp, coord.etp) if entry.expert else Rank(layout.tp, coord.tp)
         split = not isinstance(entry.relation, Replicated)

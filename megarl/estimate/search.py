@@ -1,0 +1,246 @@
+"""`megarl plan --search`: every layout of a model on N GPUs that the engine takes and that fits, ranked by a roofline;
+and on how few GPUs it fits at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+from megarl.config import Config, ParallelConfig
+from megarl.errors import UserError
+from megarl.estimate.memory import Held, Memory, Training, held_of, layer_kinds, stage_memory
+from megarl.estimate.roofline import CARDS, Machine, Seconds, Work, assumptions, model_flops, step_seconds
+from megarl.estimate.traffic import stage_traffic
+from megarl.refusals import layout_refusal
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
+
+GIB = 2**30
+SHOWN = 10
+FREE = 0.1  # of a GPU, for CUDA, NCCL's buffers and fragmentation, which the estimate leaves out
+RECOMPUTE = ("none", "selective", "full")
+PACKS = (1, 2, 4)  # micro-batches to try, in lengths of the longest response
+MOST_CP, MOST_PP, MOST_VPP = 8, 64, 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """memory: of the fullest stage. packs: of a replica in a mini-batch."""
+
+    parallel: dict[str, int]
+    recompute: str
+    tokens: int
+    memory: Memory
+    seconds: Seconds
+    tokens_per_s: float
+    mfu: float
+
+    @property
+    def overrides(self) -> list[str]:
+        layout = [f"parallel.{key}={value}" for key, value in self.parallel.items()]
+        return [*layout, f"engine.recompute={self.recompute}", f"engine.micro_batch_tokens={self.tokens}"]
+
+
+class Cuts:
+    """What the ranks of a stage hold, for any layout: layers of a kind are alike, so each is looked at once."""
+
+    def __init__(self, weight_map: WeightMap) -> None:
+        self.weight_map = weight_map
+        self._known: dict[tuple[int, int, int], dict[str, Held]] = {}
+
+    @cached_property
+    def _small(self) -> WeightMap:
+        """The model with one layer of each kind."""
+        moe = self.weight_map.moe_layers
+        dense = sorted(set(range(self.weight_map.num_layers)) - set(moe))
+        count = 1 + max(kind[0] for kind in (moe, dense) if kind)
+        return WeightMap({**self.weight_map.hf_config, "num_hidden_layers": count})
+
+    def stage(self, layout: Layout, stage: int) -> Held:
+        parts = self._parts(layout)
+        held = Held()
+        for chunk in range(layout.vpp):
+            for moe, count in layer_kinds(self.weight_map, layout, stage, chunk).items():
+                held = held.plus(parts["moe" if moe else "dense"].times(count))
+        if stage == 0:
+            held = held.plus(parts["first"])
+        if stage == layout.pp - 1:
+            held = held.plus(parts["last"])
+            if layout.pp > 1:
+                held = held.plus(parts["copy"])
+        return held
+
+    def _parts(self, layout: Layout) -> dict[str, Held]:
+        key = (layout.tp, layout.ep, layout.etp)
+        if key not in self._known:
+            self._known[key] = self._measure(Layout(tp=layout.tp, ep=layout.ep, etp=layout.etp, world=1 << 20))
+        return self._known[key]
+
+    def _measure(self, layout: Layout) -> dict[str, Held]:
+        small, parts = self._small, {"moe": Held(), "dense": Held(), "first": Held(), "last": Held(), "copy": Held()}
+        coord = layout.coord(0)
+        for moe in (True, False):
+            layers = [i for i in range(small.num_layers) if (i in small.moe_layers) == moe]
+            if layers:
+                parts["moe" if moe else "dense"] = held_of(small.layer_params(layout, coord, layers[0]))
+        for entry in small.entries:
+            if entry.where in ("first", "last"):
+                place = "copy" if entry.copy else entry.where
+                parts[place] = parts[place].plus(held_of(small.params_of(entry, layout, coord)))
+        return parts
+
+
+class Search:
+    def __init__(self, config: Config, machine: Machine) -> None:
+        self.config, self.machine = config, machine
+        self.weight_map = WeightMap(load_hf_config(config.model.path))
+        self.cuts = Cuts(self.weight_map)
+        rollout, batch = config.rollout, config.batch
+        self.longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+        mean = max(1, self.longest // 2)
+        self.work = Work(batch.prompts * batch.group * mean, batch.minibatches, mean)
+        self.itemsize = 4 if config.engine.dtype == "float32" else 2
+        self.tried = 0
+
+    def fitting(self, world: int) -> list[Found]:
+        """All that fit on `world` GPUs, the fastest first; of the kinds of recompute the least that fits."""
+        found = [self._rate(*case) for case in self._cases(world)]
+        return sorted(found, key=lambda one: -one.tokens_per_s)
+
+    def fits(self, world: int) -> bool:
+        return next(self._cases(world), None) is not None
+
+    def _cases(self, world: int) -> Iterator[tuple[Training, Memory, list[Held]]]:
+        limit = self.machine.card.memory * (1 - FREE)
+        for layout in self._layouts(world):
+            self.tried += len(PACKS)
+            held = [self.cuts.stage(layout, stage) for stage in range(layout.pp)]
+            if max(_least(self.itemsize, one) for one in held) > limit:
+                continue
+            stages = _telling_stages(held)
+            for times in PACKS:
+                for recompute in RECOMPUTE:
+                    training = Training(layout, self.itemsize, True, recompute, times * self.longest)
+                    memory = max(
+                        (stage_memory(self.weight_map, training, stage, held[stage]) for stage in stages),
+                        key=lambda one: one.total,
+                    )
+                    if memory.total <= limit:
+                        yield training, memory, held
+                        break
+
+    def _layouts(self, world: int) -> Iterator[Layout]:
+        """Those that the engine takes."""
+        for layout in self._sizes(world):
+            sizes = {key: value for key, value in vars(layout).items() if key != "world"}
+            parallel = ParallelConfig.model_construct(**sizes)
+            if layout_refusal(self.config, parallel, world, self.weight_map) is None:
+                yield layout
+
+    def _sizes(self, world: int) -> Iterator[Layout]:
+        model, inside = self.weight_map.model, self.machine.gpus
+        experts, layers = self.weight_map.num_experts, self.weight_map.num_layers
+        for tp in _divisors(model["num_query_groups"], inside):
+            for cp in [n for n in (1, 2, 4, 8) if n <= MOST_CP]:
+                for pp in _divisors(world, min(MOST_PP, layers)):
+                    for vpp, ends in _cuts_of(layers, pp):
+                        for ep in _divisors(experts, experts) if experts else [1]:
+                            for etp in _divisors(tp, tp) if experts else [1]:
+                                yield Layout(tp, pp, vpp, ep, etp, cp, ends, ends, world)
+
+    def _rate(self, training: Training, memory: Memory, held: list[Held]) -> Found:
+        layout = training.layout
+        stages = {
+            stage: (held[stage], stage_traffic(self.weight_map, training, stage, held[stage]))
+            for stage in _telling_stages(held)
+        }
+        seconds = step_seconds(self.weight_map, training, stages, self.work, self.machine)
+        flops = model_flops(self.weight_map, self.work.tokens, self.work.sequence)
+        sizes = {key: value for key, value in asdict(layout).items() if key != "world" and value not in (None, 1)}
+        mfu = flops / (seconds.total * layout.world * self.machine.card.peak)
+        return Found(sizes, training.recompute, training.tokens, memory, seconds, self.work.tokens / seconds.total, mfu)
+
+    def fewest(self, most: int) -> int | None:
+        """GPUs on which something fits, of 1, 2, 4 ... a host and then whole hosts; None if not on `most` of them."""
+        gpus = self.machine.gpus
+        counts = [n for n in range(1, gpus) if gpus % n == 0] + list(range(gpus, most + 1, gpus))
+        return next((count for count in counts if count <= most and self.fits(count)), None)
+
+
+def _least(itemsize: int, held: Held) -> int:
+    """Bytes that no other setting takes away: parameters and gradients."""
+    return (held.dense + held.expert) * (itemsize + 4)
+
+
+def _telling_stages(held: list[Held]) -> list[int]:
+    """The first, which holds most packs, the last, which holds the logits, and the fullest of the others."""
+    between = range(1, len(held) - 1)
+    fullest = [max(between, key=lambda stage: held[stage].dense + held[stage].expert)] if between else []
+    return sorted({0, len(held) - 1, *fullest})
+
+
+def _divisors(count: int, most: int) -> list[int]:
+    return [n for n in range(1, min(count, most) + 1) if count % n == 0]
+
+
+def _cuts_of(layers: int, pp: int) -> Iterator[tuple[int, int | None]]:
+    """(virtual stages, layers of the first and of the last stage where shares cannot be even)."""
+    if layers % pp == 0:
+        yield from ((vpp, None) for vpp in _divisors(layers // pp, MOST_VPP if pp > 1 else 1))
+        return
+    even = layers / pp
+    ends = [n for n in range(1, layers // 2) if pp > 2 and (layers - 2 * n) > 0 and (layers - 2 * n) % (pp - 2) == 0]
+    if ends:
+        yield 1, min(ends, key=lambda n: (abs(n - even), n))
+
+
+def run(config: Config, world: int, machine: Machine, as_json: bool) -> int:
+    """0 where some layout fits, 1 where none does."""
+    search = Search(config, machine)
+    fewest = search.fewest(max(world, machine.gpus))
+    search.tried = 0
+    found = search.fitting(world)
+    if as_json:
+        rows = [asdict(one) | {"overrides": one.overrides, "total": one.memory.total} for one in found[:SHOWN]]
+        print(json.dumps({"tried": search.tried, "fit": len(found), "fewest_gpus": fewest, "best": rows}))
+    else:
+        print(describe(search, world, found, fewest))
+    return 0 if found else 1
+
+
+def machine_of(gpu_gib: float, gpus: int, link_gbs: float) -> Machine:
+    """UserError where no card is known that is like it: rates are those of the smallest that holds as much."""
+    cards = sorted(CARDS.values(), key=lambda card: card.memory)
+    like = next((card for card in cards if gpu_gib <= 1.03 * card.memory / GIB), cards[-1])
+    if gpu_gib <= 0:
+        raise UserError(f"--gpu-gib {gpu_gib:g} is no memory; give GiB above 0")
+    return Machine(replace(like, memory=gpu_gib * GIB), gpus, link_gbs * 1e9)
+
+
+def describe(search: Search, world: int, found: list[Found], fewest: int | None) -> str:
+    lines = [
+        f"{world:,} GPUs of {search.machine.card.memory / GIB:g} GiB, of which {FREE:.0%} stay free; optimizer "
+        f"sharded: {len(found):,} of {search.tried:,} layouts with their micro-batches fit"
+    ]
+    lines += [
+        "",
+        "ranked by arithmetic, not by measurement:",
+        *[f"  {a}" for a in assumptions(search.machine, search.work)],
+    ]
+    parts = tuple(Seconds.__dataclass_fields__)
+    lines += [
+        "",
+        f"{'tokens/s a GPU':>14} {'MFU':>5} {'GiB':>6} " + " ".join(f"{p[:9]:>9}" for p in parts) + "  layout",
+    ]
+    for one in found[:SHOWN]:
+        shares = " ".join(f"{getattr(one.seconds, p) / one.seconds.total:>9.0%}" for p in parts)
+        lines.append(
+            f"{one.tokens_per_s / world:>14,.0f} {one.mfu:>5.1%} {one.memory.total / GIB:>6.1f} {shares}  "
+            f"{' '.join(one.overrides)}"
+        )
+    few = f"fits on {fewest:,} GPUs" if fewest else f"does not fit on {max(world, search.machine.gpus):,}"
+    lines += ["", f"on how few GPUs: {few}, where each micro-batch is at least {search.longest:,} tokens long"]
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""`megarl plan --search`: what it lists the engine takes, with the memory that `megarl plan` gives it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.cli import main
+from megarl.config import load_config
+from megarl.estimate.memory import Training, stage_held, stage_memory
+from megarl.estimate.roofline import model_flops
+from megarl.estimate.search import Cuts, Search, machine_of
+from megarl.refusals import check
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "multi_node"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(world=8),
+        Layout(tp=2, pp=2, vpp=2, ep=4, world=16),
+        Layout(tp=2, ep=2, etp=2, world=8),
+        Layout(pp=4, ep=2, first_stage_layers=1, last_stage_layers=1, world=8),
+    ],
+    ids=str,
+)
+def test_what_a_stage_holds_by_layers_is_what_the_map_lists(hf_config: dict[str, Any], layout: Layout) -> None:
+    for changes in ({"mlp_only_layers": [0]}, {"tie_word_embeddings": True}):
+        weight_map = WeightMap({**hf_config, **changes})
+        for stage in range(layout.pp):
+            assert Cuts(weight_map).stage(layout, stage) == stage_held(weight_map, layout, stage)
+
+
+def test_every_layout_that_is_found_is_taken_and_fits(run_yaml: Path) -> None:
+    config = load_config(run_yaml, ["engine.dtype=bfloat16"])
+    search = Search(config, machine_of(0.002, 4, 50.0))
+    found = search.fitting(8)
+    assert 10 < len(found) < search.tried and len({tuple(one.overrides) for one in found}) == len(found)
+    assert {one.recompute for one in found} > {"none"} and search.fewest(8) in (1, 2, 4, 8)
+    for one in found[:20]:
+        taken = load_config(run_yaml, ["parallel={}", "engine.dtype=bfloat16", *one.overrides])
+        check(taken, "plan", world_size=8)
+        layout = Layout(**taken.parallel.model_dump(), world=8)
+        training = Training(layout, 2, True, one.recompute, one.tokens)
+        totals = [stage_memory(search.weight_map, training, stage).total for stage in range(layout.pp)]
+        assert max(totals) == one.memory.total <= 0.9 * 0.002 * 2**30
+
+
+def test_the_command(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(run_yaml), "--search", "--world", "4", "--gpus-per-host", "4"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fit"] and found["fewest_gpus"] == 1 and found["best"][0]["tokens_per_s"] > 0
+    assert main(command) == 0
+    assert "ranked by arithmetic" in capsys.readouterr().out
+    assert main([*command, "--gpu-gib", "0.0001"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_the_arithmetic_of_qwen3_30b() -> None:
+    """3.35 billion parameters work on a token of which 0.31 are the embedding, which does not multiply."""
+    hf = json.loads((EXAMPLES / "models" / "Qwen3-30B-A3B" / "config.json").read_text())
+    assert model_flops(WeightMap(hf), 1, 0) == pytest.approx(6 * 3.04e9, rel=0.01)
