@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -67,6 +67,17 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """In host memory, with one wait for all of them."""
+    there = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.device.type == "cuda"]
+    copies = list(tensors)
+    for i in there:
+        copies[i] = tensors[i].to(CPU, non_blocking=True)  # type: ignore[union-attr]
+    if there:
+        torch.cuda.current_stream().synchronize()
+    return copies
 
 
 def float32_means_float32() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple
         use_distributed_optimizer=config.engine.distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(settings, model.chunks, use_gloo_process_groups=False)
+    if config.engine.distributed_optimizer:
+        _gather_once(optimizer)
     if model.parallel.device.device.type == "cuda" and model.profile.adam == "torch":
         _fuse_adam(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
@@ -51,6 +54,14 @@ def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _gather_once(optimizer: Any) -> None:
+    """megarl's answer to DistributedOptimizer.step_with_ready_grads of megatron-core 0.16: each optimizer of a chain
+    gathers the parameters of all of them, the dense and the expert ones. Here the last one does.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [])[:-1]:
+        part.ddp_config = replace(part.ddp_config, overlap_param_gather=True)  # which means: not here
 
 
 def _fuse_adam(optimizer: Any) -> None:

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megarl.engine.batch import Pack, cp_rows, router_rows
-from megarl.engine.device import to_device
+from megarl.engine.device import to_device, to_host
 from megarl.engine.logprob import vocab_parallel_logprobs
 from megarl.engine.model import Model
 from megarl.engine.optim import current_lr
@@ -143,11 +143,8 @@ class Engine:
         parallel = self.model.parallel
         if parallel.layout.cp == 1:
             return local
-        order = (
-            torch.cat([cp_rows(pack.padded, parallel.layout.cp, rank) for rank in range(parallel.layout.cp)])
-            .argsort()
-            .to(local[0].device)
-        )
+        rows = torch.cat([cp_rows(pack.padded, parallel.layout.cp, rank) for rank in range(parallel.layout.cp)])
+        order = to_device(rows.argsort(), local[0].device)
         # Every rank computes the same loss and keeps the gradient of its own rows, so that summing over the ranks
         # counts each row once.
         gathered = gather_from_sequence_parallel_region(
@@ -186,8 +183,8 @@ class Engine:
                 collect_non_loss_data=forward_only,
                 **between,
             )
-        for i, pack in enumerate(packs if routes != "off" else []):
-            self._keep_routes(pack, [recorded[c, i] for c in range(len(self.model.chunks)) if (c, i) in recorded])
+        if routes != "off":
+            self._keep_routes(packs, recorded)
         return result
 
     def _forward(
@@ -223,16 +220,25 @@ class Engine:
             recorded[index, number] = LiveRoutes(*record.stacked())
         return out, partial(consume, pack, temperature)
 
-    def _keep_routes(self, pack: Pack, chunks: list[LiveRoutes]) -> None:
-        """A stage without MoE layers keeps routes of no layers, so that sums over stages meet the same rows on each."""
-        weight_map = self.model.weight_map
-        if not chunks and weight_map.moe_layers:
-            rows = len(self.predicting_rows(pack))
-            chunks = [LiveRoutes(torch.zeros(rows, 0, weight_map.top_k, dtype=torch.int16), None)]
-        if chunks:
-            pack.passes.live_routes = torch.cat([chunk.routes for chunk in chunks], dim=1).cpu()
-            gaps = [chunk.score_gap for chunk in chunks if chunk.score_gap is not None]
-            pack.passes.score_gap = torch.cat(gaps, dim=1).cpu() if gaps else None
+    def _keep_routes(self, packs: list[Pack], recorded: dict[tuple[int, int], LiveRoutes]) -> None:
+        """A stage without MoE layers keeps routes of no layers, so that sums over stages meet the same rows on each.
+        The host waits for the device once a pass.
+        """
+        weight_map, chunks = self.model.weight_map, range(len(self.model.chunks))
+        routes: list[Tensor | None] = []
+        gaps: list[Tensor | None] = []
+        for i, pack in enumerate(packs):
+            live = [recorded[chunk, i] for chunk in chunks if (chunk, i) in recorded]
+            if not live and weight_map.moe_layers:
+                rows = len(self.predicting_rows(pack))
+                live = [LiveRoutes(torch.zeros(rows, 0, weight_map.top_k, dtype=torch.int16), None)]
+            gaps_of = [chunk.score_gap for chunk in live if chunk.score_gap is not None]
+            routes.append(torch.cat([chunk.routes for chunk in live], dim=1) if live else None)
+            gaps.append(torch.cat(gaps_of, dim=1) if gaps_of else None)
+        kept = to_host([*routes, *gaps])
+        for pack, route, gap in zip(packs, kept, kept[len(packs) :], strict=False):
+            if route is not None:
+                pack.passes.live_routes, pack.passes.score_gap = route, gap
 
     def predicting_rows(self, pack: Pack) -> Tensor:
         """bool [rows of this rank]: rows that predict a response token, the ones that routing metrics count."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from megarl.config import Config
 from megarl.engine.batch import Pack
 from megarl.engine.build import Engine, route_shape
-from megarl.engine.device import to_device
+from megarl.engine.device import to_device, to_host
 from megarl.engine.reference import Reference
 from megarl.engine.step import Routes
 from megarl.errors import UserError
@@ -200,10 +200,11 @@ class Learner:
     def _mismatch(self, packs: list[Pack]) -> Sums:
         """Of pi_old against mu, on the last stage."""
         sums: Sums = {}
-        for pack in packs:
-            old, rollout = pack.passes.old_logprobs, pack.rollout.logprobs
-            if self.parallel.is_last_stage and old is not None:
-                sums = merge(sums, mismatch_metrics(old.cpu(), rollout, pack.mask, self.config.objective.is_cap))
+        scored = [pack for pack in packs if self.parallel.is_last_stage and pack.passes.old_logprobs is not None]
+        old_logprobs = to_host([pack.passes.old_logprobs for pack in scored])
+        for pack, old in zip(scored, old_logprobs, strict=True):
+            assert old is not None
+            sums = merge(sums, mismatch_metrics(old, pack.rollout.logprobs, pack.mask, self.config.objective.is_cap))
         return sums
 
     def _notes(self, packs: list[Pack], sampled: list[int]) -> TokenNotes:
@@ -217,16 +218,15 @@ class Learner:
         """The first response on this rank with a NaN or infinite number that the loss would take, named; "" if there is
         none.
         """
-        for pack in packs:
-            rows = pack.mask.bool()
-            for what in ("logprobs", "old_logprobs", "ref_logprobs", "old_values"):
-                values: Tensor | None = getattr(pack.passes, what)
-                if values is None:
-                    continue
-                bad = (~values.cpu().isfinite() & rows).nonzero().flatten()
-                if len(bad):
-                    response = pack.responses[int(pack.seq_ids[bad[0]])]
-                    return f"{what} of {self._names[response]} hold {float(values[bad[0]])}"
+        names = ("logprobs", "old_logprobs", "ref_logprobs", "old_values")
+        taken = [(pack, what) for pack in packs for what in names if getattr(pack.passes, what) is not None]
+        there = to_host([getattr(pack.passes, what) for pack, what in taken])
+        for (pack, what), values in zip(taken, there, strict=True):
+            assert values is not None
+            bad = (~values.isfinite() & pack.mask.bool()).nonzero().flatten()
+            if len(bad):
+                response = pack.responses[int(pack.seq_ids[bad[0]])]
+                return f"{what} of {self._names[response]} hold {float(values[bad[0]])}"
         return ""
 
     def _sound(self, fault: str) -> bool:

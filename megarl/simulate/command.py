@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
@@ -17,13 +18,25 @@ LARGEST = 10
 
 
 def run(
-    config: str, overrides: list[str], world: int, rank: int, gpus_per_host: int, gpu_gib: float, as_json: bool
+    config: str,
+    overrides: list[str],
+    world: int,
+    rank: int,
+    gpus_per_host: int,
+    gpu_gib: float,
+    as_json: bool,
+    out: str | None,
 ) -> int:
-    """0 where the step fits gpu_gib, 1 where it does not."""
+    """0 where the step fits gpu_gib, 1 where it does not. out: of the page, or none."""
     request = {"config": config, "keys": overrides, "world": world, "rank": rank}
     found = simulated_ranks([request])[0]
     found["link_bytes"] = link_bytes(found, gpus_per_host)
+    found["recompute"] = recompute_bytes(config, overrides, world, rank)
     fits = step_peak(found) <= gpu_gib * GIB
+    if out is not None:
+        from megarl.simulate.page import write_page
+
+        write_page(Path(out), found, tables(found), f"{'yes' if fits else 'no'}, of {gpu_gib:g} GiB")
     print(json.dumps(found | {"fits": fits}) if as_json else describe(found, gpu_gib))
     return 0 if fits else 1
 
@@ -74,6 +87,41 @@ def _ring_bytes(kind: str, size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks * (2 if kind == "allreduce" else 1)
 
 
+def recompute_bytes(config: str, overrides: list[str], world: int, rank: int) -> dict[str, int]:
+    """Peak of a step of this rank by engine.recompute, as it is planned (megarl/estimate/memory.py)."""
+    from megarl.config import load_config
+    from megarl.estimate.memory import Training, stage_memory
+    from megarl.weights.map.layout import Layout
+    from megarl.weights.map.weight_map import WeightMap, load_hf_config
+
+    tree = load_config(config, overrides)
+    engine, layout = tree.engine, Layout(**tree.parallel.model_dump(), world=world)
+    weight_map, stage = WeightMap(load_hf_config(tree.model.path)), layout.coord(rank).pp
+    itemsize = 4 if engine.dtype == "float32" else 2
+    found = {}
+    for recompute in ("none", "selective", "full"):
+        tokens = engine.micro_batch_tokens
+        training = Training(layout, itemsize, engine.distributed_optimizer, recompute, tokens)
+        found[recompute] = stage_memory(weight_map, training, stage).total
+    return found
+
+
+def tables(found: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """title -> (figure, what it is of)."""
+    worst = max(found["peaks"].values(), key=lambda at: at["bytes"])
+    moe = f"{found['moe_layers']} MoE layers on this rank"
+    return {
+        "largest at the peak, GiB, by the line that allocated it": [
+            (f"{size / GIB:.3f}", line) for line, size in worst["lines"][:LARGEST]
+        ],
+        "bytes sent in the batch, GiB": [(f"{size / GIB:.3f}", link) for link, size in found["link_bytes"].items()],
+        "peak by engine.recompute, GiB, as planned": [
+            (f"{size / GIB:.3f}", how) for how, size in found["recompute"].items()
+        ],
+        f"waits of the host for the device in the batch ({moe})": [(str(count), what) for what, count in _waits(found)],
+    }
+
+
 def describe(found: dict[str, Any], gpu_gib: float) -> str:
     peak = step_peak(found)
     batch = f"{found['minibatches']} mini-batches of {found['packs']} packs"
@@ -87,13 +135,8 @@ def describe(found: dict[str, Any], gpu_gib: float) -> str:
         if phase in (*BUILD, *STEP):
             bar = "#" * round(BAR * at["bytes"] / peak)
             lines.append(f"{phase:<18} {at['bytes'] / GIB:>9.3f} {bar}")
-    worst = max(found["peaks"].values(), key=lambda at: at["bytes"])
-    lines += ["", "largest at the peak, GiB, by the line that allocated it"]
-    lines += [f"{size / GIB:>9.3f} {line}" for line, size in worst["lines"][:LARGEST]]
-    lines += ["", "bytes sent in the batch, GiB"]
-    lines += [f"{size / GIB:>9.3f} {link}" for link, size in found["link_bytes"].items()]
-    lines += ["", f"waits of the host for the device in the batch ({found['moe_layers']} MoE layers on this rank)"]
-    lines += [f"{count:>9} {what}" for what, count in _waits(found)]
+    for title, rows in tables(found).items():
+        lines += ["", title, *(f"{value:>9} {what}" for value, what in rows)]
     verdict = "fits" if peak <= gpu_gib * GIB else "does not fit"
     lines += ["", f"{verdict}: {peak / GIB:.3f} of {gpu_gib:g} GiB"]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 LARGEST = 1 << 23  # elements: a routing map of 32k rows and 256 experts, which begins as zeros in float32
@@ -41,17 +41,19 @@ def forget(x: Any) -> None:
         numbers = getattr(part, "_numbers", None)
         if numbers is not None:
             numbers.untyped_storage()._stale = True
+            part._numbers = None  # Adam's moments begin as known zeros: they would stay, as much as the GPU holds
 
 
-def beside(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def beside(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]) -> Any:
     """What the operator gives on known numbers, in the structure of its result; None where one is missing or large.
+    flat: all arguments, without lists around them.
     An operator that writes in place writes into the numbers too, or makes them unknown.
     """
     result = None
     if func not in EMPTY and func.namespace in ("aten", "prims"):
         if func in FILLED or func is aten.full_like.default:
             return _filled(func, args, kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [x for x in flat if isinstance(x, Tensor)]
         if all(_small(x) if not isinstance(x, FakeTensor) else known(x) is not None for x in tensors) and (
             tensors or _small_factory(args)
         ):

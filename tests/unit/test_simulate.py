@@ -1,5 +1,5 @@
-"""The engine on a simulated GPU, in layouts of every kind: no tensor on the wrong device, and peak memory as it is
-planned.
+"""The engine on a simulated GPU, in layouts of every kind: no tensor on the wrong device, peak memory as it is planned,
+waits of the host as they are listed, and bytes of every kind of collective as they are computed.
 """
 
 from __future__ import annotations
@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from megarl.config import load_config
 from megarl.estimate.memory import Training, stage_memory
+from megarl.estimate.traffic import Sent, stage_traffic
+from megarl.simulate.phases import STEP
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap
 
@@ -42,6 +45,43 @@ LAYOUTS: dict[str, tuple[int, int, int, list[str]]] = {  # layers, world, rank, 
     ),
 }
 
+MINIBATCHES = {"ep": 2}  # one is enough elsewhere; with two there is a pi_old pass
+
+# Where the host waits for the device, and how often: in each layer of a pass with experts, in each pack, pass, update
+# and batch; old: in a pi_old pass. The list only shrinks: what is not here fails, and so does what no layout reaches.
+WAITS: dict[str, dict[str, int]] = {
+    "event megatron/core/transformer/moe/token_dispatcher.py MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": {
+        "layer": 1
+    },
+    "nonzero megarl/objective/metrics.py unmasked": {"pack": 1},
+    "unique_consecutive megarl/objective/aggregate.py count": {"pack": 1},
+    "_unique2 megarl/objective/aggregate.py count": {"pack": 1},
+    "copy to the host megarl/observe/worst.py worst_of": {"pack": 1},
+    "stream megarl/engine/device.py to_host": {"pass": 1, "old": 1, "batch": 2},
+    "item megarl/engine/step.py Engine.finite_gradients": {"update": 1},
+    "item megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": {"update": 2},
+    "item megarl/loop/learn.py Learner._sound": {"update": 1, "batch": 1},
+    "copy to the host megarl/loop/reduce.py reduce_sums": {"batch": 4},
+    "copy to the host megarl/loop/reduce.py _on_host": {"batch": 1},
+    "copy to the host megarl/loop/reduce.py routing_values": {"batch": 2},
+    "item megarl/loop/reduce.py routing_values": {"batch": 4},
+    "broadcast_object_list megarl/loop/reduce.py reduce_sums": {"batch": 2},
+    "gather_object megarl/observe/worst.py gather_notes": {"batch": 1},
+}
+GROUPS = {
+    "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
+    "CONTEXT_PARALLEL_GROUP": "context",
+    "EXPERT_MODEL_PARALLEL_GROUP": "expert",
+    "EXPERT_TENSOR_PARALLEL_GROUP": "expert tensor",
+    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "experts",
+    "DATA_PARALLEL_GROUP_WITH_CP": "data",
+    "EXPERT_DATA_PARALLEL_GROUP": "expert data",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
+    "default_pg": "pipeline",
+}
+KINDS = ("allgather", "reduce_scatter", "allreduce", "alltoall", "send", "recv")
+NORM = 8  # bytes an update: of dense and of expert gradients, the square of their norm
+
 
 def model(layers: int) -> dict[str, Any]:
     return {
@@ -67,12 +107,11 @@ def model(layers: int) -> dict[str, Any]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What each layout recorded: all in one process, for the seconds that importing the engine takes."""
     requests = []
-    for layers, world, rank, keys in LAYOUTS.values():
+    for name, (layers, world, rank, keys) in LAYOUTS.items():
         folder = tmp_path_factory.mktemp("model")
         (folder / "config.json").write_text(json.dumps(model(layers)))
-        requests.append(
-            {"keys": [f"model.path={folder}", *KEYS, *keys], "world": world, "rank": rank, "minibatches": 1}
-        )
+        given = [f"model.path={folder}", *KEYS, *keys]
+        requests.append({"keys": given, "world": world, "rank": rank, "minibatches": MINIBATCHES.get(name, 1)})
     lines = "".join(json.dumps(request) + "\n" for request in requests)
     run = subprocess.run([sys.executable, "-m", "megarl.simulate"], input=lines, capture_output=True, text=True)
     answers = [json.loads(line) for line in run.stdout.splitlines()]
@@ -88,10 +127,65 @@ def test_an_update_runs_and_no_tensor_is_on_the_wrong_device(found: dict[str, di
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_peak_is_the_plan(found: dict[str, dict[str, Any]], name: str) -> None:
-    layers, world, rank, keys = LAYOUTS[name]
-    engine = load_config(None, [*KEYS, *keys])
-    layout = Layout(**engine.parallel.model_dump(), world=world)
-    training = Training(layout, 2, engine.engine.distributed_optimizer, engine.engine.recompute, TOKENS)
-    planned = stage_memory(WeightMap(model(layers)), training, layout.coord(rank).pp)
+    planned = stage_memory(*trained(name))
     peak = found[name]["peaks"]["gradients"]["bytes"]
     assert abs(planned.total / peak - 1) < 0.05, (planned, peak)
+
+
+def trained(name: str) -> tuple[WeightMap, Training, int]:
+    layers, world, rank, keys = LAYOUTS[name]
+    config = load_config(None, [*KEYS, *keys])
+    layout = Layout(**config.parallel.model_dump(), world=world)
+    engine = config.engine
+    training = Training(layout, 2, engine.distributed_optimizer, engine.recompute, TOKENS)
+    return WeightMap(model(layers)), training, layout.coord(rank).pp
+
+
+def test_the_host_waits_as_it_is_listed(found: dict[str, dict[str, Any]]) -> None:
+    reached = set()
+    for name, rank in found.items():
+        batches, packs = rank["minibatches"], rank["minibatches"] * rank["packs"]
+        passes = 1 + (batches > 1) + ("engine.recompute=full" in LAYOUTS[name][-1])
+        units = {
+            "layer": rank["moe_layers"] * packs * passes,
+            "pack": packs,
+            "pass": batches + (batches > 1),
+            "old": int(batches > 1),
+            "update": batches,
+            "batch": 1,
+        }
+        waits: Counter[str] = Counter()
+        for phase, what, _, place, count in rank["waits"]:
+            waits[f"{what} {place}"] += count * (phase in STEP)
+        for wait, count in waits.items():
+            allowed = sum(each * units[unit] for unit, each in WAITS.get(wait, {}).items())
+            assert count <= allowed, f"{name}: {count} times {wait!r}, {allowed} are listed"
+            if count == allowed:
+                reached.add(wait)
+    gone = WAITS.keys() - reached
+    assert not gone, f"gone, or rarer than it is listed: {sorted(gone)}; shorten the list"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_collectives_send_what_is_computed(found: dict[str, dict[str, Any]], name: str) -> None:
+    rank = found[name]
+    sent: dict[str, Sent] = {phase: Counter() for phase in STEP}
+    for phase, group, ranks, what, place, _, size in rank["sent"]:
+        kind = next(kind for kind in KINDS if what.startswith(kind))
+        alone = len(ranks) == 1 and kind not in ("send", "recv")
+        if phase not in ("metrics", *sent) or phase == "metrics" or alone:
+            continue
+        if "get_grad_norm" in place:
+            assert size <= NORM * rank["minibatches"]
+        else:
+            sent[phase][GROUPS[group], kind] += size
+    traffic, updates = stage_traffic(*trained(name)), rank["minibatches"]
+    packs = updates * rank["packs"]
+    assert sent["pi_old pass"] == times(packs if updates > 1 else 0, traffic.forward)
+    once = times(packs, traffic.forward) + times(packs, traffic.backward)
+    assert sent["gradients"] == once + times(updates, traffic.reduced)
+    assert sent["optimizer step"] == times(updates, traffic.gathered)
+
+
+def times(count: int, sent: Sent) -> Sent:
+    return +Counter({key: count * size for key, size in sent.items()})
