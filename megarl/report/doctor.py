@@ -75,6 +75,8 @@ def _machine() -> list[str]:
 
 
 def _engines() -> list[str]:
+    import torch
+
     problems = []
     try:
         from megarl.config import EngineConfig
@@ -89,11 +91,15 @@ def _engines() -> list[str]:
     except Exception as error:  # whatever an import of a broken build raises
         problems.append(f"megatron-core does not import: {error}")
     try:
-        from megarl.server.plugin import vllm_version
+        from megarl.server import vllm_release
 
-        _line("rollout engine", f"vLLM {vllm_version()}")
+        release = vllm_release.installed()
+        _line("rollout engine", f"vLLM {release}")
+        if line := vllm_release.unverified(release):
+            _line("warning", line)
+        vllm_release.refuse_missing_names(not torch.cuda.is_available())
     except Exception as error:
-        problems.append(f"vLLM does not import: {error}")
+        problems.append(f"the rollout engine does not work: {error}")
     points = [
         point for point in importlib.metadata.entry_points(group="vllm.general_plugins") if point.name == "megarl"
     ]

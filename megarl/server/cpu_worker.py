@@ -9,7 +9,6 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from megarl.server.plugin import end_with_parent
 from megarl.server.vllm_patches import RouteCapture
-from megarl.server.vllm_release import check_version
 
 
 class RolloutRunner(CPUModelRunner):
@@ -49,7 +48,6 @@ class RolloutRunner(CPUModelRunner):
 class RolloutWorker(cpu_worker.CPUWorker):
     def init_device(self) -> None:
         end_with_parent()  # a forked engine loads no plugins
-        check_version()
         original, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, RolloutRunner
         try:
             super().init_device()

@@ -1,8 +1,8 @@
 """What megarl adds to vLLM: the entry point of the group
 vllm.general_plugins, run once in every vLLM process on this machine.
 
-In a vLLM process that is not ours it repairs two bugs of the CPU build
-(vllm_patches.py) and offers a backend name; nothing else changes.
+A vLLM that lacks a name that megarl needs (vllm_release.py) is refused in our servers. In a vLLM process that is not
+ours it is left alone; any other is repaired on a CPU (vllm_patches.py) and offers a backend name; nothing else changes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ FORKS = "MEGARL_FORKS"  # beside it where the engine is one process with one thr
 
 
 def register() -> None:
-    """Called by vLLM."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    """Called by vLLM. RuntimeError names what this vLLM lacks."""
     from vllm.platforms import current_platform
+
+    from megarl.server.vllm_release import missing_names, refuse_missing_names
+
+    if OWN_SERVER in os.environ:
+        refuse_missing_names(current_platform.is_cpu())
+    elif missing_names(current_platform.is_cpu()):
+        return
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "megarl.server.weight_receiver", "WeightReceiver")
@@ -36,10 +43,3 @@ def end_with_parent() -> None:
 
         assert parent.pid is not None
         die_with_parent(parent.pid)
-
-
-def vllm_version() -> str:
-    """Imports vLLM: raises whatever the import of a broken build raises."""
-    import vllm
-
-    return vllm.__version__

@@ -1,4 +1,5 @@
-"""What we repair in vLLM on a CPU, written for one release. tests/engine holds each patch.
+"""What we repair in vLLM on a CPU, whatever its release, as long as it has the names (vllm_release.py). tests/engine
+holds each patch.
 
 1. An in-place weight update skips the CPU's expert prepack (unquantized_fused_moe_method.py, _setup_kernel): silently
 wrong experts.
@@ -20,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import vllm
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -29,21 +29,17 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.platforms.cpu import CpuPlatform
 
 from megarl.server.plugin import FORKS
-from megarl.server.vllm_release import VERSION
 
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
 
 
 def apply() -> None:
-    """Patches this process; may be called more than once. Another
-    version of vLLM is left alone until one of our workers asks for it.
-    """
-    if vllm.__version__.partition("+")[0] == VERSION:
-        _repack_experts_on_update()
-        _rotate_every_head()
-        _repack_tied_heads_on_update()
-        _allow_routes_with_our_worker()
-        _fork_the_engine()
+    """Patches this process; may be called more than once."""
+    _repack_experts_on_update()
+    _rotate_every_head()
+    _repack_tied_heads_on_update()
+    _allow_routes_with_our_worker()
+    _fork_the_engine()
 
 
 def _repack_experts_on_update() -> None:

