@@ -26,6 +26,7 @@ from megarl.engine.megatron_compat import own_asynchronous_save
 from megarl.engine.parallel import GROUP_TIMEOUT
 
 FORMAT = ("torch_dist", 1)
+FILES_A_RANK = 2  # on every release of megatron-core: its own default went from two to one
 _group: tuple[Any, Any] = (None, None)  # the world, and the writers' group in it
 
 
@@ -72,7 +73,7 @@ class Parts:
 def copied(sharded: dict[str, Any], folder: Path) -> Parts:
     """Copies what this rank is to write of `sharded` into `folder`: it may change from here on. Collective."""
     filesystem_async._results_queue = queue.SimpleQueue()  # else megatron-core starts a process for it
-    strategy = _Planned(*FORMAT)
+    strategy = _Planned(*FORMAT, thread_count=FILES_A_RANK)
     dist_checkpointing.save(
         sharded, str(folder), sharded_strategy=strategy, async_sharded_save=True, **own_asynchronous_save()
     )

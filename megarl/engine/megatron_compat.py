@@ -119,6 +119,17 @@ def permuted(rows: Any, probs: Any, index: Any, tokens_per_expert: Any = None) -
     return (rows, probs, index, None, tokens_per_expert) if _permute_counts() else (rows, probs, index)
 
 
+@functools.cache
+def pairs_of_latent_rotation() -> dict[str, bool]:
+    """Arguments of apply_rotary_pos_emb with which latent attention rotates neighbours, as its models do. Releases
+    before 0.19 take it from the configuration; without the argument 0.19 rotates halves, in silence.
+    """
+    from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+
+    name = "mla_rotary_interleaved"
+    return {name: True} if name in inspect.signature(apply_rotary_pos_emb).parameters else {}
+
+
 def submodules_of(spec: Any) -> Any:
     """Of a ModuleSpec, or of a partial, which newer releases have in its place."""
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from megarl.engine.attention import PackedSequences
+from megarl.engine.megatron_compat import pairs_of_latent_rotation
 
 LATENT_EPSILON = 1e-6  # transformers/models/deepseek_v3/modeling_deepseek_v3.py: DeepseekV3RMSNorm's default
 
@@ -126,8 +127,7 @@ class PackedLatentAttention(MultiLatentAttention):
     def _rotate(self, both: tuple[Tensor, Tensor], packed: PackedSequences) -> list[Tensor]:
         angles = self.rotary_pos_emb.get_emb(packed.max_seqlen_q)
         angles, scale = angles if isinstance(angles, tuple) else (angles, 1.0)  # yarn scales cosine and sine
-        angles = angles[packed.positions]
+        angles, group, pairs = angles[packed.positions], self.pg_collection.cp, pairs_of_latent_rotation()
         return [
-            apply_rotary_pos_emb(x, angles, config=self.config, mscale=scale, cp_group=self.pg_collection.cp)
-            for x in both
+            apply_rotary_pos_emb(x, angles, config=self.config, mscale=scale, cp_group=group, **pairs) for x in both
         ]

@@ -47,9 +47,9 @@ class GroupedLinear(_Module):
 
 
 class RMSNorm(_Module):
-    def __init__(self, hidden_size, **kwargs):
+    def __init__(self, normalized_shape=None, *, hidden_size=None, **kwargs):  # the second: the older name
         super().__init__()
-        self.weight = Parameter(torch.zeros(hidden_size))
+        self.weight = Parameter(torch.zeros(normalized_shape or hidden_size))
 
 
 class DotProductAttention(_Module):
@@ -67,12 +67,14 @@ class DotProductAttention(_Module):
         max_seqlen_q=None,
         max_seqlen_kv=None,
         attn_mask_type=None,
+        pad_between_seqs=None,
     ):
         """[t, heads, dim], groups of key and value heads -> [t, heads *
         dim]: causal attention inside each sequence of cu_seqlens.
         """
         assert attention_mask is None and qkv_format == "thd" and attn_mask_type == "padding_causal"
-        assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None, "no padding between sequences"
+        padded = cu_seqlens_q_padded is not None or cu_seqlens_kv_padded is not None or pad_between_seqs
+        assert not padded, "no padding between sequences"
         for cu_seqlens, longest, rows in (
             (cu_seqlens_q, max_seqlen_q, query_layer),
             (cu_seqlens_kv, max_seqlen_kv, key_layer),

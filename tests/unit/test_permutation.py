@@ -60,7 +60,7 @@ def test_sums_of_bfloat16_rows_are_rounded_once():
     """
     routing_map, _ = routes(200, 16, 8)
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
-    permuted, _, index = permutation.permute(x, routing_map, num_out_tokens=1600, **PLAIN)
+    permuted, _, index, *_ = permutation.permute(x, routing_map, num_out_tokens=1600, **PLAIN)
     rows = permuted * torch.linspace(0.5, 2, 1600).bfloat16()[:, None]
     exact = torch.zeros(200, 32, dtype=torch.float64).index_add_(0, index.token_N, rows.double())
     error = (permutation.unpermute(rows, index, x.shape, **PLAIN).double() - exact).abs()

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel import p2p_communication, schedules
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megarl.engine import pipeline
 from megarl.engine.device import setup_device
@@ -89,8 +90,9 @@ def channels(monkeypatch):
     for name, function in replaced.items():
         monkeypatch.setattr(dist, name, function)
     monkeypatch.setattr(pipeline.parallel_state, "get_pipeline_model_parallel_group", lambda: here.group)
-    monkeypatch.setattr(schedules, "is_pp_first_stage", lambda group: group.rank() == 0)
-    monkeypatch.setattr(schedules, "is_pp_last_stage", lambda group: group.rank() == group.size() - 1)
+    for module in (schedules, p2p_communication):  # the second asks since 0.19
+        monkeypatch.setattr(module, "is_pp_first_stage", lambda group: group.rank() == 0, raising=False)
+        monkeypatch.setattr(module, "is_pp_last_stage", lambda group: group.rank() == group.size() - 1, raising=False)
     for name, function in {
         "forward_step": forward,
         "backward_step": backward,
@@ -115,7 +117,7 @@ def run_stage(stage, stages, chunks, padded, forward_only):
     layout = Layout(pp=stages, vpp=chunks, world=stages)
     here.messages = pipeline.StageMessages(here.config, layout, layout.coord(stage), padded)
     schedule = "with_interleaving" if chunks > 1 else "without_interleaving"
-    groups = SimpleNamespace(tp=Group(), cp=Group(), pp=here.group, embd=None, pos_embd=None, dp_cp=Group())
+    groups = ProcessGroupCollection(tp=Group(), cp=Group(), pp=here.group, embd=None, pos_embd=None, dp_cp=Group())
     getattr(schedules, f"forward_backward_pipelining_{schedule}")(
         forward_step_func=None,
         data_iterator=[None] * chunks,

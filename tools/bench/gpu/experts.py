@@ -53,7 +53,7 @@ def permutation(tokens: int, hf: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
         def work(module: Any = module) -> list[torch.Tensor]:
             x.grad = None
-            permuted, _, index = module.permute(
+            permuted, _, index, *_ = module.permute(
                 x, routing_map, probs=probs, num_out_tokens=rows, fused=False, drop_and_pad=False
             )
             out = module.unpermute(
