@@ -54,7 +54,7 @@ def simulate(
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     count = packs or config.parallel.pp
-    with simulated() as device, _alone(world, rank):
+    with simulated() as device, alone(world, rank):
         ledger: Ledger = device.ledger
         engine = _build(config, ledger)
         ledger.phase = "packs"
@@ -71,7 +71,7 @@ def simulate(
 
 
 @contextmanager
-def _alone(world: int, rank: int) -> Iterator[None]:
+def alone(world: int, rank: int) -> Iterator[None]:
     """A process group in which the other ranks do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:

@@ -26,11 +26,15 @@ class _Module(Module):
 
 
 class Linear(_Module):
-    def __init__(self, in_features, out_features, *, tp_size=1, parallel_mode=None, params_dtype=None, **kwargs):
+    def __init__(
+        self, in_features, out_features, *, bias=True, tp_size=1, parallel_mode=None, params_dtype=None, **kwargs
+    ):
         super().__init__()
         rows = out_features // tp_size if parallel_mode == "column" else out_features
         columns = in_features // tp_size if parallel_mode == "row" else in_features
         self.weight = Parameter(torch.zeros(rows, columns, dtype=params_dtype))
+        if bias:
+            self.bias = Parameter(torch.zeros(rows, dtype=params_dtype))
 
 
 class LayerNormLinear(Linear):
@@ -43,7 +47,8 @@ class GroupedLinear(_Module):
     def __init__(self, num_gemms, in_features, out_features, *, params_dtype=None, **kwargs):
         super().__init__()
         for i in range(num_gemms):
-            self.register_parameter(f"weight{i}", Parameter(torch.zeros(out_features, in_features, dtype=params_dtype)))
+            weight = Parameter(torch.zeros(out_features, in_features, dtype=params_dtype))
+            self.register_parameter(f"weight{i}", weight)
 
 
 class RMSNorm(_Module):

@@ -1,5 +1,5 @@
-"""Names under Transformer Engine's layer spec: the rule by itself, and
-megatron-core's own spec built over a stand-in (te_stub.py).
+"""megatron-core's own spec built over a stand-in of Transformer Engine (te_stub.py), which is held to a record of the
+real one (tools/te_record.sh).
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from megarl.engine import model as module
 from megarl.engine.batch import make_packs
 settings = module.profile_settings
 module.profile_settings = lambda profile: {{**settings(profile), "moe_permute_fusion": False}}  # makes a CUDA tensor
-for experts, dense in (("grouped", [0]), ("sequential", [])):
-    config = load_config(None, ["engine.transformer_impl=transformer_engine", "engine.experts=" + experts])
-    at = init_parallel(config.parallel, setup_device(), 0)
-    model = build_model(config, WeightMap({{**json.loads({hf!r}), "mlp_only_layers": dense}}), at)  # raises where a name or a shape differs
-    assert model.profile.transformer_engine and model.profile.adam == "Transformer Engine", model.profile
-    print(json.dumps([name for _, name in model.named_entries()]))
+config = load_config(None, ["engine.transformer_impl=transformer_engine"])
+at = init_parallel(config.parallel, setup_device(), 0)
+model = build_model(config, WeightMap({{**json.loads({hf!r}), "mlp_only_layers": [0]}}), at)  # raises where a name or a shape differs
+assert model.profile.transformer_engine and model.profile.adam == "Transformer Engine", model.profile
+print(json.dumps([name for _, name in model.named_entries()]))
 # what the attention hands to Transformer Engine, against our own
 from megarl.engine.attention import PackedCausalAttention
 [pack] = make_packs([[0, 1]], [torch.arange(6), torch.arange(4)], [1, 1], at.layout, at.coord)
@@ -56,17 +55,28 @@ def built() -> list:
 
 
 def test_megatrons_own_spec_has_the_names_that_the_map_derives(built: list) -> None:
-    grouped, sequential = built[:2]
-    layer = "decoder.layers.0."
-    assert layer + "self_attention.linear_qkv.layer_norm_weight" in grouped
-    assert layer + "mlp.linear_fc1.layer_norm_weight" in grouped, "layer 0 is dense: its norm is fused"
-    assert "decoder.layers.1.pre_mlp_layernorm.weight" in grouped, "layer 1 has experts: its norm is not"
-    assert "decoder.layers.1.mlp.experts.linear_fc2.weight7" in grouped
-    assert layer + "mlp.experts.local_experts.7.linear_fc2.weight" in sequential
+    names, layer = built[0], "decoder.layers.0."
+    assert layer + "self_attention.linear_qkv.layer_norm_weight" in names
+    assert layer + "mlp.linear_fc1.layer_norm_weight" in names, "layer 0 is dense: its norm is fused"
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in names, "layer 1 has experts: its norm is not"
+    assert "decoder.layers.1.mlp.experts.linear_fc2.weight7" in names
+
+
+def test_the_stand_in_has_what_the_real_one_was_seen_to_have(tmp_path: Path) -> None:
+    """Six families, grouped and sequential experts, whole and as the last rank of TP2 PP2 EP2."""
+    found, here = tmp_path / "stub.json", Path(__file__).parent
+    script = [sys.executable, str(ROOT / "tools" / "te_record.py"), "--stub", "--out", str(found)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    real, stub = (json.loads(file.read_text(encoding="utf-8")) for file in (here / "te_record.json", found))
+    assert real["models"].keys() == stub["models"].keys() and len(real["models"]) == 20
+    for name, parameters in real["models"].items():
+        assert stub["models"][name] == parameters, name
 
 
 def test_the_attention_hands_over_the_pack_with_its_edges(built: list) -> None:
     """The stand-in checks the arguments and computes what the real one documents."""
-    shape, handed, edges, difference = built[2]
+    shape, handed, edges, difference = built[1]
     assert shape == [8, 1, 64] and handed == [8, 4, 16] and edges == [0, 5, 8]
     assert difference < 1e-6
