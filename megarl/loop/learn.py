@@ -212,6 +212,9 @@ class Learner:
             return TokenNotes()
         parallel = self.parallel
         speaks = parallel.is_last_stage and parallel.coord.tp == parallel.coord.cp == 0
+        if speaks:  # the device has no more use for them
+            for pack, old in zip(packs, to_host([pack.passes.old_logprobs for pack in packs]), strict=True):
+                pack.passes.old_logprobs = old
         return gather_notes(take_notes(packs, sampled) if speaks else TokenNotes())
 
     def _first_bad(self, packs: list[Pack]) -> str:

@@ -54,10 +54,7 @@ WAITS: dict[str, dict[str, int]] = {
         "layer": 1
     },
     "nonzero megarl/objective/metrics.py unmasked": {"pack": 1},
-    "unique_consecutive megarl/objective/aggregate.py count": {"pack": 1},
-    "_unique2 megarl/objective/aggregate.py count": {"pack": 1},
-    "copy to the host megarl/observe/worst.py worst_of": {"pack": 1},
-    "stream megarl/engine/device.py to_host": {"pass": 1, "old": 1, "batch": 2},
+    "stream megarl/engine/device.py to_host": {"pass": 1, "old": 1, "batch": 3},
     "item megarl/engine/step.py Engine.finite_gradients": {"update": 1},
     "item megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": {"update": 2},
     "item megarl/loop/learn.py Learner._sound": {"update": 1, "batch": 1},
