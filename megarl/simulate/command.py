@@ -84,7 +84,7 @@ def _ring_bytes(kind: str, size: int, ranks: int) -> int:
     """That a rank passes on. size: of the tensor that it gives."""
     if "gather" in kind:
         return size * (ranks - 1)
-    return size * (ranks - 1) // ranks * (2 if kind == "allreduce" else 1)
+    return size * (ranks - 1) // ranks * (2 if kind.startswith("allreduce") else 1)
 
 
 def recompute_bytes(config: str, overrides: list[str], world: int, rank: int) -> dict[str, int]:

@@ -1,0 +1,60 @@
+"""What `megarl plan --trace` says of a rank that was simulated: links, tables and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.simulate.command import describe, link_bytes, recompute_bytes, tables
+from megarl.simulate.page import memory_chart, write_page
+
+GIB = 2**30
+
+
+@pytest.fixture
+def found() -> dict[str, Any]:
+    curve = [["model", 0, GIB], ["packs", 1, GIB], ["gradients", 2, 3 * GIB], ["metrics", 3, GIB], ["end", 4, 0]]
+    peaks = {phase: {"bytes": size, "lines": [[f"{phase}.py:1 f", size]]} for phase, _, size in curve}
+    pair, across = [0, 1], [0, 8, 16, 24]
+    sent = [
+        ["gradients", "", pair, "allgather_base", "", 1, 100],
+        ["gradients", "", across, "allreduce_coalesced", "", 1, 400],
+        ["gradients", "", list(range(16)), "alltoall_base", "", 1, 1600],
+        ["gradients", "", [8], "send", "", 1, 7],
+        ["gradients", "", [8], "recv", "", 1, 7],
+    ]
+    waits = [["gradients", "item", "", "megarl/a.py f", 3], ["model", "item", "", "megarl/b.py f", 9]]
+    rank = {"rank": 0, "world": 64, "packs": 2, "minibatches": 2, "moe_layers": 4, "seconds": 5.0, "cpu_seconds": 4.0}
+    record = rank | {"peaks": peaks, "curve": curve, "sent": sent, "waits": waits}
+    record["recompute"] = {"none": 3 * GIB, "full": GIB}
+    record["link_bytes"] = link_bytes(record, 8)
+    return record
+
+
+def test_bytes_go_over_the_slowest_link_of_a_ring_and_evenly_to_all(found: dict[str, Any]) -> None:
+    inside = 100 + 1600 * 7 // 16
+    between = 2 * 400 * 3 // 4 + 1600 * 8 // 16 + 7
+    assert found["link_bytes"] == {"inside a host": inside, "between hosts": between}
+
+
+def test_tables_and_page(found: dict[str, Any], tmp_path: Path) -> None:
+    text = describe(found, 2.0)
+    assert "does not fit: 3.000 of 2 GiB" in text and "3 gradients: item, megarl/a.py f" in text
+    assert "megarl/b.py" not in text  # the step's waits alone
+    write_page(tmp_path / "page.html", found, tables(found), "no, of 2 GiB")
+    page = (tmp_path / "page.html").read_text()
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])
+    (chart,) = data["charts"]
+    assert [line["name"] for line in chart["lines"]] == ["model", "packs", "gradients", "metrics"]
+    assert chart["lines"][2]["values"] == [None, None, 3.0, None, None] and chart["x"] == [0, 1, 2, 3, 4]
+    assert "peak by engine.recompute" in page and "gradients.py:1 f" in page
+    assert memory_chart(found["curve"]).low == 0.0
+
+
+def test_recompute_saves_what_is_planned(run_yaml: Path) -> None:
+    found = recompute_bytes(str(run_yaml), ["engine.dtype=bfloat16"], 4, 0)
+    assert found["none"] > found["selective"] >= found["full"] > 0
