@@ -24,7 +24,7 @@ LONG_S = 60.0  # a link is cut: for longer than any time-out of the runs here
 class Fault:
     """do: injects it and returns when that was, time.monotonic(). mend: what a user does once the run goes on.
 
-    restarts: the trainers. more: workers that the run has for good from then on.
+    restarts: the trainers. more: workers that the run has for good from then on. loses: workers, for a while.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Fault:
     mend: Callable[[Run], object] = lambda run: None
     restarts: bool = False
     more: int = 0
+    loses: int = 0
 
 
 def struck(what: str, who: str, phase: str, restarts: bool = False, every: bool = False) -> Fault:
@@ -45,7 +46,8 @@ def struck(what: str, who: str, phase: str, restarts: bool = False, every: bool 
         return time.monotonic()
 
     name = f"{what} of {'every ' if every else ''}{who} in {phase}"
-    return Fault(name, do, restarts=restarts)
+    serves = who in ("engine core", "API server", "rollout worker")
+    return Fault(name, do, restarts=restarts, loses=serves * (2 if every else 1))
 
 
 def slow(who: str, phase: str) -> Fault:

@@ -142,6 +142,10 @@ class Run:
         """Prompts that lost workers had, so far."""
         return int(sum(row["fleet/asked_again"] for row in self.rows()))
 
+    def lost(self) -> int:
+        """Workers that rank 0 has missed, so far."""
+        return int(sum(row["fleet/lost"] for row in self.rows()))
+
     def saved(self) -> int:
         last = newest(self.dir / "checkpoints")
         return step_of(last) if last else 0

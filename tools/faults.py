@@ -89,7 +89,7 @@ def suffer(run: Run, fault: Fault, whole: bool = True) -> Outcome:
     """
     before = run.step()
     run.wait(lambda: run.step() > before and (run.saved() or not fault.restarts), "step and checkpoint", again=True)
-    asked, failing = run.asked_again(), run.trainers()
+    asked, lost, failing = run.asked_again(), run.lost(), run.trainers()
     start = fault.do(run)
     done = lowest = run.step()
 
@@ -107,6 +107,7 @@ def suffer(run: Run, fault: Fault, whole: bool = True) -> Outcome:
     fault.mend(run)
     run.workers += fault.more
     if whole:
+        run.wait(lambda: run.lost() - lost >= fault.loses, "loss that is noticed", again=True)
         run.wait(lambda: run.last()["fleet/workers"] == run.workers, "all workers", again=True)
     whole_s, steps = time.monotonic() - start, done - lowest
     ahead = 1 + run.batches_ahead
