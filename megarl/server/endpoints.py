@@ -65,7 +65,8 @@ class RolloutEndpoint:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         counts = scope["type"] == "http" and scope["method"] == "POST"
-        syncs = counts and scope["path"].startswith(f"{PREFIX}sync/")
+        # the version is no step: who asks a hung engine for it, again and again, must not make it look alive
+        syncs = counts and scope["path"].startswith(f"{PREFIX}sync/") and not scope["path"].endswith("/version")
         self._running, self._syncing = self._running + counts, self._syncing + syncs
         try:
             await self._handle(scope, receive, send)

@@ -6,17 +6,20 @@ import contextlib
 import os
 import re
 import signal
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megarl.door import header
 from megarl.launch.lifeline import descendants
 from megarl.rollout import registry
-from megarl.rollout.client import RolloutClient
+from megarl.rollout.client import RolloutClient, answering
 from megarl.rollout.members import Members
-from megarl.rollout.registry import RolloutDied, RolloutError
+from megarl.rollout.registry import RolloutDied, RolloutError, WorkerInfo
 from tests.engine.support import START_S, prompts, supervised
 from tests.engine.test_rollout import assert_judged
 
@@ -35,6 +38,20 @@ def _alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def hangs(worker: WorkerInfo, within_s: float = 60.0) -> bool:
+    """Whether the server does not say that it is alive; it may take a moment to notice that a sync was given up."""
+    alive = urllib.request.Request(f"{worker.url}/megarl/alive", headers=header(worker.tokens.control))
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            urllib.request.urlopen(alive, timeout=3).close()
+        except TimeoutError:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def test_failed_syncs_and_a_killed_supervisor(
@@ -79,6 +96,12 @@ def test_failed_syncs_and_a_killed_supervisor(
             match=f"no answer within 15 s.*{rollout.workers[0].url}|{rollout.workers[0].url}.*no answer within 15 s",
         ):
             pusher.push(weights, 3)
+        assert hangs(rollout.workers[0]), "the sync is over"
+        asking = threading.Thread(target=answering, args=[rollout.workers])
+        asking.start()
+        time.sleep(0.5)
+        assert hangs(rollout.workers[0], within_s=0.0), "a question for its version is no sync"
+        asking.join()
         os.kill(engine, signal.SIGCONT)
 
         supervisor.kill()
