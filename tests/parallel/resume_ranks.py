@@ -78,7 +78,6 @@ def begin(model: str, folder: Path) -> None:
     save(engine, folder, "one")
     update(engine, 2)
     save(engine, folder / "third", "one")
-    do_again(engine, folder / "one" / "step_2")
     pass_on(model, folder, "one_sharded")
 
 
@@ -92,17 +91,6 @@ def pass_on(model: str, folder: Path, layout: str) -> None:
     if dist.get_rank() == 0:
         compare(folder / "one" / "step_2", folder / layout / "step_2", 0.0)
         compare(folder / "third" / "one" / "step_2", folder / "third" / layout / "step_2", 0.02)
-    do_again(engine, folder / layout / "step_2")
-
-
-def do_again(engine: Engine, checkpoint: Path) -> None:
-    """The step that followed this checkpoint of the same layout: after a resume it is the same, bit for bit."""
-    want = {name: tensor.clone() for name, tensor in state(engine).items()}
-    scramble(engine)
-    load_checkpoint(engine, checkpoint)
-    update(engine, 2)
-    wrong = [name for name, tensor in state(engine).items() if not torch.equal(want[name], tensor)]
-    assert not wrong, (checkpoint, wrong[:3])
 
 
 def save(engine: Engine, folder: Path, layout: str) -> None:
