@@ -39,8 +39,7 @@ export CPLUS_INCLUDE_PATH
 # libcuda.so.1 comes with a driver; in its place stands a library whose every function answers that there is no device
 mkdir -p "$folder/driver"
 find "$packages" -name '*.so' -exec nm --dynamic --undefined-only {} + |
-    sed -n 's/^ *U \(cu[A-Z][A-Za-z0-9_]*\).*/\1/p' | grep -Ev '^cu(blas|dnn|rand|solver|sparse|fft)' | sort --unique |
-    sed 's/.*/int &(void) { return 100; }/' | cc -shared -fPIC -x c - -o "$folder/driver/libcuda.so.1" -Wl,-soname,libcuda.so.1
+    sed -n 's/^ *U \(cu[A-Z][A-Za-z0-9_]*\).*/\1/p' | sort --unique | sed 's/.*/int &(void) { return 100; }/' | cc -shared -fPIC -x c - -o "$folder/driver/libcuda.so.1" -Wl,-soname,libcuda.so.1
 export LD_LIBRARY_PATH=$folder/driver:$toolkit/cu13/lib:$toolkit/cudnn/lib:$toolkit/nccl/lib
 export PYTHONPATH=$packages:$here OMP_NUM_THREADS=1
 cd "$here"
