@@ -3,7 +3,8 @@
     python tools/bench/peers.py [--rounds 3] [--steps 12] [--sides megarl,engines,one-off,trl,trl-mu,plain]
         [--env DIR] [--json FILE]
 
-The work is that of tools/bench/step.py in its layout dp2. Sides, which take turns in every round:
+The work is that of tools/bench/step.py in its layout dp2. Sides, which take turns in every round (without --sides
+megarl, one-off, trl and plain: three rounds take some ten minutes):
 
     megarl    lock-step, R3, every check on
     engines   megarl with a vLLM server for each trainer rank (rollout.engines=2)
@@ -131,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--sides", default="megarl,one-off,trl,plain")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--env", type=Path, default=cache / "megarl" / "peers")
     parser.add_argument("--json", type=Path)
