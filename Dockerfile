@@ -13,7 +13,7 @@ ENV PIP_CONSTRAINT="" PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv --system-site-packages /opt/train \
-    && /opt/train/bin/pip install --no-cache-dir megatron-core==0.16.1 nvidia-dali-cuda130==2.4.0 \
+    && /opt/train/bin/pip install --no-cache-dir megatron-core==0.19.2 nvidia-dali-cuda130==2.4.0 \
     && python3 -m venv /opt/rollout \
     && /opt/rollout/bin/pip install --no-cache-dir torch==2.13.0 vllm==0.32.0 \
     && nccl="$(/opt/train/bin/python -c 'import torch; print(*torch.cuda.nccl.version(), sep=".")')" \

@@ -18,4 +18,5 @@ export OMP_NUM_THREADS=1
 .venv/bin/python tools/config_docs.py --check
 .venv/bin/python tools/api_docs.py --check
 .venv/bin/python tools/metrics_docs.py --check
+[ $# -gt 0 ] || bash tools/test_next.sh --quick  # the other release of megatron-core
 exec .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"  # two cores; the longest first

