@@ -90,6 +90,8 @@ def experts(case: Case) -> str | None:
         return None
     if count > MOST_EXPERTS:
         return f"model.path: {count} experts are more than routes can name ({MOST_EXPERTS}); megarl keeps them as int16"
+    if parallel.etp > parallel.tp:  # megatron-core would add up gradients of ranks that hold other shards
+        return f"parallel.etp {parallel.etp} is more than parallel.tp {parallel.tp}; lower etp or raise tp"
     return _divides(parallel.ep, "parallel.ep", count, "experts") or _divides(
         parallel.etp, "parallel.etp", case.model["moe_ffn_hidden_size"], "moe_intermediate_size"
     )

@@ -367,6 +367,12 @@ def test_a_dense_model_has_replay_off_and_is_refused_expert_parallelism(
         refusals.check(load_config(run_yaml))
 
 
+def test_experts_are_not_cut_over_more_ranks_than_the_rest(run_yaml: Path) -> None:
+    """Their gradients would be summed over ranks with other shards."""
+    with pytest.raises(UserError, match=r"parallel\.etp 2 is more than parallel\.tp 1; lower etp"):
+        refusals.check(load_config(run_yaml, ["parallel.tp=1", "parallel.etp=2", "parallel.ep=1"]))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
