@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Makes .venv at the repository root: torch, megatron-core, vLLM for CPUs, this package and its test tools, as requirements/pyXY.txt
 # of its Python says. A second call does nothing.
-# MEGARL_PYTHON: the interpreter, by name or path. Without it: that of the .venv which is there, else the newest that is found.
+# MEGARL_PYTHON: the interpreter, by name or path. Without it: that of the .venv which is there, else 3.11, else 3.12.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=.venv
 log=$venv/setup.log
 stamp=$venv/.megarl-ready
-versions="3.12 3.11"  # newest first; requirements/ has the tested releases for each
+versions="3.11 3.12"  # first the one that all tests run on; requirements/ has the releases for each
 pip="$venv/bin/python -m pip --quiet --disable-pip-version-check"
 
 say() { printf 'setup: %s\n' "$*"; }
