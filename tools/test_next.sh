@@ -10,7 +10,7 @@ wanted=$(grep '^megatron-core==' requirements/py312.txt)
 beside=$PWD/.venv/$wanted
 if [ ! -e "$beside/.whole" ]; then
     rm -rf "$beside"
-    .venv/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-compile --python-version 3.12 --only-binary=:all: \
+    .venv/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-compile --ignore-requires-python --only-binary=:all: \
         --target "$beside" "$wanted"
     touch "$beside/.whole"
 fi
