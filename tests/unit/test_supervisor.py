@@ -184,8 +184,12 @@ def test_a_signal_ends_everything(tmp_path: Path, signum: signal.Signals, status
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    run = supervisor(tmp_path, STUBBORN, [STUBBORN], grace_s=60)
-    wait_for(tmp_path, 3)
+    armed = STUBBORN.replace("time.sleep", "print('ready', flush=True); time.sleep")  # before that SIGTERM ends it
+    run = supervisor(tmp_path, armed, [armed], grace_s=60)
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    until, log = time.monotonic() + 300, tmp_path / "helper0.log"
+    while not (log.exists() and "ready" in log.read_text(encoding="utf-8")) and time.monotonic() < until:
+        time.sleep(0.05)
     run.send_signal(signal.SIGINT)
     time.sleep(0.3)
     run.send_signal(signal.SIGINT)
