@@ -35,7 +35,14 @@ def owned(log_dir: Path) -> Iterator[None]:
             raise UserError(
                 f"run.dir {str(run_dir)!r} is in use by process {owner}; stop that one or give another run.dir"
             ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        except OSError as error:  # Lustre, say, mounted without locks
+            print(
+                f"megarl: warning: run.dir {str(run_dir)!r} cannot be locked ({error.strerror}): nothing keeps "
+                "a second run out of it"
+            )
+        try:  # past the file's buffer, which would be written again at its end
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:
+            raise UserError(f"run.dir {str(run_dir)!r} cannot be written ({error.strerror}): make room there") from None
         yield

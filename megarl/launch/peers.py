@@ -62,14 +62,14 @@ class Peers:
         """Returns when every rank has come here. UserError where they do not."""
         if not self._links:
             return
-        until = time.monotonic() + within_s
+        # rank 0 alone knows who is late, and says so before the others give up
+        until = time.monotonic() + within_s + (WORDS_S if self.rank else 0.0)
         self._note(self.rank, what)
         while len(self._met[what]) < (self.world if self.rank == 0 else 2):
             if self.line:
                 raise UserError("another rank ended the run")
             if time.monotonic() > until:
-                late = sorted(set(self._links) | {0} - self._met[what])
-                raise UserError(f"not all trainer ranks came to {what} within {within_s:g} s; missing: {late}")
+                raise UserError(f"not all trainer ranks came to {what} within {within_s:g} s{self._late_ones(what)}")
             time.sleep(0.02)
 
     @contextlib.contextmanager
@@ -109,6 +109,13 @@ class Peers:
         self._send({"bye": self.rank})
         with contextlib.suppress(OSError):
             self._wake.send(b"x")
+
+    def _late_ones(self, what: str) -> str:
+        """Known to rank 0 alone."""
+        late = sorted(set(range(1, self.world)) - self._met[what]) if self.rank == 0 else []
+        hosts = {rank: link.host for rank, link in self._links.items()}
+        words = ", ".join(f"rank {rank} (host {hosts.get(rank)})" for rank in late)
+        return f"; missing: {words}; look at their logs" if late else ""
 
     def _gather(self, store: dist.Store, address: str) -> None:
         with socket.create_server((address, 0), backlog=self.world) as listening:

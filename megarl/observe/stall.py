@@ -72,6 +72,7 @@ class StallWatch:
             "rank": self._rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "pids": _pids(),
             "beat": self._beats,
             "phase": trace.entered()[0],
             "seconds": self._waited_s(),
@@ -114,8 +115,8 @@ class StallWatch:
         return pulses
 
     def _here(self, pulses: dict[int, dict[str, Any]]) -> set[int]:
-        host = socket.gethostname()
-        return {rank for rank, pulse in pulses.items() if pulse["host"] == host and rank != self._rank}
+        here = socket.gethostname(), _pids()
+        return {rank for rank, pulse in pulses.items() if (pulse["host"], pulse["pids"]) == here and rank != self._rank}
 
     def _ask_for_stacks(self, pulses: dict[int, dict[str, Any]]) -> None:
         """Of this rank, of those on this host by a signal, of others by a mark that they look for."""
@@ -141,6 +142,11 @@ class StallWatch:
         peers.tell(f"megarl: error: {line}")
         with (self._folder.parent / FAILURES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "rank": self._rank, "stall": line}) + "\n")
+
+
+def _pids() -> str:
+    """Whose process ids this process sees: each container of a host has its own, and may have the host's name."""
+    return os.readlink("/proc/self/ns/pid")
 
 
 def described(pulses: dict[int, dict[str, Any]], silent: set[int], stall_s: float, logs: Path) -> str:

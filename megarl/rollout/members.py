@@ -31,17 +31,17 @@ class Seen:
 
 
 class Members:
-    """What one process sees. Two store look-ups a look, however many workers there are, while nothing is new."""
+    """What one process sees. Three store look-ups a look, however many workers there are, while nothing is new."""
 
     def __init__(self, store: dist.Store) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._news = -1
+        self._news: bytes | None = None
         self._count = 0  # of numbers given out
         self._known: dict[int, WorkerInfo] = {}
         self._leaving: set[int] = set()
         self._ended: dict[int, str] = {}
-        self._beats: dict[int, tuple[bytes, float]] = {}  # the counter, and when it last moved (monotonic)
+        self._beats: dict[int, tuple[bytes, float]] = {}  # the last one, and when it came (monotonic)
 
     def look(self) -> Seen:
         """Safe from any thread. Raises DistError where the store is gone."""
@@ -61,7 +61,7 @@ class Members:
             return Seen(here, leaving, gone)
 
     def _read(self) -> None:
-        self._count = registry.claimed(self._store)
+        self._count = registry.claimed(self._store, known=self._count)
         for index in range(self._count):
             if index in self._ended:
                 continue

@@ -1,9 +1,13 @@
 """Where trainers and rollout workers meet: the run's c10d store.
 
-Keys: run/open, run/strangers; rollout/count, rollout/<i>/info, rollout/<i>/beat (a counter), rollout/<i>/failed (one
-line and the log's tail), rollout/<i>/again (and it is started again), rollout/<i>/leaving, rollout/<i>/gone,
-rollout/shutdown; rollout/news counts what was told of workers. A number is of one start of one server: a worker that
-starts its server again, or lost the store, comes under a new one.
+Keys: run/open, run/strangers/<i>, run/refused/<i>; rollout/<i>/info, rollout/<i>/beat (another each time),
+rollout/<i>/failed (one line and the log's tail), rollout/<i>/again (and it is started again), rollout/<i>/leaving,
+rollout/<i>/gone, rollout/shutdown; rollout/news is another after all that is told of workers. Each <i> that is taken
+has a key <i>/claimed. A number is of one start of one server: a worker that starts its server again, or lost the store,
+comes under a new one.
+
+What is read may be a stranger's (door.py), so no key is added to: c10d closes the connection of whoever adds to what is
+no number.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+import uuid
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -22,8 +27,9 @@ from megarl.door import Tokens, run_secret, server_tokens, signed, verified
 from megarl.errors import UserError
 
 OPEN = "run/open"  # rank 0's signed word that this store is a run's
-REFUSED = "run/refused"  # how many did not fit; run/refused/<i> says why
-STRANGERS = "run/strangers"  # how many workers came with another MEGARL_TOKEN
+WORKERS, NEWS = "rollout", "rollout/news"
+REFUSED = "run/refused"  # those that did not fit, and why
+STRANGERS = "run/strangers"  # workers that came with another MEGARL_TOKEN
 BEAT_S = 1.0
 STALE_S = 15.0  # a worker that has not beaten for so long is taken for dead
 
@@ -104,17 +110,28 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _tell(store: dist.Store, key: str, value: str) -> None:
     store.set(key, signed(key, value))
-    store.add("rollout/news", 1)  # and waits for the store, which set() does not
+    store.set(NEWS, uuid.uuid4().hex)
+    store.check([key])  # waits for the store, which set() does not
 
 
-def news(store: dist.Store) -> int:
-    """A number that grows with all that is told of workers, but not with their beats."""
-    return store.add("rollout/news", 0)
+def news(store: dist.Store) -> bytes:
+    """Another after all that was told of workers, but not after their beats."""
+    return store.compare_set(NEWS, "", "")  # as get(), but does not wait where there is none
 
 
-def claimed(store: dist.Store) -> int:
-    """How many numbers were given out."""
-    return store.add("rollout/count", 0)
+def claim(store: dist.Store, what: str) -> int:
+    """A number of its own for one of WORKERS, REFUSED or STRANGERS."""
+    index, mine = claimed(store, what), uuid.uuid4().hex
+    while store.compare_set(f"{what}/{index}/claimed", "", mine) != mine.encode():
+        index += 1
+    return index
+
+
+def claimed(store: dist.Store, what: str = WORKERS, known: int = 0) -> int:
+    """How many numbers were given out, of which `known` are known."""
+    while store.check([f"{what}/{known}/claimed"]):
+        known += 1
+    return known
 
 
 def read(store: dist.Store, index: int, what: str) -> str | None:
@@ -123,8 +140,11 @@ def read(store: dist.Store, index: int, what: str) -> str | None:
 
 
 def beats(store: dist.Store, indices: list[int]) -> list[bytes]:
-    """The counters of registered workers."""
-    return store.multi_get([f"rollout/{index}/beat" for index in indices]) if indices else []
+    """The beats of registered workers; empty where somebody removed one, for which multi_get would wait."""
+    keys = [f"rollout/{index}/beat" for index in indices]
+    if keys and store.check(keys):
+        return store.multi_get(keys)
+    return [store.get(key) if store.check([key]) else b"" for key in keys]
 
 
 def _told(store: dist.Store, key: str) -> str | None:
@@ -134,7 +154,7 @@ def _told(store: dist.Store, key: str) -> str | None:
 
 def tell_refused(store: dist.Store, line: str) -> None:
     """By a worker that does not fit the run, and ends."""
-    _tell(store, f"{REFUSED}/{store.add(REFUSED, 1) - 1}", line)
+    _tell(store, f"{REFUSED}/{claim(store, REFUSED)}", line)
 
 
 class Refusals:
@@ -144,11 +164,11 @@ class Refusals:
         self._store, self._strangers, self._refused = store, 0, 0
 
     def announce_new(self) -> None:
-        count = self._store.add(STRANGERS, 0)
+        count = claimed(self._store, STRANGERS, self._strangers)
         if count > self._strangers:
             announce("a rollout worker with another MEGARL_TOKEN is refused: set the same on all hosts")
         self._strangers = count
-        while self._refused < self._store.add(REFUSED, 0):
+        while self._refused < claimed(self._store, REFUSED, self._refused):
             line = _told(self._store, f"{REFUSED}/{self._refused}")
             if line is None and not self._store.check([f"{REFUSED}/{self._refused}"]):
                 return  # counted, not yet told
@@ -165,7 +185,7 @@ def claim_index(store: dist.Store) -> int:
     """A number of its own for a worker that is about to start a server; failures can be
     reported under it from here on.
     """
-    return store.add("rollout/count", 1) - 1
+    return claim(store, WORKERS)
 
 
 def from_known(fields: dict[str, Any]) -> WorkerInfo:
@@ -184,7 +204,7 @@ def register_worker(store: dist.Store, info: WorkerInfo) -> None:
 
 
 def heartbeat(store: dist.Store, index: int) -> None:
-    store.add(f"rollout/{index}/beat", 1)
+    store.set(f"rollout/{index}/beat", str(time.monotonic_ns()))
 
 
 def report_failure(store: dist.Store, index: int, text: str, again: bool = False) -> None:
@@ -218,7 +238,7 @@ def wait_for_workers(
     announce(f"waiting for {plural(n, 'rollout server')}")
     deadline = time.monotonic() + timeout_s
     while True:
-        for index in range(store.add("rollout/count", 0)):
+        for index in range(claimed(store)):
             if any(read(store, index, what) is not None for what in ("again", "leaving", "gone")):
                 workers.pop(index, None)
                 continue

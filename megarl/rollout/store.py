@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 import megarl
-from megarl.addresses import LOCAL, host_and_port, own_address, resolve
+from megarl.addresses import LOCAL, host_and_port, is_loopback, own_address, resolve
 from megarl.announce import announce
 from megarl.config import Config
-from megarl.door import signed, verified
+from megarl.door import run_secret, signed, verified
 from megarl.errors import UserError
-from megarl.rollout.registry import OPEN, STRANGERS, open_store, tell_refused
+from megarl.rollout.registry import OPEN, STRANGERS, claim, open_store, tell_refused
 from megarl.weights.map.weight_map import load_hf_config
 
 KNOWN_WITHIN_S = 5.0  # from a store's opening to rank 0's word in it
@@ -38,6 +38,11 @@ def open_run_store(config: Config, *, spans_hosts: bool) -> tuple[dist.TCPStore,
     except OSError as error:
         raise UserError(f"launch.store {given!r}: {host!r} is no host's name here ({error.strerror})") from None
     store = open_store(address, port, is_master=True, timeout_s=within_s, facts=facts(config))
+    if not is_loopback(address) and not run_secret():
+        announce(
+            f"megarl: warning: MEGARL_TOKEN is not set: whoever reaches {address}:{store.port} can change the servers' "
+            "weights; set the same on all hosts (docs/security.md)"
+        )
     if port == 0:
         announce(f"the run's store is open: megarl rollout CONFIG launch.store={address}:{store.port}")
     return store, (address, store.port)
@@ -70,7 +75,7 @@ def refuse_foreign(store: dist.Store, name: str) -> dict[str, Any]:
             )
         time.sleep(0.1)
     if (word := verified(OPEN, store.get(OPEN))) is None:
-        store.add(STRANGERS, 1)
+        claim(store, STRANGERS)
         raise UserError(
             f"launch.store {name}: the run there has another MEGARL_TOKEN than this worker: set the same on all hosts "
             "(docs/security.md)"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -240,6 +243,31 @@ def test_fault_16_a_run_dir_that_cannot_be_made_is_one_line(run_yaml: Path, caps
     assert cli.main(["run", str(run_yaml), "run.dir=/proc/x/y"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("megarl: error: run.dir '/proc/x/y' cannot be ") and said.count("\n") == 1
+
+
+def test_fault_16_a_full_disk_at_the_start_is_one_line(run_yaml: Path) -> None:
+    """A limit on the size of a file stops the writer as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        full = pytest.raises(UserError, match=r"^run.dir '.*' cannot be written \(File too large\): make room there$")
+        with full, owned(Path(load_config(run_yaml).run.dir) / "logs"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_system_without_locks_is_told_of(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lustre's default on many clusters: the start ended in a traceback."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with owned(Path(load_config(run_yaml).run.dir) / "logs"):
+        assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
 
 
 def test_a_rank_leaves_wandb_to_its_logger(monkeypatch: pytest.MonkeyPatch) -> None:

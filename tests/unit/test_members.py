@@ -79,13 +79,22 @@ def test_a_server_that_registers_again_counts_once(store: dist.TCPStore) -> None
 def test_a_stranger_takes_no_worker_out(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGARL_TOKEN", "of this run")
     index = joined(store)
-    for what in ("failed", "gone", "leaving"):
+    looks = Members(store)
+    assert here(looks.look()) == [index]
+    store.add("rollout/count", 10**9)
+    for what in ("failed", "gone", "leaving", "beat", "claimed"):
         store.set(f"rollout/{index}/{what}", "x 1")
-    store.add("rollout/news", 1)
-    assert here(Members(store).look()) == [index]
+        store.set("rollout/news", f"x {what}")
+        assert here(looks.look()) == [index]
+    registry.heartbeat(store, index)
+    assert joined(store) == 1 and here(looks.look()) == [0, 1]
+    for key in ("rollout/news", f"rollout/{index}/beat"):
+        store.delete_key(key)
+        assert here(looks.look()) == [0, 1]
+    assert [bool(beat) for beat in registry.beats(store, [0, 1])] == [False, True]
 
 
-def test_a_look_costs_two_calls_while_nothing_is_new(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_costs_few_calls_while_nothing_is_new(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = Members(store)
     for _ in range(5):
         joined(store)

@@ -81,6 +81,24 @@ def test_process_groups_that_do_not_connect_are_bounded(
     assert "did not connect to each other within 0.2 s, on the networks of" in zero.told[0] and HERE in zero.told[0]
 
 
+def test_who_does_not_come_to_a_meeting_is_named(
+    ranks: Callable[[int], list[Rank]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rank 0, which alone knows it: those that came are not blamed."""
+    monkeypatch.setattr(peers, "WORDS_S", 30.0)
+    zero, one, _ = ranks(3)
+    with ThreadPoolExecutor(2) as pool:
+        came = pool.submit(one.peers.meet, "a step", 0.5)
+        with pytest.raises(
+            UserError, match=rf"came to a step within 0.5 s; missing: rank 2 \(host {socket.gethostname()}\);"
+        ) as late:
+            pool.submit(zero.peers.meet, "a step", 0.5).result()
+        zero.peers.tell(f"megarl: error: {late.value}")
+        with pytest.raises(UserError, match="another rank ended the run"):
+            came.result()
+    assert one.told == [f"megarl: error: {late.value}"]
+
+
 def test_rank_0_where_it_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "REACH_S", 0.0)
     store = dist.HashStore()

@@ -108,6 +108,19 @@ def test_rank_0_opens_the_store_and_prints_a_drawn_port(run_yaml: Path, capsys: 
     refuse_foreign(open_store(host, port, is_master=False, timeout_s=5), "here:1")
 
 
+def test_a_run_on_several_hosts_without_a_secret_is_told_of(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "is_loopback", lambda address: False)
+    for secret, told in (("", 1), ("of this run", 0)):
+        monkeypatch.setenv(RUN_SECRET, secret)
+        open_run_store(load_config(run_yaml), spans_hosts=False)
+        assert (
+            capsys.readouterr().out.count("megarl: warning: MEGARL_TOKEN is not set: whoever reaches 127.0.0.1:")
+            == told
+        )
+
+
 def test_a_worker_that_does_not_fit_the_run_is_refused_by_name(
     run_yaml: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from megarl.observe.stall import described
+from megarl.observe.stall import StallWatch, described
 
 RANK = """
 import sys, time
@@ -70,3 +70,10 @@ def test_a_stopped_rank_is_named_the_stacks_of_the_others_are_in_their_logs_and_
 def test_a_rank_that_is_elsewhere_is_named(tmp_path: Path) -> None:
     pulses = {rank: {"rank": rank, "phase": "rollout" if rank == 2 else "update"} for rank in range(4)}
     assert ": rank 2 in rollout; ranks 0, 1, 3 in update; stacks" in described(pulses, set(), 5.0, tmp_path)
+
+
+def test_a_process_id_of_another_container_is_nobodys_here(tmp_path: Path) -> None:
+    """Two containers of one host may share its name and the run's folder; a kill would reach some other process."""
+    watch = StallWatch(tmp_path, 0, 3, stall_s=0)
+    here = {"host": os.uname().nodename, "pid": 7, "pids": os.readlink("/proc/self/ns/pid")}
+    assert watch._here({0: here, 1: here, 2: {**here, "pids": "pid:[1]"}}) == {1}
