@@ -36,11 +36,7 @@ ours=$packages/nvidia/cu13/include
 CPLUS_INCLUDE_PATH=$toolkit/cu13/include:$toolkit/cudnn/include:$toolkit/nccl/include:$ours:$ours/cccl
 export CPLUS_INCLUDE_PATH
 (cd "$source" && "$python" setup.py --quiet build_ext --inplace && cp transformer_engine_torch*.so "$packages")
-# libcuda.so.1 comes with a driver; in its place stands a library whose every function answers that there is no device
-mkdir -p "$folder/driver"
-find "$packages" -name '*.so' -exec nm --dynamic --undefined-only {} + |
-    sed -n 's/^ *U \(cu[A-Z][A-Za-z0-9_]*\).*/\1/p' | sort --unique | sed 's/.*/int &(void) { return 100; }/' | cc -shared -fPIC -x c - -o "$folder/driver/libcuda.so.1" -Wl,-soname,libcuda.so.1
-export LD_LIBRARY_PATH=$folder/driver:$toolkit/cu13/lib:$toolkit/cudnn/lib:$toolkit/nccl/lib
+export LD_LIBRARY_PATH=$toolkit/cu13/lib:$toolkit/cudnn/lib:$toolkit/nccl/lib
 export PYTHONPATH=$packages:$here OMP_NUM_THREADS=1
 cd "$here"
 exec "$python" -W ignore tools/te_record.py --out tests/unit/te_record.json

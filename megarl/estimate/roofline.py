@@ -11,7 +11,6 @@ from megarl.estimate.memory import Held, Training, layer_kinds
 from megarl.estimate.traffic import Sent, Traffic
 from megarl.weights.map.weight_map import WeightMap
 
-FLOAT = 4
 MATRIX, ATTENTION = 0.75, 0.45  # of the matrix rate, that products and the attention kernel reach
 BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5  # forward passes that a backward pass costs
 ADAM = 30  # bytes an update of a parameter reads and writes

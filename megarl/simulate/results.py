@@ -1,5 +1,5 @@
 """Results of operators that were seen before: the same operator on the same shapes gives the same shapes. torch's own
-cache of fake results does the same in several times the time, and a layer is some hundreds of operators.
+cache of fake results does the same more slowly, and a layer is some hundreds of operators.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ WORKER = "vllm.v1.worker.gpu_worker.Worker"
 def test_the_plugin_leaves_what_is_for_cpus_alone() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from megarl.server import plugin
+    from megarl.server import plugin, vllm_release
 
+    assert vllm_release.missing_names(on_a_cpu=False) == []
     plugin.register()
     for name in ("worker", "worker_extension", "weight_receiver", "endpoints", "vllm_reload"):
         importlib.import_module(f"megarl.server.{name}")

@@ -10,40 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-QWEN3_30B_A3B: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "num_hidden_layers": 48,
-    "hidden_size": 2048,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 40_960,
-    "rope_theta": 1_000_000.0,
-    "tie_word_embeddings": False,
-}
-PEAK = 989e12  # FLOP/s, dense bf16, data sheet of H100 SXM and H200: what MFU divides by
+from megarl.estimate.roofline import ATTENTION, CARDS, MATRIX, Card
+
+MODELS = Path(__file__).resolve().parents[3] / "examples" / "multi_node" / "models"
+QWEN3_30B_A3B: dict[str, Any] = json.loads((MODELS / "Qwen3-30B-A3B" / "config.json").read_text(encoding="utf-8"))
+PEAK = CARDS["h100"].peak  # FLOP/s, dense bf16, data sheet of H100 SXM and H200: what MFU divides by
 STATE_BYTES = 18  # a parameter: bf16 weight 2, float32 gradient 4, float32 master, exp_avg and exp_avg_sq 12
-
-
-@dataclass(frozen=True)
-class Card:
-    name: str
-    memory: float  # bytes
-    copy: float  # bytes/s, read plus written
-    matmul: float  # FLOP/s, bf16
-
-
-CARDS = {"h100": Card("H100 80 GB", 78 * 2**30, 3.0e12, 798e12), "h200": Card("H200", 139 * 2**30, 4.3e12, 788e12)}
 
 
 def layer_parameters(hf: dict[str, Any]) -> tuple[int, int]:
@@ -93,7 +69,7 @@ def layer_times(hf: dict[str, Any], tokens: int, sequence: int, card: Card) -> d
         hf[k] for k in ("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok")
     )
     rows = tokens * top
-    matmul = 0.75 * card.matmul
+    matmul = MATRIX * card.matmul
     expert_weights = experts * 3 * hidden * width
     dense = layer_parameters(hf)[1] - top * 3 * hidden * width - hidden * experts
     attention_flops = (
@@ -102,7 +78,7 @@ def layer_times(hf: dict[str, Any], tokens: int, sequence: int, card: Card) -> d
     expert_flops = 6 * tokens * top * 3 * hidden * width
     return {
         "attention projections": 6 * tokens * dense / matmul,
-        "attention kernel": attention_flops / (0.45 * card.matmul),
+        "attention kernel": attention_flops / (ATTENTION * card.matmul),
         "expert products": max(expert_flops / matmul, 3 * 2 * expert_weights / card.copy),
         "expert gradients into float32": expert_weights * (2 + 2 + 4 + 4) / card.copy,  # written in bf16, read, added
         "router in float32": 6 * tokens * hidden * experts / 50e12 + 3 * tokens * hidden * 8 / card.copy,
