@@ -36,7 +36,7 @@ def run(
     if out is not None:
         from megarl.simulate.page import write_page
 
-        write_page(Path(out), found, tables(found), f"{'yes' if fits else 'no'}, of {gpu_gib:g} GiB")
+        write_page(Path(out), config, found, tables(found), f"{'yes' if fits else 'no'}, of {gpu_gib:g} GiB")
     print(json.dumps(found | {"fits": fits}) if as_json else describe(found, gpu_gib))
     return 0 if fits else 1
 

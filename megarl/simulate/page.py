@@ -14,19 +14,22 @@ from megarl.simulate.phases import BUILD, STEP
 GIB = 2**30
 
 
-def write_page(path: Path, found: dict[str, Any], tables: dict[str, list[tuple[str, str]]], fits: str) -> None:
-    """tables: title -> (figure, what it is of), in their order. fits: the verdict, in words."""
+def write_page(
+    path: Path, config: str, found: dict[str, Any], tables: dict[str, list[tuple[str, str]]], fits: str
+) -> None:
+    """config: its path. tables: title -> (figure, what it is of), in their order. fits: the verdict, in words."""
     chart = memory_chart(found["curve"])
-    name = f"rank {found['rank']} of {found['world']:,}"
+    name = f"{Path(config).name}, rank {found['rank']} of {found['world']:,}"
     peak = max(at["bytes"] for at in found["peaks"].values())
     body = (
         f"<h1>{escape(name)}</h1><p>A batch of {found['minibatches']} mini-batches of {found['packs']} packs on a "
         "simulated GPU: nothing has run on one, and fragmentation is not in it.</p>"
         + tiles([("peak, GiB", f"{peak / GIB:.3f}"), ("fits", fits), ("simulated in, s", f"{found['seconds']:.0f}")])
-        + f'<div class="grid">{figure(chart, 0)}</div>'
+        + figure(chart, 0)
         + "".join(
-            f"<h2>{escape(title)}</h2>{table_of(['', ''], [list(r) for r in rows])}" for title, rows in tables.items()
-        )  # fmt: skip
+            f"<h2>{escape(title)}</h2>{table_of(['', ''], [list(row) for row in rows], 'figures')}"
+            for title, rows in tables.items()
+        )
     )
     write(path, page(name, body, {"steps": [], "charts": [chart.data()], "runs": [], "samples": []}))
 

@@ -45,7 +45,7 @@ def test_tables_and_page(found: dict[str, Any], tmp_path: Path) -> None:
     text = describe(found, 2.0)
     assert "does not fit: 3.000 of 2 GiB" in text and "3 gradients: item, megarl/a.py f" in text
     assert "megarl/b.py" not in text  # the step's waits alone
-    write_page(tmp_path / "page.html", found, tables(found), "no, of 2 GiB")
+    write_page(tmp_path / "page.html", "examples/a_model.yaml", found, tables(found), "no, of 2 GiB")
     page = (tmp_path / "page.html").read_text()
     data = json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])
     (chart,) = data["charts"]
