@@ -52,6 +52,15 @@ class EngineConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recompute.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Token budget of one packed micro-batch.")
     distributed_optimizer: bool = Field(False, description="Shard optimizer state over data-parallel ranks.")
+    optimizer_offload_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "Share of the optimizer that lies in host memory and is stepped by the CPU: master weights and moments; "
+            "needs engine.distributed_optimizer."
+        ),
+    )
     experts: Literal["grouped", "sequential"] = Field(
         "grouped", description="All experts in one grouped product, or one after the other."
     )

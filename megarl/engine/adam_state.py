@@ -19,8 +19,9 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megarl.engine.hybrid_adam import settle, stepping
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
@@ -123,22 +124,34 @@ def _sharded_params(part: DistributedOptimizer) -> list[torch.Tensor]:
 
 def _give_moments(inner: torch.optim.Optimizer) -> None:
     """Gives an Adam without a step so far the state of step 0: megatron-core can neither save nor load it without."""
-    for group in inner.param_groups:
-        for tensor in group["params"]:
-            if not inner.state[tensor]:
-                inner.state[tensor].update({name: torch.zeros_like(tensor) for name in MOMENTS})
-    if not distrib_optimizer.HAVE_APEX_OR_TE and not any("step" in state for state in inner.state.values()):
-        _set_steps(inner, 0)
+    for optimizer in stepping(inner):
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                if not optimizer.state[tensor]:
+                    optimizer.state[tensor].update({name: torch.zeros_like(tensor) for name in MOMENTS})
+        if _counts_by_parameter(optimizer) and not any("step" in state for state in optimizer.state.values()):
+            _count(optimizer, 0)
+    settle(inner)
 
 
 def _set_steps(inner: torch.optim.Optimizer, steps: int) -> None:
+    for optimizer in stepping(inner):
+        _count(optimizer, steps)
+    settle(inner)
+
+
+def _count(optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Transformer Engine's and Apex's Adam count in the group; torch's in a tensor of each parameter, which must be its
     own (a shared one would advance once for each), beside the parameter where Adam is fused.
     """
-    for group in inner.param_groups:
-        if distrib_optimizer.HAVE_APEX_OR_TE:
+    for group in optimizer.param_groups:
+        if not _counts_by_parameter(optimizer):
             group["step"] = steps
             continue
         for tensor in group["params"]:
             device = tensor.device if group.get("fused") else "cpu"
-            inner.state[tensor]["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
+            optimizer.state[tensor]["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
+
+
+def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))

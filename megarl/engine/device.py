@@ -172,7 +172,7 @@ def _answer_megatron() -> None:
     """Names inside megatron-core that assume CUDA."""
     core = "megatron.core."
     embeddings = "models.common.embeddings.rope_utils"  # pins memory for its indices under context parallelism
-    optimizer = ("optimizer.optimizer", "optimizer.clip_grads")
+    optimizer = ("optimizer.optimizer", "optimizer.clip_grads", "optimizer.cpu_offloading.hybrid_optimizer")
     for name in ("pipeline_parallel.schedules", *optimizer, "utils", "transformer.moe.moe_utils", embeddings):
         importlib.import_module(core + name).__dict__["torch"] = _TorchForCpu()
 

@@ -10,13 +10,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarl.config import Config, decay_iters
+from megarl.engine import hybrid_adam
 from megarl.engine.adam_state import parts_of
 from megarl.engine.model import Model
 
 
 def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple[Any, OptimizerParamScheduler]:
     """Adam with float32 master weights, and the schedule over `optimizer_steps`."""
-    train = config.train
+    train, offload = config.train, config.engine.optimizer_offload_fraction
     bf16 = model.config.bf16
     settings = OptimizerConfig(
         optimizer="adam",
@@ -31,6 +32,8 @@ def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.engine.distributed_optimizer,
     )
+    if offload:
+        _put_in_host_memory(settings, offload)
     optimizer = get_megatron_optimizer(settings, model.chunks, use_gloo_process_groups=False)
     if config.engine.distributed_optimizer:
         _gather_once(optimizer)
@@ -54,6 +57,18 @@ def build_optimizer(config: Config, model: Model, optimizer_steps: int) -> tuple
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _put_in_host_memory(settings: OptimizerConfig, fraction: float) -> None:
+    """A master weight lies where its moments do and not on the device too: so it is under
+    use_precision_aware_optimizer, which is set afterwards since megatron-core asks Transformer Engine for its version
+    without asking whether it is there.
+    """
+    hybrid_adam.install()
+    settings.optimizer_cpu_offload, settings.optimizer_offload_fraction = True, fraction
+    settings.overlap_cpu_optimizer_d2h_h2d = True
+    settings.use_precision_aware_optimizer = settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    settings.store_param_remainders = False
 
 
 def _gather_once(optimizer: Any) -> None:

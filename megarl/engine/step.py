@@ -122,7 +122,9 @@ class Engine:
         return self._schedule(packs, routes, partial(self._train, loss), forward_only=False)
 
     def _score(self, pack: Pack, temperature: float, out: Tensor, non_loss_data: bool) -> tuple[Tensor, ...]:
-        return self._head(pack, out, temperature)
+        scores = self._head(pack, out, temperature)
+        out.data = out.new_empty(1)  # the schedule keeps the logits until those of the next pack are there
+        return scores
 
     def _train(self, loss: LossOfPack, pack: Pack, temperature: float, out: Tensor) -> tuple[Tensor, Tensor, Metrics]:
         value, metrics = loss(pack, *self._head(pack, out, temperature))

@@ -40,9 +40,8 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
     weight_map = WeightMap(load_hf_config(config.model.path))
     layout = Layout(**config.parallel.model_dump(), world=world)
     rollout = RolloutLayout(config.rollout.engines, config.rollout.tp, rollout_ep)
-    engine = config.engine
-    trained = ITEMSIZE[engine.dtype]
-    training = Training(layout, trained, engine.distributed_optimizer, engine.recompute, engine.micro_batch_tokens)
+    trained = ITEMSIZE[config.engine.dtype]
+    training = training_of(config, layout, trained)
     itemsize = trained if config.rollout.dtype == "auto" else ITEMSIZE[config.rollout.dtype]
     sync, rank_weights = _sync(weight_map, layout, rollout, itemsize, hosts)
     stages = []
@@ -61,6 +60,18 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
         "rollout": {"ranks": rollout.world, "engines": rollout.engines, "itemsize": itemsize, "weights": rank_weights},
         "sync": sync,
     }
+
+
+def training_of(config: Config, layout: Layout, itemsize: int) -> Training:
+    engine = config.engine
+    return Training(
+        layout,
+        itemsize,
+        engine.distributed_optimizer,
+        engine.recompute,
+        engine.micro_batch_tokens,
+        engine.optimizer_offload_fraction,
+    )
 
 
 def _sync(
@@ -97,12 +108,13 @@ def _sync(
 def describe(plan: dict[str, Any]) -> str:
     """The figures as tables."""
     train, rollout, sync = plan["train"], plan["rollout"], plan["sync"]
-    columns = ("parameters", "gradients", "optimizer", "activations", "logits", "temporaries", "total")
+    columns = ("parameters", "gradients", "optimizer", "activations", "logits", "temporaries", "total", "host")
     lines = [
         f"{plan['model']['parameters'] / 1e9:,.2f} billion parameters in {plan['model']['tensors']:,} tensors",
         "",
         f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank; the last three "
-        "columns before the total are estimates, and the total takes the larger of logits and temporaries",
+        "columns before the total are estimates, and the total takes the larger of logits and temporaries; host: the "
+        "optimizer's share of host memory",
         f"{'stage':>5} {'layers':>6} " + " ".join(f"{name:>11}" for name in columns),
     ]
     for stage in train["stages"]:

@@ -5,7 +5,8 @@ against the peak of a simulated GPU (tests/unit/test_simulate.py).
 
 States are what megatron-core allocates for the parameters of the weight map: gradients in float32,
 Adam with float32 moments and, in bfloat16, a float32 copy of the parameters. The distributed
-optimizer divides moments and copy by the replicas of a parameter. Activations count what the modules of megarl/engine
+optimizer divides moments and copy by the replicas of a parameter; what of them lies in host memory
+(engine.optimizer_offload_fraction) has its gradients there too. Activations count what the modules of megarl/engine
 keep for the backward pass. Fragmentation is in none.
 """
 
@@ -20,13 +21,15 @@ from typing import Any, NamedTuple
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import Param, WeightMap
 
+RECOMPUTE = ("none", "selective", "full")  # engine.recompute
+ON_HOST = 16  # bytes of host memory a parameter: master weight, two moments, gradient
 LOGPROB_CHUNK = 2**24  # logits: of each and of the one before megarl/engine/logprob.py holds two copies in float32
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank of a pipeline stage. logits, temporaries: of the backward pass, the former at its start, the
-    latter in a layer, when the logits are gone.
+    latter in a layer, when the logits are gone. host: of host memory, for the optimizer.
     """
 
     parameters: int
@@ -35,6 +38,7 @@ class Memory:
     activations: int
     logits: int
     temporaries: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -45,7 +49,7 @@ class Memory:
 @dataclass(frozen=True)
 class Training:
     """itemsize: bytes of a parameter (4 or 2). tokens: of a micro-batch,
-    of which as many as the schedule asks for are in flight.
+    of which as many as the schedule asks for are in flight. offload: share of the optimizer in host memory.
     """
 
     layout: Layout
@@ -53,6 +57,7 @@ class Training:
     distributed_optimizer: bool
     recompute: str
     tokens: int
+    offload: float = 0.0
 
 
 class Held(NamedTuple):
@@ -96,18 +101,26 @@ def stage_memory(weight_map: WeightMap, training: Training, stage: int, held: He
     held = held or stage_held(weight_map, layout, stage)
     trained = held.dense + held.expert
     moments = 8 + (4 if training.itemsize == 2 else 0)  # bytes a parameter
-    dense, expert = held.dense * moments, held.expert * moments
-    if training.distributed_optimizer:
-        dense, expert = dense // (layout.dp * layout.cp), expert // layout.edp
+    stepped = stepped_params(held, training)
+    hosted = round(training.offload * stepped)
     last = stage == layout.pp - 1
     return Memory(
         parameters=training.itemsize * trained + 4 * held.buffers,
         gradients=4 * trained,
-        optimizer=dense + expert,
+        optimizer=moments * (stepped - hosted),
         activations=_activations(weight_map, training, stage),
         logits=_logits(weight_map, training) if last else 0,
         temporaries=_temporaries(weight_map, training, stage),
+        host=ON_HOST * hosted,
     )
+
+
+def stepped_params(held: Held, training: Training) -> int:
+    """Parameters that a rank steps: all that it holds, or its share of them."""
+    if not training.distributed_optimizer:
+        return held.dense + held.expert
+    layout = training.layout
+    return held.dense // (layout.dp * layout.cp) + held.expert // layout.edp
 
 
 def layer_kinds(weight_map: WeightMap, layout: Layout, stage: int, chunk: int) -> dict[bool, int]:
@@ -118,6 +131,22 @@ def layer_kinds(weight_map: WeightMap, layout: Layout, stage: int, chunk: int) -
     return {moe: count for moe, count in kinds.items() if count}
 
 
+def one_of_each_kind(weight_map: WeightMap) -> int:
+    """Layers from the first on that hold one with experts and one without, where the model has both."""
+    moe = weight_map.moe_layers
+    dense = sorted(set(range(weight_map.num_layers)) - set(moe))
+    return 1 + max(kind[0] for kind in (moe, dense) if kind)
+
+
+def held_at_once(weight_map: WeightMap, layout: Layout, stage: int) -> dict[bool, int]:
+    """Layers with experts (True) and without, each as often as a stage has micro-batches of it in flight."""
+    found = {True: 0, False: 0}
+    for chunk in range(layout.vpp):
+        for moe, count in layer_kinds(weight_map, layout, stage, chunk).items():
+            found[moe] += count * _micro_batches_in_flight(layout, stage, chunk)
+    return {moe: count for moe, count in found.items() if count}
+
+
 def _logits(weight_map: WeightMap, training: Training) -> int:
     """Logits, their gradient, and what its computation holds in float32."""
     rows = training.tokens // training.layout.cp
@@ -126,7 +155,9 @@ def _logits(weight_map: WeightMap, training: Training) -> int:
 
 
 def _temporaries(weight_map: WeightMap, training: Training, stage: int) -> int:
-    """Of the largest MLP of the stage: gradients of the rows, and of one product's weights before they are added up."""
+    """Of the largest MLP of the stage: gradients of the rows, and of one product's weights before they are added up;
+    and under full recompute what the layer has computed again.
+    """
     model, layout = weight_map.model, training.layout
     kinds = {moe for chunk in range(layout.vpp) for moe in layer_kinds(weight_map, layout, stage, chunk)}
     hidden, elements = model["hidden_size"], 0
@@ -137,7 +168,10 @@ def _temporaries(weight_map: WeightMap, training: Training, stage: int) -> int:
     if False in kinds:
         width, rows = model["ffn_hidden_size"] // layout.tp, training.tokens // layout.cp
         elements = max(elements, rows * (hidden + 5 * width))
-    return training.itemsize * elements
+    again = 0
+    if training.recompute == "full":
+        again = max(layer_activations(weight_map, training, moe=moe) for moe in kinds)
+    return training.itemsize * elements + again
 
 
 def _routed(model: dict[str, Any], layout: Layout, rows: int) -> int:
@@ -147,16 +181,11 @@ def _routed(model: dict[str, Any], layout: Layout, rows: int) -> int:
 
 def _activations(weight_map: WeightMap, training: Training, stage: int) -> int:
     layout = training.layout
-    total = 0
-    largest = 0
     entering = training.tokens // layout.cp // layout.tp * weight_map.model["hidden_size"] * training.itemsize
-    for chunk in range(layout.vpp):
-        in_flight = _micro_batches_in_flight(layout, stage, chunk)
-        for moe, count in layer_kinds(weight_map, layout, stage, chunk).items():
-            layer_bytes = layer_activations(weight_map, training, moe=moe)
-            largest = max(largest, layer_bytes)
-            total += count * in_flight * (entering if training.recompute == "full" else layer_bytes)
-    return total + (largest if training.recompute == "full" else 0)
+    layers = held_at_once(weight_map, layout, stage)
+    if training.recompute == "full":
+        return sum(layers.values()) * entering
+    return sum(count * layer_activations(weight_map, training, moe=moe) for moe, count in layers.items())
 
 
 def _micro_batches_in_flight(layout: Layout, stage: int, chunk: int) -> int:

@@ -7,13 +7,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.estimate.memory import Held, Training, layer_kinds
+from megarl.estimate.memory import Held, Training, layer_kinds, stepped_params
 from megarl.estimate.traffic import Sent, Traffic
 from megarl.weights.map.weight_map import WeightMap
 
 MATRIX, ATTENTION = 0.75, 0.45  # of the matrix rate, that products and the attention kernel reach
 BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5  # forward passes that a backward pass costs
 ADAM = 30  # bytes an update of a parameter reads and writes
+HOST_COPY, HOST_LINK = 40e9, 25e9  # bytes/s a GPU: of host memory, read plus written, and to and from it
+HOST_MOVED = 6  # bytes a parameter stepped on the host: its gradient there, its weight back
 ROUTED_COPIES, DENSE_COPIES = 8, 20  # of a row: to the experts, through them and back; norms, rotation, residuals
 
 
@@ -257,11 +259,10 @@ def group_shape(training: Training, group: str) -> tuple[int, int]:
 
 
 def _optimizer_seconds(training: Training, held: Held, machine: Machine) -> float:
-    layout = training.layout
-    dense, expert = held.dense, held.expert
-    if training.distributed_optimizer:
-        dense, expert = dense // (layout.dp * layout.cp), expert // layout.edp
-    return (dense + expert) * ADAM / machine.card.copy
+    stepped = stepped_params(held, training)
+    hosted = training.offload * stepped
+    on_host = hosted * (ADAM / HOST_COPY + HOST_MOVED / HOST_LINK)
+    return (stepped - hosted) * ADAM / machine.card.copy + on_host
 
 
 def assumptions(machine: Machine, work: Work) -> list[str]:
@@ -272,6 +273,7 @@ def assumptions(machine: Machine, work: Work) -> list[str]:
         f"{card.peak / 1e12:.0f}",
         f"links: {machine.inside / 1e9:g} GB/s a GPU to its {machine.gpus - 1} neighbours, {machine.link / 1e9:g} GB/s "
         "between hosts; rings, latency left out; nothing overlaps",
+        f"an optimizer in host memory: {HOST_COPY / 1e9:g} GB/s a GPU of it, {HOST_LINK / 1e9:g} GB/s to it and back",
         f"a step: {work.tokens:,} tokens in {work.minibatches} mini-batches, sequences of {work.sequence:,}, packs "
         "full, routes even; its training part alone: pi_old, updates, gradients summed, Adam",
     ]

@@ -11,7 +11,16 @@ from functools import cached_property
 
 from megarl.config import Config, ParallelConfig
 from megarl.errors import UserError
-from megarl.estimate.memory import Held, Memory, Training, held_of, layer_kinds, stage_memory
+from megarl.estimate.memory import (
+    RECOMPUTE,
+    Held,
+    Memory,
+    Training,
+    held_of,
+    layer_kinds,
+    one_of_each_kind,
+    stage_memory,
+)
 from megarl.estimate.roofline import CARDS, Machine, Seconds, Work, assumptions, model_flops, step_seconds
 from megarl.estimate.traffic import stage_traffic
 from megarl.refusals import layout_refusal
@@ -21,7 +30,7 @@ from megarl.weights.map.weight_map import WeightMap, load_hf_config
 GIB = 2**30
 SHOWN = 10
 FREE = 0.1  # of a GPU, for CUDA, NCCL's buffers and fragmentation, which the estimate leaves out
-RECOMPUTE = ("none", "selective", "full")
+OFFLOAD = (0.0, 1.0)  # of the optimizer
 PACKS = (1, 2, 4)  # micro-batches to try, in lengths of the longest response
 MOST_CP, MOST_PP, MOST_VPP = 8, 64, 8
 
@@ -37,11 +46,14 @@ class Found:
     seconds: Seconds
     tokens_per_s: float
     mfu: float
+    offload: float = 0.0
 
     @property
     def overrides(self) -> list[str]:
         layout = [f"parallel.{key}={value}" for key, value in self.parallel.items()]
-        return [*layout, f"engine.recompute={self.recompute}", f"engine.micro_batch_tokens={self.tokens}"]
+        host = ["engine.distributed_optimizer=true", f"engine.optimizer_offload_fraction={self.offload:g}"]
+        rest = [f"engine.recompute={self.recompute}", f"engine.micro_batch_tokens={self.tokens}"]
+        return [*layout, *rest, *(host if self.offload else ())]
 
 
 class Cuts:
@@ -54,10 +66,8 @@ class Cuts:
     @cached_property
     def _small(self) -> WeightMap:
         """The model with one layer of each kind."""
-        moe = self.weight_map.moe_layers
-        dense = sorted(set(range(self.weight_map.num_layers)) - set(moe))
-        count = 1 + max(kind[0] for kind in (moe, dense) if kind)
-        return WeightMap({**self.weight_map.hf_config, "num_hidden_layers": count})
+        layers = one_of_each_kind(self.weight_map)
+        return WeightMap({**self.weight_map.hf_config, "num_hidden_layers": layers})
 
     def stage(self, layout: Layout, stage: int) -> Held:
         parts = self._parts(layout)
@@ -106,31 +116,39 @@ class Search:
         self.tried = 0
 
     def fitting(self, world: int) -> list[Found]:
-        """All that fit on `world` GPUs, the fastest first; of the kinds of recompute the least that fits."""
+        """All that fit on `world` GPUs, the fastest first; of the kinds of recompute the least that fits, and with the
+        optimizer in host memory only where that spares some.
+        """
         found = [self._rate(*case) for case in self._cases(world)]
         return sorted(found, key=lambda one: -one.tokens_per_s)
 
-    def fits(self, world: int) -> bool:
-        return next(self._cases(world), None) is not None
+    def fits(self, world: int, offload: float = 0.0) -> bool:
+        return next(self._cases(world, (offload,)), None) is not None
 
-    def _cases(self, world: int) -> Iterator[tuple[Training, Memory, list[Held]]]:
+    def _cases(
+        self, world: int, offloads: tuple[float, ...] = OFFLOAD
+    ) -> Iterator[tuple[Training, Memory, list[Held]]]:
         limit = self.machine.card.memory * (1 - FREE)
         for layout in self._layouts(world):
-            self.tried += len(PACKS)
+            self.tried += len(PACKS) * len(offloads)
             held = [self.cuts.stage(layout, stage) for stage in range(layout.pp)]
             if max(_least(self.itemsize, one) for one in held) > limit:
                 continue
             stages = _telling_stages(held)
             for times in PACKS:
-                for recompute in RECOMPUTE:
-                    training = Training(layout, self.itemsize, True, recompute, times * self.longest)
-                    memory = max(
-                        (stage_memory(self.weight_map, training, stage, held[stage]) for stage in stages),
-                        key=lambda one: one.total,
-                    )
-                    if memory.total <= limit:
-                        yield training, memory, held
-                        break
+                tries = len(RECOMPUTE)
+                for offload in offloads:
+                    for place, recompute in enumerate(RECOMPUTE[:tries]):
+                        training = Training(layout, self.itemsize, True, recompute, times * self.longest, offload)
+                        memory = self._fullest(training, stages, held)
+                        if memory.total <= limit:
+                            yield training, memory, held
+                            tries = place
+                            break
+
+    def _fullest(self, training: Training, stages: list[int], held: list[Held]) -> Memory:
+        every = (stage_memory(self.weight_map, training, stage, held[stage]) for stage in stages)
+        return max(every, key=lambda one: one.total)
 
     def _layouts(self, world: int) -> Iterator[Layout]:
         """Those that the engine takes."""
@@ -161,13 +179,14 @@ class Search:
         flops = model_flops(self.weight_map, self.work.tokens, self.work.sequence)
         sizes = {key: value for key, value in asdict(layout).items() if key != "world" and value not in (None, 1)}
         mfu = flops / (seconds.total * layout.world * self.machine.card.peak)
-        return Found(sizes, training.recompute, training.tokens, memory, seconds, self.work.tokens / seconds.total, mfu)
+        speed = self.work.tokens / seconds.total
+        return Found(sizes, training.recompute, training.tokens, memory, seconds, speed, mfu, training.offload)
 
-    def fewest(self, most: int) -> int | None:
+    def fewest(self, most: int, offload: float = 0.0) -> int | None:
         """GPUs on which something fits, of 1, 2, 4 ... a host and then whole hosts; None if not on `most` of them."""
         gpus = self.machine.gpus
         counts = [n for n in range(1, gpus) if gpus % n == 0] + list(range(gpus, most + 1, gpus))
-        return next((count for count in counts if count <= most and self.fits(count)), None)
+        return next((count for count in counts if count <= most and self.fits(count, offload)), None)
 
 
 def _least(itemsize: int, held: Held) -> int:
@@ -200,14 +219,17 @@ def _cuts_of(layers: int, pp: int) -> Iterator[tuple[int, int | None]]:
 def run(config: Config, world: int, machine: Machine, as_json: bool) -> int:
     """0 where some layout fits, 1 where none does."""
     search = Search(config, machine)
-    fewest = search.fewest(max(world, machine.gpus))
+    most = max(world, machine.gpus)
+    fewest = search.fewest(most)
+    hosted = search.fewest(fewest or most, offload=1.0)
     search.tried = 0
     found = search.fitting(world)
     if as_json:
+        few = {"fewest_gpus": fewest, "fewest_gpus_offloaded": hosted}
         rows = [asdict(one) | {"overrides": one.overrides, "total": one.memory.total} for one in found[:SHOWN]]
-        print(json.dumps({"tried": search.tried, "fit": len(found), "fewest_gpus": fewest, "best": rows}))
+        print(json.dumps({"tried": search.tried, "fit": len(found), **few, "best": rows}))
     else:
-        print(describe(search, world, found, fewest))
+        print(describe(search, world, found, fewest, hosted))
     return 0 if found else 1
 
 
@@ -220,10 +242,11 @@ def machine_of(gpu_gib: float, gpus: int, link_gbs: float) -> Machine:
     return Machine(replace(like, memory=gpu_gib * GIB), gpus, link_gbs * 1e9)
 
 
-def describe(search: Search, world: int, found: list[Found], fewest: int | None) -> str:
+def describe(search: Search, world: int, found: list[Found], fewest: int | None, hosted: int | None) -> str:
     lines = [
         f"{world:,} GPUs of {search.machine.card.memory / GIB:g} GiB, of which {FREE:.0%} stay free; optimizer "
-        f"sharded: {len(found):,} of {search.tried:,} layouts with their micro-batches fit"
+        f"sharded: {len(found):,} of {search.tried:,} layouts with their micro-batches fit, the optimizer on the "
+        "card or in host memory"
     ]
     lines += [
         "",
@@ -240,7 +263,13 @@ def describe(search: Search, world: int, found: list[Found], fewest: int | None)
         lines.append(
             f"{one.tokens_per_s / world:>14,.0f} {one.mfu:>5.1%} {one.memory.total / GIB:>6.1f} {shares}  "
             f"{' '.join(one.overrides)}"
+            + (f" ({one.memory.host / GIB:,.0f} GiB of host memory)" if one.offload else "")
         )
-    few = f"fits on {fewest:,} GPUs" if fewest else f"does not fit on {max(world, search.machine.gpus):,}"
-    lines += ["", f"on how few GPUs: {few}, where each micro-batch is at least {search.longest:,} tokens long"]
+    most = max(world, search.machine.gpus)
+    few, host = (f"fits on {count:,} GPUs" if count else f"does not fit on {most:,}" for count in (fewest, hosted))
+    lines += [
+        "",
+        f"on how few GPUs: {few}, with the optimizer in host memory (engine.optimizer_offload_fraction=1) {host}, "
+        f"where each micro-batch is at least {search.longest:,} tokens long",
+    ]
     return "\n".join(lines)

@@ -55,6 +55,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (work.objective, (*LOOP, "compare")),
     (work.schedule, (*LOOP, "sft")),
     (work.minibatches, LOOP),
+    (work.optimizer_offload, (*LOOP, "sft", *PLAN)),
     (work.group, LOOP),
     (work.sft_batch, ("sft",)),
     (work.replay, (*LOOP, "score", "compare")),

@@ -26,11 +26,12 @@ READS = {
     "rollout": TRAINING,  # one command line for both sides: a worker is told what the trainers are told
     "sft": f"{ENGINE} train -train.on_bad_batch sft data.on_bad_line data.columns data.loader data.shuffle"
     " rollout.max_prompt_tokens rollout.max_new_tokens rollout.stop_token_ids run.loggers",
-    "score": f"{ENGINE} -engine.distributed_optimizer score replay.mode batch.minibatches",
+    "score": f"{ENGINE} -engine.distributed_optimizer -engine.optimizer_offload_fraction score replay.mode"
+    " batch.minibatches",
     "generate": f"{SERVERS} batch.group",
     "eval": f"{SERVERS} -rollout.temperature eval.prompts eval.samples eval.temperature eval.max_prompts",
-    "compare": f"{ENGINE} -engine.distributed_optimizer {SERVERS} sync batch -batch.equal_groups -batch.max_refills"
-    " replay data.prompts objective.is_cap train.on_bad_batch",
+    "compare": f"{ENGINE} -engine.distributed_optimizer -engine.optimizer_offload_fraction {SERVERS} sync batch"
+    " -batch.equal_groups -batch.max_refills replay data.prompts objective.is_cap train.on_bad_batch",
     "plan": "model parallel engine rollout.engines rollout.tp rollout.dtype rollout.max_prompt_tokens"
     " rollout.max_new_tokens batch.prompts batch.group batch.minibatches replay.mode launch.trainers",
 }

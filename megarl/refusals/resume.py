@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "engine.recompute": "memory against time",
     "engine.micro_batch_tokens": "memory against time",
     "engine.distributed_optimizer": "memory against time",
+    "engine.optimizer_offload_fraction": "memory against time",
     "engine.experts": "the same product, by another kernel",
     "engine.transformer_impl": "the same layers, by other kernels",
     "engine.deterministic": "the same operations, by other kernels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megarl.launch.gpus import has_gpu
 from megarl.objective.choices import CHOICES
 from megarl.refusals.case import Case
 
@@ -49,6 +50,24 @@ def minibatches(case: Case) -> str | None:
             f"batch: a mini-batch of {responses} responses (prompts / minibatches x group) cannot feed {case.dp} "
             "data-parallel ranks; "
             "raise batch.prompts or batch.group"
+        )
+    return None
+
+
+def optimizer_offload(case: Case) -> str | None:
+    engine = case.config.engine
+    if not engine.optimizer_offload_fraction:
+        return None
+    key = f"engine.optimizer_offload_fraction {engine.optimizer_offload_fraction:g}"
+    if not engine.distributed_optimizer:
+        return (
+            f"{key} without engine.distributed_optimizer: every replica would step the same parameters on its CPU; set "
+            "engine.distributed_optimizer=true"
+        )
+    if engine.dtype == "float32" or (engine.dtype == "auto" and case.command != "plan" and not has_gpu()):
+        return (
+            f"{key} with engine.dtype {engine.dtype}: a float32 parameter is its own master weight, which "
+            "megatron-core does not put in host memory; set engine.dtype=bfloat16, or the fraction to 0"
         )
     return None
 

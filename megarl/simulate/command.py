@@ -6,15 +6,18 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megarl.config import Config, load_config
 from megarl.errors import UserError
 from megarl.simulate.phases import BUILD, STEP
 
 GIB = 2**30
 BAR = 40  # columns
 LARGEST = 10
+BACKWARD = 2  # forward passes that a backward pass costs
 
 
 def run(
@@ -29,9 +32,9 @@ def run(
 ) -> int:
     """0 where the step fits gpu_gib, 1 where it does not. out: of the page, or none."""
     request = {"config": config, "keys": overrides, "world": world, "rank": rank}
-    found = simulated_ranks([request])[0]
+    found, layers = simulated_ranks([request, {**request, "recompute": True}])
     found["link_bytes"] = link_bytes(found, gpus_per_host)
-    found["recompute"] = recompute_bytes(config, overrides, world, rank)
+    found["recompute"] = recompute_gain(load_config(config, overrides), world, rank, layers)
     fits = step_peak(found) <= gpu_gib * GIB
     if out is not None:
         from megarl.simulate.page import write_page
@@ -87,22 +90,45 @@ def _ring_bytes(kind: str, size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks * (2 if kind.startswith("allreduce") else 1)
 
 
-def recompute_bytes(config: str, overrides: list[str], world: int, rank: int) -> dict[str, int]:
-    """Peak of a step of this rank by engine.recompute, as it is planned (megarl/estimate/memory.py)."""
-    from megarl.config import load_config
-    from megarl.estimate.memory import Training, stage_memory
+def recompute_gain(config: Config, world: int, rank: int, layers: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By engine.recompute. planned: bytes of a step's peak (megarl/estimate/memory.py). saved: bytes of it that the
+    setting spares this rank, flops: that it adds to a pack, share: of what a pack costs without it; these three from a
+    trace of single layers (recompute.py).
+    """
+    from megarl.estimate.cluster import ITEMSIZE, training_of
+    from megarl.estimate.memory import RECOMPUTE, held_at_once, layer_kinds, stage_memory
     from megarl.weights.map.layout import Layout
     from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
-    tree = load_config(config, overrides)
-    engine, layout = tree.engine, Layout(**tree.parallel.model_dump(), world=world)
-    weight_map, stage = WeightMap(load_hf_config(tree.model.path)), layout.coord(rank).pp
-    itemsize = 4 if engine.dtype == "float32" else 2
+    layout, weight_map = (
+        Layout(**config.parallel.model_dump(), world=world),
+        WeightMap(load_hf_config(config.model.path)),
+    )
+    stage, kept, forward = layout.coord(rank).pp, layers["kept"], layers["forward"]
+    name = {True: "moe", False: "dense"}
+    held = {name[moe]: count for moe, count in held_at_once(weight_map, layout, stage).items()}
+    count: Counter[str] = Counter()
+    for chunk in range(layout.vpp):
+        count.update({name[moe]: n for moe, n in layer_kinds(weight_map, layout, stage, chunk).items()})
+    core = (layers["update"]["selective"] - layers["update"]["none"]) / sum(layers["layers"].values())
+    flops = {
+        "none": 0,
+        "selective": core * count.total(),
+        "full": sum(n * forward[kind] for kind, n in count.items()),
+    }
+    base = training_of(config, layout, ITEMSIZE[config.engine.dtype])
+    plans = {how: stage_memory(weight_map, replace(base, recompute=how), stage) for how in RECOMPUTE}
+    logits, rest = plans["none"].logits, plans["none"].temporaries
     found = {}
-    for recompute in ("none", "selective", "full"):
-        tokens = engine.micro_batch_tokens
-        training = Training(layout, itemsize, engine.distributed_optimizer, recompute, tokens)
-        found[recompute] = stage_memory(weight_map, training, stage).total
+    for how, plan in plans.items():
+        saved = sum(n * (kept["none"][kind] - kept[how][kind]) for kind, n in held.items())
+        again = max(kept["none"][kind] for kind in held) if how == "full" else 0  # the layer that is computed again
+        found[how] = {
+            "planned": plan.total,
+            "saved": saved + max(logits, rest) - max(logits, rest + again),
+            "flops": flops[how],
+            "share": flops[how] / max(1, (1 + BACKWARD) * flops["full"]),
+        }
     return found
 
 
@@ -115,8 +141,13 @@ def tables(found: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
             (f"{size / GIB:.3f}", line) for line, size in worst["lines"][:LARGEST]
         ],
         "bytes sent in the batch, GiB": [(f"{size / GIB:.3f}", link) for link, size in found["link_bytes"].items()],
-        "peak by engine.recompute, GiB, as planned": [
-            (f"{size / GIB:.3f}", how) for how, size in found["recompute"].items()
+        "peak by engine.recompute, GiB, as planned; saved and added as a layer of each kind was traced": [
+            (
+                f"{gain['planned'] / GIB:.3f}",
+                f"{how}: {gain['saved'] / GIB:.3f} GiB less, {gain['flops'] / 1e12:,.1f} TFLOP more a pack "
+                f"({gain['share']:.0%} of the layers' own)",
+            )
+            for how, gain in found["recompute"].items()
         ],
         f"waits of the host for the device in the batch ({moe})": [(str(count), what) for what, count in _waits(found)],
     }

@@ -146,7 +146,7 @@ def _answer_streams() -> None:
 
 def _pin_memory(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     pinned = self.clone()
-    pinned._pinned = True  # type: ignore[attr-defined]
+    pinned.untyped_storage()._pinned = True  # type: ignore[attr-defined]
     return pinned
 
 

@@ -26,6 +26,7 @@ def figures(found: Simulated) -> dict[str, Any]:
             phase: {"bytes": peak.bytes, "lines": [[str(line), size] for line, size in peak.lines[:LARGEST]]}
             for phase, peak in ledger.peaks().items()
         },
+        "flops": dict(ledger.flops),
         "curve": _thinned(ledger),
         "waits": [[w.phase, w.what, str(w.line), w.line.place, n] for w, n in ledger.waits.most_common()],
         "copies": [[w.phase, w.what, str(w.line), w.line.place, n] for w, n in ledger.copies.most_common()],

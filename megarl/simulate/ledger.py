@@ -71,7 +71,7 @@ class Peak:
 
 @dataclass
 class Ledger:
-    """sent: bytes of the tensor that this rank gives to each collective. calls: how often."""
+    """sent: bytes of the tensor that this rank gives to each collective. calls: how often. flops: by phase."""
 
     phase: str = "start"
     live: int = 0
@@ -81,6 +81,7 @@ class Ledger:
     copies: Counter[Wait] = field(default_factory=Counter)  # to pinned memory: the host does not wait for them
     sent: Counter[Sent] = field(default_factory=Counter)
     calls: Counter[Sent] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
     unknown: Counter[Wait] = field(default_factory=Counter)  # numbers that the host asked for and nobody knew
 
     def allocate(self, size: int, line: Line) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from megarl.simulate.collectives import run_collective
+from megarl.simulate.flops import flops_of
 from megarl.simulate.kernels import ANSWERS
 from megarl.simulate.ledger import Ledger, Line, Wait, rounded, source_line, source_lines
 from megarl.simulate.numbers import balanced_routes, beside, known, learn
@@ -134,6 +135,8 @@ class SimulatedDevice(TorchDispatchMode):
         self._note_waits(func, args, kwargs, flat)
         out = self._run(func, args, kwargs, flat)
         self._track_all(out)
+        if flops := flops_of(func, args, kwargs, out):
+            self.ledger.flops[self.ledger.phase] += flops
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any, flat: list[Any]) -> Any:
@@ -217,7 +220,7 @@ def _on_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     pinned = kwargs.pop("pin_memory", False)
     out = func(*args, **kwargs)
     if pinned:
-        out._pinned = True
+        out.untyped_storage()._pinned = True
     return out
 
 
@@ -241,4 +244,4 @@ def _leaves(x: Any, into: list[Any]) -> list[Any]:
 
 def _asynchronous(host: Tensor, args: Any, kwargs: dict[str, Any]) -> bool:
     wanted = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-    return bool(wanted) and hasattr(host, "_pinned")
+    return bool(wanted) and hasattr(host.untyped_storage(), "_pinned")

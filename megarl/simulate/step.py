@@ -56,9 +56,9 @@ def simulate(
     count = packs or config.parallel.pp
     with simulated() as device, alone(world, rank):
         ledger: Ledger = device.ledger
-        engine = _build(config, ledger)
+        engine = built(config, ledger, load_hf_config(config.model.path))
         ledger.phase = "packs"
-        batches = [_packs(config, engine, count) for _ in range(minibatches)]
+        batches = [packs_of(config, engine, count) for _ in range(minibatches)]
         responses = [f"response {i}" for i in range(1 + max((r for p in batches[0] for r in p.responses), default=0))]
         ledger.phase = "metrics"
         learner = Learner(config, engine)
@@ -80,11 +80,11 @@ def alone(world: int, rank: int) -> Iterator[None]:
         destroy_parallel()
 
 
-def _build(config: Config, ledger: Ledger) -> Engine:
-    """build_engine without reading weights."""
+def built(config: Config, ledger: Ledger, hf: dict[str, Any]) -> Engine:
+    """build_engine of a model of this config.json, without reading weights."""
     parallel = init_parallel(config.parallel, setup_device(), config.run.seed)
     ledger.phase = "model"
-    model = build_model(config, WeightMap(load_hf_config(config.model.path)), parallel)
+    model = build_model(config, WeightMap(hf), parallel)
     ledger.phase = "gradient buffers"
     wrap_for_training(model, config)
     engine = Engine(model, config.rollout.temperature)
@@ -104,7 +104,7 @@ def _in_phase(ledger: Ledger, phase: str, call: Callable[..., Any]) -> Callable[
     return inside
 
 
-def _packs(config: Config, engine: Engine, count: int) -> list[Pack]:
+def packs_of(config: Config, engine: Engine, count: int) -> list[Pack]:
     """Full packs, of responses as long as the longest may be, with everything that rollouts bring."""
     model, tokens = engine.model, config.engine.micro_batch_tokens
     at, weight_map = model.parallel, model.weight_map

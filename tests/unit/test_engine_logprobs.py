@@ -42,4 +42,15 @@ def test_log_probabilities_equal_those_of_transformers(norm_topk_prob, experts, 
     [(scored, _)] = engine.logprobs([pack], "record")
     for start, want in zip(pack.starts, logprobs):
         torch.testing.assert_close(scored[start : start + len(want)], want, rtol=1e-5, atol=1e-5)
+
+    kept, head = [], engine._head  # the schedule holds what a pack gave until it has the next one's
+
+    def counting(pack, logits, temperature):
+        assert all(earlier.numel() == 1 for earlier in kept)
+        kept.append(logits)
+        return head(pack, logits, temperature)
+
+    engine._head = counting
+    again = engine.logprobs([pack, pack, pack], "off")
+    assert len(kept) == 3 and all(torch.equal(one.logprobs, scored) for one in again)
     destroy_parallel()

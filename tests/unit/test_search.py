@@ -47,16 +47,30 @@ def test_every_layout_that_is_found_is_taken_and_fits(run_yaml: Path) -> None:
         taken = load_config(run_yaml, ["parallel={}", "engine.dtype=bfloat16", *one.overrides])
         check(taken, "plan", world_size=8)
         layout = Layout(**taken.parallel.model_dump(), world=8)
-        training = Training(layout, 2, True, one.recompute, one.tokens)
+        training = Training(layout, 2, True, one.recompute, one.tokens, one.offload)
         totals = [stage_memory(search.weight_map, training, stage).total for stage in range(layout.pp)]
         assert max(totals) == one.memory.total <= 0.9 * 0.002 * 2**30
+
+
+def test_with_the_optimizer_in_host_memory_less_is_enough(run_yaml: Path) -> None:
+    search = Search(load_config(run_yaml, ["engine.dtype=bfloat16"]), machine_of(0.0012, 4, 50.0))
+    found = search.fitting(4)
+    hosted = [one for one in found if one.offload]
+    assert hosted and all(one.memory.host > 0 == one.memory.optimizer and one.seconds.optimizer > 0 for one in hosted)
+    assert all(one.memory.host == 0 for one in found if not one.offload)
+    fewest, with_host = search.fewest(64), search.fewest(64, offload=1.0)
+    assert fewest and with_host and with_host < fewest
 
 
 def test_the_command(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(run_yaml), "--search", "--world", "4", "--gpus-per-host", "4"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["fit"] and found["fewest_gpus"] == 1 and found["best"][0]["tokens_per_s"] > 0
+    assert (
+        found["fit"]
+        and found["fewest_gpus"] == found["fewest_gpus_offloaded"] == 1
+        and found["best"][0]["tokens_per_s"] > 0
+    )
     assert main(command) == 0
     assert "ranked by arithmetic" in capsys.readouterr().out
     assert main([*command, "--gpu-gib", "0.0001"]) == 1

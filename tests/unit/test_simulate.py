@@ -15,6 +15,7 @@ import pytest
 from megarl.config import load_config
 from megarl.estimate.memory import Training, stage_memory
 from megarl.estimate.traffic import Sent, stage_traffic
+from megarl.simulate.command import recompute_gain
 from megarl.simulate.phases import STEP
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap
@@ -36,6 +37,9 @@ LAYOUTS: dict[str, tuple[int, int, int, list[str]]] = {  # layers, world, rank, 
     "ep": (2, 4, 3, ["parallel.ep=4"]),
     "etp": (2, 4, 0, ["parallel.tp=2", "parallel.ep=2", "parallel.etp=2"]),
     "cp": (2, 2, 1, ["parallel.cp=2", "engine.recompute=selective"]),
+    "host": (2, 2, 0, [SHARDED, "engine.optimizer_offload_fraction=1", "engine.recompute=full"]),
+    "deep": (6, 1, 0, []),
+    "deep full": (6, 1, 0, ["engine.recompute=full"]),
     "first": (4, 16, 0, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=4", SHARDED]),
     "last": (
         2,
@@ -45,10 +49,12 @@ LAYOUTS: dict[str, tuple[int, int, int, list[str]]] = {  # layers, world, rank, 
     ),
 }
 
+DEEP, LAYERS = "deep", "single layers"
 MINIBATCHES = {"ep": 2}  # one is enough elsewhere; with two there is a pi_old pass
 
 # Where the host waits for the device, and how often: in each layer of a pass with experts, in each pack, pass, update
-# and batch; old: in a pi_old pass. The list only shrinks: what is not here fails, and so does what no layout reaches.
+# and batch, for each parameter that is stepped on the host; old: in a pi_old pass. The list only shrinks: what is not
+# here fails, and so does what no layout reaches.
 WAITS: dict[str, dict[str, int]] = {
     "event megatron/core/transformer/moe/token_dispatcher.py MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": {
         "layer": 1
@@ -57,6 +63,7 @@ WAITS: dict[str, dict[str, int]] = {
     "stream megarl/engine/device.py to_host": {"pass": 1, "old": 1, "batch": 3},
     "item megarl/engine/step.py Engine.finite_gradients": {"update": 1},
     "item megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": {"update": 2},
+    "event megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py HybridDeviceOptimizer.step": {"hosted": 1},
     "item megarl/loop/learn.py Learner._sound": {"update": 1, "batch": 1},
     "copy to the host megarl/loop/reduce.py reduce_sums": {"batch": 4},
     "copy to the host megarl/loop/reduce.py _on_host": {"batch": 1},
@@ -109,11 +116,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         (folder / "config.json").write_text(json.dumps(model(layers)))
         given = [f"model.path={folder}", *KEYS, *keys]
         requests.append({"keys": given, "world": world, "rank": rank, "minibatches": MINIBATCHES.get(name, 1)})
+        if name == DEEP:
+            deep = folder
+            requests.append(requests[-1] | {"recompute": True})
     lines = "".join(json.dumps(request) + "\n" for request in requests)
     run = subprocess.run([sys.executable, "-m", "megarl.simulate"], input=lines, capture_output=True, text=True)
     answers = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(answers) == len(LAYOUTS), run.stderr[-3000:]
-    return dict(zip(LAYOUTS, answers, strict=True))
+    assert len(answers) == len(requests), run.stderr[-3000:]
+    layers = answers.pop(1 + list(LAYOUTS).index(DEEP))
+    return dict(zip(LAYOUTS, answers, strict=True)) | {LAYERS: layers, "folder": deep}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -134,13 +145,24 @@ def trained(name: str) -> tuple[WeightMap, Training, int]:
     config = load_config(None, [*KEYS, *keys])
     layout = Layout(**config.parallel.model_dump(), world=world)
     engine = config.engine
-    training = Training(layout, 2, engine.distributed_optimizer, engine.recompute, TOKENS)
+    fraction = engine.optimizer_offload_fraction
+    training = Training(layout, 2, engine.distributed_optimizer, engine.recompute, TOKENS, fraction)
     return WeightMap(model(layers)), training, layout.coord(rank).pp
+
+
+def test_recompute_saves_and_costs_what_single_layers_say(found: dict[str, dict[str, Any]]) -> None:
+    layers, world, rank, keys = LAYOUTS[DEEP]
+    config = load_config(None, [f"model.path={found['folder']}", *KEYS, *keys])
+    gain = recompute_gain(config, world, rank, found[LAYERS])["full"]
+    none, full = (found[name] for name in (DEEP, f"{DEEP} full"))
+    peaks = [one["peaks"]["gradients"]["bytes"] for one in (none, full)]
+    assert gain["saved"] == pytest.approx(peaks[0] - peaks[1], rel=0.05)
+    assert gain["flops"] == full["flops"]["gradients"] - none["flops"]["gradients"] > 0
 
 
 def test_the_host_waits_as_it_is_listed(found: dict[str, dict[str, Any]]) -> None:
     reached = set()
-    for name, rank in found.items():
+    for name, rank in ((name, found[name]) for name in LAYOUTS):
         batches, packs = rank["minibatches"], rank["minibatches"] * rank["packs"]
         passes = 1 + (batches > 1) + ("engine.recompute=full" in LAYOUTS[name][-1])
         units = {
@@ -150,6 +172,7 @@ def test_the_host_waits_as_it_is_listed(found: dict[str, dict[str, Any]]) -> Non
             "old": int(batches > 1),
             "update": batches,
             "batch": 1,
+            "hosted": sum(n for at, *_, to, n in rank["copies"] if at in STEP and "param_copy_back_gpu" in to),
         }
         waits: Counter[str] = Counter()
         for phase, what, _, place, count in rank["waits"]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megarl.simulate.command import describe, link_bytes, recompute_bytes, tables
+from megarl.config import load_config
+from megarl.simulate.command import describe, link_bytes, recompute_gain, tables
 from megarl.simulate.page import memory_chart, write_page
 
 GIB = 2**30
@@ -30,7 +31,8 @@ def found() -> dict[str, Any]:
     waits = [["gradients", "item", "", "megarl/a.py f", 3], ["model", "item", "", "megarl/b.py f", 9]]
     rank = {"rank": 0, "world": 64, "packs": 2, "minibatches": 2, "moe_layers": 4, "seconds": 5.0, "cpu_seconds": 4.0}
     record = rank | {"peaks": peaks, "curve": curve, "sent": sent, "waits": waits}
-    record["recompute"] = {"none": 3 * GIB, "full": GIB}
+    nothing = {"planned": 3 * GIB, "saved": 0, "flops": 0, "share": 0.0}
+    record["recompute"] = {"none": nothing, "full": {"planned": GIB, "saved": GIB, "flops": 5e12, "share": 1 / 3}}
     record["link_bytes"] = link_bytes(record, 8)
     return record
 
@@ -52,9 +54,16 @@ def test_tables_and_page(found: dict[str, Any], tmp_path: Path) -> None:
     assert [line["name"] for line in chart["lines"]] == ["model", "packs", "gradients", "metrics"]
     assert chart["lines"][2]["values"] == [None, None, 3.0, None, None] and chart["x"] == [0, 1, 2, 3, 4]
     assert "peak by engine.recompute" in page and "gradients.py:1 f" in page
+    assert "full: 1.000 GiB less, 5.0 TFLOP more a pack (33% of the layers" in page
     assert memory_chart(found["curve"]).low == 0.0
 
 
-def test_recompute_saves_what_is_planned(run_yaml: Path) -> None:
-    found = recompute_bytes(str(run_yaml), ["engine.dtype=bfloat16"], 4, 0)
-    assert found["none"] > found["selective"] >= found["full"] > 0
+def test_recompute_saves_of_each_layer_in_flight_and_pays_for_each(run_yaml: Path) -> None:
+    """Stage 0 of two: two MoE layers, each with two micro-batches in flight."""
+    kept = {"none": {"moe": 100}, "selective": {"moe": 90}, "full": {"moe": 10}}
+    layers = {"layers": {"moe": 1}, "kept": kept, "forward": {"moe": 7}, "update": {"none": 21, "selective": 23}}
+    found = recompute_gain(load_config(run_yaml, ["engine.dtype=bfloat16"]), 4, 0, layers)
+    assert found["none"]["planned"] > found["selective"]["planned"] >= found["full"]["planned"] > 0
+    gains = {how: (gain["saved"], gain["flops"]) for how, gain in found.items()}
+    assert gains == {"none": (0, 0), "selective": (40, 4), "full": (4 * 90 - 100, 14)}
+    assert found["full"]["share"] == pytest.approx(1 / 3)
