@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def run_joined(
     standard output. Returns run()'s status, or raises Stopped; a failure ends the process here, with 2 for a UserError.
     """
     rank = int(os.environ["RANK"])
+    if not sys.warnoptions:  # megatron-core's, of what it imports: a dozen lines; `megarl run` ignores them too
+        warnings.simplefilter("ignore")
     terminal = _Terminal()
     peers: Peers | None = None
     with contextlib.ExitStack() as stack:

@@ -222,7 +222,12 @@ def test_a_run_dir_in_use_is_refused(run_yaml: Path) -> None:
 def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(tmp_path: Path, run_yaml: Path) -> None:
     """In processes of their own: a rank that fails leaves at once."""
     (tmp_path / "a_rank.py").write_text("def main(argv): return 0")
-    code = "import sys; from megarl import cli; cli.MODULES['sft'] = 'a_rank'; sys.exit(cli.main(['sft', sys.argv[1]]))"
+    code = (
+        "import sys, warnings; from megarl import cli, refusals; cli.MODULES['sft'] = 'a_rank'; "
+        "check = refusals.check; "
+        "refusals.check = lambda *given, **named: warnings.warn('noise') or check(*given, **named); "
+        "sys.exit(cli.main(['sft', sys.argv[1]]))"
+    )
 
     def rank(number: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
@@ -233,6 +238,7 @@ def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(tmp_path: 
     with owned(Path(load_config(run_yaml).run.dir) / "logs"):
         refused = rank("0")  # it speaks for all: its failure ends them
         assert refused.returncode == 2 and f"is in use by process {os.getpid()}" in refused.stderr
+        assert refused.stderr.count("\n") == 1, "one line, without the warnings of what is imported"
         assert rank("1").returncode == 0
     assert rank("0").returncode == 0
 
