@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-TESTED = ("0.16",)  # the releases that the tests run on
+TESTED = ("0.16", "0.19")  # the releases that tests run on; docs/engines.md says which tests
 CORE = "megatron.core."
 NEEDED = {  # names that are no part of megatron-core's interface: module -> what device.py and its neighbours use of it
     "dist_checkpointing.strategies.filesystem_async": "FileSystemWriterAsync.write_preloaded_data",
@@ -38,9 +38,11 @@ def check_release() -> None:
     missing = [
         f"{module}.{name}" for module, names in NEEDED.items() for name in names.split() if not _has(module, name)
     ]
-    known = " and ".join(f"{release}.x" for release in TESTED)
+    known, either = (word.join(f"{release}.x" for release in TESTED) for word in (" and ", " or "))
     if missing:
-        raise RuntimeError(f"megatron-core {installed} lacks {', '.join(missing)}, which megarl needs; install {known}")
+        raise RuntimeError(
+            f"megatron-core {installed} lacks {', '.join(missing)}, which megarl needs; install {either}"
+        )
     if not installed.startswith(tuple(f"{release}." for release in TESTED)) and os.environ.get("RANK", "0") == "0":
         _say_once(
             f"megarl: warning: megatron-core {installed}: megarl is tested with {known}; unverified are the equality "
