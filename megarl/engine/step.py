@@ -123,7 +123,9 @@ class Engine:
 
     def _score(self, pack: Pack, temperature: float, out: Tensor, non_loss_data: bool) -> tuple[Tensor, ...]:
         scores = self._head(pack, out, temperature)
-        out.data = out.new_empty(1)  # the schedule keeps the logits until those of the next pack are there
+        for held in (out, out._base):  # the schedule keeps the logits until those of the next pack are there
+            if held is not None:
+                held.data = held.new_empty(1)
         return scores
 
     def _train(self, loss: LossOfPack, pack: Pack, temperature: float, out: Tensor) -> tuple[Tensor, Tensor, Metrics]:
