@@ -312,6 +312,7 @@ APART = {
     "glm_head_dim",
     "loader",
     "megatron_checkpoint",
+    "optimizer_offload",
     "prompts_to_answer",
     "run_dir_of_another",
     "served_weights",
