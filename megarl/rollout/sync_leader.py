@@ -164,8 +164,8 @@ class SyncLeader:
 
     def check(self, folder: str | None) -> None:
         """Compares the workers' weights with an engine loaded from
-        `folder` (None: the one vLLM started with). Raises RolloutError. A worker whose host does not see the folder is
-        told of, and held by checksums and the canary.
+        `folder` (None: the one vLLM started with). Raises RolloutError. A worker whose host does not see the folder, or
+        that had been updated before anybody asked, is told of, and held by checksums and the canary.
         """
         files = Path(folder).iterdir() if folder is not None else ()
         reading_s = sum(file.stat().st_size for file in files) / READ_BYTES_S
@@ -173,9 +173,10 @@ class SyncLeader:
         answers = self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
         for server, answer in zip(self._servers, answers, strict=True):
             if not json.loads(answer)["compared"]:
+                why = f"does not see {folder}" if folder is not None else "has served other trainers of this run"
                 announce(
-                    f"rollout server {server.url} does not see {folder}: its weights are compared by checksums and the "
-                    "canary, not by digests (sync.digests)"
+                    f"rollout server {server.url} {why}: its weights are compared by checksums and the canary, not by "
+                    "digests (sync.digests)"
                 )
 
     def commit(self, version: int) -> None:

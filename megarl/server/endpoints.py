@@ -188,9 +188,10 @@ class RolloutEndpoint:
         elif step == "load":
             return await self._load(engine, request["canary"], request["version"])
         elif step == "check":
-            seen = request["folder"] is None or os.path.isdir(request["folder"])  # this host may not share run.dir
+            folder = request["folder"]  # of run.dir, which this host may not share
+            seen = all(await engine.collective_rpc("sync_remembers")) if folder is None else os.path.isdir(folder)
             if seen:
-                await _on_workers(engine, "sync_check", request["folder"])
+                await _on_workers(engine, "sync_check", folder)
             return json.dumps({"compared": seen}).encode()
         elif step == "commit":
             await engine.update_weight_version(str(request["version"]))

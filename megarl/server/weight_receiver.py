@@ -83,6 +83,11 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
         if not self._begun:
             self._disk = fingerprint(self.model)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the digests of what vLLM loaded from disk were taken before the first update."""
+        return self._disk is not None
+
     def check(self, folder: str | None) -> list[str]:
         """Names of the weights here whose digest is not that of an engine
         loaded from `folder`; None is the folder vLLM started with.

@@ -59,6 +59,11 @@ class WorkerExtension:
 
         return self._sync_step(step)
 
+    def sync_remembers(self) -> bool:
+        """Whether check(None) can be answered: not by a worker that came to a run and outlived its trainers."""
+        receiver: WeightReceiver = self.weight_transfer_engine
+        return receiver.remembers
+
     def sync_check(self, folder: str | None) -> str | None:
         def step(engine: WeightReceiver) -> None:
             if names := engine.check(folder):

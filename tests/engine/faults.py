@@ -33,7 +33,8 @@ class FaultyExtension(WorkerExtension):
         """flip: one bit of tensor `name` on arrival. die_receiving,
         die_loading: kill -9 of this process; fail_loading: half is loaded.
 
-        no_prepack: vLLM's in-place update as it is without our patch.
+        no_prepack: vLLM's in-place update as it is without our patch. came_late: as a worker that came to a run
+        which had begun, whose weights at its start nobody noted.
         """
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
             UnquantizedFusedMoEMethod as Method,
@@ -45,6 +46,8 @@ class FaultyExtension(WorkerExtension):
         weight_receiver.assemble = _tampered(assemble, kind, name) if kind in ("flip", "die_receiving") else assemble
         engine = self.weight_transfer_engine
         engine.__dict__.pop("_load", None)
+        if kind == "came_late":
+            engine._disk = None
         if kind in ("die_loading", "fail_loading"):
             engine._load = _half_loaded(engine._load, kind)
         if kind == "no_prepack":

@@ -110,6 +110,20 @@ def test_digests_are_those_of_an_engine_loaded_from_disk(rollout: Rollout, check
     rollout.pusher = None
 
 
+def test_trainers_that_begin_again_take_a_worker_that_came_late(
+    rollout: Rollout, checkpoints: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The digests of its start were never taken: that ended the run."""
+    rollout.load(checkpoints[0])
+    pusher = rollout.connect(checkpoints[0])
+    rollout.fault("came_late")
+    pusher.push(weights(checkpoints[0]), 93)
+    pusher.leader.check(None)
+    assert "has served other trainers of this run: its weights are compared by checksums" in capsys.readouterr().out
+    pusher.leader.check(str(checkpoints[0]))
+    rollout.version = 93
+
+
 @pytest.mark.parametrize("staged", [True, False])
 def test_a_flipped_bit_is_named(rollout: Rollout, checkpoints: tuple[Path, Path], staged: bool) -> None:
     """Staged, the old version goes on serving; unstaged, nothing serves until a whole sync has come."""
