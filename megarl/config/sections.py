@@ -197,8 +197,8 @@ class SyncConfig(Section):
     digests: Literal["first", "every", "off"] = Field(
         "first",
         description=(
-            "Which syncs compare digests of the workers' weights with an engine loaded from disk; on a GPU only the "
-            "first of a run that begins."
+            "Which syncs compare digests of the workers' weights with an engine loaded from disk: from an export "
+            "where the run does not begin with what vLLM loads."
         ),
     )
     timeout_s: float = Field(120, gt=0, description="Time limit of each step of a weight sync in seconds.")

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,16 +33,6 @@ from megarl.rollout.sync_leader import Canary, InFlight, SyncSettings
 from megarl.weights.reshard.outgoing import Slices, WholeTensors
 from megarl.weights.reshard.quantize import quantized_weights
 from megarl.weights.reshard.rollout_layout import RolloutLayout
-
-
-def digest_source(version: int, disk_is_step_0: bool, on_gpu: bool) -> Literal["start", "export"] | None:
-    """Whose digests a worker's are compared with: those of what vLLM loaded at its start, or of a second model that it
-    makes of an export beside the one that serves; None where that has no room.
-    """
-    if version == 0 and disk_is_step_0:
-        return "start"
-    return None if on_gpu else "export"
-
 
 TRIES = 5  # of one sync, each without the workers that the one before has lost
 
@@ -179,16 +168,8 @@ class Refit:
         """What the workers hold against an engine loaded from disk: the
         one vLLM started with, or one made of an export.
         """
-        device = self.engine.model.parallel.device.device
-        source = digest_source(version, self.disk_is_step_0, device.type == "cuda")
-        if source == "start":
+        if version == 0 and self.disk_is_step_0:
             self.fleet.check_digests(None)
-        if source is None and self.engine.model.parallel.is_main:
-            announce(
-                "weight sync: held by checksums and the canary, not by digests (sync.digests), for which a GPU would "
-                "have to hold a second model"
-            )
-        if source != "export":
             return
         folder = Path(self.config.run.dir).resolve() / ".weight_check"
         if self.engine.model.parallel.is_main:

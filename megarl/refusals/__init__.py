@@ -72,7 +72,6 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (gpu.rollout_python, ("run", "generate", "eval", "compare")),
     (gpu.colocate, LOOP),
     (gpu.rollout_kernels, ROLLOUT),
-    (gpu.digests, ("run", "train")),
     (server.heads_on_a_cpu, ROLLOUT),
     (server.fp8_cache_on_a_cpu, ROLLOUT),
     (server.compiler_on_a_cpu, ROLLOUT),

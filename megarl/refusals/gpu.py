@@ -67,15 +67,6 @@ def colocate(case: Case) -> str | None:
     return None
 
 
-def digests(case: Case) -> str | None:
-    if case.config.sync.digests != "every" or not has_gpu():
-        return None
-    return (
-        "sync.digests every makes a second model in each rollout worker, which a GPU has no room for beside the KV "
-        "cache; set sync.digests=first"
-    )
-
-
 def rollout_kernels(case: Case) -> str | None:
     rollout = case.config.rollout
     if rollout.quantization != "none" and not has_gpu():

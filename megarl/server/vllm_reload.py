@@ -58,11 +58,7 @@ def fingerprint_of_folder(vllm_config: VllmConfig, folder: str) -> dict[str, str
     in this process, freed at once.
     """
     config = copy.copy(vllm_config)
-    config.load_config = dataclasses.replace(
-        vllm_config.load_config, load_format="auto"
-    )  # the running engine may have begun on dummies
-    config.model_config = copy.copy(vllm_config.model_config)
-    config.model_config.model = folder
+    config.load_config, config.model_config = _reading(vllm_config, folder)
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     # where layers register by name: the names of the running model are taken
     config.compilation_config.static_forward_context = {}
@@ -73,3 +69,21 @@ def fingerprint_of_folder(vllm_config: VllmConfig, folder: str) -> dict[str, str
     if any(layerwise.LAYERWISE_INFO[layer] is not info for layer, info in known.items()):
         raise RuntimeError("vLLM forgot how it loaded the serving model while another was loaded beside it")
     return fingerprint(model)
+
+
+def reload_folder(vllm_config: VllmConfig, model: torch.nn.Module, folder: str) -> None:
+    """The serving model, in place, from a Hugging Face folder: one layer after the other, so that no second model is
+    ever there. Where it fails half way, see abandon_reload.
+    """
+    load_config, model_config = _reading(vllm_config, folder)
+    loader: Any = get_model_loader(load_config)
+    layerwise.initialize_layerwise_reload(model)
+    model.load_weights(loader.get_all_weights(model_config, model))  # type: ignore[operator]
+    layerwise.finalize_layerwise_reload(model, model_config)
+
+
+def _reading(vllm_config: VllmConfig, folder: str) -> tuple[Any, Any]:
+    """How a folder's weights are read, whatever the running engine began on: it may have been dummies."""
+    model_config = copy.copy(vllm_config.model_config)
+    model_config.model, model_config.revision = folder, None
+    return dataclasses.replace(vllm_config.load_config, load_format="auto"), model_config

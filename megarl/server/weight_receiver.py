@@ -18,7 +18,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megarl.server.partial import partial_tensor
-from megarl.server.vllm_reload import abandon_reload, fingerprint, fingerprint_of_folder
+from megarl.server.vllm_reload import abandon_reload, fingerprint, fingerprint_of_folder, reload_folder
+from megarl.weights.reshard.bit_sums import BitSums, HeldCheck
 from megarl.weights.reshard.manifest import manifest_from
 from megarl.weights.reshard.pack import Corrupted, assemble, message_bytes
 from megarl.weights.transport.groups import WeightGroup
@@ -61,6 +62,7 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
     _loading = False  # stays set when a load fails: vLLM's layers are then half old, half new
     _begun = False  # whether a load ever began
     _disk: dict[str, str] | None = None  # digests of what vLLM loaded at its start
+    _held_check: HeldCheck | None = None
 
     def init_transfer_engine(self, init_info: SyncInit) -> None:
         self.shutdown()
@@ -92,11 +94,25 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
         """Names of the weights here whose digest is not that of an engine
         loaded from `folder`; None is the folder vLLM started with.
         """
-        expected = self._disk if folder is None else fingerprint_of_folder(self.vllm_config, folder)
-        if expected is None:
+        if folder is None and self._disk is None:
             raise RuntimeError("the digests of the weights vLLM started with were not taken before the first update")
         actual = fingerprint(self.model)
+        expected = self._disk if folder is None else self._fingerprint_of(folder)
+        assert expected is not None
         return sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+
+    def _fingerprint_of(self, folder: str) -> dict[str, str]:
+        """Of a second model beside the one that serves, where there is room for a copy (sync.staged); else of this one,
+        filled again from the folder: where that changes a byte, the run ends.
+        """
+        if self.staged:
+            return fingerprint_of_folder(self.vllm_config, folder)
+        if self._loading:
+            abandon_reload(self.model)
+        self._loading = True
+        reload_folder(self.vllm_config, self.model, folder)
+        self._loading = False
+        return fingerprint(self.model)
 
     def stage(self) -> None:
         """Receives and checks everything; what serves is not touched.
@@ -114,6 +130,7 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
         if self._loading:
             abandon_reload(self.model)
         self._loading = self._begun = True
+        self._received = BitSums(self.model_config.dtype)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SyncUpdate) -> None:
@@ -129,7 +146,19 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        self._compare_held()
         self._loading = False
+
+    def _compare_held(self) -> None:
+        """RuntimeError where the model holds other numbers than it received."""
+        held = BitSums(self.model_config.dtype)
+        held.add(self.model.named_parameters())
+        self._held_check = self._held_check or HeldCheck()
+        if parts := self._held_check.wrong(self._received.numbers(), held.numbers()):
+            raise RuntimeError(
+                f"weight sync: rollout rank {self.rank} does not hold what it received: {len(parts)} parts differ, "
+                f"first {', '.join(parts[:3])}"
+            )
 
     def shutdown(self) -> None:
         if self._group is not None:
@@ -137,6 +166,7 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
             self._group = None
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
+        self._received.add(tensors.items())
         self.model.load_weights(
             (name, partial_tensor(tensors[name], shard.rect, shard.shape, name))
             for name, shard in self._manifest.shards.items()

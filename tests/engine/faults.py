@@ -34,13 +34,14 @@ class FaultyExtension(WorkerExtension):
         die_loading: kill -9 of this process; fail_loading: half is loaded.
 
         no_prepack: vLLM's in-place update as it is without our patch. came_late: as a worker that came to a run
-        which had begun, whose weights at its start nobody noted.
+        which had begun, whose weights at its start nobody noted. no_second_model: another model cannot be made.
+        zero_expert: an expert of layer 2 is lost after the load.
         """
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
             UnquantizedFusedMoEMethod as Method,
         )
 
-        from megarl.server import vllm_patches, weight_receiver
+        from megarl.server import vllm_patches, vllm_reload, weight_receiver
         from megarl.weights.reshard.pack import assemble
 
         weight_receiver.assemble = _tampered(assemble, kind, name) if kind in ("flip", "die_receiving") else assemble
@@ -50,6 +51,10 @@ class FaultyExtension(WorkerExtension):
             engine._disk = None
         if kind in ("die_loading", "fail_loading"):
             engine._load = _half_loaded(engine._load, kind)
+        weight_receiver.fingerprint_of_folder = (
+            _no_room if kind == "no_second_model" else vllm_reload.fingerprint_of_folder
+        )
+        weight_receiver.finalize_layerwise_reload = _losing_an_expert if kind == "zero_expert" else _finalized
         if kind == "no_prepack":
             Method._setup_kernel = inspect.getclosurevars(Method._setup_kernel).nonlocals["original"]
         else:
@@ -80,6 +85,22 @@ def _tampered(assemble: Any, kind: str, name: str) -> Any:
         return assemble(bucket, buffers, manifest)
 
     return call
+
+
+def _losing_an_expert(model: Any, model_config: Any) -> None:
+    _finalized(model, model_config)
+    (experts,) = (p for name, p in model.named_parameters() if "layers.2." in name and name.endswith("w2_weight"))
+    experts.data[3] = 0
+
+
+def _finalized(model: Any, model_config: Any) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+
+
+def _no_room(*args: Any) -> Any:
+    raise MemoryError("the test has no room for a second model")
 
 
 def _int(tensor: Tensor) -> Any:

@@ -122,6 +122,36 @@ def test_trainers_that_begin_again_take_a_worker_that_came_late(
     assert "has served other trainers of this run: its weights are compared by checksums" in capsys.readouterr().out
     pusher.leader.check(str(checkpoints[0]))
     rollout.version = 93
+    rollout.pusher = None
+
+
+def test_digests_without_room_for_a_second_model(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
+    """As on a GPU: the serving model is filled again from the export, layer by layer; other weights are told."""
+    pusher = rollout.connect(checkpoints[1], staged=False)
+    pusher.push(weights(checkpoints[1]), 8)
+    rollout.fault("no_second_model")
+    pusher.leader.check(str(checkpoints[1]))
+    rollout.version = 8
+    assert_serves(rollout, checkpoints[1], 8)
+    with pytest.raises(RolloutError, match=r"does not hold what an engine loaded from \S+/a holds: \d+ weights differ"):
+        pusher.leader.check(str(checkpoints[0]))
+    rollout.pusher = None
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_an_expert_of_zeros_is_told(rollout: Rollout, checkpoints: tuple[Path, Path], staged: bool) -> None:
+    """Loaded well and lost afterwards, as by a kernel's packing: neither a checksum nor, of one sync in many, a digest
+    would see it.
+    """
+    pusher = rollout.connect(checkpoints[0], staged=staged)
+    pusher.push(weights(checkpoints[0]), 90)
+    rollout.fault("zero_expert")
+    with pytest.raises(
+        RolloutError, match=r"rollout rank 1 does not hold what it received: 1 parts differ, first layer 2, exp"
+    ):
+        pusher.push(weights(checkpoints[1]), 91)
+    assert_refuses(rollout)
+    assert_a_whole_sync_mends(rollout, checkpoints[1])
 
 
 @pytest.mark.parametrize("staged", [True, False])

@@ -19,7 +19,7 @@ from megarl.engine.device import Device
 from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
 from megarl.launch import gpus, kv_cache, processes
-from megarl.loop import reduce, refit
+from megarl.loop import reduce
 from megarl.server import supervise
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
@@ -193,29 +193,6 @@ def test_a_gpu_never_imports_what_repairs_the_cpu_build(module: str) -> None:
     tree = ast.parse((Path(refusals.__file__).parents[1] / "server" / f"{module}.py").read_text())
     names = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert "megarl.server.vllm_patches" not in names
-
-
-@pytest.mark.parametrize(
-    ("version", "disk_is_step_0", "on_gpu", "source"),
-    [
-        (0, True, True, "start"),
-        (0, True, False, "start"),
-        (0, False, False, "export"),
-        (3, True, False, "export"),
-        (3, True, True, None),  # a resume: a second model beside the one that serves, and its cache, has no room
-        (0, False, True, None),
-    ],
-)
-def test_digests_on_a_gpu_are_those_of_the_start_alone(
-    version: int, disk_is_step_0: bool, on_gpu: bool, source: str | None
-) -> None:
-    assert refit.digest_source(version, disk_is_step_0, on_gpu) == source
-
-
-def test_digests_of_every_sync_are_refused_on_a_gpu(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals.gpu, "has_gpu", lambda: True)
-    with pytest.raises(UserError, match="sync.digests every .* set sync.digests=first"):
-        refusals.check(load_config(run_yaml, ["sync.digests=every"]))
 
 
 def test_no_copy_to_a_gpu_holds_up_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

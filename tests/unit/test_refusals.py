@@ -307,7 +307,6 @@ APART = {
     "colocate",
     "compiler_on_a_cpu",
     "deepseek_router",
-    "digests",
     "ends",
     "glm_head_dim",
     "loader",
