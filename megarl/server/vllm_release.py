@@ -29,7 +29,10 @@ NEEDED = {  # module of vLLM -> what megarl uses of it
     f"{_RELOAD}": "get_model_loader",
     f"{_RELOAD}.default_loader": "DefaultModelLoader.get_all_weights",
     f"{_RELOAD}.reload": "finalize_layerwise_reload initialize_layerwise_reload",
-    f"{_RELOAD}.reload.layerwise": "LAYERWISE_INFO LOADING_LAYERS get_layerwise_info _place_kernel_tensors",
+    f"{_RELOAD}.reload.layerwise": "LAYERWISE_INFO LOADING_LAYERS get_layerwise_info _place_kernel_tensors"
+    " _layerwise_process",
+    f"{_RELOAD}.reload.types": "LayerReloadingInfo.can_load LayerReloadingInfo.reset"
+    " LayerReloadingInfo.load_numel LayerReloadingInfo.loaded_weights",
     f"{_RELOAD}.weight_checksum": "compute_tensor_digests",
     f"{_EXPERTS}.layer": "MoERunner",
 }

@@ -9,9 +9,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from typing import Any
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import layerwise
@@ -30,6 +34,153 @@ def abandon_reload(model: torch.nn.Module) -> None:
             layerwise._place_kernel_tensors(layer, info)
             info.reset()
     layerwise.LOADING_LAYERS.clear()
+
+
+class _Call(NamedTuple):
+    """One call of a parameter's loader. kept: its arguments, those that are tensors left out; key: of the weight's."""
+
+    parameter: str
+    signature: inspect.Signature
+    kept: OrderedDict[str, Any]
+    key: str
+    name: str  # of the tensor that it was given as it came; "" where it was another
+
+
+@dataclasses.dataclass
+class _LayerLoads:
+    """What a reload did to one layer, in order. at_once: it was processed when it had everything, not at the end."""
+
+    calls: list[_Call] = dataclasses.field(default_factory=list)
+    numel: int = 0
+    at_once: bool = False
+    made: dict[str, tuple[torch.Size, torch.dtype]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, None]:
+        return dict.fromkeys(call.name for call in self.calls)
+
+
+class ReloadPlan:
+    """Which tensor goes to which layer's loader: noted in one whole reload by vLLM's own loader, followed in the next.
+
+    For every load vLLM walks all modules and asks each parameter's loader twice, the first time to count elements; that
+    is most of a reload. The plan calls the loader once. A tensor that no loader got as it came (converted, cut, copied
+    past the loaders) still goes through vLLM's own, with all others of its layers.
+    """
+
+    def __init__(self, model: torch.nn.Module, shards: Mapping[str, Any]) -> None:
+        """shards: what every reload brings, by name."""
+        self._model: Any = model
+        self._shards = dict(shards)
+        self._layers: dict[torch.nn.Module, _LayerLoads] = {}
+        self._of_name: dict[str, list[torch.nn.Module]] = {}
+        self._noting = True
+        self._wanted: dict[torch.nn.Module, int] = {}  # tensors of a layer still to come in this reload
+        self._arrived: dict[str, Tensor] = {}
+
+    def fits(self, model: torch.nn.Module, shards: Mapping[str, Any]) -> bool:
+        """Whether the next reload, already begun, may follow it: the same tensors into the same parameters."""
+        return (
+            not self._noting
+            and self._model is model
+            and self._shards == shards
+            and self._layers.keys() <= set(model.modules())
+            and all(loads.made == _made(layer, loads) for layer, loads in self._layers.items())
+        )
+
+    def begin(self) -> None:
+        self._arrived = {}
+        self._wanted = {layer: len(loads.names) for layer, loads in self._layers.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Those that have come. A layer is loaded when it has all of its own."""
+        if self._noting:
+            self._load_noting(tensors)
+            return
+        if others := [(name, tensor) for name, tensor in tensors.items() if name not in self._of_name]:
+            self._model.load_weights(iter(others))
+        for name in [name for name in tensors if name in self._of_name]:
+            self._arrived[name] = tensors[name]
+            for layer in self._of_name[name]:
+                self._wanted[layer] -= 1
+                if not self._wanted[layer]:
+                    self._load_layer(layer, self._layers[layer])
+
+    def end(self) -> None:
+        """Everything has come, vLLM's own end of the reload is next. RuntimeError where something has not."""
+        if missing := [layer for layer, count in self._wanted.items() if count]:
+            names = {name for layer in missing for name in self._layers[layer].names} - self._arrived.keys()
+            raise RuntimeError(f"weight sync: {len(names)} tensors did not come, first {min(names)}")
+        if not self._noting:
+            return
+        for layer, loads in self._layers.items():
+            for name in loads.names:
+                self._of_name.setdefault(name, []).append(layer)
+        others = {"", *(self._shards.keys() - self._of_name.keys())}
+        while spoiled := [layer for layer, loads in self._layers.items() if others & loads.names.keys()]:
+            others.update(*(self._layers.pop(layer).names for layer in spoiled))
+        self._of_name = {name: layers for name, layers in self._of_name.items() if name not in others}
+        self._noting = False
+
+    def _load_noting(self, tensors: dict[str, Tensor]) -> None:
+        given: dict[Any, str] = {}
+        for name, tensor in tensors.items():
+            given[_place(tensor)] = "" if _place(tensor) in given else name
+        original = layerwise._layerwise_process
+
+        def processed(layer: torch.nn.Module, info: Any) -> None:
+            self._note(layer, info, given)
+            self._layers[layer].at_once = True
+            original(layer, info)
+
+        layerwise._layerwise_process = processed
+        try:
+            self._model.load_weights(iter(tensors.items()))
+        finally:
+            layerwise._layerwise_process = original
+        for layer in self._model.modules():  # while the tensors are there to be known again
+            info = layerwise.get_layerwise_info(layer)
+            if info.can_load() and info.loaded_weights:
+                self._note(layer, info, given)
+
+    def _note(self, layer: torch.nn.Module, info: Any, given: dict[Any, str]) -> None:
+        """The calls that are new since the last time."""
+        loads = self._layers.setdefault(layer, _LayerLoads())
+        for parameter, bound in info.loaded_weights[len(loads.calls) :]:
+            weights = {k: v for k, v in bound.arguments.items() if isinstance(v, Tensor) and k != "param"}
+            kept = OrderedDict((k, None if k == "param" or k in weights else v) for k, v in bound.arguments.items())
+            name = given.get(_place(next(iter(weights.values()))), "") if len(weights) == 1 else ""
+            loads.calls.append(_Call(parameter, bound.signature, kept, next(iter(weights), ""), name))
+        loads.numel = info.load_numel
+        loads.made = _made(layer, loads)
+
+    def _load_layer(self, layer: torch.nn.Module, loads: _LayerLoads) -> None:
+        info = layerwise.get_layerwise_info(layer)
+        if info.loaded_weights:
+            raise RuntimeError(f"weight sync: vLLM loaded {layer} beside the plan of its reload")
+        for call in loads.calls:
+            arguments = OrderedDict(call.kept)
+            arguments[call.key] = self._arrived[call.name]
+            info.loaded_weights.append((call.parameter, inspect.BoundArguments(call.signature, arguments)))
+        info.load_numel = loads.numel
+        if loads.at_once:
+            layerwise._layerwise_process(layer, info)
+        for name in loads.names:
+            if not any(self._wanted[other] for other in self._of_name[name]):
+                del self._arrived[name]  # its memory goes
+
+
+def _made(layer: torch.nn.Module, loads: _LayerLoads) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The layer's parameters that the calls load, as they stand before any is loaded."""
+    tensors = {call.parameter: getattr(layer, call.parameter, None) for call in loads.calls}
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _place(tensor: Tensor) -> Any:
+    """The same for two plain tensors of the same memory in the same shape; a partial tensor is but itself."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 @torch.no_grad()

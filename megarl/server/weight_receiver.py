@@ -18,7 +18,13 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megarl.server.partial import partial_tensor
-from megarl.server.vllm_reload import abandon_reload, fingerprint, fingerprint_of_folder, reload_folder
+from megarl.server.vllm_reload import (
+    ReloadPlan,
+    abandon_reload,
+    fingerprint,
+    fingerprint_of_folder,
+    reload_folder,
+)
 from megarl.weights.reshard.bit_sums import BitSums, HeldCheck
 from megarl.weights.reshard.manifest import manifest_from
 from megarl.weights.reshard.pack import Corrupted, assemble, message_bytes
@@ -63,6 +69,7 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
     _begun = False  # whether a load ever began
     _disk: dict[str, str] | None = None  # digests of what vLLM loaded at its start
     _held_check: HeldCheck | None = None
+    _plan: ReloadPlan | None = None  # of the last whole load
 
     def init_transfer_engine(self, init_info: SyncInit) -> None:
         self.shutdown()
@@ -129,9 +136,15 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
     def start_weight_update(self) -> None:
         if self._loading:
             abandon_reload(self.model)
+            self._plan = None
         self._loading = self._begun = True
         self._received = BitSums(self.model_config.dtype)
         initialize_layerwise_reload(self.model)
+        shards = self._manifest.shards
+        if self._plan is None or not self._plan.fits(self.model, shards):
+            self._plan = ReloadPlan(self.model, shards) if self.vllm_config.quant_config is None else None
+        if self._plan is not None:
+            self._plan.begin()
 
     def receive_weights(self, update_info: SyncUpdate) -> None:
         """Loads what was staged, or receives, checks and loads bucket by bucket."""
@@ -145,6 +158,8 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
                 self._load(tensors)
 
     def finish_weight_update(self) -> None:
+        if self._plan is not None:
+            self._plan.end()
         finalize_layerwise_reload(self.model, self.model_config)
         self._compare_held()
         self._loading = False
@@ -167,11 +182,15 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self._received.add(tensors.items())
-        self.model.load_weights(
-            (name, partial_tensor(tensors[name], shard.rect, shard.shape, name))
-            for name, shard in self._manifest.shards.items()
-            if name in tensors
-        )
+        shards = self._manifest.shards
+        parts = {
+            name: partial_tensor(tensor, shards[name].rect, shards[name].shape, name)
+            for name, tensor in tensors.items()
+        }
+        if self._plan is None:
+            self.model.load_weights(iter(parts.items()))
+        else:
+            self._plan.load(parts)
 
     def _receive(self, staging: list[list[Tensor]] | None) -> Iterator[dict[str, Tensor]]:
         """The tensors of one bucket after the other; the next bucket is

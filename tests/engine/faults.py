@@ -35,7 +35,7 @@ class FaultyExtension(WorkerExtension):
 
         no_prepack: vLLM's in-place update as it is without our patch. came_late: as a worker that came to a run
         which had begun, whose weights at its start nobody noted. no_second_model: another model cannot be made.
-        zero_expert: an expert of layer 2 is lost after the load.
+        zero_expert: an expert of layer 2 is lost after the load. no_walk: vLLM's own loader raises.
         """
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
             UnquantizedFusedMoEMethod as Method,
@@ -47,6 +47,7 @@ class FaultyExtension(WorkerExtension):
         weight_receiver.assemble = _tampered(assemble, kind, name) if kind in ("flip", "die_receiving") else assemble
         engine = self.weight_transfer_engine
         engine.__dict__.pop("_load", None)
+        engine.model.__dict__.pop("load_weights", None)
         if kind == "came_late":
             engine._disk = None
         if kind in ("die_loading", "fail_loading"):
@@ -55,6 +56,8 @@ class FaultyExtension(WorkerExtension):
             _no_room if kind == "no_second_model" else vllm_reload.fingerprint_of_folder
         )
         weight_receiver.finalize_layerwise_reload = _losing_an_expert if kind == "zero_expert" else _finalized
+        if kind == "no_walk":
+            engine.model.load_weights = _refused
         if kind == "no_prepack":
             Method._setup_kernel = inspect.getclosurevars(Method._setup_kernel).nonlocals["original"]
         else:
@@ -107,6 +110,10 @@ def _int(tensor: Tensor) -> Any:
     import torch
 
     return {4: torch.int32, 2: torch.int16}[tensor.element_size()]
+
+
+def _refused(tensors: Any) -> None:
+    raise RuntimeError("vLLM's own loader was asked")
 
 
 def _half_loaded(load: Any, kind: str) -> Any:

@@ -180,6 +180,20 @@ def test_a_load_that_fails_half_way_is_mended_by_a_whole_sync(rollout: Rollout, 
     assert_a_whole_sync_mends(rollout, checkpoints[1])
 
 
+@pytest.mark.parametrize("staged", [True, False])
+def test_the_next_load_follows_the_plan_of_the_first(
+    rollout: Rollout, checkpoints: tuple[Path, Path], staged: bool
+) -> None:
+    """Without vLLM's own loader, to the same digests."""
+    pusher = rollout.connect(checkpoints[0], staged=staged)
+    pusher.push(weights(checkpoints[0]), 80)
+    rollout.fault("no_walk")
+    pusher.push(weights(checkpoints[1]), 81)
+    pusher.leader.check(str(checkpoints[1]))
+    assert_serves(rollout, checkpoints[1], 81)
+    assert_a_whole_sync_mends(rollout, checkpoints[0])
+
+
 @pytest.mark.parametrize("phase", ["receive", "commit"])
 def test_a_killed_sender(rollout: Rollout, checkpoints: tuple[Path, Path], phase: str) -> None:
     """Before anything is loaded the old version serves; before the
