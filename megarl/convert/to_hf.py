@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from megarl.checkpoints import STATE, damage, hf_files
 from megarl.convert.output import fingerprint, output_folder
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
+from megarl.weights.files.ahead import one_ahead
 from megarl.weights.files.hf_folder import ShardFile, carry_files, plan_shards, write_index
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader
@@ -49,8 +51,9 @@ def _write(reader: MegatronReader, folder: Path, shard: ShardFile, progress: Tra
         return
     writer = SafetensorsWriter(folder / f".{shard.file}", shard.specs)
     try:
-        for name, spec in shard.specs.items():
-            writer.write(name, reader.whole(name))
+        tensors = one_ahead(partial(reader.whole, name) for name in shard.specs)
+        for (name, spec), tensor in zip(shard.specs.items(), tensors, strict=True):
+            writer.write(name, tensor)
             progress.add(spec.nbytes)
         writer.close()
     finally:

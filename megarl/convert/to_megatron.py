@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from megarl.convert.to_hf import same_bits
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
 from megarl.weights.buckets import fill_buckets
+from megarl.weights.files.ahead import one_ahead
 from megarl.weights.files.hf_folder import carry_files, carry_tensors
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader, NewChunk, chunks_of_rank, placed_pieces, whole_params
@@ -92,8 +94,8 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
         return [Chunk(key, Rect(tuple(offset), tuple(size)), *place) for key, offset, size, *place in rows]
     writer = TorchDistWriter(folder, file.name)
     try:
-        for chunk in file.chunks:
-            tensor = _tensor(reader, chunk)
+        tensors = one_ahead(partial(_tensor, reader, chunk) for chunk in file.chunks)
+        for chunk, tensor in zip(file.chunks, tensors, strict=True):
             writer.write(chunk.key, chunk.rect.offset, tensor)
             progress.add(tensor.nbytes)
         rows = [[c.key, c.rect.offset, c.rect.size, c.file, c.offset, c.length] for c in writer.chunks]

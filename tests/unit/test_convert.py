@@ -329,7 +329,7 @@ def test_a_full_disk_is_one_line_and_the_next_call_goes_on(
     def full(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             written.append(1)
-            if len(written) > 20:
+            if len(written) > 5:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return original(*args)
 

@@ -13,6 +13,7 @@ of a process which only loads the command. What came back is compared with the s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -74,10 +75,14 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
         return pool.apply(function, args)
 
 
-def timed(*command: str, flush: Path | None = None) -> tuple[float, float]:
-    """Seconds, and the largest resident set in bytes, of a command;
-    flush: a folder whose files are then brought to disk, in the time.
+def timed(*command: str, source: Path | None = None, flush: Path | None = None) -> tuple[float, float]:
+    """Seconds, and the largest resident set in bytes, of a command; source: a folder that is in the page cache before;
+    flush: one whose files are then brought to disk, in the time.
     """
+    for file in source.rglob("*") if source else ():
+        with contextlib.suppress(IsADirectoryError), file.open("rb", buffering=0) as stream:
+            while stream.read(2**24):
+                pass
     os.sync()
     start = time.perf_counter()
     child = subprocess.Popen(
@@ -115,12 +120,13 @@ def measure(folder: Path, gb: float, rounds: int) -> dict[str, Any]:
     samples: dict[str, list[tuple[float, float]]] = {"imports": [], **{way: [] for way in WAYS}}
     for _ in range(rounds):
         samples["imports"].append(timed(sys.executable, "-c", "import megarl.convert.commands"))
-        samples["cp"].append(timed("cp", "-r", str(source), str(copy), flush=copy))
+        samples["cp"].append(timed("cp", "-r", str(source), str(copy), source=source, flush=copy))
         shutil.rmtree(copy)
         samples["hf_to_megatron"].append(
-            timed(*to_megatron, "--hf", str(source), "--out", str(megatron), *LAYOUT, *shard)
+            timed(*to_megatron, "--hf", str(source), "--out", str(megatron), *LAYOUT, *shard, source=source)
         )
-        samples["megatron_to_hf"].append(timed(*to_hf, "--megatron", str(megatron), "--out", str(back), *shard))
+        command = [*to_hf, "--megatron", str(megatron), "--out", str(back), *shard]
+        samples["megatron_to_hf"].append(timed(*command, source=megatron))
         apart(assert_same, source, back)
         shutil.rmtree(megatron)
         shutil.rmtree(back)

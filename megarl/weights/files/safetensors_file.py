@@ -8,13 +8,13 @@ safetensors_header.py.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megarl.weights.files.disk_file import DiskFile
 from megarl.weights.files.raw_file import RawFile, Spec, bytes_of
 from megarl.weights.files.safetensors_header import Entry, read_header
 from megarl.weights.rect import Rect
@@ -74,30 +74,22 @@ class SafetensorsWriter:
         header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         self._data = 8 + len(header)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._write(memoryview(len(header).to_bytes(8, "little") + header), 0)
+        self._file = DiskFile(path)
+        self._file.write(len(header).to_bytes(8, "little") + header)
 
     def write(self, name: str, tensor: Tensor) -> None:
         spec = self._specs[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not {spec}")
         if tensor.numel():
-            self._write(bytes_of(tensor.detach().cpu().contiguous()), self._data + self._offsets[name])
+            self._file.write_at(self._data + self._offsets[name], bytes_of(tensor.detach().cpu().contiguous()))
         self._missing.discard(name)
-
-    def _write(self, data: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._handle, data[done:], offset + done)
 
     def close(self) -> None:
         """Flushes to disk. Raises ValueError where a tensor is missing."""
         if self._missing:
             raise ValueError(f"{self.path}: {sorted(self._missing)[0]} was never written")
-        os.fsync(self._handle)
-        self.abort()
+        self._file.close()
 
     def abort(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        self._file.abort()

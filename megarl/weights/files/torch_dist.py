@@ -10,11 +10,12 @@ alone; held by tests/unit/test_convert.py. torch's own reader without a process 
 from __future__ import annotations
 
 import bisect
-import contextlib
+import importlib
 import io
 import json
 import os
 import pickle
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,22 +23,14 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megarl.errors import UserError
+from megarl.weights.files.disk_file import DiskFile
 from megarl.weights.files.raw_file import RawFile, Spec, put_together
 from megarl.weights.rect import Rect, Shape
 
 METADATA = ".metadata"
+CHECKPOINT = "torch.distributed.checkpoint"  # imported where it is written: that takes longer than torch itself
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -151,7 +144,7 @@ def _stored_tensors(metadata: Any) -> dict[str, _Stored]:
     tensors = {
         key: _Stored(Spec(entry.properties.dtype, tuple(entry.size)))
         for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, _TensorStorageMetadata)
     }
     sizes = {
         (key, tuple(chunk.offsets)): tuple(chunk.sizes)
@@ -171,41 +164,41 @@ def _stored_tensors(metadata: Any) -> dict[str, _Stored]:
 
 
 class _Metadata(pickle.Unpickler):
-    """The pickle of `.metadata`. Of what it names only KNOWN is called; everything else becomes a _Standin."""
-
-    KNOWN = {
-        (kind.__module__, kind.__qualname__): kind
-        for kind in (
-            ChunkStorageMetadata,
-            Metadata,
-            MetadataIndex,
-            TensorProperties,
-            TensorStorageMetadata,
-            _MEM_FORMAT_ENCODING,
-            _StorageInfo,
-            torch.Size,
-        )
-    }
+    """The pickle of `.metadata`. Nothing that it names is called: its objects are _Standin with the same attributes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
-        return self.KNOWN.get((module, name), _Standin)
+        known = {kind.__name__.strip("_"): kind for kind in (_TensorStorageMetadata, _TensorProperties)}
+        return known.get(name, _Standin) if module == f"{CHECKPOINT}.metadata" else _Standin
 
 
 class _Standin:
-    """Of a class that the reader has no use for: parts of a save plan, or the metadata's own class in older releases of
-    megatron-core. Takes whatever it is given.
+    """Of any object of the pickle: a chunk's place, parts of a save plan, the metadata itself, whose class is
+    megatron-core's own in its older releases. Takes whatever it is given.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Standin:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+class _TensorStorageMetadata(_Standin):
+    properties: Any
+    size: Any
+
+
+class _TensorProperties(_Standin):
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = state[0]
 
 
 class _Window:
@@ -277,43 +270,45 @@ class TorchDistWriter:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path, self._name = folder / f".{name}", name
-        self._stream = open(self._path, "wb", buffering=2**20)  # noqa: SIM115
+        self._stream = DiskFile(self._path)
+        # while the first file is written; write_metadata waits for it
+        threading.Thread(target=importlib.import_module, args=(f"{CHECKPOINT}.filesystem",), daemon=True).start()
         self.chunks: list[Chunk] = []
 
     def write(self, key: str, offset: Shape, tensor: Tensor) -> None:
         """The rectangle of `key` that begins at `offset`. tensor: contiguous, and all of its storage."""
         begin = self._stream.tell()
-        torch.save(tensor, self._stream)
+        torch.save(tensor, cast(IO[bytes], self._stream))
         rect = Rect(offset, tuple(tensor.shape))
         self.chunks.append(Chunk(key, rect, self._name, begin, self._stream.tell() - begin))
 
     def close(self) -> None:
         """Flushes to disk, then gives the file its name."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
         self._stream.close()
         os.replace(self._path, self._path.with_name(self._name))
 
     def abort(self) -> None:
         """Closes without a flush that would fail again on a full disk."""
-        with contextlib.suppress(OSError):
-            self._stream.close()
+        self._stream.abort()
 
 
 def write_metadata(folder: Path, specs: dict[str, Spec], chunks: list[Chunk]) -> None:
     """What makes the files a checkpoint. Last of all `.metadata`."""
+    from torch.distributed.checkpoint import filesystem
+    from torch.distributed.checkpoint import metadata as meta
+
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
     tensors: dict[str, Any] = {
-        key: TensorStorageMetadata(TensorProperties(spec.dtype), torch.Size(spec.shape), [])
+        key: meta.TensorStorageMetadata(meta.TensorProperties(spec.dtype), torch.Size(spec.shape), [])
         for key, spec in specs.items()
     }
     storage = {}
     for chunk in chunks:
         offset, size = chunk.rect.offset, chunk.rect.size
-        tensors[chunk.key].chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
-        storage[MetadataIndex(chunk.key, offset)] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
-    metadata = Metadata(tensors, planner_data={}, storage_data=storage, storage_meta=StorageMeta())
+        tensors[chunk.key].chunks.append(meta.ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
+        storage[meta.MetadataIndex(chunk.key, offset)] = filesystem._StorageInfo(chunk.file, chunk.offset, chunk.length)
+    metadata = meta.Metadata(tensors, planner_data={}, storage_data=storage, storage_meta=meta.StorageMeta())
     with open(folder / METADATA, "wb") as stream:
         pickle.dump(metadata, stream)
         stream.flush()
