@@ -11,6 +11,7 @@ from the CPU runner.
 the embedding is updated in place: silently wrong.
 5. The CPU platform starts the engine by spawn, which imports everything once more: 15 s of CPU. Our servers of one
 thread fork it, as vLLM does elsewhere.
+6. The engine sends every token by itself: our servers, which answer when a request ends, get each request once.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
@@ -27,8 +28,10 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.platforms.cpu import CpuPlatform
+from vllm.sampling_params import RequestOutputKind
 
-from megarl.server.plugin import FORKS
+from megarl.server.held_outputs import HeldOutputs
+from megarl.server.plugin import FORKS, OWN_SERVER
 
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
 
@@ -40,6 +43,8 @@ def apply() -> None:
     _repack_tied_heads_on_update()
     _allow_routes_with_our_worker()
     _fork_the_engine()
+    if OWN_SERVER in os.environ:
+        _send_each_request_once()
 
 
 def _repack_experts_on_update() -> None:
@@ -123,6 +128,30 @@ def _fork_the_engine() -> None:
 
     check_and_update_config._megarl = True  # type: ignore[attr-defined]
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _send_each_request_once() -> None:
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine.core import EngineCoreProc
+
+    original = EngineCoreProc._attach_weight_version
+    if getattr(original, "_megarl", False):
+        return
+
+    def waits(request: Any) -> bool:
+        params = request.sampling_params
+        return params is not None and params.output_kind == RequestOutputKind.FINAL_ONLY and not params.stop
+
+    def _attach_weight_version(self: Any, outputs: dict[int, Any]) -> None:
+        """Called once a step, with what it sampled and before it is sent."""
+        held = self.__dict__.setdefault("_megarl_held", HeldOutputs())
+        for message in held.before(self._weight_version, EngineCoreOutputs):
+            self.output_queue.put_nowait(message)
+        held.take(outputs, self.scheduler.requests, waits)
+        original(self, outputs)
+
+    _attach_weight_version._megarl = True  # type: ignore[attr-defined]
+    EngineCoreProc._attach_weight_version = _attach_weight_version
 
 
 class RouteCapture:

@@ -45,6 +45,9 @@ ON_A_CPU = {  # and of its CPU build
     "config": "VllmConfig._verify_aux_output_compatibility VllmConfig.aux_output_config",
     "distributed.aux_output_connector.worker": "get_aux_output_connector",
     "platforms.cpu": "CpuPlatform.check_and_update_config",
+    "v1.engine": "EngineCoreOutput.finish_reason EngineCoreOutput.new_logprobs EngineCoreOutput.routed_experts"
+    " EngineCoreOutput.prefill_stats EngineCoreOutputs.weight_version EngineCoreOutputs.finished_requests",
+    "v1.engine.core": "EngineCoreProc._attach_weight_version",
     "v1.worker.cpu_worker": "CPUWorker.init_device CPUModelRunner",
     "v1.worker.cpu_model_runner": "CPUModelRunner.initialize_kv_cache CPUModelRunner.execute_model"
     " CPUModelRunner.sample_tokens",
