@@ -47,7 +47,8 @@ from tools.tiny_model import make_tiny_model
 TRAIN = 40_000  # prompts: more than the steps of a run take, so that each comes once
 DISK_MIB = 96
 RUNS = ("trainers", "workers", "torchrun")
-WORKERS: dict[str, Any] = {"rollout": {"engines": 2}, "sync": {"timeout_s": 30}}
+# a server is missed after 15 silent seconds and a question of 10: ranks that wait for it meanwhile are no stall
+WORKERS: dict[str, Any] = {"rollout": {"engines": 2}, "sync": {"timeout_s": 30}, "launch": {"stall_s": 60}}
 TRAINERS: dict[str, Any] = {
     "parallel": {"tp": 2},
     "rollout": {"engines": 1, "max_lag": 2},
