@@ -275,11 +275,10 @@ class Fleet:
         """Whether a member failed, fell silent or does not answer; the worker's own account may take a moment. Who was
         too late is asked at once.
         """
-        assert self._watch is not None  # rank 0
         deadline = time.monotonic() + (ENGINE_ACCOUNT_S if ENGINE_DIED in str(error) else ACCOUNT_S)
         if isinstance(error, ServerSilent) and self._ask_members():
             return True
-        while time.monotonic() < deadline:
+        while self._watch is not None and time.monotonic() < deadline:
             here = self._watch.members.look().here
             if any(worker not in here for worker in self.members):
                 return True

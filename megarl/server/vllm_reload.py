@@ -21,6 +21,8 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
 
+from megarl.server.partial import PartialTensor
+
 PROBE_ROWS = 4
 
 
@@ -177,9 +179,11 @@ def _made(layer: torch.nn.Module, loads: _LayerLoads) -> dict[str, tuple[torch.S
 
 
 def _place(tensor: Tensor) -> Any:
-    """The same for two plain tensors of the same memory in the same shape; a partial tensor is but itself."""
+    """The same for two tensors of the same memory in the same shape, whole or partial."""
+    if isinstance(tensor, PartialTensor):
+        return tensor.hf_name, tensor.rect, *_place(tensor.local), tuple(tensor.shape)
     if type(tensor) not in (Tensor, torch.nn.Parameter):
-        return id(tensor)
+        return (id(tensor),)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 

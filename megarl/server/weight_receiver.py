@@ -69,6 +69,7 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
     _begun = False  # whether a load ever began
     _disk: dict[str, str] | None = None  # digests of what vLLM loaded at its start
     _held_check: HeldCheck | None = None
+    _broadcast = False
     _plan: ReloadPlan | None = None  # of the last whole load
 
     def init_transfer_engine(self, init_info: SyncInit) -> None:
@@ -83,7 +84,10 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
             store, init_info.group, self.rank, init_info.world_size, init_info.timeout_s, torch.device(self.device)
         )
         self._manifest = manifest_from(init_info.manifest_inputs, self.rank - init_info.senders)
-        self._broadcast, self.staged = init_info.transport == "broadcast", init_info.staged
+        broadcast = init_info.transport == "broadcast"
+        if broadcast != self._broadcast:
+            self._held_check = None  # whole tensors arrive then, where a rank holds its part of them
+        self._broadcast, self.staged = broadcast, init_info.staged
         self._staging: list[list[Tensor]] = []  # buffers: allocated once, a copy of what this worker holds
         self._staged: dict[str, Tensor] | None = None
 
@@ -126,10 +130,12 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
         Raises Corrupted, or RuntimeError where a sender is gone.
         """
         self._staged = None
+        self._received = BitSums(self.model_config.dtype)
         staged: dict[str, Tensor] = {}
         if not self._staging:
             self._staging = [self._buffers(number) for number in range(len(self._manifest.buckets))]
         for tensors in self._receive(self._staging):
+            self._received.add(tensors.items())
             staged |= tensors
         self._staged = staged
 
@@ -138,7 +144,6 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
             abandon_reload(self.model)
             self._plan = None
         self._loading = self._begun = True
-        self._received = BitSums(self.model_config.dtype)
         initialize_layerwise_reload(self.model)
         shards = self._manifest.shards
         if self._plan is None or not self._plan.fits(self.model, shards):
@@ -154,7 +159,9 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
             self._load(self._staged)
             self._staged = None
         else:
+            self._received = BitSums(self.model_config.dtype)
             for tensors in self._receive(None):
+                self._received.add(tensors.items())
                 self._load(tensors)
 
     def finish_weight_update(self) -> None:
@@ -167,7 +174,8 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
     def _compare_held(self) -> None:
         """RuntimeError where the model holds other numbers than it received."""
         held = BitSums(self.model_config.dtype)
-        held.add(self.model.named_parameters())
+        for pair in self.model.named_parameters():  # one by one: together they would be copied, a layer at a time
+            held.add([pair])
         self._held_check = self._held_check or HeldCheck()
         if parts := self._held_check.wrong(self._received.numbers(), held.numbers()):
             raise RuntimeError(
@@ -181,7 +189,6 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
             self._group = None
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
-        self._received.add(tensors.items())
         shards = self._manifest.shards
         parts = {
             name: partial_tensor(tensor, shards[name].rect, shards[name].shape, name)

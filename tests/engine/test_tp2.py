@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megarl.launch.lifeline import descendants
 from megarl.rollout import registry
@@ -85,6 +86,26 @@ def test_slices_arrive_and_a_dense_layer_has_no_routes(server: Rollout, models: 
             assert response.routes is not None and response.routes.shape == (15, 3, 2)
             np.testing.assert_array_equal(np.sort(response.routes, -1), experts)
             np.testing.assert_allclose(response.logprobs, logprobs[7:], atol=1e-5)
+
+
+def test_slices_follow_the_plan_of_the_first_load(server: Rollout, models: tuple[Path, Path]) -> None:
+    """Without vLLM's own loader, which takes 4 times as long: experts come to it as slices cut once more."""
+    SlicePusher(server.store, server.workers, models[0]).push(models[0], 3)
+    pusher = SlicePusher(server.store, server.workers, models[0])
+    server.fault("no_walk")
+    pusher.push(models[1], 4)
+    server.fault("none")
+    pusher.leader.check(str(models[1]))
+
+
+def test_both_ways_into_one_worker(server: Rollout, models: tuple[Path, Path]) -> None:
+    """As after trainers that begin again with another sync.transport. Of whole tensors a rank holds a part alone, whose
+    bits do not add up to theirs; what it received as slices says nothing of that.
+    """
+    SlicePusher(server.store, server.workers, models[0]).push(models[0], 5)
+    server.connect(models[1]).push(load_file(models[1] / "model.safetensors"), 6)
+    SlicePusher(server.store, server.workers, models[0]).push(models[0], 7)
+    assert server.client.weight_versions() == [7]
 
 
 def test_a_worker_killed_while_it_loads_is_reported(server: Rollout, models: tuple[Path, Path]) -> None:
