@@ -12,6 +12,7 @@ the embedding is updated in place: silently wrong.
 5. The CPU platform starts the engine by spawn, which imports everything once more: 15 s of CPU. Our servers of one
 thread fork it, as vLLM does elsewhere.
 6. The engine sends every token by itself: our servers, which answer when a request ends, get each request once.
+7. Norms in float32 are eight torch operations: vLLM's own C kernel, which its registry offers to GPUs alone.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
@@ -22,7 +23,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.ir.ops import layernorm as norms
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -31,7 +35,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import RequestOutputKind
 
 from megarl.server.held_outputs import HeldOutputs
-from megarl.server.plugin import FORKS, OWN_SERVER
+from megarl.server.plugin import FORKS, NORMS, OWN_SERVER
 
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
 
@@ -43,6 +47,7 @@ def apply() -> None:
     _repack_tied_heads_on_update()
     _allow_routes_with_our_worker()
     _fork_the_engine()
+    _offer_c_norms()
     if OWN_SERVER in os.environ:
         _send_each_request_once()
 
@@ -128,6 +133,33 @@ def _fork_the_engine() -> None:
 
     check_and_update_config._megarl = True  # type: ignore[attr-defined]
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _offer_c_norms() -> None:
+    """In bfloat16 the C kernel rounds once where the model rounds twice, so there it is not taken."""
+    if NORMS in norms.rms_norm.impls:
+        return
+
+    def takes(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
+        return weight is not None and variance_size is None and x.dtype == weight.dtype == torch.float32
+
+    def takes_both(
+        x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+    ) -> bool:
+        return takes(x, weight, epsilon, variance_size) and x.is_contiguous() and x_residual.is_contiguous()
+
+    @norms.rms_norm.register_impl(NORMS, supports_args=takes)
+    def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        torch.ops._C.rms_norm(out, x.contiguous(), weight, epsilon)
+        return out
+
+    @norms.fused_add_rms_norm.register_impl(NORMS, supports_args=takes_both, inplace=True)
+    def fused_add_rms_norm(
+        x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+        return x, x_residual
 
 
 def _send_each_request_once() -> None:

@@ -46,14 +46,25 @@ def test_vllm_alone_reloads_wrongly(checkpoints: tuple[Path, Path]) -> None:
 
 def test_every_head_is_rotated() -> None:
     """Where vLLM alone is right, the patch may go."""
+    alone, ours = figures_of("tests.engine.rotated_heads", r"^alone=(\S+) ours=(\S+)$")
+    assert alone > 1e-2 and ours == 0
+
+
+def test_c_norms_are_the_models() -> None:
+    (error,) = figures_of("tests.engine.norms", r"^error=(\S+)$")
+    assert error < 1e-6
+
+
+def figures_of(module: str, printed: str) -> list[float]:
+    """What a script prints that has a vLLM process of its own, with our plugin."""
     environment = {
         **os.environ,
         "VLLM_PLUGINS": "megarl",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "tests.engine.rotated_heads"]
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    found = re.search(r"^alone=(\S+) ours=(\S+)$", done.stdout, re.MULTILINE)
+    found = re.search(printed, done.stdout, re.MULTILINE)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
-    assert float(found[1]) > 1e-2 and float(found[2]) == 0
+    return [float(figure) for figure in found.groups()]
