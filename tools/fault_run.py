@@ -70,7 +70,7 @@ class Run:
             "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 9, "request_timeout_s": 60},
             "train": {"steps": 100_000, "lr": 1e-4, "stop_on_dull_steps": 0},
             "run": {"dir": str(self.dir), "rollout_samples": PROMPTS * GROUP},
-            "launch": {"trainers": 2, "max_restarts": 1000, "stall_s": 20, "store": f"{here}:{reserve_port(here)}"},
+            "launch": {"trainers": 2, "max_restarts": 1000, "stall_s": 30, "store": f"{here}:{reserve_port(here)}"},
         }
         for section, values in settings.items():
             base.setdefault(section, {}).update(values)

@@ -61,6 +61,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (work.replay, (*LOOP, "score", "compare")),
     (work.quantize, ("generate", "eval")),
     (work.lag, ROLLOUT),
+    (work.stall, LOOP),
     (work.lengths, ROLLOUT),
     (work.overlong, LOOP),
     (work.temperature, ROLLOUT),

@@ -7,6 +7,8 @@ from typing import Any
 from megarl.launch.gpus import has_gpu
 from megarl.objective.choices import CHOICES
 from megarl.refusals.case import Case
+from megarl.rollout.client import ANSWER_S
+from megarl.rollout.registry import STALE_S
 
 LOWEST_TEMPERATURE = 0.01  # vllm.sampling_params._MAX_TEMP
 
@@ -155,6 +157,16 @@ def lag(case: Case) -> str | None:
         return (
             f"rollout.max_lag {lag} with launch.colocate: rollouts cannot overlap training where both take turns with "
             "the GPUs; set rollout.max_lag=0 or launch.colocate=false"
+        )
+    return None
+
+
+def stall(case: Case) -> str | None:
+    seconds, missed = case.config.launch.stall_s, STALE_S + ANSWER_S
+    if 0 < seconds <= missed:
+        return (
+            f"launch.stall_s {seconds:g} is no more than the {missed:g} s after which a silent server is missed: "
+            "who waits for one would count as stalled; raise it, or set it to 0 for never"
         )
     return None
 

@@ -71,6 +71,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
         {},
         ["run.loggers 'tests.unit.test_loggers.Wrong'", "missing a required argument: 'url'"],
     ),
+    ("stall", "run", ["launch.stall_s=25"], {}, ["launch.stall_s 25 is no more than the 25 s", "raise it"]),
     ("loggers", "run", ["run.loggers=[tensorbord]"], {}, ["run.loggers 'tensorbord' is unknown", "'tensorboard'"]),
     (
         "transformer_engine",
