@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ class ByServer(LoadScopeScheduling):
         file = nodeid.partition("::")[0]
         folder = Path(file).parent.name
         return folder if folder in ("e2e", "engine") else file
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    """Of the one rank that a file's engines make; its groups are left at the end of the file."""
+    from megarl.engine.parallel import destroy_parallel
+
+    yield
+    destroy_parallel()
 
 
 @pytest.hookimpl(optionalhook=True)

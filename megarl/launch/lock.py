@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from megarl.announce import announce
 from megarl.errors import UserError
 
 
@@ -36,7 +37,7 @@ def owned(log_dir: Path) -> Iterator[None]:
                 f"run.dir {str(run_dir)!r} is in use by process {owner}; stop that one or give another run.dir"
             ) from None
         except OSError as error:  # Lustre, say, mounted without locks
-            print(
+            announce(
                 f"megarl: warning: run.dir {str(run_dir)!r} cannot be locked ({error.strerror}): nothing keeps "
                 "a second run out of it"
             )

@@ -100,10 +100,8 @@ def recompute_gain(config: Config, world: int, rank: int, layers: dict[str, Any]
     from megarl.weights.map.layout import Layout
     from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
-    layout, weight_map = (
-        Layout(**config.parallel.model_dump(), world=world),
-        WeightMap(load_hf_config(config.model.path)),
-    )
+    layout = Layout(**config.parallel.model_dump(), world=world)
+    weight_map = WeightMap(load_hf_config(config.model.path))
     stage, kept, forward = layout.coord(rank).pp, layers["kept"], layers["forward"]
     name = {True: "moe", False: "dense"}
     held = {name[moe]: count for moe, count in held_at_once(weight_map, layout, stage).items()}

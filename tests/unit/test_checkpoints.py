@@ -30,14 +30,9 @@ from megarl.engine import checkpoint
 from megarl.engine.adam_state import parts_of
 from megarl.engine.background import Parts
 from megarl.engine.checkpoint import begin_checkpoint, load_checkpoint, save_checkpoint
-from megarl.engine.parallel import destroy_parallel
 from megarl.loop.resume import agree, resume
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    yield
-    destroy_parallel()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from megarl import refusals
 from megarl.config import load_config
 from megarl.engine.adam_state import parts_of
 from megarl.engine.offload import TrainingMemory
-from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
 from megarl.launch import gpus, processes
 from megarl.loop.colocate import MemoryTurns
@@ -29,10 +28,7 @@ from megarl.server import supervise
 KINDS = [(dtype, distributed) for dtype in ("float32", "bfloat16") for distributed in (False, True)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    yield
-    destroy_parallel()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def trained(dtype, distributed, memory=False):

@@ -16,16 +16,12 @@ from tools.bench.gpu import common  # noqa: F401  (sets the device up before meg
 from tools.bench.gpu import run as bench
 
 # isort: split
-from megarl.engine.parallel import destroy_parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_S = 13 * 60  # all parts together, as docs/gpu.md says
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    yield
-    destroy_parallel()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def rows_of(folder: Path, part: str) -> tuple[int, dict]:

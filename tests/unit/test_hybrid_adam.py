@@ -22,16 +22,12 @@ from megarl.engine.build import Engine, build_engine
 from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.hybrid_adam import HybridAdam, stepping
 from megarl.engine.offload import TrainingMemory
-from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
 
 LR = 1e-3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    yield
-    destroy_parallel()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,11 @@ from tools.bench.gpu.correctness import _loss
 # isort: split
 from megarl.engine import step
 from megarl.engine.device import make_deterministic
-from megarl.engine.parallel import destroy_parallel
 
 SETTLED = 1e-6  # relative error of float32 arithmetic; bf16's is above 1e-3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    yield
-    destroy_parallel()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture
