@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megarl.engine.batch import Pack, cp_rows, router_rows
@@ -65,6 +65,10 @@ class Engine:
         self._routers = [
             [layer.mlp.router for layer in chunk.decoder.layers if hasattr(layer.mlp, "router")] for chunk in model.bare
         ]
+        self._head_rows: Tensor | None = None  # of the pack in hand, as _computed gives them
+        for chunk in model.bare:
+            if isinstance(getattr(chunk, "output_layer", None), ColumnParallelLinear):
+                chunk.output_layer.register_forward_pre_hook(self._take_head_rows)
         # The loss arrives divided by its global denominator, so gradients are only summed: no division by a token
         # count.
         model.config.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: finalize_model_grads(
@@ -133,12 +137,39 @@ class Engine:
         return value, torch.ones((), dtype=torch.int), metrics
 
     def _head(self, pack: Pack, logits: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        """log pi and entropy of all rows of the pack, from this rank's logits [1, rows, columns]."""
-        parallel = self.model.parallel
+        """log pi and entropy of all rows of the pack, 0 where a row predicts nothing that is learnt from. logits: this
+        rank's [1, rows, columns], of the rows that its output layer has computed.
+        """
+        parallel, device = self.model.parallel, logits.device
         local_rows = cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)
-        labels = to_device(pack.labels[local_rows], logits.device)
+        computed = self._computed(pack)
+        labels = pack.labels[local_rows]
         group, vocab_size = parallel.tp_group if parallel.layout.tp > 1 else None, self.model.weight_map.vocab_size
-        return self._whole(pack, *vocab_parallel_logprobs(logits.squeeze(0), labels, temperature, group, vocab_size))
+        labels = to_device(labels if computed is None else labels[computed], device)
+        local: tuple[Tensor, ...] = vocab_parallel_logprobs(logits.squeeze(0), labels, temperature, group, vocab_size)
+        if computed is not None:
+            computed = to_device(computed, device)
+            local = tuple(values.new_zeros(len(local_rows)).index_copy(0, computed, values) for values in local)
+        others = to_device(pack.mask[local_rows] == 0, device)
+        return self._whole(pack, *(values.masked_fill(others, 0.0) for values in local))
+
+    def _computed(self, pack: Pack) -> Tensor | None:
+        """int64: those of this rank's rows that its output layer computes. They predict a token that is learnt from;
+        where none does, it is the first. None with TP, which is all of them: each rank's last layer has a slice of the
+        rows, and the whole comes together in the output layer itself.
+        """
+        layout, coord = self.model.parallel.layout, self.model.parallel.coord
+        if layout.tp > 1:
+            return None
+        rows = pack.mask[cp_rows(pack.padded, layout.cp, coord.cp)].nonzero().flatten()
+        return rows if len(rows) else torch.zeros(1, dtype=torch.long)
+
+    def _take_head_rows(self, layer: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Before the output layer: of hidden states [rows, 1, H] those that it computes."""
+        if self._head_rows is None:
+            return None
+        hidden, *others = given
+        return (hidden.index_select(0, to_device(self._head_rows, hidden.device)), *others)
 
     def _whole(self, pack: Pack, *local: Tensor) -> tuple[Tensor, ...]:
         """This rank's rows -> all rows of the pack [T], in order. Under
@@ -218,6 +249,7 @@ class Engine:
         # bf16 logits stay bf16: megatron-core would copy all of them to float32, 20 GB for 32k tokens, and their
         # gradient too.
         half = {"fp32_output": False} if self.model.config.bf16 else {}
+        self._head_rows = self._computed(pack)
         with context as record:
             out = chunk(tokens[None], positions[None], None, packed_seq_params=pack.sequences.to(device), **half)
         if record is not None and record.live:

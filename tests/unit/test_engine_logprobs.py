@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -43,15 +42,38 @@ def test_log_probabilities_equal_those_of_transformers(norm_topk_prob, experts, 
     [(scored, _)] = engine.logprobs([pack], "record")
     for start, want in zip(pack.starts, logprobs):
         torch.testing.assert_close(scored[start : start + len(want)], want, rtol=1e-5, atol=1e-5)
+    destroy_parallel()
 
-    memory, head = [], engine._head  # the schedule holds what a pack gave until it has the next one's
 
-    def counting(pack, logits, temperature):
-        assert not any(earlier() for earlier in memory), "an earlier pack's logits are still there"
-        memory.append(weakref.ref(logits.untyped_storage()))
-        return head(pack, logits, temperature)
+def test_the_output_layer_computes_the_rows_of_responses_alone(tmp_path):
+    """Numbers and gradients are those of all rows; a pack without a response computes one row."""
+    path = make_tiny_model(tmp_path / "model", layers=1)
+    tokens = [3 + torch.arange(n) % 17 for n in LENGTHS]
+    engine = build_engine(load_config(None, [f"model.path={path}"]))
+    at = engine.model.parallel
+    computed = []
+    head = engine.model.bare[0].output_layer
+    head.register_forward_hook(lambda layer, given, out: computed.append(out[0].shape[0]))
 
-    engine._head = counting
-    again = engine.logprobs([pack, pack, pack], "off")
-    assert len(memory) == 3 and all(torch.equal(one.logprobs, scored) for one in again)
+    [every] = make_packs([[0, 1, 2]], tokens, [1, 1, 1], at.layout, at.coord)
+    responses, empty = make_packs([[0, 1, 2], []], tokens, [20, 9, 4], at.layout, at.coord)
+    wanted = responses.mask.bool()
+    scores = engine.logprobs([every, responses, empty], "off")
+    assert computed == [69, 3 + 0 + 36, 1] and int(wanted.sum()) == 39
+    for of_all, of_responses in zip(scores[0], scores[1]):
+        torch.testing.assert_close(of_responses[wanted], of_all[wanted], rtol=1e-5, atol=1e-6)
+        assert not of_responses[~wanted].any()
+
+    gradients = []
+    for pack in (every, responses):
+        out = engine.model.chunks[0]
+        engine._head_rows = engine._computed(pack)
+        logits = out(pack.tokens[None], pack.positions[None], None, packed_seq_params=pack.sequences)
+        logprobs, entropy = engine._head(pack, logits, 1.0)
+        total = ((logprobs - 0.1 * entropy) * wanted).sum()
+        gradients.append(torch.autograd.grad(total, [*engine.model.bare[0].parameters()], allow_unused=True))
+    for one, other in zip(*gradients):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     destroy_parallel()
