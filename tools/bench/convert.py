@@ -160,6 +160,10 @@ def main() -> None:
         ratio, span = statistics.median(seconds["cp"]) / median, f"{min(seconds[way]):.1f}-{max(seconds[way]):.1f}"
         above = f"{(peak[way] - peak['imports']) / figures['largest_tensor']:36.2f}" if way != "cp" else ""
         print(f"{way:16}{median:9.1f}{total / 1e6 / median:8.0f}{ratio:8.2f}{span:>14}{peak[way] / 1e6:9.0f}{above}")
+    imports = statistics.median(each[0] for each in figures["seconds_and_peak"]["imports"])
+    cp, ways = statistics.median(seconds["cp"]), [way for way in WAYS if way != "cp"]
+    ratios = ", ".join(f"{way} {cp / (statistics.median(seconds[way]) - imports):.2f} of cp" for way in ways)
+    print(f"imports alone {imports:.1f} s, {peak['imports'] / 1e6:.0f} MB; without them {ratios}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
