@@ -79,6 +79,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
                     sampled = source.next(wanted, rollouts.groups, Progress(step, done), saver.stop)
                     rollouts.add(sampled, scorer.score(sampled.rollouts))
             batch = build_batch(rollouts, engine, step)
+            refit.settle()
             with turns.training(fleet):
                 learned = learner.learn(batch, step)
             if learned.guarded:
@@ -96,8 +97,11 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
                 with turns.training(fleet):
                     saver.save()
             if not saver.ending:
+                if evaluation.is_due(step, last=last):
+                    refit.settle()
                 evaluation.after(step, last=last)
         saver.finish()
+        refit.settle()
     except Stopped as stopped:  # Ctrl-C or SIGTERM, while rollouts were awaited
         with turns.training(fleet):
             saver.interrupted(stopped)

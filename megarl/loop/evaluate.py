@@ -40,10 +40,14 @@ class Evaluation:
         self.config, self.prompts, self.output, self.watched = config, prompts, output, watched
         self.sampler, self.scorer = sampler, scorer
 
-    def after(self, step: int, *, last: bool) -> None:
-        """An evaluation, where one is due after `step`. last: the run ends here."""
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """After `step`. last: the run ends here."""
         every = self.config.eval.every
-        if self.prompts and (last or (every and step % every == 0)):
+        return bool(self.prompts) and (last or bool(every and step % every == 0))
+
+    def after(self, step: int, *, last: bool) -> None:
+        """An evaluation, where one is due."""
+        if self.is_due(step, last=last):
             with phase("evaluate"), self.watched():
                 values = evaluate(self.sampler, self.scorer, self.prompts, self.config)
             if self.output:

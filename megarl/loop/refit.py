@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,13 @@ from megarl.loop.reduce import Values
 from megarl.observe.trace import enter, phase
 from megarl.replay.routes import accept_routes
 from megarl.rollout.fleet import Fleet, WorkersLost
-from megarl.rollout.registry import ServerLost, common_tp
-from megarl.rollout.sync_leader import Canary, InFlight, SyncSettings
+from megarl.rollout.registry import common_tp
+from megarl.rollout.sync_leader import Canary, InFlight, Scoring, SyncSettings
 from megarl.weights.reshard.outgoing import Slices, WholeTensors
 from megarl.weights.reshard.quantize import quantized_weights
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 
+CANARY_KEYS = ("sync/canary_median_diff", "sync/canary_tail_diff", "sync/canary_max_diff")  # in Spread's order
 TRIES = 5  # of one sync, each without the workers that the one before has lost
 
 
@@ -59,6 +60,8 @@ class Refit:
             from_disk and config.sync.quantize == "none" and trained in (torch.float32, self.rollout_dtype)
         )
         self.synced = False
+        self._scoring: Scoring | None = None  # on every rank: of the last sync, whose canary is not compared yet
+        self._canary_figures: Values = {}  # of the last canary that was compared
         # the last versions that were committed, as many as a response may have lived through
         self.committed: deque[int] = deque(maxlen=config.rollout.max_lag + 1)
 
@@ -93,8 +96,11 @@ class Refit:
         Who is lost meanwhile is left out, and the sync done again as a whole, which also mends a worker that it had
         left half way. stop: what may end the wait for a worker, where none is left.
         Under sync.quantize all of these see the same quantised weights: the trainer's own are swapped out meanwhile.
+        While requests are in flight the canary waits for its turn among them, and the trainers do not wait for it: see
+        settle(). The figures of the canary are then those of the sync before.
         """
         start, tries = time.perf_counter(), 1
+        self.settle()
         while True:
             try:
                 values = self._sync(version, stop)
@@ -116,27 +122,47 @@ class Refit:
             enter("the wait for a rollout worker")  # which is no stall: it has a limit of its own
             return stop.asked if stop else 0
 
-        if self.fleet.gather(asked):
+        changed = self.fleet.gather(asked)
+        if changed:
             self.connect()
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
+        in_flight = self._in_flight(version)
+        later = in_flight is not None and self.synced and not changed  # a new member is compared before it is asked
         with self._quantized():
             with phase("sync"):
-                scores = self.fleet.push(
-                    self.outgoing.buckets(model.params()), self.canary.tolist(), self._in_flight(version), phase
-                )
+                canary = [] if later else self.canary.tolist()
+                scores = self.fleet.push(self.outgoing.buckets(model.params()), canary, in_flight, phase)
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
-            with phase("canary"):
-                urls = [worker.url for worker in self.fleet.members]
-                spreads = self._compare_canary([*zip(urls, scores, strict=False)])
-        keys = ("sync/canary_median_diff", "sync/canary_tail_diff", "sync/canary_max_diff")
-        for figure, key in enumerate(keys):
-            values[key] = max((spread[figure] for spread in spreads), default=0.0)
+            spreads: list[Spread] = []
+            if not later:
+                with phase("canary"):
+                    urls = [worker.url for worker in self.fleet.members]
+                    spreads = self._compare_canary([*zip(urls, scores, strict=False)])
         self.fleet.commit(version)
-        self.limits.learn(spreads)
+        if later:
+            self._scoring = self.fleet.score(self.canary.tolist(), self.config.sync.timeout_s)
+        else:
+            self._learn(spreads)
         if version not in self.committed:
             self.committed.append(version)
-        return values
+        return values | self._canary_figures
+
+    def settle(self) -> None:
+        """Compares the canary of the last sync, where that has not waited for it: before anything is trained on, or
+        evaluated, that was sampled since. The trainer's weights must still be those of that sync. Raises as sync().
+        Collective.
+        """
+        scoring, self._scoring = self._scoring, None
+        if scoring is not None:
+            with phase("canary"), self._quantized():
+                spreads = self._compare_canary(scoring.scores())
+            self._learn(spreads)
+
+    def _learn(self, spreads: list[Spread]) -> None:
+        self.limits.learn(spreads)
+        for figure, key in enumerate(CANARY_KEYS):
+            self._canary_figures[key] = max((spread[figure] for spread in spreads), default=0.0)
 
     def _in_flight(self, version: int) -> InFlight | None:
         rollout, timeout_s = self.config.rollout, self.config.sync.timeout_s
@@ -149,14 +175,9 @@ class Refit:
         """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does
         not hold what the last sync gave it. Collective.
         """
-        client = self.fleet.client
-        scores: list[tuple[str, Canary]] = []
-        if self.engine.model.parallel.is_main and client is not None:
-            for number, server in enumerate(client.servers):
-                with suppress(ServerLost):  # one that is lost holds nothing that would be asked for
-                    scores.append((server.url, Canary(*client.score(self.canary.tolist(), number))))
+        scoring = self.fleet.score(self.canary.tolist(), self.config.sync.timeout_s)
         with phase("canary"), self._quantized():
-            self._compare_canary(scores)
+            self._compare_canary(scoring.scores())
 
     def _quantized(self) -> AbstractContextManager[None]:
         """Inside, the trainer's weights are those that the rollout gets (sync.quantize). Collective."""

@@ -33,7 +33,7 @@ from megarl.rollout.registry import (
     wait_for_workers,
 )
 from megarl.rollout.store import open_run_store
-from megarl.rollout.sync_leader import Canary, InFlight, Phase, SyncLeader, SyncSettings, untraced
+from megarl.rollout.sync_leader import Canary, InFlight, Phase, Scoring, SyncLeader, SyncSettings, untraced
 from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.transport.send import Outgoing, WeightSender
 
@@ -180,6 +180,10 @@ class Fleet:
             return []
 
         return self._settled(send)
+
+    def score(self, canary: list[int], timeout_s: float) -> Scoring:
+        """Asks the members, on rank 0, for the canary beside whatever else they do."""
+        return Scoring(self.members if dist.get_rank() == 0 else [], canary, timeout_s)
 
     def check_digests(self, folder: str | None) -> None:
         """Collective. Raises WorkersLost; RolloutError where a worker holds other weights."""

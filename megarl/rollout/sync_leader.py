@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +26,7 @@ import numpy as np
 
 from megarl.announce import announce
 from megarl.rollout.client import Server
-from megarl.rollout.registry import RolloutError, ServerSilent, WorkerInfo
+from megarl.rollout.registry import RolloutError, ServerLost, ServerSilent, WorkerInfo
 from megarl.rollout.wire import decode
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -44,6 +44,33 @@ class Canary(NamedTuple):
 
     logprobs: np.ndarray  # float32 [T-1]
     routes: np.ndarray | None  # [T-1, L, K]
+
+
+class Scoring:
+    """Servers that score the canary, each asked in a thread of its own, while the caller goes on."""
+
+    def __init__(self, workers: Sequence[WorkerInfo], canary: list[int], timeout_s: float) -> None:
+        def ask(worker: WorkerInfo) -> bytes:
+            server = Server(worker.url, timeout_s, worker.tokens.data)
+            try:
+                return server.post("/megarl/score", {"tokens": canary})
+            finally:
+                server.close()
+
+        pool = ThreadPoolExecutor(max(len(workers), 1), "canary")
+        self._asked = [(worker.url, pool.submit(ask, worker)) for worker in workers]
+        pool.shutdown(wait=False)
+
+    def scores(self) -> list[tuple[str, Canary]]:
+        """By URL, once all have answered. A server that is lost has none: it holds nothing that would be asked for.
+        Raises RolloutError where one refuses.
+        """
+        found = []
+        for url, asked in self._asked:
+            with suppress(ServerLost):
+                _, arrays = decode(asked.result())
+                found.append((url, Canary(arrays["logprobs"], arrays.get("routes"))))
+        return found
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def test_one_step_off_with_a_kill_in_between(bench: Bench, cold: Path) -> None:
     assert rows[0]["async/lag_max"] == 0 and all(row["async/lag_max"] == 2 for row in rows[5:])
     assert all(row["async/dropped_groups"] == 0 for row in rows)
     for row in rows:
-        assert row["routing/missing_rows"] == 0
+        assert row["routing/missing_rows"] == 0 and row["sync/canary_max_diff"] <= 1e-4
         mismatch = row["async/mismatch_k3_by_lag"]
         assert len(mismatch) == 2 and mismatch[0] < 1e-9  # of the tokens whose weights are those of now
     lines = (bench.folder / "data" / "train.jsonl").read_text().splitlines()[: (STEPS + 1) * PROMPTS]

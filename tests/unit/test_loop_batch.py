@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,6 +34,7 @@ from megarl.loop.sampler import Sampler  # noqa: E402
 from megarl.loop.scoring import RewardScorer  # noqa: E402
 from megarl.reward.pool import Score  # noqa: E402
 from megarl.rollout.response import Response  # noqa: E402
+from megarl.rollout.sync_leader import Canary  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
 GROUP = 4
@@ -295,26 +296,66 @@ def test_a_batch_sampled_from_other_weights_is_not_trained_on(
     assert learner.learn(collect(loop)[0], WARM_UP + 1).optimizer_steps == minibatches
 
 
+class ScoredFleet:
+    """Two servers whose scores of the canary are the trainer's, off by `wrong`; a sync sends nothing."""
+
+    def __init__(self) -> None:
+        self.right = np.zeros(CANARY_TOKENS - 1, np.float32)
+        self.wrong = {"http://one": 0.0, "http://two": 0.0}
+        self.members = [SimpleNamespace(url=url) for url in self.wrong]
+
+    def gather(self, asked: Any) -> bool:
+        return False
+
+    def push(self, buckets: Any, canary: list[int], in_flight: Any, phase: Any) -> list[Canary]:
+        return [score for _, score in self.scores()] if canary else []
+
+    def commit(self, version: int) -> None:
+        pass
+
+    def score(self, canary: list[int], timeout_s: float) -> ScoredFleet:
+        return self
+
+    def scores(self) -> list[tuple[str, Canary]]:
+        return [(url, Canary(self.right + np.float32(off), None)) for url, off in self.wrong.items()]
+
+
+def refitted(folder: Path, *overrides: str) -> tuple[Refit, ScoredFleet]:
+    engine, loop, _ = build(folder, [], *overrides)
+    fleet: Any = ScoredFleet()
+    refit, at = Refit(loop.config, engine, fleet), engine.model.parallel
+    refit.synced, refit.outgoing = True, cast(Any, SimpleNamespace(bytes=0, buckets=lambda params: []))
+    [scored] = engine.logprobs(make_packs([[0]], [refit.canary], [1], at.layout, at.coord), "off", temperature=1.0)
+    fleet.right[:] = scored.logprobs[: CANARY_TOKENS - 1]
+    return refit, fleet
+
+
+DIFFERS = r"the canary differs by 0\.5 .* between the trainer and http://two; the worker"
+
+
 def test_the_canary_tells_a_wrong_server_from_a_hard_batch(folder: Path) -> None:
     """What a guarded batch is followed by (megarl/train.py): every server is asked, without a sync."""
-    engine, loop, _ = build(folder, [])
-    right = np.zeros(CANARY_TOKENS - 1, np.float32)
-    wrong = {"http://one": 0.0, "http://two": 0.0}
-
-    def score(tokens: list[int], server: int) -> tuple[np.ndarray, None]:
-        return right + np.float32([*wrong.values()][server]), None
-
-    servers = [SimpleNamespace(url=url) for url in wrong]
-    fleet: Any = SimpleNamespace(client=SimpleNamespace(servers=servers, score=score))
-    refit, at = Refit(loop.config, engine, fleet), engine.model.parallel
-    [scored] = engine.logprobs(make_packs([[0]], [refit.canary], [1], at.layout, at.coord), "off", temperature=1.0)
-    right[:] = scored.logprobs[: CANARY_TOKENS - 1]
+    refit, fleet = refitted(folder)
     refit.check()
-    wrong["http://two"] = 0.5
-    with pytest.raises(
-        UserError, match=r"the canary differs by 0\.5 .* between the trainer and http://two; the worker"
-    ):
+    fleet.wrong["http://two"] = 0.5
+    with pytest.raises(UserError, match=DIFFERS):
         refit.check()
+
+
+def test_with_requests_in_flight_the_canary_is_compared_before_the_next_update(folder: Path) -> None:
+    """The sync does not wait for it; in lock-step it does."""
+    lock_step, fleet = refitted(folder)
+    fleet.wrong["http://two"] = 0.5
+    with pytest.raises(UserError, match=DIFFERS):
+        lock_step.sync(1)
+    refit, fleet = refitted(folder, "rollout.max_lag=1")
+    assert "sync/canary_max_diff" not in refit.sync(1)
+    refit.settle()
+    assert refit.sync(2)["sync/canary_max_diff"] == 0  # of the sync before
+    fleet.wrong["http://two"] = 0.5
+    with pytest.raises(UserError, match=DIFFERS):
+        refit.settle()
+    refit.settle()  # once
 
 
 def test_a_response_of_a_version_that_no_sync_committed_is_bad(folder: Path) -> None:
