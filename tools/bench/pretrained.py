@@ -3,7 +3,8 @@
     python tools/bench/pretrained.py DIR [--only compare|run] [--models dense,moe] [--seeds 0,1,2] [--json FILE]
         [key=value ...]
 
-DIR holds what make_model.py and arithmetic.py have written (examples/pretrained/README.md). compare: `megarl compare`
+DIR holds what make_model.py and arithmetic.py have written (examples/pretrained/README.md); the runs stay in DIR/bench,
+which is emptied first. compare: `megarl compare`
 on each model, with rollouts in float32 and in bfloat16, the mixture with its routes replayed (R3) and its own. run:
 `megarl run` of examples/pretrained/sums.yaml for each seed; rewards are means of the first and the last eighth of its
 steps, held out is the greedy answer's reward before and after, seconds a step are the median.
@@ -13,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def compare(models: Path, model: str, folder: Path, overrides: list[str]) -> lis
         report = json.loads(file.read_text(encoding="utf-8"))
         for way in ("live", "replayed"):
             if report[way]:
-                k3 = report[way]["mismatch/k3"]
+                k3 = report[way]["mismatch/kl_k3"]
                 rows.append({"model": model, "rollout": dtype, "routes": way, "tokens": report["tokens"], "k3": k3})
                 print(f"compare {model:6}rollout {dtype:10}routes {way:10}k3 {k3:.2e}", flush=True)
     return rows
@@ -69,7 +70,7 @@ def run(models: Path, model: str, seed: int, folder: Path, overrides: list[str])
     first, last = statistics.mean(rewards[:eighth]), statistics.mean(rewards[-eighth:])
     held = [row["eval/mean_at_k"] for row in rows if "eval/mean_at_k" in row]
     seconds = statistics.median(row["time/step_s"] for row in rows if "time/step_s" in row)
-    k3 = statistics.median(row["mismatch/k3"] for row in rows if "mismatch/k3" in row)
+    k3 = statistics.median(row["mismatch/kl_k3"] for row in rows if "mismatch/kl_k3" in row)
     print(
         f"run {model:6} seed {seed}: reward {first:.3f} -> {last:.3f}, held out {held[0]:.3f} -> {held[-1]:.3f}, "
         f"{seconds:.1f} s a step, k3 {k3:.1e}",
@@ -88,14 +89,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     figures: dict[str, list[dict[str, Any]]] = {"compare": [], "run": []}
-    with tempfile.TemporaryDirectory() as temporary:
-        for model in args.models.split(","):
-            if args.only != "run":
-                figures["compare"] += compare(args.folder.resolve(), model, Path(temporary), args.overrides)
-            if args.only != "compare":
-                for seed in args.seeds.split(","):
-                    taken = run(args.folder.resolve(), model, int(seed), Path(temporary), args.overrides)
-                    figures["run"].append(taken)
+    models = args.folder.resolve()
+    runs = models / "bench"
+    shutil.rmtree(runs, ignore_errors=True)
+    for model in args.models.split(","):
+        if args.only != "run":
+            figures["compare"] += compare(models, model, runs, args.overrides)
+        if args.only != "compare":
+            figures["run"] += [run(models, model, int(seed), runs, args.overrides) for seed in args.seeds.split(",")]
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
