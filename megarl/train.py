@@ -101,7 +101,8 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
                     refit.settle()
                 evaluation.after(step, last=last)
         saver.finish()
-        refit.settle()
+        if not saver.ending:
+            refit.settle()
     except Stopped as stopped:  # Ctrl-C or SIGTERM, while rollouts were awaited
         with turns.training(fleet):
             saver.interrupted(stopped)

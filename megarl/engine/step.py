@@ -31,7 +31,7 @@ Routes = Literal["off", "record", "replay", "replay_old"]
 
 
 class TokenScores(NamedTuple):
-    """Of all rows of a pack, float32 [T]."""
+    """Float32 [T], of all rows of a pack; 0 where a row predicts no token that is learnt from."""
 
     logprobs: Tensor
     entropy: Tensor

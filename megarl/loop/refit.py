@@ -72,6 +72,7 @@ class Refit:
         self.fleet.check()
         if not self.fleet.workers:
             self.sync(version, stop)
+            self.settle()
 
     def connect(self) -> None:
         """Brings trainers and the workers of the next sync together."""
@@ -155,14 +156,12 @@ class Refit:
         """
         scoring, self._scoring = self._scoring, None
         if scoring is not None:
-            with phase("canary"), self._quantized():
-                spreads = self._compare_canary(scoring.scores())
-            self._learn(spreads)
+            self._learn(self._compared(scoring))
 
     def _learn(self, spreads: list[Spread]) -> None:
         self.limits.learn(spreads)
-        for figure, key in enumerate(CANARY_KEYS):
-            self._canary_figures[key] = max((spread[figure] for spread in spreads), default=0.0)
+        if spreads:
+            self._canary_figures = {key: max(spread[n] for spread in spreads) for n, key in enumerate(CANARY_KEYS)}
 
     def _in_flight(self, version: int) -> InFlight | None:
         rollout, timeout_s = self.config.rollout, self.config.sync.timeout_s
@@ -175,9 +174,18 @@ class Refit:
         """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does
         not hold what the last sync gave it. Collective.
         """
-        scoring = self.fleet.score(self.canary.tolist(), self.config.sync.timeout_s)
+        self._compared(self.fleet.score(self.canary.tolist(), self.config.sync.timeout_s))
+
+    def _compared(self, scoring: Scoring) -> list[Spread]:
+        """Empty where a worker was lost: the sync is then done again without it, which compares the others."""
+        try:
+            scores = self.fleet.scored(scoring)
+        except WorkersLost as lost:
+            announce(f"megarl: a weight sync is done again without the workers that are lost: {lost}")
+            self.sync(self.committed[-1])
+            return []
         with phase("canary"), self._quantized():
-            self._compare_canary(scoring.scores())
+            return self._compare_canary(scores)
 
     def _quantized(self) -> AbstractContextManager[None]:
         """Inside, the trainer's weights are those that the rollout gets (sync.quantize). Collective."""

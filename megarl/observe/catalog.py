@@ -192,7 +192,7 @@ METRICS: dict[str, Metric] = {
         "Bytes of weights sent to the rollout workers.", "bytes", "the model's size, in rollout.dtype"
     ),
     "sync/canary_max_diff": Metric(
-        "How far the engines differ on 64 fixed tokens after the sync; with rollouts in flight, after the one before.",
+        "How far the engines differ on 64 fixed tokens, after the last sync whose canary was compared (docs/async.md).",
         "nats",
         "below 1e-4 in float32 and 0.5 in bfloat16: beyond, the run stops",
         "max of |log pi - log mu|",

@@ -185,6 +185,17 @@ class Fleet:
         """Asks the members, on rank 0, for the canary beside whatever else they do."""
         return Scoring(self.members if dist.get_rank() == 0 else [], canary, timeout_s)
 
+    def scored(self, scoring: Scoring) -> list[tuple[str, Canary]]:
+        """Collective: the scores of all that were asked, by URL; elsewhere than on rank 0 an empty list. Raises
+        WorkersLost where one of them is lost, RolloutError where one does not score though it is there.
+        """
+
+        def here() -> list[str]:
+            workers = self._watch.members.look().here if self._watch is not None else self.members
+            return [worker.url for worker in workers]
+
+        return self._settled(lambda: scoring.scores(here))
+
     def check_digests(self, folder: str | None) -> None:
         """Collective. Raises WorkersLost; RolloutError where a worker holds other weights."""
         leader = self._leader

@@ -2,7 +2,7 @@
 
     pause      only where requests are in flight (rollout.in_flight): they stop, or end, before anything changes
     receive    all workers receive, check and (staged) keep; a lone worker goes on by itself
-    load       all workers load, drop the prefix cache and score the canary
+    load       all workers load, drop the prefix cache and score the canary (or later: Scoring)
     commit     the version is set: only now do they serve again
 
 and, where both share GPUs (launch.colocate), between syncs: sleep, while the trainer trains, and wake.
@@ -14,10 +14,11 @@ whatever happens, a sync ends within sync.timeout_s a step.
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ from megarl.rollout.wire import decode
 
 Phase = Callable[[str], AbstractContextManager[None]]
 READ_BYTES_S = 100e6  # a server reads an export at least so fast
+POLL_S = 0.2
 ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it
 
 
@@ -47,30 +49,37 @@ class Canary(NamedTuple):
 
 
 class Scoring:
-    """Servers that score the canary, each asked in a thread of its own, while the caller goes on."""
+    """Servers that score the canary, each asked in a thread of its own, while the caller goes on. Nobody waits for one
+    that hangs when the process ends.
+    """
 
     def __init__(self, workers: Sequence[WorkerInfo], canary: list[int], timeout_s: float) -> None:
-        def ask(worker: WorkerInfo) -> bytes:
+        def ask(worker: WorkerInfo, answer: Future[bytes]) -> None:
             server = Server(worker.url, timeout_s, worker.tokens.data)
             try:
-                return server.post("/megarl/score", {"tokens": canary})
+                answer.set_result(server.post("/megarl/score", {"tokens": canary}))
+            except Exception as error:
+                answer.set_exception(error)
             finally:
                 server.close()
 
-        pool = ThreadPoolExecutor(max(len(workers), 1), "canary")
-        self._asked = [(worker.url, pool.submit(ask, worker)) for worker in workers]
-        pool.shutdown(wait=False)
+        self._asked = [(worker.url, Future[bytes]()) for worker in workers]
+        for worker, (_, answer) in zip(workers, self._asked, strict=True):
+            threading.Thread(target=ask, args=[worker, answer], name="canary", daemon=True).start()
 
-    def scores(self) -> list[tuple[str, Canary]]:
-        """By URL, once all have answered. A server that is lost has none: it holds nothing that would be asked for.
-        Raises RolloutError where one refuses.
+    def scores(self, here: Callable[[], Collection[str]]) -> list[tuple[str, Canary]]:
+        """By URL, once all have answered. here: the URLs of the servers that are not lost. Raises RolloutError where
+        one refuses, is lost or does not answer in time.
         """
-        found = []
-        for url, asked in self._asked:
-            with suppress(ServerLost):
-                _, arrays = decode(asked.result())
-                found.append((url, Canary(arrays["logprobs"], arrays.get("routes"))))
-        return found
+        return [(url, self._score(url, answer, here)) for url, answer in self._asked]
+
+    def _score(self, url: str, answer: Future[bytes], here: Callable[[], Collection[str]]) -> Canary:
+        while not answer.done() and url in here():
+            wait([answer], POLL_S)
+        if not answer.done():
+            raise ServerLost(f"rollout server {url}: lost before it had scored the canary")
+        _, arrays = decode(answer.result())
+        return Canary(arrays["logprobs"], arrays.get("routes"))
 
 
 @dataclass(frozen=True)

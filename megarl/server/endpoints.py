@@ -6,7 +6,7 @@
     POST /megarl/sync/init      the group that weights come by, and what will come
     POST /megarl/sync/pause     requests stop where they are, for a sync while they are in flight (rollout.in_flight)
     POST /megarl/sync/receive   receive and check a whole sync; with load, go on to load it
-    POST /megarl/sync/load      load it, drop the prefix cache, score the canary
+    POST /megarl/sync/load      load it, drop the prefix cache, score the canary where one is given
     POST /megarl/sync/check     compare digests with an engine loaded from disk
     POST /megarl/sync/commit    set the version
     POST /megarl/sync/sleep     give the GPU's memory to the trainer (launch.colocate): the weights go to host memory,

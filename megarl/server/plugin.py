@@ -12,7 +12,6 @@ import os
 
 BACKEND = "megarl"
 OWN_SERVER = "MEGARL_ROLLOUT"  # set in the environment of the servers that megarl starts
-NORMS = "megarl_c"  # norms on a CPU, in vLLM's registry of implementations; our servers ask for them
 FORKS = "MEGARL_FORKS"  # beside it where the engine is one process with one thread: it may be forked
 
 

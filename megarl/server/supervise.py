@@ -25,7 +25,7 @@ from megarl.launch import kv_cache
 from megarl.launch.gpus import gpu_bytes, refuse_lost_gpu
 from megarl.launch.lifeline import die_with_parent
 from megarl.rollout.registry import WorkerInfo
-from megarl.server.plugin import BACKEND, FORKS, NORMS, OWN_SERVER
+from megarl.server.plugin import BACKEND, FORKS, OWN_SERVER
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 CPU_WORKER = "megarl.server.cpu_worker.RolloutWorker"
@@ -92,8 +92,6 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     if config.wants_routes and WeightMap(load_hf_config(config.model.path)).moe_layers:
         command += ["--enable-return-routed-experts"]
     if not cuda:
-        kernels = {"ir_op_priority": {"rms_norm": [NORMS], "fused_add_rms_norm": [NORMS]}}
-        command += ["--kernel-config", json.dumps(kernels)]
         return [*command, *_cache(config, cuda), "--block-size", "32", "--worker-cls", CPU_WORKER]
     if config.launch.colocate:  # what is free while the trainer starts as well says nothing
         return [*command, *_cache(config, cuda), "--gpu-memory-utilization", "0.01", "--enable-sleep-mode"]

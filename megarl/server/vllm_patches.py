@@ -12,7 +12,8 @@ the embedding is updated in place: silently wrong.
 5. The CPU platform starts the engine by spawn, which imports everything once more: 15 s of CPU. Our servers of one
 thread fork it, as vLLM does elsewhere.
 6. The engine sends every token by itself: our servers, which answer when a request ends, get each request once.
-7. Norms in float32 are eight torch operations: vLLM's own C kernel, which its registry offers to GPUs alone.
+7. Norms in float32 are eight torch operations: our servers take vLLM's own C kernel, which its registry offers to GPUs
+alone.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.ir.ops import layernorm as norms
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -35,8 +35,10 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import RequestOutputKind
 
 from megarl.server.held_outputs import HeldOutputs
-from megarl.server.plugin import FORKS, NORMS, OWN_SERVER
+from megarl.server.plugin import FORKS, OWN_SERVER
 
+NORMS = "megarl_c"  # our provider in vLLM's registry of implementations
+NORM_LANES = 8  # of float32 in vLLM's csrc/cpu/layernorm.cpp, which aborts on other sizes
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
 
 
@@ -47,8 +49,8 @@ def apply() -> None:
     _repack_tied_heads_on_update()
     _allow_routes_with_our_worker()
     _fork_the_engine()
-    _offer_c_norms()
     if OWN_SERVER in os.environ:
+        _take_c_norms()
         _send_each_request_once()
 
 
@@ -135,31 +137,50 @@ def _fork_the_engine() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def _offer_c_norms() -> None:
-    """In bfloat16 the C kernel rounds once where the model rounds twice, so there it is not taken."""
+def _take_c_norms() -> None:
+    """Of float32 in sizes that the kernel has; in bfloat16 it rounds once where the model rounds twice. A vLLM whose
+    registry is another keeps its own norms.
+    """
+    try:
+        from vllm.config.kernel import IrOpPriorityConfig
+        from vllm.ir.ops import layernorm as norms
+    except ImportError:
+        return
     if NORMS in norms.rms_norm.impls:
         return
 
     def takes(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
-        return weight is not None and variance_size is None and x.dtype == weight.dtype == torch.float32
+        if weight is None or variance_size is not None or x.shape[-1] % NORM_LANES:
+            return False
+        return x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
 
     def takes_both(
         x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
     ) -> bool:
-        return takes(x, weight, epsilon, variance_size) and x.is_contiguous() and x_residual.is_contiguous()
+        fits = x.is_contiguous() and x_residual.is_contiguous() and x_residual.dtype == x.dtype
+        return fits and takes(x, weight, epsilon, variance_size)
 
-    @norms.rms_norm.register_impl(NORMS, supports_args=takes)
     def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)
         torch.ops._C.rms_norm(out, x.contiguous(), weight, epsilon)
         return out
 
-    @norms.fused_add_rms_norm.register_impl(NORMS, supports_args=takes_both, inplace=True)
     def fused_add_rms_norm(
         x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
         return x, x_residual
+
+    def get_default_ir_op_priority(cls: type, vllm_config: VllmConfig) -> IrOpPriorityConfig:
+        ours = [NORMS, "native"]
+        return IrOpPriorityConfig.with_default(["native"], rms_norm=[*ours], fused_add_rms_norm=[*ours])
+
+    try:
+        norms.rms_norm.register_impl(NORMS, supports_args=takes)(rms_norm)
+        norms.fused_add_rms_norm.register_impl(NORMS, supports_args=takes_both, inplace=True)(fused_add_rms_norm)
+    except ValueError:  # other arguments
+        return
+    CpuPlatform.get_default_ir_op_priority = classmethod(get_default_ir_op_priority)
 
 
 def _send_each_request_once() -> None:

@@ -40,7 +40,6 @@ ON_A_CPU = {  # and of its CPU build
     f"{_EXPERTS}.unquantized_fused_moe_method": "UnquantizedFusedMoEMethod._setup_kernel",
     f"{_EXPERTS}.routed_experts_capturer": "RoutedExpertsCapturer bind_routed_experts_capturer",
     f"{_RELOAD}.reload.layerwise": "finalize_layerwise_processing",
-    "ir.ops.layernorm": "rms_norm.register_impl fused_add_rms_norm.register_impl",
     "model_executor.layers.rotary_embedding.base": "RotaryEmbedding.forward_cpu RotaryEmbedding.forward_native",
     "model_executor.layers.vocab_parallel_embedding": "ParallelLMHead VocabParallelEmbedding",
     "config": "VllmConfig._verify_aux_output_compatibility VllmConfig.aux_output_config",

@@ -33,6 +33,7 @@ from megarl.loop.refit import Refit  # noqa: E402
 from megarl.loop.sampler import Sampler  # noqa: E402
 from megarl.loop.scoring import RewardScorer  # noqa: E402
 from megarl.reward.pool import Score  # noqa: E402
+from megarl.rollout.fleet import WorkersLost  # noqa: E402
 from megarl.rollout.response import Response  # noqa: E402
 from megarl.rollout.sync_leader import Canary  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
@@ -303,12 +304,14 @@ class ScoredFleet:
         self.right = np.zeros(CANARY_TOKENS - 1, np.float32)
         self.wrong = {"http://one": 0.0, "http://two": 0.0}
         self.members = [SimpleNamespace(url=url) for url in self.wrong]
+        self.loses = False  # one of them, before it has scored
 
     def gather(self, asked: Any) -> bool:
-        return False
+        lost, self.loses = self.loses, False
+        return lost
 
     def push(self, buckets: Any, canary: list[int], in_flight: Any, phase: Any) -> list[Canary]:
-        return [score for _, score in self.scores()] if canary else []
+        return [score for _, score in self.scored(self)] if canary else []
 
     def commit(self, version: int) -> None:
         pass
@@ -316,7 +319,9 @@ class ScoredFleet:
     def score(self, canary: list[int], timeout_s: float) -> ScoredFleet:
         return self
 
-    def scores(self) -> list[tuple[str, Canary]]:
+    def scored(self, scoring: Any) -> list[tuple[str, Canary]]:
+        if self.loses:
+            raise WorkersLost("http://one is lost")
         return [(url, Canary(self.right + np.float32(off), None)) for url, off in self.wrong.items()]
 
 
@@ -356,6 +361,21 @@ def test_with_requests_in_flight_the_canary_is_compared_before_the_next_update(f
     with pytest.raises(UserError, match=DIFFERS):
         refit.settle()
     refit.settle()  # once
+
+
+def test_a_worker_lost_before_its_canary_leaves_no_other_uncompared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sync is done again without it, and waits for the canary of the others."""
+    monkeypatch.setattr(Refit, "connect", lambda refit: None)
+    refit, fleet = refitted(folder, "rollout.max_lag=1")
+    refit.sync(1)
+    fleet.loses = True
+    refit.settle()
+    assert refit.sync(2)["sync/canary_max_diff"] == 0
+    fleet.loses, fleet.wrong["http://two"] = True, 0.5
+    with pytest.raises(UserError, match=DIFFERS):
+        refit.settle()
 
 
 def test_a_response_of_a_version_that_no_sync_committed_is_bad(folder: Path) -> None:

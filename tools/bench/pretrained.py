@@ -3,11 +3,12 @@
     python tools/bench/pretrained.py DIR [--only compare|run] [--models dense,moe] [--seeds 0,1,2] [--json FILE]
         [key=value ...]
 
-DIR holds what make_model.py and arithmetic.py have written (examples/pretrained/README.md); the runs stay in DIR/bench,
-which is emptied first. compare: `megarl compare`
-on each model, with rollouts in float32 and in bfloat16, the mixture with its routes replayed (R3) and its own. run:
-`megarl run` of examples/pretrained/sums.yaml for each seed; rewards are means of the first and the last eighth of its
-steps, held out is the greedy answer's reward before and after, seconds a step are the median.
+DIR holds what make_model.py and arithmetic.py have written (examples/pretrained/README.md). The runs stay in DIR/bench,
+which is emptied first.
+
+compare: `megarl compare` on each model, with rollouts in float32 and in bfloat16, the mixture with its routes replayed
+(R3) and its own. run: `megarl run` of examples/pretrained/sums.yaml for each seed; rewards are means of the first and
+the last eighth of its steps, held out is the greedy answer's reward after the run, seconds a step are the median.
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ def run(models: Path, model: str, seed: int, folder: Path, overrides: list[str])
     rewards = [row["reward/mean"] for row in rows if "reward/mean" in row]
     eighth = max(len(rewards) // 8, 1)
     first, last = statistics.mean(rewards[:eighth]), statistics.mean(rewards[-eighth:])
-    held = [row["eval/mean_at_k"] for row in rows if "eval/mean_at_k" in row]
+    held = next(row["eval/mean_at_k"] for row in reversed(rows) if "eval/mean_at_k" in row)
     seconds = statistics.median(row["time/step_s"] for row in rows if "time/step_s" in row)
     k3 = statistics.median(row["mismatch/kl_k3"] for row in rows if "mismatch/kl_k3" in row)
     print(
-        f"run {model:6} seed {seed}: reward {first:.3f} -> {last:.3f}, held out {held[0]:.3f} -> {held[-1]:.3f}, "
+        f"run {model:6} seed {seed}: reward {first:.3f} -> {last:.3f}, held out {held:.3f}, "
         f"{seconds:.1f} s a step, k3 {k3:.1e}",
         flush=True,
     )
