@@ -7,8 +7,7 @@ from typing import Any
 from megarl.launch.gpus import has_gpu
 from megarl.objective.choices import CHOICES
 from megarl.refusals.case import Case
-from megarl.rollout.client import ANSWER_S
-from megarl.rollout.registry import STALE_S
+from megarl.rollout.patience import ANSWER_S, STALE_S
 
 LOWEST_TEMPERATURE = 0.01  # vllm.sampling_params._MAX_TEMP
 

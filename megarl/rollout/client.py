@@ -16,11 +16,10 @@ import numpy as np
 
 from megarl.door import header
 from megarl.rollout.dispatch import Answered, Dispatcher, Request, wait_for
+from megarl.rollout.patience import ANSWER_S
 from megarl.rollout.registry import NoServers, RolloutError, ServerLost, ServerSilent, WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import ENGINE_DIED, decode, refusal_of
-
-ANSWER_S = 10.0  # a server that takes longer to say its version is left out of a step and of a sync
 
 
 class Server:

@@ -25,13 +25,13 @@ import torch.distributed as dist
 from megarl.announce import announce, plural
 from megarl.door import Tokens, run_secret, server_tokens, signed, verified
 from megarl.errors import UserError
+from megarl.rollout.patience import STALE_S as STALE_S
 
 OPEN = "run/open"  # rank 0's signed word that this store is a run's
 WORKERS, NEWS = "rollout", "rollout/news"
 REFUSED = "run/refused"  # those that did not fit, and why
 STRANGERS = "run/strangers"  # workers that came with another MEGARL_TOKEN
 BEAT_S = 1.0
-STALE_S = 15.0  # a worker that has not beaten for so long is taken for dead
 
 
 class RolloutError(UserError):
