@@ -19,7 +19,7 @@ from tools.ranks import launch_ranks
 if TYPE_CHECKING:
     from megarl.config import Config
     from megarl.engine.build import Engine
-    from megarl.rollout.fleet import JoinedFleet
+    from tools.joined_fleet import JoinedFleet
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 900  # limit for a server's start on two very busy cores
@@ -76,8 +76,8 @@ def run_ranks(script: str, world: int, work: dict[str, Any]) -> None:
 
 def join(config: Config, engine: Engine, worker: dict[str, Any], port: int) -> JoinedFleet:
     """Inside a rank: its hold on one of the servers. worker, port: of servers()."""
-    from megarl.rollout.fleet import JoinedFleet
     from megarl.rollout.registry import from_known
+    from tools.joined_fleet import JoinedFleet
 
     config.launch.store = f"127.0.0.1:{port}"
     return JoinedFleet(config, engine.model.parallel.device.device, [from_known(worker)])

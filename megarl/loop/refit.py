@@ -71,6 +71,7 @@ class Refit:
         """
         self.fleet.check()
         if not self.fleet.workers:
+            self._scoring = None  # of workers that are gone
             self.sync(version, stop)
             self.settle()
 
@@ -101,13 +102,12 @@ class Refit:
         settle(). The figures of the canary are then those of the sync before.
         """
         start, tries = time.perf_counter(), 1
-        self.settle()
         while True:
             try:
                 values = self._sync(version, stop)
                 break
             except WorkersLost as lost:
-                announce(f"megarl: a weight sync is done again without the workers that are lost: {lost}")
+                _tell_again(lost)
                 if tries == TRIES:
                     raise
                 tries += 1
@@ -181,7 +181,7 @@ class Refit:
         try:
             scores = self.fleet.scored(scoring)
         except WorkersLost as lost:
-            announce(f"megarl: a weight sync is done again without the workers that are lost: {lost}")
+            _tell_again(lost)
             self.sync(self.committed[-1])
             return []
         with phase("canary"), self._quantized():
@@ -242,3 +242,7 @@ class Refit:
                 "was sent (a coarser rollout.dtype needs sync.canary_tolerance)"
             )
         return spreads
+
+
+def _tell_again(lost: WorkersLost) -> None:
+    announce(f"megarl: a weight sync is done again without the workers that are lost: {lost}")

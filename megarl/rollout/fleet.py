@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from megarl.addresses import host_and_port, spans_hosts
+from megarl.addresses import spans_hosts
 from megarl.announce import plural
 from megarl.checkpoints import newest
 from megarl.config import Config
@@ -388,22 +388,6 @@ class Fleet:
         if self._leader is not None:
             self._leader.close()
         self._leader = self._sender = self._grouped = None
-
-
-class JoinedFleet(Fleet):
-    """Workers that belong to somebody else, who is the store's master:
-    for tools that sync from one set of ranks after another.
-    """
-
-    def __init__(self, config: Config, device: torch.device, workers: list[WorkerInfo]) -> None:
-        host, port = host_and_port(config.launch.store)
-        self._store = open_store(host, port, is_master=False, timeout_s=config.sync.timeout_s)
-        self._device, self._address = device, (host, port)
-        self.workers = self.members = workers
-
-    def close(self, run_is_over: bool = False) -> None:
-        """Lets go of the workers, which go on."""
-        self._leave_group()
 
 
 def idle(device: torch.device) -> None:

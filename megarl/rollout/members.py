@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megarl.rollout import registry
+from megarl.rollout import patience, registry
 from megarl.rollout.registry import BEAT_S, WorkerInfo, from_known
 
 
@@ -81,7 +81,7 @@ class Members:
             before = self._beats.get(index)
             if before is None or before[0] != beat:
                 self._beats[index] = (beat, now)
-            elif now - before[1] > registry.STALE_S:
+            elif now - before[1] > patience.STALE_S:
                 worker, seconds = living[index], now - before[1]
                 silent[index] = (
                     f"rollout worker {index} ({worker.url}, pid {worker.pid} on {worker.host}) has been silent for "

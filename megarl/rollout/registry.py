@@ -25,7 +25,6 @@ import torch.distributed as dist
 from megarl.announce import announce, plural
 from megarl.door import Tokens, run_secret, server_tokens, signed, verified
 from megarl.errors import UserError
-from megarl.rollout.patience import STALE_S as STALE_S
 
 OPEN = "run/open"  # rank 0's signed word that this store is a run's
 WORKERS, NEWS = "rollout", "rollout/news"

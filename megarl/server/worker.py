@@ -27,7 +27,8 @@ from megarl.launch.backoff import Backoff
 from megarl.launch.ports import reserve_port
 from megarl.launch.scratch import scratch
 from megarl.rollout import registry
-from megarl.rollout.registry import BEAT_S, STALE_S, WorkerInfo
+from megarl.rollout.patience import STALE_S
+from megarl.rollout.registry import BEAT_S, WorkerInfo
 from megarl.rollout.store import facts, refuse_foreign, refuse_other
 from megarl.server.probe import Probe, healthy
 from megarl.server.serverlog import cause, log_tail

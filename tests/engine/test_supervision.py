@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from megarl.door import header
 from megarl.launch.lifeline import descendants
-from megarl.rollout import registry
+from megarl.rollout import patience, registry
 from megarl.rollout.client import RolloutClient, answering
 from megarl.rollout.members import Members
 from megarl.rollout.registry import RolloutDied, RolloutError, WorkerInfo
@@ -107,7 +107,7 @@ def test_failed_syncs_and_a_killed_supervisor(
         supervisor.kill()
         assert ends([supervisor.pid, *below], within_s=60)
         registry.check_workers(rollout.store, rollout.workers)
-        monkeypatch.setattr(registry, "STALE_S", 2.5)
+        monkeypatch.setattr(patience, "STALE_S", 2.5)
         members, index = Members(rollout.store), rollout.workers[0].index
         deadline = time.monotonic() + 30
         while index not in (gone := members.look().gone):

@@ -89,7 +89,7 @@ def test_slices_arrive_and_a_dense_layer_has_no_routes(server: Rollout, models: 
 
 
 def test_slices_follow_the_plan_of_the_first_load(server: Rollout, models: tuple[Path, Path]) -> None:
-    """Without vLLM's own loader, which takes 4 times as long: experts come to it as slices cut once more."""
+    """Without vLLM's own loader, to which experts come as slices cut once more."""
     SlicePusher(server.store, server.workers, models[0]).push(models[0], 3)
     pusher = SlicePusher(server.store, server.workers, models[0])
     server.fault("no_walk")

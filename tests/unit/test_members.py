@@ -7,7 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megarl.rollout import members, registry
+from megarl.rollout import members, patience, registry
 from megarl.rollout.members import Members, Seen, Watch
 from megarl.rollout.registry import WorkerInfo, open_store
 
@@ -53,7 +53,7 @@ def test_workers_come_and_go(store: dist.TCPStore) -> None:
 
 
 def test_a_silent_worker_is_gone_until_it_beats_again(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "STALE_S", 10.0)
+    monkeypatch.setattr(patience, "STALE_S", 10.0)
     clock = [0.0]
     monkeypatch.setattr(members.time, "monotonic", lambda: clock[0])
     looks, quiet, lively = Members(store), joined(store), joined(store)

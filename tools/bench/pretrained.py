@@ -28,19 +28,18 @@ sys.path.insert(0, str(ROOT))
 from megarl.observe.metrics import read_metrics  # noqa: E402
 
 CONFIG = ROOT / "examples" / "pretrained" / "sums.yaml"
-MIXTURE = ["parallel.ep=2"]
+MODELS = {"dense": ["replay.mode=none"], "moe": ["replay.mode=R3", "parallel.ep=2"]}
 
 
-def megarl(command: str, models: Path, model: str, run_dir: Path, *more: str) -> str:
-    """What the command prints. Its errors are shown where it fails."""
-    keys = [f"model.path={models / model}", f"data.prompts={models / 'sums.jsonl'}", f"run.dir={run_dir}", *more]
-    keys += MIXTURE if model == "moe" else []
+def megarl(command: str, models: Path, model: str, run_dir: Path, *more: str) -> None:
+    """Its errors are shown where it fails."""
+    keys = [f"model.path={models / model}", f"data.prompts={models / 'sums.jsonl'}", f"run.dir={run_dir}"]
+    keys += [*MODELS[model], *more]
     done = subprocess.run(
         [sys.executable, "-m", "megarl", command, str(CONFIG), *keys], cwd=ROOT, capture_output=True, text=True
     )
     if done.returncode:
         sys.exit(f"{done.stdout[-2000:]}{done.stderr[-4000:]}\npretrained: error: megarl {command} {' '.join(keys)}")
-    return done.stdout
 
 
 def compare(models: Path, model: str, folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
@@ -48,8 +47,7 @@ def compare(models: Path, model: str, folder: Path, overrides: list[str]) -> lis
     rows = []
     for dtype in ("float32", "bfloat16"):
         where = folder / f"compare_{model}_{dtype}"
-        replay = "R3" if model == "moe" else "none"
-        megarl("compare", models, model, where, f"replay.mode={replay}", f"rollout.dtype={dtype}", *overrides)
+        megarl("compare", models, model, where, f"rollout.dtype={dtype}", *overrides)
         (file,) = where.rglob("compare.json")
         report = json.loads(file.read_text(encoding="utf-8"))
         for way in ("live", "replayed"):
@@ -62,16 +60,15 @@ def compare(models: Path, model: str, folder: Path, overrides: list[str]) -> lis
 
 def run(models: Path, model: str, seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     where = folder / f"run_{model}_{seed}"
-    replay = "R3" if model == "moe" else "none"
-    keys = [f"eval.prompts={models / 'held_out.jsonl'}", f"run.seed={seed}", f"replay.mode={replay}", *overrides]
+    keys = [f"eval.prompts={models / 'held_out.jsonl'}", f"run.seed={seed}", *overrides]
     megarl("run", models, model, where, *keys)
     rows = read_metrics(where)
-    rewards = [row["reward/mean"] for row in rows if "reward/mean" in row]
+    rewards = [row["reward/mean"] for row in rows]
     eighth = max(len(rewards) // 8, 1)
     first, last = statistics.mean(rewards[:eighth]), statistics.mean(rewards[-eighth:])
-    held = next(row["eval/mean_at_k"] for row in reversed(rows) if "eval/mean_at_k" in row)
-    seconds = statistics.median(row["time/step_s"] for row in rows if "time/step_s" in row)
-    k3 = statistics.median(row["mismatch/kl_k3"] for row in rows if "mismatch/kl_k3" in row)
+    held = rows[-1]["eval/mean_at_k"]
+    seconds = statistics.median(row["time/step_s"] for row in rows)
+    k3 = statistics.median(row["mismatch/kl_k3"] for row in rows)
     print(
         f"run {model:6} seed {seed}: reward {first:.3f} -> {last:.3f}, held out {held:.3f}, "
         f"{seconds:.1f} s a step, k3 {k3:.1e}",
@@ -89,6 +86,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
+    if unknown := set(args.models.split(",")) - set(MODELS):
+        parser.error(f"--models has no {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     figures: dict[str, list[dict[str, Any]]] = {"compare": [], "run": []}
     models = args.folder.resolve()
     runs = models / "bench"

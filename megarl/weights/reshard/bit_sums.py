@@ -48,7 +48,7 @@ class BitSums:
             self._sums[part] = self._sums[part] + total if part in self._sums else total
 
     def _sum_on_cpu(self, tensor: Tensor) -> int:
-        """numpy's: torch's sum of int16 as int64 takes ten times as long there."""
+        """numpy's: torch's sum of int16 as int64 is far slower there."""
         words = tensor.to(self._dtype).view(WORDS[self._dtype.itemsize])
         return int(words.numpy().sum(dtype=np.int64))
 
