@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 20
-SHOT = (2, 6)  # the sum that every prompt shows, with its answer; neither trained on nor held out
-HELD_OUT = 64  # of the 399 others
+HELD_OUT = 64  # of the 400
 
 
 def right_sum(response: str, answer: str) -> float:
@@ -26,19 +25,15 @@ def right_sum(response: str, answer: str) -> float:
 
 
 def sums(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows {"messages", "answer"}: to train on, and held out, with no pair of numbers in both.
-
-    One sum is shown with its answer: the model writes "3 + 4 = 7", and so has the sum in view as it answers.
-    """
-    pairs = [pair for pair in itertools.product(range(LIMIT), repeat=2) if pair != SHOT]
+    """Rows {"messages", "answer"}: to train on, and held out, with no pair of numbers in both."""
+    pairs = list(itertools.product(range(LIMIT), repeat=2))
     random.Random(seed).shuffle(pairs)
     rows = [{"messages": _messages(a, b), "answer": str(a + b)} for a, b in pairs]
     return rows[HELD_OUT:], rows[:HELD_OUT]
 
 
 def _messages(a: int, b: int) -> list[dict[str, str]]:
-    x, y = SHOT
-    turns = [("system", "Add."), ("user", f"{x} + {y}"), ("assistant", f"{x} + {y} = {x + y}"), ("user", f"{a} + {b}")]
+    turns = [("system", "Answer with a number."), ("user", f"What is {a} + {b}?")]
     return [{"role": role, "content": content} for role, content in turns]
 
 

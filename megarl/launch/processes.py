@@ -14,6 +14,7 @@ from megarl.addresses import set_interface
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch.gpus import VISIBLE, gpu_names, has_gpu
+from megarl.launch.malloc import huge_pages
 from megarl.launch.ports import reserve_port
 from megarl.launch.supervisor import Process
 
@@ -107,7 +108,7 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
         name=f"trainer ({ranks} rank{'s' if ranks > 1 else ''})",
         argv=[*torchrun, module, *arguments, *options],
         log=log_dir / "torchrun.log",
-        env={**env, **_visible(gpus[:ranks]), **({} if gpus else ON_CPU), "PYTHONWARNINGS": "ignore"},
+        env={**env, **_visible(gpus[:ranks]), **({} if gpus else ON_CPU | huge_pages()), "PYTHONWARNINGS": "ignore"},
         stdout_to_terminal=True,
     )
     rollouts = [

@@ -24,6 +24,7 @@ from megarl.errors import UserError
 from megarl.launch import kv_cache
 from megarl.launch.gpus import gpu_bytes, refuse_lost_gpu
 from megarl.launch.lifeline import die_with_parent
+from megarl.launch.malloc import huge_pages
 from megarl.rollout.registry import WorkerInfo
 from megarl.server.plugin import BACKEND, FORKS, OWN_SERVER
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
@@ -136,7 +137,7 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
     if config.rollout.batch_invariant:
         ours["VLLM_BATCH_INVARIANT"] = "1"
     if not torch.cuda.is_available():
-        ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **huge_pages()}
         # vLLM's latent attention on a CPU has one head size, blocks of 16 and no prefix cache, which routes need: it
         # runs unfolded.
         ours["VLLM_MLA_DISABLE"] = "1"

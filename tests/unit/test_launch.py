@@ -168,6 +168,7 @@ def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
     assert len(planned.rollouts) == 2 and len(stores) == 1 and "127.0.0.1:" in stores.pop()
     assert planned.trainer.env["TORCHDYNAMO_DISABLE"] == "1" and "TORCHDYNAMO_DISABLE" not in planned.rollouts[0].env
     assert planned.trainer.env["GLOO_SOCKET_IFNAME"] == "lo"
+    assert planned.trainer.env["GLIBC_TUNABLES"] == os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     keys = ["launch.store=127.0.0.1:29600", "launch.interface=lo"]
     fixed = processes.make_plan("run", "m", load_config(run_yaml, keys), ["c.yaml"])
     assert not any(word.startswith("launch.store=") for word in fixed.trainer.argv)

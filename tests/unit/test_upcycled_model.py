@@ -47,11 +47,11 @@ def test_sums_are_right_and_none_is_both_trained_on_and_held_out() -> None:
     train, held_out = sums(seed=3)
     assert (train, held_out) == sums(seed=3) != sums(seed=4)
     asked = [row["messages"][-1]["content"] for row in train + held_out]
-    assert len(asked) == len(set(asked)) == 399 and len(held_out) == 64
+    assert len(asked) == len(set(asked)) == 400 and len(held_out) == 64
     for row, sum_of in zip(train + held_out, asked, strict=True):
-        first, second = sum_of.split(" + ")
+        first, second = sum_of.removeprefix("What is ").removesuffix("?").split(" + ")
         assert int(first) + int(second) == int(row["answer"])
-        assert right_sum(f"{sum_of} = {row['answer']}", row["answer"]) == 1.0
+        assert right_sum(f"{sum_of} {row['answer']}", row["answer"]) == 1.0
         assert right_sum(f"{row['answer']} = {sum_of} + 99", row["answer"]) == right_sum("", row["answer"]) == 0.0
 
 
