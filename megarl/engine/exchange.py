@@ -86,12 +86,16 @@ def exchange(
     route_shape: None if no routes travel.
     """
     layout, me = parallel.layout, parallel.coord
-    outgoing = {}
-    for rank in range(layout.world) if responses else []:
-        there = layout.coord(rank)
-        outgoing[rank] = _encode(assignment[there.dp], metas, responses, layout, there, route_shape)
     local_packs = assignment[me.dp]
     shares = _shares(local_packs, metas, layout, me) if route_shape else []
+    outgoing = {}
+    same_rows: dict[tuple[int, int, int], list[_Share]] = {(me.dp, me.cp, me.tp): shares}
+    for rank in range(layout.world) if responses else []:
+        there = layout.coord(rank)
+        packs, key = assignment[there.dp], (there.dp, there.cp, there.tp)
+        if route_shape and key not in same_rows:  # stages of a pipeline see the same rows
+            same_rows[key] = _shares(packs, metas, layout, there)
+        outgoing[rank] = _encode(packs, same_rows.get(key, []), responses, there, route_shape)
     sizes = dict.fromkeys(sorted({meta.owner for meta in metas}), 0)
     for i in (i for pack in local_packs for i in pack):
         sizes[metas[i].owner] += 4 * metas[i].tokens + 4 * (metas[i].tokens - metas[i].prompt_len)
@@ -133,9 +137,8 @@ def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord
 
 def _encode(
     packs: list[list[int]],
-    metas: Sequence[Meta],
+    shares: list[_Share],
     responses: dict[int, Response],
-    layout: Layout,
     coord: Coord,
     route_shape: RouteShape | None,
 ) -> bytes:
@@ -147,7 +150,7 @@ def _encode(
         parts += [responses[i].tokens.astype(np.int32).tobytes(), responses[i].logprobs.astype(np.float32).tobytes()]
     if route_shape is not None:
         layers = list(route_shape.layers_of_stage[coord.pp])
-        for share in _shares(packs, metas, layout, coord):
+        for share in shares:
             response_routes = responses[share.response].routes if share.response in responses else None
             if response_routes is not None:
                 parts.append(

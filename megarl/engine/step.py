@@ -204,7 +204,8 @@ class Engine:
                 self.model.config, parallel.layout, parallel.coord, [pack.padded for pack in packs]
             )
             between = {"p2p_communicator": messages, "pg_collection": schedule_groups()}
-        with replay_schedule(self._routers) if routes != "off" else nullcontext() as replay:
+        recomputes = not forward_only and self.model.config.recompute_granularity is not None
+        with replay_schedule(self._routers, recomputes) if routes != "off" else nullcontext() as replay:
             result = get_forward_backward_func()(
                 forward_step_func=partial(
                     self._forward, replay, routes, consume, temperature or self.temperature, recorded

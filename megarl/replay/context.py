@@ -45,7 +45,8 @@ class Recorded:
 class _Hook:
     """Stands in one router's `router_replay`."""
 
-    def __init__(self) -> None:
+    def __init__(self, recomputes: bool) -> None:
+        self.recomputes = recomputes
         self.target: Tensor | None = None
         self.has_route: Tensor | None = None
         self.replay = False
@@ -81,21 +82,23 @@ class _Hook:
             elif self.replay and self.has_route is not None:
                 chosen = torch.where(self.has_route[:, None], self.target, chosen)
                 values = scores.gather(1, chosen)
-        self.used.append(chosen)
+        if self.recomputes:
+            self.used.append(chosen)
         return values, chosen
 
 
 class Replay:
     """Routing replay of one model for one schedule run.
 
-    chunks: for each model chunk of this rank, its routers in layer order. Use:
+    chunks: for each model chunk of this rank, its routers in layer order. recomputes: whether backward passes run the
+    routers again (megatron-core's recompute_granularity): else no route is kept for them. Use:
         with replay_schedule(chunks) as replay:
             ... for each micro-batch, in the forward step: with replay.forward(chunk, routes, has_route, replay=True) as
             recorded: model(...)
     """
 
-    def __init__(self, chunks: Sequence[Sequence[Router]]) -> None:
-        self._hooks = [[_Hook() for _ in routers] for routers in chunks]
+    def __init__(self, chunks: Sequence[Sequence[Router]], recomputes: bool = True) -> None:
+        self._hooks = [[_Hook(recomputes) for _ in routers] for routers in chunks]
         self._chunks = chunks
 
     def attach(self) -> None:
@@ -133,9 +136,9 @@ class Replay:
 
 
 @contextmanager
-def replay_schedule(chunks: Sequence[Sequence[Router]]) -> Iterator[Replay]:
+def replay_schedule(chunks: Sequence[Sequence[Router]], recomputes: bool = True) -> Iterator[Replay]:
     """Attaches hooks for one schedule run; whatever happens inside, nothing is left on the routers."""
-    replay = Replay(chunks)
+    replay = Replay(chunks, recomputes)
     replay.attach()
     try:
         yield replay

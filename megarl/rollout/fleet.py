@@ -61,6 +61,7 @@ class Fleet:
     _one_tp = False
     _grouped: list[WorkerInfo] | None = None  # the workers of the weight group, where there is one
     _tp: int | None = None  # which all must have, once there was a group
+    _agreeing: list[str] | None = None  # rank 0, after the first sync: parts that a worker must hold as received
     _lost = _joined = 0  # since the last figures()
     _last_words = ""  # of the worker that was lost last
 
@@ -149,7 +150,7 @@ class Fleet:
         def enter() -> None:
             if rank == 0:
                 self._leader = SyncLeader(self.members, host, port, settings)
-                self._sender = self._leader.init(name, manifest_inputs, join, remember_disk)
+                self._sender = self._leader.init(name, manifest_inputs, join, remember_disk, self._agreeing)
             elif rank < settings.senders:
                 self._sender = join()
 
@@ -203,8 +204,9 @@ class Fleet:
 
     def commit(self, version: int) -> None:
         """Collective: the members serve, under this version, and are asked from now on. Raises WorkersLost."""
-        leader = self._leader
-        self._settled(lambda: leader.commit(version) if leader is not None else None)
+        leader, first = self._leader, self._agreeing is None
+        agreeing = self._settled(lambda: leader.commit(version, first) if leader is not None else [])
+        self._agreeing = agreeing if first else self._agreeing
         before = {worker.index for worker in self.workers}
         self._joined += sum(worker.index not in before for worker in self.members)
         self._ask(self.members)

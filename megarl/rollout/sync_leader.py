@@ -118,11 +118,18 @@ class SyncLeader:
         self._deadline = 0.0
         self.seconds: dict[str, float] = {}  # of the last push()
 
-    def init(self, name: str, manifest_inputs: dict[str, Any], join: Callable[[], Any], remember_disk: bool) -> Any:
+    def init(
+        self,
+        name: str,
+        manifest_inputs: dict[str, Any],
+        join: Callable[[], Any],
+        remember_disk: bool,
+        agreeing: list[str] | None = None,
+    ) -> Any:
         """Brings all ends together in a group called `name`; returns what join(), which enters it here, returns.
 
         manifest_inputs: what every worker computes its manifest from. remember_disk: the workers note the digests of
-        the weights that vLLM loaded, for check().
+        the weights that vLLM loaded, for check(). agreeing: what commit() has said of a sync before.
         """
         rank, bodies = self.settings.senders, []
         world_size = rank + sum(worker.tp for worker in self.workers)
@@ -135,6 +142,7 @@ class SyncLeader:
                 "rank_offset": rank,
                 **asdict(self.settings),
                 "manifest_inputs": manifest_inputs,
+                "agreeing": agreeing,
             }
             bodies.append({"init": init, "remember_disk": remember_disk})
             rank += worker.tp
@@ -215,17 +223,22 @@ class SyncLeader:
                     "digests (sync.digests)"
                 )
 
-    def commit(self, version: int) -> None:
-        """Sets the version of all servers, which serve again from here on."""
+    def commit(self, version: int, ask_agreeing: bool = False) -> list[str]:
+        """Sets the version of all servers, which serve again from here on. ask_agreeing: returns the parts of the model
+        that every rank of theirs is seen to hold as received (bit_sums.py).
+        """
         self._deadline = time.monotonic() + self.settings.timeout_s
-        answers = self._await(self._post("commit", [{"version": version}] * len(self._servers)))
+        body = {"version": version, "agreeing": ask_agreeing}
+        answers = [json.loads(answer) for answer in self._await(self._post("commit", [body] * len(self._servers)))]
         for server, answer in zip(self._servers, answers, strict=True):
-            serving = json.loads(answer)["version"]
+            serving = answer["version"]
             if serving != version:
                 raise RolloutError(
                     f"weight sync: rollout server {server.url} holds version {serving} after the commit of {version}; "
                     "does another run use it?"
                 )
+        ranks = [set(parts) for answer in answers for parts in answer.get("agreeing", ())]
+        return sorted(set.intersection(*ranks)) if ranks else []
 
     def turn(self, step: Literal["sleep", "wake"]) -> None:
         """All servers give their GPU memory up, or take it back, before this returns."""

@@ -196,6 +196,9 @@ class RolloutEndpoint:
         elif step == "commit":
             await engine.update_weight_version(str(request["version"]))
             self._dirty = False
+            if request["agreeing"]:
+                found = await engine.collective_rpc("sync_agreeing")
+                return json.dumps({"version": request["version"], "agreeing": found}).encode()
         elif step == "sleep":
             self._asleep = True
             await engine.sleep(level=1)

@@ -38,7 +38,8 @@ class SyncInit(WeightTransferInitInfo):
     """Where the senders wait: the run's store, the name of the group in
     it, this server's first rank in it; and what they will send.
 
-    manifest_inputs: what a worker computes its manifest from (megarl.weights.reshard.manifest).
+    manifest_inputs: what a worker computes its manifest from (megarl.weights.reshard.manifest). agreeing: see HeldCheck;
+    None where this is the first sync of the run.
     """
 
     store_host: str
@@ -52,6 +53,7 @@ class SyncInit(WeightTransferInitInfo):
     staged: bool
     shared: bool  # the senders are on this node's GPUs: megarl.weights.transport.shared
     manifest_inputs: dict[str, Any]
+    agreeing: list[str] | None = None
 
 
 @dataclass
@@ -85,7 +87,9 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
         )
         self._manifest = manifest_from(init_info.manifest_inputs, self.rank - init_info.senders)
         broadcast = init_info.transport == "broadcast"
-        if broadcast != self._broadcast:
+        if init_info.agreeing is not None:
+            self._held_check = HeldCheck(init_info.agreeing)
+        elif broadcast != self._broadcast:
             self._held_check = None  # whole tensors arrive then, where a rank holds its part of them
         self._broadcast, self.staged = broadcast, init_info.staged
         self._staging: list[list[Tensor]] = []  # buffers: allocated once, a copy of what this worker holds
@@ -182,6 +186,11 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
                 f"weight sync: rollout rank {self.rank} does not hold what it received: {len(parts)} parts differ, "
                 f"first {', '.join(parts[:3])}"
             )
+
+    @property
+    def agreeing(self) -> list[str]:
+        """Parts of the model that are seen to hold what they received; after a first sync."""
+        return sorted(self._held_check.agreeing or ()) if self._held_check else []
 
     def shutdown(self) -> None:
         if self._group is not None:

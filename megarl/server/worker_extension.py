@@ -64,6 +64,10 @@ class WorkerExtension:
         receiver: WeightReceiver = self.weight_transfer_engine
         return receiver.remembers
 
+    def sync_agreeing(self) -> list[str]:
+        receiver: WeightReceiver = self.weight_transfer_engine
+        return receiver.agreeing
+
     def sync_check(self, folder: str | None) -> str | None:
         def step(engine: WeightReceiver) -> None:
             if names := engine.check(folder):

@@ -86,6 +86,13 @@ def test_what_never_agrees_is_not_held_to_it() -> None:
     assert check.wrong({"a": 1, "b": 2}, {"b": 3}) == check.wrong({"a": 1, "b": 2}, {}) == []
 
 
+def test_a_worker_that_comes_late_is_held_to_what_agreed_before(check: HeldCheck) -> None:
+    """Its first sync, which zeroes an expert, must not be what tells that experts never agree."""
+    late, found = HeldCheck(check.agreeing), held(received(1))
+    found["model.layers.17.mlp.experts.routed_experts.w13_weight"][5] = 0
+    assert late.wrong(sums(received(1)), sums(found)) == ["layer 17, experts"]
+
+
 def test_parts_have_one_name_on_both_sides() -> None:
     for names in (
         ("model.layers.2.mlp.experts.0.up_proj.weight", "model.layers.2.mlp.experts.w13_weight"),

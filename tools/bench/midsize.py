@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.bench.pairs import Seconds, interleaved, on_clock, on_cpu  # noqa: E402
 from tools.bench.replay import MODELS  # noqa: E402
+from tools.ranks import ENVIRONMENT  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
 
 AIM = 0.8
@@ -140,10 +141,9 @@ class Transformers:
 
 
 def launch(folder: Path, ranks: int, pairs: int, count: int) -> dict[str, Any]:
-    env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
     command += ["--inside", str(folder), "--pairs", str(pairs), "--responses", str(count)]
-    done = subprocess.run(command, env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the ranks failed:\n{done.stderr[-3000:]}")
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -40,6 +40,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from megarl.launch.malloc import huge_pages  # noqa: E402
 from megarl.observe.metrics import read_metrics  # noqa: E402
 from tools.bench.step import WARM_UP, configuration  # noqa: E402
 from tools.digit_sum import write_task  # noqa: E402
@@ -109,6 +110,7 @@ def run_other(folder: Path, side: str, steps: int, python: Path) -> Figures:
         "VLLM_NO_USAGE_STATS": "1",
         "TORCHDYNAMO_DISABLE": "1",  # 20 s at the start for a few helpers, as in our servers
         "HF_HUB_OFFLINE": "1",
+        **huge_pages(),
     }
     out = folder / f"{side}.jsonl"
     command = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -3,8 +3,8 @@
     python tools/bench/pretrained.py DIR [--only compare|run] [--models dense,moe] [--seeds 0,1,2] [--json FILE]
         [key=value ...]
 
-DIR holds what make_model.py and arithmetic.py have written (examples/pretrained/README.md). The runs stay in DIR/bench,
-which is emptied first.
+DIR holds what make_model.py and arithmetic.py have written (examples/pretrained/README.md). The runs stay in DIR/bench:
+the same command again goes on where one was cut.
 
 compare: `megarl compare` on each model, with rollouts in float32 and in bfloat16, the mixture with its routes replayed
 (R3) and its own. run: `megarl run` of examples/pretrained/sums.yaml for each seed; rewards are means of the first and
@@ -47,6 +47,7 @@ def compare(models: Path, model: str, folder: Path, overrides: list[str]) -> lis
     rows = []
     for dtype in ("float32", "bfloat16"):
         where = folder / f"compare_{model}_{dtype}"
+        shutil.rmtree(where, ignore_errors=True)
         megarl("compare", models, model, where, f"rollout.dtype={dtype}", *overrides)
         (file,) = where.rglob("compare.json")
         report = json.loads(file.read_text(encoding="utf-8"))
@@ -68,7 +69,7 @@ def run(models: Path, model: str, seed: int, folder: Path, overrides: list[str])
     first, last = statistics.mean(rewards[:eighth]), statistics.mean(rewards[-eighth:])
     held = rows[-1]["eval/mean_at_k"]
     seconds = statistics.median(row["time/step_s"] for row in rows)
-    k3 = statistics.median(row["mismatch/kl_k3"] for row in rows)
+    k3 = statistics.median(row["mismatch/kl_k3"] for row in rows if "mismatch/kl_k3" in row)  # of steps that learnt
     print(
         f"run {model:6} seed {seed}: reward {first:.3f} -> {last:.3f}, held out {held:.3f}, "
         f"{seconds:.1f} s a step, k3 {k3:.1e}",
@@ -91,7 +92,6 @@ def main() -> None:
     figures: dict[str, list[dict[str, Any]]] = {"compare": [], "run": []}
     models = args.folder.resolve()
     runs = models / "bench"
-    shutil.rmtree(runs, ignore_errors=True)
     for model in args.models.split(","):
         if args.only != "run":
             figures["compare"] += compare(models, model, runs, args.overrides)

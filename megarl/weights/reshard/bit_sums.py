@@ -57,16 +57,17 @@ class BitSums:
 
 
 class HeldCheck:
-    """Over the syncs of one worker. What a kernel keeps out of sight, or in another dtype, agrees at no sync: the first
-    one, whose digests are compared, tells which parts can be held to this.
+    """Over the syncs of one worker. What a kernel keeps out of sight, or in another dtype, agrees at no sync. Which
+    parts can be held to this the first sync of a run tells, whose digests are compared (sync.digests), and `agreeing`
+    those that come later: the parts that agreed then. Without it a worker's own first sync tells.
     """
 
-    def __init__(self) -> None:
-        self._agreeing: set[str] | None = None
+    def __init__(self, agreeing: Iterable[str] | None = None) -> None:
+        self.agreeing = None if agreeing is None else set(agreeing)
 
     def wrong(self, received: dict[str, int], held: dict[str, int]) -> list[str]:
-        """Parts that hold other numbers than they received, of those that did not at the first sync."""
+        """Parts that hold other numbers than they received, of those that can be held to it."""
         same = {part for part, total in received.items() if held.get(part) == total}
-        if self._agreeing is None:
-            self._agreeing = same
-        return [part for part in received if part in self._agreeing - same]
+        if self.agreeing is None:
+            self.agreeing = same
+        return [part for part in received if part in self.agreeing - same]
