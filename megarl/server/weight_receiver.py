@@ -38,8 +38,8 @@ class SyncInit(WeightTransferInitInfo):
     """Where the senders wait: the run's store, the name of the group in
     it, this server's first rank in it; and what they will send.
 
-    manifest_inputs: what a worker computes its manifest from (megarl.weights.reshard.manifest). agreeing: see HeldCheck;
-    None where this is the first sync of the run.
+    manifest_inputs: what a worker computes its manifest from (megarl.weights.reshard.manifest). agreeing: see
+    HeldCheck; None where this is the first sync of the run.
     """
 
     store_host: str
