@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,7 @@ def node(tmp_path: Path) -> Any:
         script = tmp_path / command
         script.write_text(
             f'#!/bin/bash\n[ "$1" != -c ] || exec {sys.executable} "$@"\n'
-            f'echo "{command} GPUS=${{CUDA_VISIBLE_DEVICES-none}} $*"\n[ "$4" != "$FAIL" ] || exit 3\n'
+            f'echo "{command} GPUS=${{CUDA_VISIBLE_DEVICES-none}} $*"\n[ "$4" != "$FAIL" ] || exit ${{STATUS:-3}}\n'
         )
         script.chmod(0o755)
     (tmp_path / "run.yaml").write_text((MULTI_NODE / "qwen3_30b_a3b.yaml").read_text())
@@ -91,7 +94,7 @@ def node(tmp_path: Path) -> Any:
 def test_what_a_node_starts(node: Any, tmp_path: Path) -> None:
     rest = f"{tmp_path}/run.yaml launch.store=first:29600 train.lr=1e-5"
     trainer = node(1)
-    where = "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 29500"
+    where = "--nnodes 2 --node-rank 1 --nproc-per-node 8 --max-restarts 3 --master-addr first --master-port 29500"
     assert (
         trainer.stdout == f"python GPUS=none -m torch.distributed.run {where} -m megarl.train {rest}\n"
         and trainer.returncode == 0
@@ -102,7 +105,33 @@ def test_what_a_node_starts(node: Any, tmp_path: Path) -> None:
     ]
     assert servers.returncode == 0
     assert node(3).stdout == ""  # all four engines have a place
-    assert node(2, FAIL=f"{tmp_path}/run.yaml").returncode == 3
+
+
+@pytest.mark.parametrize(("status", "starts"), [(3, 8), (2, 4)])
+def test_a_worker_that_failed_is_started_again(node: Any, tmp_path: Path, status: int, starts: int) -> None:
+    failed = node(2, FAIL=f"{tmp_path}/run.yaml", STATUS=str(status), RESTARTS="1")
+    assert failed.returncode == status and len(failed.stdout.splitlines()) == starts
+
+
+def test_a_node_that_is_asked_to_end_ends_its_workers(node: Any, tmp_path: Path) -> None:
+    command = tmp_path / "rollout-python"
+    command.write_text(
+        f"#!/bin/bash\ntrap 'echo drained; exit 0' TERM\necho $PPID >> {tmp_path}/up\nwhile :; do sleep 0.1; done\n"
+    )
+
+    def end() -> None:
+        until = time.monotonic() + 30
+        while not (tmp_path / "up").is_file() or len((tmp_path / "up").read_text().splitlines()) < 4:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        serve = int((tmp_path / "up").read_text().splitlines()[0])
+        os.kill(int(Path(f"/proc/{serve}/stat").read_text().split()[3]), signal.SIGTERM)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    ended = node(2)
+    thread.join()
+    assert ended.returncode == 0 and ended.stdout.splitlines() == ["drained"] * 4
 
 
 def test_rank_0_is_where_launch_store_is() -> None:
