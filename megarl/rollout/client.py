@@ -4,6 +4,7 @@ log-probabilities and routes out. Imports no engine.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from megarl.addresses import watch
 from megarl.door import header
 from megarl.rollout.dispatch import Answered, Dispatcher, Request, wait_for
 from megarl.rollout.patience import ANSWER_S
@@ -44,8 +46,10 @@ class Server:
                 answer = connection.getresponse()
                 content = answer.read()
                 break
-            except TimeoutError:
+            except TimeoutError as error:
                 self.close()
+                if error.errno == errno.ETIMEDOUT:  # the kernel's word, long before the limit
+                    raise ServerLost(f"rollout server {self.url}{path}: its host does not answer") from None
                 raise ServerSilent(f"rollout server {self.url}{path}: no answer within {timeout_s:.0f} s") from None
             except (OSError, http.client.HTTPException) as error:
                 self.close()
@@ -69,6 +73,7 @@ class Server:
             parts = urlsplit(self.url)
             self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
             self._connection.connect()
+            watch(self._connection.sock)
         self._connection.sock.settimeout(timeout_s)
         return self._connection
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from megarl.rollout.client import Server
-from megarl.rollout.registry import RolloutError
+from megarl.rollout.registry import RolloutError, ServerLost
 from megarl.rollout.response import responses_of
 from megarl.rollout.wire import decode, encode
 
@@ -91,3 +93,20 @@ def test_one_connection_serves_and_is_made_again_when_the_server_closed_it(url: 
     with pytest.raises(RolloutError, match=rf"^rollout server {url}/bad: no such thing$"):
         server.post("/bad", {})
     server.close()
+
+
+def test_a_host_that_is_gone_is_noticed_by_the_kernel(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word in a sync, and long before sync.timeout_s; it is then not called silent: nothing must be asked."""
+    server = Server(url, timeout_s=600, token="")
+    server.post("/one", {})
+    assert server._connection is not None
+    sock = server._connection.sock
+    assert 0 < sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 60_000
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+    def gone(*_: object) -> None:
+        raise OSError(errno.ETIMEDOUT, "Connection timed out")
+
+    monkeypatch.setattr(server._connection, "request", gone)
+    with pytest.raises(ServerLost, match=rf"^rollout server {url}/two: its host does not answer$"):
+        server.post("/two", {})
