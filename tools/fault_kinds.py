@@ -178,7 +178,7 @@ def trainer_faults(small_disk: bool) -> list[Fault]:
     found += [struck("SIGKILL", "rank 1", "update", True), struck("SIGKILL", "torchrun", "update", True)]
     found += [struck("SIGSTOP", "rank 0", "update", True), struck("SIGSTOP", "rank 1", "sync", True)]
     found += [Fault("SIGSTOP of torchrun in update", _stop_torchrun, restarts=True)]
-    harms = ("truncated part", "changed bit", "missing part")
+    harms = ("truncated part", "changed bit", "missing part", "emptied megarl.json")
     found += [Fault(f"{how} of the newest checkpoint", partial(_damage, how), restarts=True) for how in harms]
     found += [Fault("SIGKILL of the only API server in rollout", struck("SIGKILL", "API server", "rollout").do)]
     ends = {"SIGKILL": ("rollout",), "SIGTERM": ("update",)}
