@@ -20,6 +20,10 @@ CONNECT_S = 10.0
 READ_BYTES = 2**17  # at most at once: hundreds of answers come together, and no one may hold up the loop
 
 
+class Unreachable(OSError):
+    """Nobody was reached, or the peer's host is silent: no doing of what was asked."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """body: uint8 [bytes], nobody else's."""
@@ -39,17 +43,24 @@ class Connection(asyncio.BufferedProtocol):
 
     @classmethod
     async def open(cls, url: str) -> Connection:
-        """OSError or TimeoutError where nothing answers."""
+        """Unreachable where nothing answers."""
         parts = urlsplit(url)
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(CONNECT_S):
-            _, connection = await loop.create_connection(cls, parts.hostname or "", parts.port or 0)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, connection = await loop.create_connection(cls, parts.hostname or "", parts.port or 0)
+        except TimeoutError:
+            raise Unreachable(f"no connection within {CONNECT_S:.0f} s") from None
+        except OSError as error:
+            raise Unreachable(f"no connection ({type(error).__name__})") from None
         return connection
 
     async def post(self, path: str, headers: dict[str, str], body: bytes) -> Answer:
-        """ConnectionError where the connection breaks, or brings what is no answer of ours."""
+        """ConnectionError where the connection breaks, or brings what is no answer of ours; Unreachable where the
+        kernel gives the host up.
+        """
         self._filled, self._status, self._body = 0, 0, None
-        if self._transport is None or self._transport.is_closing():
+        if self._transport is None or self.closed:
             raise ConnectionResetError("closed by the server")
         lines = [f"POST {path} HTTP/1.1", "Host: megarl", f"Content-Length: {len(body)}"]
         head = "\r\n".join([*lines, *(f"{name}: {value}" for name, value in headers.items()), "", ""])
@@ -66,6 +77,10 @@ class Connection(asyncio.BufferedProtocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    @property
+    def closed(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
 
     @property
     def _waiting(self) -> bool:
@@ -108,6 +123,9 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, OSError) and not isinstance(exc, ConnectionError):  # ETIMEDOUT, EHOSTUNREACH ...
+            self._fail(Unreachable(f"host is silent ({exc.strerror})"))
+            return
         self._fail(ConnectionResetError(str(exc) if exc else "closed by the server"))
 
     def _read_head(self, end: int) -> bool:

@@ -14,26 +14,31 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from megarl.door import header
-from megarl.rollout.connection import Answer, Connection
+from megarl.rollout.connection import Answer, Connection, Unreachable
 from megarl.rollout.registry import NoServers, RolloutError, WorkerInfo
 from megarl.rollout.response import Response, responses_of
 from megarl.rollout.wire import ENGINE_DIED, refusal_of
 
 GENERATE = "/megarl/generate"
-TRIES = 3  # a request that was at work in so many servers when they were lost is not given to another
+# A request may be what kills the engines that it meets. It is given up once so many servers were lost by what may be
+# its doing: while it was at work there the engine died, the connection broke, or the answer did not come in time (a
+# limit that is too short would else be met without end). A server that was not reached, whose host is silent, that the
+# watch or a sync takes out, or that leaves, does not count.
+TRIES = 3
 
 
 @dataclass(eq=False)
 class Request:
     """n responses to each of `prompts`, answered as a whole. seeds: of the first response to each prompt.
 
-    done: where its Answered goes. url: the server that is to have it, as long as it lives; "" for any.
+    done: where its Answered goes. url: the server that is to have it, as long as it lives; "" for any. tries: servers
+    lost by what may be its doing (TRIES).
     """
 
     prompts: list[list[int]]
@@ -61,7 +66,7 @@ class Answered:
 @dataclass(frozen=True)
 class _Running:
     number: int
-    url: str
+    link: _Link
     task: asyncio.Task[None]
 
 
@@ -71,7 +76,7 @@ class _Link:
     def __init__(self, worker: WorkerInfo) -> None:
         self.url, self.headers = worker.url, header(worker.tokens.data)
         self.free: list[Connection] = []
-        self.at_work, self.lost, self.leaves = 0, "", False
+        self.at_work, self.lost, self.leaves = 0, False, False
         self.busy_s, self._since = 0.0, 0.0
 
     def load(self, responses: int) -> None:
@@ -126,9 +131,11 @@ class Dispatcher:
         """Nobody wants them any more: a server that works on one drops it, and nothing comes to their queues."""
         self._call(self._abandon, list(requests))
 
-    def drop(self, url: str, why: str) -> None:
-        """What this server has at work goes to the others; it is not asked before set_servers names it again."""
-        self._call(self._lose, url, RolloutError(f"rollout server {url}: {why}"), True)
+    def drop(self, why: Mapping[str, str]) -> None:
+        """What these servers have at work goes to the others; they are not asked before set_servers names them again.
+        why: by URL.
+        """
+        self._call(self._drop, dict(why))
 
     def retire(self, url: str) -> None:
         """This server finishes what it has at work, and gets nothing new."""
@@ -176,15 +183,13 @@ class Dispatcher:
         named = {worker.url: worker for worker in workers}
         for url, worker in named.items():  # first, so that what the others give up finds them
             if url in self._links:
-                self._links[url].lost, self._links[url].leaves = "", False
+                self._links[url].lost = self._links[url].leaves = False
             else:
                 self._links[url] = _Link(worker)
-        for url in [url for url, link in self._links.items() if url not in named]:
-            if self._links[url].leaves and self._links[url].at_work:
-                continue
-            self._lose(url, RolloutError(f"rollout server {url}: left the run"), True)
-            self._links.pop(url).close()
-        self._pump()
+        left = [url for url, link in self._links.items() if url not in named and not (link.leaves and link.at_work)]
+        self._drop(dict.fromkeys(left, "left the run"))
+        for url in left:
+            del self._links[url]
 
     def _queue(self, request: Request) -> None:
         heapq.heappush(self._waiting, (next(self._numbers), request))
@@ -195,8 +200,14 @@ class Dispatcher:
         self._waiting = [(number, request) for number, request in self._waiting if request not in gone]
         heapq.heapify(self._waiting)
         for request in gone:
-            if running := self._running.pop(request, None):
-                running.task.cancel()
+            if request in self._running:
+                self._take(request).task.cancel()
+
+    def _take(self, request: Request) -> _Running:
+        """No longer at work. Here and not in its task, which may be cancelled before it begins."""
+        running = self._running.pop(request)
+        running.link.load(-request.responses)
+        return running
 
     def _pump(self) -> None:
         """Sends what waits, as far as the servers take it."""
@@ -214,7 +225,7 @@ class Dispatcher:
                 continue
             link.load(request.responses)
             task = self._loop.create_task(self._run(link, request))
-            self._running[request] = _Running(number, link.url, task)
+            self._running[request] = _Running(number, link, task)
         for item in later:
             heapq.heappush(self._waiting, item)
 
@@ -237,75 +248,94 @@ class Dispatcher:
             self._pump()
 
     async def _run(self, link: _Link, request: Request) -> None:
-        lost: RolloutError | None = None
+        """Where it is cancelled, whoever does so has taken the request."""
+        at, its_doing = f"rollout server {link.url}{GENERATE}", True
         try:
             answer = await self._ask(link, request)
         except TimeoutError:
-            lost = RolloutError(f"rollout server {link.url}{GENERATE}: no answer within {self._timeout_s:.0f} s")
+            lost = RolloutError(f"{at}: no answer within {self._timeout_s:.0f} s")
+        except Unreachable as error:
+            lost, its_doing = RolloutError(f"{at}: {error}"), False
         except OSError as error:
-            lost = RolloutError(f"rollout server {link.url}{GENERATE}: connection lost ({type(error).__name__})")
-        finally:  # where it was cancelled, whoever did so has taken it from _running
-            link.load(-request.responses)
-        if lost is None and answer.status != 200:
-            message = refusal_of(answer.status, answer.body.tobytes())
-            refused = RolloutError(f"rollout server {link.url}{GENERATE}: {message}")
-            if message != ENGINE_DIED:
-                self._finish(request, Answered(request, [], refused))
+            lost = RolloutError(f"{at}: connection lost ({type(error).__name__})")
+        else:
+            refusal = "" if answer.status == 200 else refusal_of(answer.status, answer.body.tobytes())
+            if refusal != ENGINE_DIED:
+                self._finish(_answered(at, request, answer, refusal))
                 return
-            lost = refused
-        if lost:
-            self._again(request)
-            self._lose(link.url, lost)
-            return
-        groups = responses_of(answer.body.data, request.prompts, request.n)
-        self._finish(request, Answered(request, groups))
-
-    def _finish(self, request: Request, answered: Answered) -> None:
-        self._running.pop(request, None)
-        request.done.put(answered)
+            lost = RolloutError(f"{at}: {refusal}")
+        request.tries += its_doing
+        self._mark(link, lost)  # what else it has at work is left to find out by itself
+        self._again(request, lost)
         self._pump()
 
-    def _again(self, request: Request) -> None:
-        """Back among those that wait, in its old place."""
-        request.tries += 1
+    def _finish(self, answered: Answered) -> None:
+        self._take(answered.request)
+        answered.request.done.put(answered)
+        self._pump()
+
+    def _again(self, request: Request, lost: RolloutError) -> None:
+        """Back among those that wait, in its old place, unless it may be what loses servers."""
+        running = self._take(request)
         self._taken_back += len(request.prompts)
-        heapq.heappush(self._waiting, (self._running.pop(request).number, request))
+        if request.tries >= TRIES:
+            request.done.put(Answered(request, [], lost))
+        else:
+            heapq.heappush(self._waiting, (running.number, request))
 
-    def _lose(self, url: str, error: RolloutError, others: bool = False) -> None:
-        """A server that cannot be asked any more. others: take from it what else it has at work; else that is left to
-        find out by itself.
-        """
-        link = self._links.get(url)
-        if link is None:
-            return
-        link.lost, self._last_error = str(error), error
-        link.close()
-        for request, running in [*self._running.items()] if others else []:
-            if running.url == url:
+    def _drop(self, why: dict[str, str]) -> None:
+        """All are marked before anything goes to others, which else were the next of them."""
+        errors = {url: RolloutError(f"rollout server {url}: {what}") for url, what in why.items() if url in self._links}
+        for url, error in errors.items():
+            self._mark(self._links[url], error)
+        for request, running in [*self._running.items()]:
+            if running.link.url in errors:
                 running.task.cancel()
-                self._again(request)
-        for number, request in [(number, request) for number, request in self._waiting if request.tries >= TRIES]:
-            self._waiting.remove((number, request))
-            request.done.put(Answered(request, [], error))
-        heapq.heapify(self._waiting)
+                self._again(request, errors[running.link.url])
         self._pump()
+
+    def _mark(self, link: _Link, error: RolloutError) -> None:
+        """A server that cannot be asked any more."""
+        link.lost, self._last_error = True, error
+        link.close()
 
     async def _ask(self, link: _Link, request: Request) -> Answer:
         given = {"prompts": request.prompts, "sampling": request.sampling, "seeds": request.seeds}
         body = json.dumps(given, separators=(",", ":")).encode()
+        asked = False
         async with asyncio.timeout(self._timeout_s):
             while link.free:
                 connection = link.free.pop()
+                if connection.closed:
+                    continue
+                asked = True
                 with contextlib.suppress(ConnectionError):  # the server has closed it while it was free
                     return await self._post(link, connection, body)
                 if connection.begun:
                     raise ConnectionResetError("in the middle of an answer")
-            return await self._post(link, await Connection.open(link.url), body)
+            try:
+                connection = await Connection.open(link.url)
+            except Unreachable:
+                if asked:
+                    raise ConnectionResetError("while it was asked") from None
+                raise
+            return await self._post(link, connection, body)
 
     async def _post(self, link: _Link, connection: Connection, body: bytes) -> Answer:
         answer = await connection.post(GENERATE, link.headers, body)
         link.free.append(connection)
         return answer
+
+
+def _answered(at: str, request: Request, answer: Answer, refusal: str) -> Answered:
+    """at: server and route, for an error's line. refusal: "" where there is none."""
+    if refusal:
+        return Answered(request, [], RolloutError(f"{at}: {refusal}"))
+    try:
+        return Answered(request, responses_of(answer.body.data, request.prompts, request.n))
+    except Exception as error:  # whatever its bytes make of decode(): the caller waits for a word
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return Answered(request, [], RolloutError(f"{at}: its answer cannot be read ({what})"))
 
 
 def wait_for(requests: Sequence[Request]) -> list[Answered]:

@@ -373,16 +373,18 @@ class Fleet:
             self.client.set_workers(workers)
 
     def _seen(self, seen: Seen) -> None:
-        """In the watching thread of an ingest rank: what a worker that is gone has at work goes to others at once."""
-        for worker in self.workers:
-            if self.client is None or worker.index in self._out:
-                continue
-            if why := seen.gone.get(worker.index):
-                self._out.add(worker.index)
-                self.client.dispatcher.drop(worker.url, why)
-            elif worker.index in seen.leaving:
-                self._out.add(worker.index)
-                self.client.dispatcher.retire(worker.url)
+        """In the watching thread of an ingest rank: what workers that are gone have at work goes to others at once."""
+        if self.client is None:
+            return
+        out = self._out  # another after the next step's agreement
+        asked = [worker for worker in self.workers if worker.index not in out]
+        gone = [worker for worker in asked if seen.gone.get(worker.index)]
+        leaving = [worker for worker in asked if worker.index in seen.leaving]
+        if gone:
+            self.client.dispatcher.drop({worker.url: seen.gone[worker.index] for worker in gone})
+        for worker in leaving:
+            self.client.dispatcher.retire(worker.url)
+        out.update(worker.index for worker in [*gone, *leaving])
 
     def _leave_group(self) -> None:
         if self._sender is not None:

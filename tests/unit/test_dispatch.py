@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megarl.rollout import connection
 from megarl.rollout.client import RolloutClient
+from megarl.rollout.connection import Connection, Unreachable
 from megarl.rollout.dispatch import TRIES, Answered, Dispatcher, Request, take, wait_for
 from megarl.rollout.registry import NoServers, RolloutError, WorkerInfo
 from megarl.rollout.wire import ENGINE_DIED
@@ -155,7 +158,7 @@ def test_what_a_silent_server_had_is_taken_from_it(way: str) -> None:
         if way == "dropped":
             dispatch.set_servers([silent.info(0), living.info(1)])
             assert take(asked[0].done, 0.2) == []
-            dispatch.drop(silent.url, "has been silent")
+            dispatch.drop({silent.url: "has been silent"})
         else:
             dispatch.set_servers([living.info(1)])
         assert [answered.request for answered in wait_for(asked)] == asked
@@ -205,6 +208,109 @@ def test_a_request_that_kills_servers_is_not_given_to_all_of_them() -> None:
         dispatch.submit(healthy := request(0, done))
         assert wait_for([healthy])[0].groups
         assert started[-1].served == 1
+
+
+def counted(sent: list[int], i: int, then: Reply) -> Reply:
+    async def reply(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        sent[i] += 1
+        return await then(asked)
+
+    return reply
+
+
+def test_what_servers_lost_together_had_goes_to_none_of_them_and_counts_for_nothing() -> None:
+    sent = [0, 0, 0, 0]
+    replies = [counted(sent, i, reply) for i, reply in enumerate([never] * 3 + [at_once])]
+    with servers(*replies) as started, dispatcher(*[s.info(i) for i, s in enumerate(started[:3])]) as dispatch:
+        asked = requests(12)
+        for one in asked:
+            dispatch.submit(one)
+        until(lambda: sent == [4, 4, 4, 0])
+        dispatch.set_servers([server.info(i) for i, server in enumerate(started)])
+        dispatch.drop({server.url: "has been silent" for server in started[:3]})
+        assert len(wait_for(asked)) == 12
+        assert sent == [4, 4, 4, 12] and {one.tries for one in asked} == {0}
+
+
+def test_servers_that_nobody_reaches_end_no_request() -> None:
+    with servers(*[at_once] * (TRIES + 1)) as started:
+        for server in started[:-1]:
+            server.close()
+        with dispatcher(*[server.info(i) for i, server in enumerate(started)]) as dispatch:
+            (asked,) = requests(1)
+            dispatch.submit(asked)
+            assert wait_for([asked])[0].groups and asked.tries == 0
+
+
+def test_a_server_that_dies_of_a_request_on_a_kept_connection_counts() -> None:
+    """Its address refuses then; the request was at work there all the same."""
+    with servers(at_once) as (server,), dispatcher(server.info()) as dispatch:
+        first, second = requests(2)
+        dispatch.submit(first)
+        wait_for([first])
+        server.reply = never
+        dispatch.submit(second)
+        until(lambda: dispatch._links[server.url].free == [])
+        server.close()
+        with pytest.raises(NoServers, match="connection lost"):
+            wait_for([second])
+        assert second.tries == 1
+
+
+def test_a_host_that_is_silent_is_told_from_a_server_that_dies() -> None:
+    """The kernel gives it up (TCP_USER_TIMEOUT) as it would any other connection to there."""
+
+    async def broken(by: OSError) -> BaseException | None:
+        connection, answer = Connection(), asyncio.get_running_loop().create_future()
+        connection._answer = answer
+        connection.connection_lost(by)
+        return answer.exception()
+
+    silent = asyncio.run(broken(TimeoutError(110, "Connection timed out")))
+    assert isinstance(silent, Unreachable) and str(silent) == "host is silent (Connection timed out)"
+    assert isinstance(asyncio.run(broken(ConnectionResetError())), ConnectionResetError)
+
+
+def test_a_server_that_takes_no_connection_is_told_from_one_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "CONNECT_S", 0.2)
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):  # the kernel takes one more than the backlog, and leaves later ones without an answer
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        info = WorkerInfo(0, f"http://127.0.0.1:{full.getsockname()[1]}", 1, 0, "", "")
+        with dispatcher(info) as dispatch:
+            (asked,) = requests(1)
+            dispatch.submit(asked)
+            with pytest.raises(NoServers, match="no connection within 0 s"):
+                wait_for([asked])
+
+
+@pytest.mark.parametrize("body", [b"", b"\x02\0\0\0{}", b"\x09\0\0\0not\njson", b'\x0d\0\0\0{"arrays":[]}'])
+def test_an_answer_that_cannot_be_read_fails_its_request_alone(body: bytes) -> None:
+    async def garbled(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        return (200, [body]) if asked["seeds"][0] == 10 else await at_once(asked)
+
+    with servers(garbled) as (server,), dispatcher(server.info()) as dispatch:
+        asked = requests(3)
+        for one in asked:
+            dispatch.submit(one)
+        until(lambda: asked[0].done.qsize() == 3)
+        (error,) = [str(answered.error) for answered in take(asked[0].done, 0) if answered.error]
+        assert error.startswith(f"rollout server {server.url}/megarl/generate: its answer cannot be read (")
+        assert "\n" not in error
+
+
+def test_what_is_abandoned_before_it_begins_takes_no_room() -> None:
+    """Both in one turn of the loop: the task that asks never runs."""
+    with servers(at_once) as (server,), dispatcher(server.info(), at_once=N) as dispatch:
+        first, second = requests(2)
+        dispatch._call(lambda: (dispatch._queue(first), dispatch._abandon([first])))
+        dispatch.submit(second)
+        assert [answered.request for answered in take(second.done, 20.0)] == [second]
 
 
 def test_no_answer_in_time_loses_the_server() -> None:
@@ -281,7 +387,7 @@ def test_where_no_server_is_left_the_error_says_so() -> None:
         server.close()
         (asked,) = requests(1)
         dispatch.submit(asked)
-        with pytest.raises(NoServers, match="connection lost"):
+        with pytest.raises(NoServers, match=r"no connection \(ConnectionRefusedError\)"):
             wait_for([asked])
     with pytest.raises(NoServers, match="^no rollout server is left$"):
         client = RolloutClient([], 5)

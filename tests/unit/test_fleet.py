@@ -198,7 +198,7 @@ def test_what_a_silent_worker_has_at_work_goes_to_others_without_a_step(run: Run
     fleet = run.fleet(2)
     told: list[tuple[str, str]] = []
     assert fleet.client is not None
-    fleet.client.dispatcher.drop = lambda url, why: told.append((url, why))  # type: ignore[method-assign]
+    fleet.client.dispatcher.drop = lambda why: told.extend(why.items())  # type: ignore[method-assign]
     fleet.client.dispatcher.retire = lambda url: told.append((url, ""))  # type: ignore[method-assign]
     registry.report_failure(run.store, 0, "died")
     registry.worker_leaves(run.store, 1)
