@@ -7,6 +7,7 @@ without waiting for the other ranks; who belongs to the run is then agreed upon 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -120,5 +121,10 @@ class Watch:
                 seen = self.members.look()
             except dist.DistError:  # rank 0 is gone, and whoever waits for it will know
                 return
-            if not self._over.is_set():
+            if self._over.is_set():
+                return
+            try:
                 self._on_look(seen)
+            except Exception as error:  # nobody else watches
+                what = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"megarl: the watch of the rollout workers: {what}; it goes on", file=sys.stderr, flush=True)

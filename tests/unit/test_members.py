@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -101,6 +102,22 @@ def test_a_look_costs_few_calls_while_nothing_is_new(store: dist.TCPStore, monke
     looks.look()
     monkeypatch.setattr(registry, "read", lambda *given: pytest.fail(f"asked for {given}"))
     assert len(here(looks.look())) == 5
+
+
+def test_the_watch_goes_on_where_who_is_told_fails(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(members, "BEAT_S", 0.01)
+    told = threading.Semaphore(0)
+
+    def fails(seen: Seen) -> None:
+        told.release()
+        raise TimeoutError
+
+    watch = Watch(open_store("127.0.0.1", store.port, is_master=False, timeout_s=5), fails)
+    assert told.acquire(timeout=30) and told.acquire(timeout=30)
+    watch.close()
+    assert "megarl: the watch of the rollout workers: TimeoutError" in capfd.readouterr().err
 
 
 def test_the_watch_tells(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
