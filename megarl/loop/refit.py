@@ -131,7 +131,7 @@ class Refit:
         later = in_flight is not None and self.synced and not changed  # a new member is compared before it is asked
         with self._quantized():
             with phase("sync"):
-                canary = [] if later else self.canary.tolist()
+                canary = [] if in_flight else self.canary.tolist()  # not within a step's time limit then: see _score
                 scores = self.fleet.push(self.outgoing.buckets(model.params()), canary, in_flight, phase)
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
@@ -139,10 +139,11 @@ class Refit:
             if not later:
                 with phase("canary"):
                     urls = [worker.url for worker in self.fleet.members]
-                    spreads = self._compare_canary([*zip(urls, scores, strict=False)])
+                    named = self.fleet.scored(self._score()) if in_flight else [*zip(urls, scores, strict=False)]
+                    spreads = self._compare_canary(named)
         self.fleet.commit(version)
         if later:
-            self._scoring = self.fleet.score(self.canary.tolist(), self.config.sync.timeout_s)
+            self._scoring = self._score()
         else:
             self._learn(spreads)
         if version not in self.committed:
@@ -174,7 +175,14 @@ class Refit:
         """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does
         not hold what the last sync gave it. Collective.
         """
-        self._compared(self.fleet.score(self.canary.tolist(), self.config.sync.timeout_s))
+        self._compared(self._score())
+
+    def _score(self) -> Scoring:
+        """The canary, of every member. Where requests are in flight it may wait until one of them is answered."""
+        rollout, timeout_s = self.config.rollout, self.config.sync.timeout_s
+        if rollout.max_lag:
+            timeout_s = max(timeout_s, rollout.request_timeout_s)
+        return self.fleet.score(self.canary.tolist(), timeout_s)
 
     def _compared(self, scoring: Scoring) -> list[Spread]:
         """Empty where a worker was lost: the sync is then done again without it, which compares the others."""

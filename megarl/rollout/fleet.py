@@ -86,11 +86,12 @@ class Fleet:
         self.workers, self._address = self._from_rank_0(came)
         self.members, (host, port) = self.workers, self._address
         self._met = {worker.index for worker in self.workers}
+        asking = self._count(is_ingest)  # each of its own accord: all together ask for what a server decodes at once
         if is_ingest or main:
             if not main:
                 self._store = open_store(host, port, is_master=False, timeout_s=self._wait_s)
-            timeout_s, at_once = config.rollout.request_timeout_s, config.rollout.max_num_seqs
-            self.client = RolloutClient(self.workers, timeout_s, at_once=at_once)
+            at_once = max(config.rollout.max_num_seqs // asking, 1)
+            self.client = RolloutClient(self.workers, config.rollout.request_timeout_s, at_once=at_once)
             eyes = open_store(host, port, is_master=False, timeout_s=self._wait_s)
             self._watch = Watch(eyes, self._seen)
 
@@ -259,6 +260,12 @@ class Fleet:
         objects = [what]
         dist.broadcast_object_list(objects, src=0)
         return objects[0]
+
+    def _count(self, here: bool) -> int:
+        """On how many ranks. Collective."""
+        ranks = torch.tensor(int(here), device=self._device)
+        dist.all_reduce(ranks)
+        return int(ranks)
 
     def _settled(self, part: Callable[[], T]) -> T:
         """Collective: this rank's part in a step of a sync. Where rank 0's failed, every rank raises, and no group is

@@ -105,6 +105,14 @@ def test_a_step_begins_with_those_that_are_there(run: Run, capfd: pytest.Capture
     assert first not in fleet.members
 
 
+def test_all_ranks_that_ask_share_what_a_server_decodes_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.join()
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))
+    fleet = run.fleet(1)
+    assert fleet.client is not None and fleet.client.dispatcher._at_once == 256 // 3
+    fleet.close()
+
+
 def test_workers_outlive_trainers_that_may_be_started_again(run: Run) -> None:
     """A rank that lost a peer raises, and ended the workers before torchrun started it again."""
     run.join()

@@ -305,6 +305,7 @@ class ScoredFleet:
         self.wrong = {"http://one": 0.0, "http://two": 0.0}
         self.members = [SimpleNamespace(url=url) for url in self.wrong]
         self.loses = False  # one of them, before it has scored
+        self.limits: list[float] = []  # of its scores, seconds
 
     def gather(self, asked: Any) -> bool:
         lost, self.loses = self.loses, False
@@ -317,6 +318,7 @@ class ScoredFleet:
         pass
 
     def score(self, canary: list[int], timeout_s: float) -> ScoredFleet:
+        self.limits.append(timeout_s)
         return self
 
     def scored(self, scoring: Any) -> list[tuple[str, Canary]]:
@@ -361,6 +363,21 @@ def test_with_requests_in_flight_the_canary_is_compared_before_the_next_update(f
     with pytest.raises(UserError, match=DIFFERS):
         refit.settle()
     refit.settle()  # once
+
+
+def test_a_canary_among_requests_has_their_time(folder: Path) -> None:
+    """It waits for its turn, also where the sync waits for it: no step of a sync has so long."""
+    limits = ["sync.timeout_s=7", "sync.digests=off", "rollout.request_timeout_s=90"]
+    refit, fleet = refitted(folder, *limits, "rollout.max_lag=1")
+    refit.synced = False
+    refit.sync(0)
+    refit.sync(1)
+    refit.check()
+    assert fleet.limits == [90, 90, 90]
+    lock_step, fleet = refitted(folder, *limits)
+    lock_step.sync(1)
+    lock_step.check()
+    assert fleet.limits == [7]
 
 
 def test_a_worker_lost_before_its_canary_leaves_no_other_uncompared(
