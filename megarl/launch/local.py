@@ -4,6 +4,7 @@ supervised, the first cause of a failure in one line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -68,10 +69,15 @@ def explain_trainer(log_dir: Path) -> str | None:
 
 
 def first_failure(log_dir: Path) -> dict[str, Any] | None:
-    """Ranks that found themselves stuck before one that was killed before one that raised, then the earliest."""
+    """Ranks that found themselves stuck before one that was killed before one that raised, then the earliest. A line
+    that a full disk or a kill has torn is left out.
+    """
+    failures: list[dict[str, Any]] = []
     try:
-        with (log_dir / FAILURES).open(encoding="utf-8") as file:
-            failures: list[dict[str, Any]] = [json.loads(line) for line in file]
+        with (log_dir / FAILURES).open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    failures.append(json.loads(line))
     except FileNotFoundError:
         return None
     return min(

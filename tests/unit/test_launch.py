@@ -119,6 +119,9 @@ def test_the_first_cause_is_told_from_its_echoes(tmp_path: Path) -> None:
         {"time": 1.0, "rank": 0, "user_error": "megarl: error: mend it"}, {"time": 2.0, "rank": 3, "user_error": None}
     )
     assert explain_trainer(tmp_path) == "megarl: error: mend it"
+    with (tmp_path / "failures.jsonl").open("a") as file:
+        file.write('{"time": 0.5, "ra')  # by a full disk, or a kill
+    assert explain_trainer(tmp_path) == "megarl: error: mend it"
 
 
 def test_what_trainers_are_started_again_for(
