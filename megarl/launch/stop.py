@@ -74,9 +74,11 @@ class StopRequest:
     def _listen(self, reader: int) -> None:
         """Ends the process where nothing is to be saved, at a second signal, and when the time is over."""
         first, deadline = 0.0, None
+        signals = select.poll()  # select() takes no file above 1023, and groups of many ranks hold more than that open
+        signals.register(reader, select.POLLIN)
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([reader], [], [], left)[0]:
+            left_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            if not signals.poll(left_ms):
                 print(f"no checkpoint within run.preempt_s {self._within_s:g}: ending without", file=sys.stderr)
                 leave(128 + self.asked)
             came = os.read(reader, 1)

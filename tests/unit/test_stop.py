@@ -15,7 +15,7 @@ RANK = """
 import signal, sys, threading, time
 from megarl.errors import Stopped
 from megarl.launch import stop
-
+{before}
 if {supervised}:
     stop.supervised()
 request = stop.StopRequest({within_s}, unsaved=lambda: {unsaved})
@@ -39,6 +39,11 @@ try:
 except Stopped:
     print("stopped after the update")
 """
+MANY_FILES = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+"""
 # as in a collective: a call into C that ends for no signal
 STUCK = """
 import ctypes
@@ -48,8 +53,11 @@ for _ in range(2):
 """
 
 
-def rank(body: str, *, unsaved: bool = True, within_s: float = 600, supervised: bool = False) -> subprocess.Popen[str]:
-    code = textwrap.dedent(RANK).format(body=body, unsaved=unsaved, within_s=within_s, supervised=supervised)
+def rank(
+    body: str, *, unsaved: bool = True, within_s: float = 600, supervised: bool = False, before: str = ""
+) -> subprocess.Popen[str]:
+    given = {"unsaved": unsaved, "within_s": within_s, "supervised": supervised, "before": before}
+    code = textwrap.dedent(RANK).format(body=body, **given)
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None and run.stdout.readline() == "ready\n"
     return run
@@ -68,6 +76,13 @@ def test_fault_18_a_wait_for_rollouts_ends_at_once_and_an_update_is_not_cut(supe
 
 def test_fault_18_a_rank_with_nothing_to_save_ends_at_once_wherever_it_is() -> None:
     run = rank(STUCK, unsaved=False)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143
+
+
+def test_a_rank_that_holds_many_files_hears_a_signal() -> None:
+    """Its thread ended by what select() says of a file above 1023; groups of many ranks have as many connections."""
+    run = rank(STUCK, unsaved=False, before=MANY_FILES)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
 
