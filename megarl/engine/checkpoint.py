@@ -7,6 +7,7 @@ optimizer, cut as this layout holds them; every layout reads them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -144,7 +145,17 @@ class _Writing:
         partial.rename(self.whole)
         _flush(partial.parent)
         for old in whole_checkpoints(partial.parent)[: -self.keep]:
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def _remove(old: Path) -> None:
+    """Under the name of one that is not whole: what a file that is open elsewhere keeps of it on a network file system
+    is a leftover, which the next save or start removes. The new one is whole, whatever becomes of this.
+    """
+    with contextlib.suppress(OSError):
+        left = old.with_name(f".{old.name}.partial")
+        old.rename(left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 class _Fault(Exception):

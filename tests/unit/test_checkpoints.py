@@ -5,7 +5,9 @@ Between layouts: tests/parallel/test_resume.py.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -168,6 +170,24 @@ def test_fault_16_a_save_and_a_start_remove_what_a_crash_left_and_nothing_else(e
         else:
             save_checkpoint(engine, folder, 6, {"optimizer_steps": 6}, keep=2)
         assert not (folder / ".step_9.partial").exists() and all(path.is_dir() for path in others)
+
+
+def test_an_old_checkpoint_that_is_open_elsewhere_ends_no_save(
+    engine: Engine, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system keeps its open files: ENOTEMPTY. What is left is no checkpoint, and goes at the next."""
+    folder = run_dir / "checkpoints"
+
+    def not_empty(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", not_empty)
+        save_checkpoint(engine, folder, 6, {"optimizer_steps": 6}, keep=2)
+    assert [path.name for path in whole_checkpoints(folder)] == ["step_4", "step_6"]
+    assert (folder / ".step_2.partial").is_dir()
+    save_checkpoint(engine, folder, 8, {"optimizer_steps": 8}, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_6", "step_8"]
 
 
 def flip(path: Path) -> None:
