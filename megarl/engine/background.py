@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megarl.engine.megatron_compat import own_asynchronous_save
-from megarl.engine.parallel import GROUP_TIMEOUT
 
 FORMAT = ("torch_dist", 1)
 FILES_A_RANK = 2  # on every release of megatron-core: its own default went from two to one
@@ -85,11 +85,11 @@ def copied(sharded: dict[str, Any], folder: Path) -> Parts:
     return Parts(folder, strategy.writer, strategy.metadata, buckets)
 
 
-def writers_group() -> dist.ProcessGroup:
+def writers_group(timeout: timedelta) -> dist.ProcessGroup:
     """A gloo group of all ranks for the threads that write; the rank itself uses the others meanwhile. Collective."""
     global _group
     if _group[0] is not dist.group.WORLD:
-        _group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        _group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout)
     return _group[1]
 
 

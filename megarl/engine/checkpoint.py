@@ -65,7 +65,7 @@ def begin_checkpoint(
     checkpoints before it stay. Collective; one at a time.
     """
     partial, whole = folder / f".step_{step}.partial", folder / f"step_{step}"
-    group = writers_group()
+    group = writers_group(engine.model.parallel.timeout)
     try:
         if dist.get_rank() == 0:
             remove_leftovers(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,12 +18,17 @@ from megarl.weights.reshard.gather import gather_full, plan_gather
 
 
 def export_hf(
-    model: Model, source: str, out: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    model: Model,
+    source: str,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    told: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes `out`, which must not exist, whole or not at all. Memory at rank 0: a bucket of weights.
 
     source: the folder that the model was filled from: its config, its tokenizer and its multi-token prediction layers,
-    which are not trained, are carried along.
+    which are not trained, are carried along. told: called after each tensor, on every rank.
     """
     plan = plan_gather(model.weight_map, model.parallel.layout)
     dtype = dtype or model.config.params_dtype
@@ -41,12 +47,14 @@ def export_hf(
             )
             for name, tensor in tensors:
                 writer.write(name, tensor)
+                told()
             for name in carried:
                 writer.write(name, reader.whole(name))
+                told()
         writer.finish()
         carry_files(hf_files(source), partial, dtype)
         finish("the export's folder", out)
     else:
         for _ in tensors:
-            pass
+            told()
     dist.barrier()

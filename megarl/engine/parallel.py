@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megarl.config import Config, ParallelConfig
 from megarl.engine.device import Device
 from megarl.engine.megatron_compat import groups_of_layout
 from megarl.launch.peers import connecting
+from megarl.rollout.patience import longest_wait_s, reading_s
 from megarl.weights.map.layout import Coord, Layout
 
 GROUP_TIMEOUT = timedelta(minutes=30)  # at least
@@ -32,6 +34,7 @@ class Parallel:
     coord: Coord
     device: Device
     host_group: dist.ProcessGroup | None = None  # of all ranks, for what lies in host memory; None is the default group
+    timeout: timedelta = GROUP_TIMEOUT  # of every operation of every group
 
     @property
     def is_main(self) -> bool:
@@ -76,9 +79,12 @@ class Parallel:
 
 
 def group_timeout(config: Config) -> timedelta:
-    """For a rank that waits in a group for another: longer than any wait of that one for rollouts."""
-    rollout = config.rollout
-    longest = max(rollout.request_timeout_s, rollout.start_timeout_s, config.sync.timeout_s)
+    """For a rank that waits in a group for another: longer than any wait of that one for the rollout workers, who read
+    an export of the model among others, and than it takes to name a stall, whose line says more.
+    """
+    rollout, launch = config.rollout, config.launch
+    checked_s = config.sync.timeout_s + reading_s(Path(config.model.path))
+    longest = max(longest_wait_s(rollout.request_timeout_s), rollout.start_timeout_s, checked_s, launch.stall_s)
     return max(GROUP_TIMEOUT, timedelta(seconds=longest) + MARGIN)
 
 
@@ -110,7 +116,7 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int, timeout: ti
     # keep.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=device.device.type == "cpu")
     layout = Layout(**config.model_dump(), world=dist.get_world_size())
-    return Parallel(layout, layout.coord(dist.get_rank()), device, _host_group(device, timeout))
+    return Parallel(layout, layout.coord(dist.get_rank()), device, _host_group(device, timeout), timeout)
 
 
 def _host_group(device: Device, timeout: timedelta) -> dist.ProcessGroup | None:

@@ -28,6 +28,7 @@ from megarl.loop.reduce import Values
 from megarl.observe.trace import enter, phase
 from megarl.replay.routes import accept_routes
 from megarl.rollout.fleet import Fleet, WorkersLost
+from megarl.rollout.patience import reading_s
 from megarl.rollout.registry import common_tp
 from megarl.rollout.sync_leader import Canary, InFlight, Scoring, SyncSettings
 from megarl.weights.reshard.outgoing import Slices, WholeTensors
@@ -129,15 +130,17 @@ class Refit:
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
         in_flight = self._in_flight(version)
         later = in_flight is not None and self.synced and not changed  # a new member is compared before it is asked
+        main = model.parallel.is_main
+        pause_s = in_flight.drain_s if in_flight and main else 0.0  # it begins with that wait for the servers
         with self._quantized():
-            with phase("sync"):
+            with phase("sync", pause_s):
                 canary = [] if in_flight else self.canary.tolist()  # not within a step's time limit then: see _score
                 scores = self.fleet.push(self.outgoing.buckets(model.params()), canary, in_flight, phase)
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
             spreads: list[Spread] = []
             if not later:
-                with phase("canary"):
+                with phase("canary", self._score_s if in_flight and main else 0.0):
                     urls = [worker.url for worker in self.fleet.members]
                     named = self.fleet.scored(self._score()) if in_flight else [*zip(urls, scores, strict=False)]
                     spreads = self._compare_canary(named)
@@ -177,16 +180,21 @@ class Refit:
         """
         self._compared(self._score())
 
-    def _score(self) -> Scoring:
-        """The canary, of every member. Where requests are in flight it may wait until one of them is answered."""
+    @property
+    def _score_s(self) -> float:
+        """How long a canary may take: where requests are in flight it may wait until one of them is answered."""
         rollout, timeout_s = self.config.rollout, self.config.sync.timeout_s
-        if rollout.max_lag:
-            timeout_s = max(timeout_s, rollout.request_timeout_s)
-        return self.fleet.score(self.canary.tolist(), timeout_s)
+        return max(timeout_s, rollout.request_timeout_s) if rollout.max_lag else timeout_s
+
+    def _score(self) -> Scoring:
+        """The canary, of every member."""
+        return self.fleet.score(self.canary.tolist(), self._score_s)
 
     def _compared(self, scoring: Scoring) -> list[Spread]:
         """Empty where a worker was lost: the sync is then done again without it, which compares the others."""
         try:
+            if self.engine.model.parallel.is_main:
+                enter("the wait for the canary", self._score_s)
             scores = self.fleet.scored(scoring)
         except WorkersLost as lost:
             _tell_again(lost)
@@ -211,8 +219,12 @@ class Refit:
         folder = Path(self.config.run.dir).resolve() / ".weight_check"
         if self.engine.model.parallel.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed at this point
-        export_hf(self.engine.model, self.config.model.path, folder, self.rollout_dtype)
+        export_hf(
+            self.engine.model, self.config.model.path, folder, self.rollout_dtype, told=lambda: enter("an export")
+        )
         try:
+            if self.engine.model.parallel.is_main:
+                enter("the comparison of digests", self.config.sync.timeout_s + reading_s(folder))
             self.fleet.check_digests(str(folder))
         finally:
             if self.engine.model.parallel.is_main:

@@ -16,9 +16,10 @@ from megarl.data import Prompt, vocabulary_of
 from megarl.engine.build import Engine
 from megarl.errors import Stopped
 from megarl.launch.stop import StopRequest
-from megarl.observe.trace import phase
+from megarl.observe.trace import enter, phase
 from megarl.replay.routes import accept_routes
 from megarl.rollout.client import RolloutClient
+from megarl.rollout.patience import longest_wait_s
 from megarl.rollout.registry import NoServers
 from megarl.rollout.response import Response
 
@@ -59,6 +60,7 @@ class Sampler:
         self.stop = list(vocabulary_of(config, tokenizer).ends)
         self.parallel, self.weight_map = engine.model.parallel, engine.model.weight_map
         self.wants_routes = config.wants_routes and bool(self.weight_map.moe_layers)
+        self.wait_s = longest_wait_s(config.rollout.request_timeout_s)  # which is no stall
 
     def sample(self, prompts: list[Prompt], first_group: int, step: int, stop: StopRequest | None = None) -> Sampled:
         """batch.group responses to each prompt; a replica asks for its share. prompts: the same on every rank.
@@ -72,7 +74,7 @@ class Sampler:
         wanted = [prompts[i] for i in local]
 
         def ask() -> list[list[Response]]:
-            with phase("rollout"), stop.interruptible() if stop else nullcontext():
+            with phase("rollout", self.wait_s), stop.interruptible() if stop else nullcontext():
                 return self.generate(wanted, config.batch.group, config.rollout.temperature, seed=seed)
 
         try:
@@ -86,11 +88,24 @@ class Sampler:
         ]
         return Sampled(rollouts, self.check_routes(rollouts))
 
-    def sample_for_evaluation(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Rollout]:
-        """`samples` responses to each prompt of this replica's share; their routes are not looked at."""
+    def sample_for_evaluation(
+        self, prompts: list[Prompt], samples: int, temperature: float, stop: StopRequest | None = None
+    ) -> list[Rollout]:
+        """`samples` responses to each prompt of this replica's share; their routes are not looked at. Stopped, on every
+        rank, where a signal ends the wait (stop).
+        """
         local = self._share(len(prompts))
         wanted, seed = [prompts[i] for i in local], self.config.run.seed
-        groups = self._served(lambda: self.generate(wanted, samples, temperature, seed=seed))
+
+        def ask() -> list[list[Response]]:
+            enter("the wait for responses to evaluate", self.wait_s)
+            try:
+                with stop.interruptible() if stop else nullcontext():
+                    return self.generate(wanted, samples, temperature, seed=seed)
+            finally:
+                enter("evaluate")
+
+        groups = self._served(ask)
         return [
             Rollout(int(i), prompts[i], response)
             for i, group in zip(local, groups, strict=self.client is not None)

@@ -24,9 +24,10 @@ from megarl.errors import Stopped
 from megarl.launch.stop import StopRequest
 from megarl.loop.reduce import Values
 from megarl.loop.sampler import Rollout, Sampled, Sampler
-from megarl.observe.trace import phase
+from megarl.observe.trace import enter, phase
 from megarl.rollout.client import sampling_of
 from megarl.rollout.dispatch import Answered, Request, take
+from megarl.rollout.patience import longest_wait_s
 from megarl.rollout.registry import NoServers
 from megarl.rollout.response import Response
 
@@ -109,13 +110,14 @@ class Overlapped:
         self._responses: dict[int, list[Rollout]] = {}  # of finished groups, by number
         self._unserved: list[Request] = []  # no server was left for them
         self._wrong_routes: str | None = None
+        self._wait_s = longest_wait_s(config.rollout.request_timeout_s)
         self._dropped, self._waited_s, self._busy = 0, 0.0, dict[str, float]()
         self._lags: list[int] = []
         self._spans: list[float] = []
 
     def next(self, wanted: int, first_group: int, done: Progress, stop: StopRequest | None = None) -> Sampled:
         """As LockStep.next: the groups that a batch of now takes."""
-        start = time.perf_counter()
+        start = came = time.perf_counter()
         with phase("rollout"):
             while True:
                 self._draw(wanted, done.optimizer_steps)
@@ -132,6 +134,10 @@ class Overlapped:
                         self._recover()
                 except Stopped as stopped:  # on every rank
                     return Sampled([], stopped=stopped)
+                now = time.perf_counter()
+                came = now if finished or told.unserved else came
+                if now - came < self._wait_s:  # no stall: all ranks go on, and what they wait for may still come
+                    enter("rollout")
                 self._drop(done.optimizer_steps)
                 chosen = choose([*self._groups.values()], wanted, self._later(done.optimizer_steps), self.config)
                 if chosen is not None:

@@ -1,8 +1,9 @@
 """Ranks that wait for one that is stuck: their stacks, who it is, and an end, instead of a process group's time-out.
 
 Each rank has a thread that writes what the rank is at to LOGS/pulse/RANK.json, every few seconds. Where no rank has
-entered another phase for launch.stall_s, every rank writes its stacks to its log. Ranks whose pulse stands still are
-stuck as a whole (stopped, or in a call that keeps Python's lock); the first rank that is not says so and ends.
+entered another phase for launch.stall_s, or for as long as its wait may take where that is longer, every rank writes
+its stacks to its log. Ranks whose pulse stands still are stuck as a whole (stopped, or in a call that keeps Python's
+lock); the first rank that is not says so and ends.
 """
 
 from __future__ import annotations
@@ -60,11 +61,14 @@ class StallWatch:
                 if self._marked() != self._mark:
                     self._mark = self._marked()
                     self._dump()
-                if self._waited_s() >= self._stall_s:
+                if self._late():
                     self._look()
 
     def _waited_s(self) -> float:
         return time.monotonic() - trace.entered()[1]
+
+    def _late(self) -> bool:
+        return self._waited_s() >= max(self._stall_s, trace.entered()[2])
 
     def _beat(self) -> None:
         self._beats += 1
@@ -76,6 +80,7 @@ class StallWatch:
             "beat": self._beats,
             "phase": trace.entered()[0],
             "seconds": self._waited_s(),
+            "late": self._late(),
         }
         partial = self._folder / f".{self._rank}"
         partial.write_text(json.dumps(pulse), encoding="utf-8")
@@ -88,13 +93,13 @@ class StallWatch:
         now = self._pulses()
         silent = {rank for rank, pulse in now.items() if before.get(rank, {}).get("beat") == pulse["beat"]}
         alive = sorted(now.keys() - silent)
-        if self._over.is_set() or any(now[rank]["seconds"] < self._stall_s for rank in alive):
+        if self._over.is_set() or not all(now[rank]["late"] for rank in alive):
             return
         self._ask_for_stacks(now)
         if self._rank != min(alive):
             return
         self._beat_for(2 * self._beat_s + 1)  # the others write their stacks
-        if self._over.is_set() or self._waited_s() < self._stall_s:
+        if self._over.is_set() or not self._late():
             return
         self._tell(described(now, silent, self._stall_s, self._folder.parent))
         for rank in silent & self._here(now):  # torchrun would wait for it

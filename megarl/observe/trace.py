@@ -16,7 +16,7 @@ from typing import IO
 
 TRACE_FILE = "trace.json"
 _file: IO[str] | None = None  # of this process
-_entered: tuple[str, float] = ("", 0.0)
+_entered: tuple[str, float, float] = ("", 0.0, 0.0)
 
 
 def start_trace(run_dir: str | Path) -> None:
@@ -40,25 +40,27 @@ def stop_trace() -> None:
     _file = None
 
 
-def enter(name: str) -> None:
-    """Says where this rank is; its main thread alone counts."""
+def enter(name: str, within_s: float = 0.0) -> None:
+    """Says where this rank is; its main thread alone counts. within_s: a wait that has a limit of its own is no stall
+    before so many seconds.
+    """
     global _entered
     if threading.current_thread() is threading.main_thread():
-        _entered = name, time.monotonic()
+        _entered = name, time.monotonic(), within_s
 
 
-def entered() -> tuple[str, float]:
-    """The phase that this rank's main thread entered or left last, and when (time.monotonic())."""
+def entered() -> tuple[str, float, float]:
+    """The phase that this rank's main thread entered or left last, when (time.monotonic()), and its within_s."""
     return _entered
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
+def phase(name: str, within_s: float = 0.0) -> Iterator[None]:
     """The time inside as one event. Microseconds of the wall clock, so
-    that the parts of a resumed run follow each other.
+    that the parts of a resumed run follow each other. within_s: see enter().
     """
     start = time.time_ns()
-    enter(name)
+    enter(name, within_s)
     try:
         yield
     finally:

@@ -21,16 +21,12 @@ from typing import Any
 
 from megarl.door import header
 from megarl.rollout.connection import Answer, Connection, Unreachable
+from megarl.rollout.patience import TRIES
 from megarl.rollout.registry import NoServers, RolloutError, WorkerInfo
 from megarl.rollout.response import Response, responses_of
 from megarl.rollout.wire import ENGINE_DIED, refusal_of
 
 GENERATE = "/megarl/generate"
-# A request may be what kills the engines that it meets. It is given up once so many servers were lost by what may be
-# its doing: while it was at work there the engine died, the connection broke, or the answer did not come in time (a
-# limit that is too short would else be met without end). A server that was not reached, whose host is silent, that the
-# watch or a sync takes out, or that leaves, does not count.
-TRIES = 3
 
 
 @dataclass(eq=False)

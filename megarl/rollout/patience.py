@@ -1,4 +1,27 @@
-"""How long a rollout server may be silent. Imports nothing: refusals come before torch is imported."""
+"""How long a rollout server may be silent, and how long answers take at most. Imports nothing heavy: refusals come
+before torch is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 STALE_S = 15.0  # a worker that has not beaten for so long is taken for dead
 ANSWER_S = 10.0  # a server that takes longer to say its version is left out of a step and of a sync
+# A request may be what kills the engines that it meets. It is given up once so many servers were lost by what may be
+# its doing: while it was at work there the engine died, the connection broke, or the answer did not come in time (a
+# limit that is too short would else be met without end). A server that was not reached, whose host is silent, that the
+# watch or a sync takes out, or that leaves, does not count.
+TRIES = 3
+READ_BYTES_S = 100e6  # a server reads an export at least so fast
+
+
+def longest_wait_s(request_timeout_s: float) -> float:
+    """For one answer, where each server that has the request falls silent; a minute more for what follows."""
+    return TRIES * request_timeout_s + 60
+
+
+def reading_s(folder: Path) -> float:
+    """How long a server may take to read the files in `folder`."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sum(file.stat().st_size for file in files if file.is_file()) / READ_BYTES_S

@@ -27,11 +27,11 @@ import numpy as np
 
 from megarl.announce import announce
 from megarl.rollout.client import Server
+from megarl.rollout.patience import reading_s
 from megarl.rollout.registry import RolloutError, ServerLost, ServerSilent, WorkerInfo
 from megarl.rollout.wire import decode
 
 Phase = Callable[[str], AbstractContextManager[None]]
-READ_BYTES_S = 100e6  # a server reads an export at least so fast
 POLL_S = 0.2
 ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it
 
@@ -211,9 +211,8 @@ class SyncLeader:
         `folder` (None: the one vLLM started with). Raises RolloutError. A worker whose host does not see the folder, or
         that had been updated before anybody asked, is told of, and held by checksums and the canary.
         """
-        files = Path(folder).iterdir() if folder is not None else ()
-        reading_s = sum(file.stat().st_size for file in files) / READ_BYTES_S
-        self._deadline = time.monotonic() + self.settings.timeout_s + reading_s
+        read_s = reading_s(Path(folder)) if folder is not None else 0.0
+        self._deadline = time.monotonic() + self.settings.timeout_s + read_s
         answers = self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
         for server, answer in zip(self._servers, answers, strict=True):
             if not json.loads(answer)["compared"]:

@@ -14,12 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megarl import refusals
 from megarl.config import Config, load_config
-from megarl.engine import device, parallel, profile
+from megarl.engine import background, device, parallel, profile
 from megarl.engine.device import Device
 from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
 from megarl.launch import gpus, kv_cache, processes
 from megarl.loop import reduce
+from megarl.rollout.patience import longest_wait_s
 from megarl.server import supervise
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
@@ -108,7 +109,25 @@ def test_a_group_outlasts_the_longest_wait_for_rollouts(path: Path | None) -> No
     config = load_config(path, [])
     timeout = parallel.group_timeout(config)
     assert timeout >= timedelta(minutes=30)
-    assert timeout > timedelta(seconds=max(config.rollout.request_timeout_s, config.rollout.start_timeout_s))
+    longest = max(longest_wait_s(config.rollout.request_timeout_s), config.rollout.start_timeout_s)
+    assert timeout > timedelta(seconds=longest)
+    assert timeout >= timedelta(seconds=config.launch.stall_s + 300)  # a stall's line comes before
+
+
+def test_a_group_outlasts_what_servers_may_take_to_read_an_export(tmp_path: Path) -> None:
+    """Of 235 billion parameters: 4,700 s."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(470 * 10**9)
+    timeout = parallel.group_timeout(load_config(None, [f"model.path={tmp_path}", "sync.timeout_s=120"]))
+    assert timeout > timedelta(seconds=4700 + 120)
+
+
+def test_the_writers_of_a_checkpoint_wait_as_long_as_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(background, "_group", (object(), None))
+    monkeypatch.setattr(background.dist, "new_group", lambda **given: asked.update(given))
+    background.writers_group(timedelta(hours=2))
+    assert asked["timeout"] == timedelta(hours=2)
 
 
 def test_every_group_has_that_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from megarl.config import Config, load_config
 from megarl.data import Prompt, PromptStream
 from megarl.errors import Stopped
+from megarl.loop import source
 from megarl.loop.sampler import Sampler
 from megarl.loop.source import LockStep, Overlapped, Progress, _Group, choose
 from megarl.rollout.client import RolloutClient
+from megarl.rollout.patience import longest_wait_s
 from megarl.rollout.registry import NoServers
 from tools.bench.stub_server import StubServer, generated
 
@@ -135,6 +137,21 @@ def test_a_long_group_does_not_hold_up_the_others_and_is_trained_in_time(bench: 
     assert 0 in second and not set(first) & set(second)
     values = bench.source.metrics(1.0)
     assert values["async/lag_max"] == N and values["async/dropped_groups"] == 0
+
+
+def test_a_wait_for_rollouts_is_no_stall_as_long_as_they_may_still_come(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it seen as one later than that: request_timeout_s bounds it, on each server that a request may go to."""
+    entered: list[str] = []
+    monkeypatch.setattr(source, "enter", entered.append)
+    assert bench.source._wait_s == longest_wait_s(600)
+    bench.step(0)
+    assert entered and {*entered} == {"rollout"}
+    entered.clear()
+    bench.source._wait_s = 0.0
+    bench.step(1)
+    assert not entered
 
 
 def test_one_batch_is_ahead_and_no_prompt_is_lost_or_doubled(bench: Bench) -> None:

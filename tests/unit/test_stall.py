@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from megarl.observe import trace
 from megarl.observe.stall import StallWatch, described
 
 RANK = """
@@ -70,6 +73,23 @@ def test_a_stopped_rank_is_named_the_stacks_of_the_others_are_in_their_logs_and_
 def test_a_rank_that_is_elsewhere_is_named(tmp_path: Path) -> None:
     pulses = {rank: {"rank": rank, "phase": "rollout" if rank == 2 else "update"} for rank in range(4)}
     assert ": rank 2 in rollout; ranks 0, 1, 3 in update; stacks" in described(pulses, set(), 5.0, tmp_path)
+
+
+def test_a_wait_that_has_a_limit_of_its_own_is_no_stall_before_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollout of 31 minutes ended the trainers, who stalled in the next one."""
+    watch, clock, found = StallWatch(tmp_path, 0, 1, stall_s=0), [0.0], []
+    watch._stall_s = 1800
+    monkeypatch.setattr(trace.time, "monotonic", lambda: clock[0])
+    for within_s in (0.0, 60.0, 7200.0):
+        clock[0] = 0.0
+        with trace.phase("rollout", within_s):
+            for seconds in (1799.0, 1860.0, 7199.0, 7200.0):
+                clock[0] = seconds
+                found.append(watch._late())
+        assert trace.entered()[2] == 0
+    assert found == [False, True, True, True] * 2 + [False, False, False, True]
 
 
 def test_a_process_id_of_another_container_is_nobodys_here(tmp_path: Path) -> None:
