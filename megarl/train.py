@@ -61,9 +61,9 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     source = open_source(config, sampler, prompts.train, stream)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
-    evaluation = Evaluation(config, sampler, scorer, prompts.validation, output, fleet.watched)
     refit = Refit(config, engine, fleet)
     saver = Saver(config, engine, learner.critic)
+    evaluation = Evaluation(config, sampler, scorer, prompts.validation, output, fleet.watched, saver.stop)
     stall = StallWatch(log_dir_of("train", config), parallel.coord.rank, parallel.layout.world, config.launch.stall_s)
     sampler.recover = lambda: refit.ready(done, saver.stop)
     try:
@@ -88,7 +88,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done), **fleet.figures()}
             seconds = time.perf_counter() - start
             metrics |= rates(metrics, seconds) | source.metrics(seconds)
-            stop = dull.add(step, metrics)
+            stop = dull.add(step, metrics) or learner.guard.gives_up(step)
             last = bool(stop) or step == config.train.steps
             due = saver.due(step, {"optimizer_steps": done, "stream": source.state_dict()}, last=last)
             if output:
@@ -103,7 +103,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
         saver.finish()
         if not saver.ending:
             refit.settle()
-    except Stopped as stopped:  # Ctrl-C or SIGTERM, while rollouts were awaited
+    except Stopped as stopped:  # Ctrl-C or SIGTERM, while responses were awaited
         with turns.training(fleet):
             saver.interrupted(stopped)
     finally:

@@ -241,7 +241,7 @@ class TrainConfig(Section):
         ge=0,
         description=(
             "A batch whose mismatch/kl_k3, or share of routes that differ, is this many times the median of the last "
-            "20 is not trained on, and the servers are checked at once; 0 is off."
+            "20 is not trained on, and the servers are checked at once; ten in a row end the run; 0 is off."
         ),
     )
     stop_on_dull_steps: int = Field(
@@ -354,7 +354,8 @@ class LaunchConfig(Section):
         ge=0,
         description=(
             "Where no rank goes on for so many seconds, all write their stacks to their logs, the missing one is named "
-            "and the trainers end; above the longest phase of a step. 0 is never."
+            "and the trainers end; above the longest phase of a step, the wait for rollouts left out: that has "
+            "rollout.request_timeout_s on each of 3 servers. 0 is never."
         ),
     )
     interface: str | None = Field(

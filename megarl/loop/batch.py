@@ -44,7 +44,8 @@ class Batch:
     """minibatches: this rank's packs of each optimizer step, none where there is nothing to learn or something is bad.
 
     names: how to name response i of the batch (Pack.responses) to a user. samples: some of this rank's, to read.
-    sampled: the numbers of rank 0's samples, on every rank. spans: of each response.
+    sampled: the numbers of rank 0's samples, on every rank. spans: of each response. foreign: in words, how many
+    responses are of weights that the servers should not have; "" where none is.
     """
 
     minibatches: list[list[Pack]]
@@ -53,6 +54,7 @@ class Batch:
     samples: list[Sample]
     sampled: list[int]
     spans: list[list[Span]]
+    foreign: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,10 @@ class ScoredRollouts:
         self.groups += len({meta.group for meta in gathered})
         self._calls += 1
         self.seconds = time.perf_counter() - self._start
+
+    def foreign(self) -> int:
+        """How many responses have tokens of weights that no sync committed within rollout.max_lag."""
+        return sum(any(version not in self._versions for version, _, _ in meta.spans) for meta in self.metas)
 
     def numbers(self) -> list[int]:
         """For each of `rollouts` its place in `metas`."""
@@ -166,7 +172,10 @@ def build_batch(rollouts: ScoredRollouts, engine: Engine, step: int, *, to_learn
     samples = [_sample(rollout, metas[n].reward, n) for n, rollout in shown]
     sampled = [n for n, meta in enumerate(metas) if meta.owner == 0][: config.run.rollout_samples]
     names = [response_name(metas, n, config) for n in range(len(metas))]
-    return Batch(moved.minibatches, names, metrics, samples, sampled, [_spans(m, rollouts.steps_done) for m in metas])
+    spans = [_spans(m, rollouts.steps_done) for m in metas]
+    count = rollouts.foreign()
+    foreign = f"{count} responses are of weights that no sync committed within rollout.max_lag" if count else ""
+    return Batch(moved.minibatches, names, metrics, samples, sampled, spans, foreign)
 
 
 def _spans(meta: Meta, steps_done: int) -> list[Span]:

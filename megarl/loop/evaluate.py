@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megarl.config import Config
 from megarl.data import Prompt
 from megarl.errors import UserError
+from megarl.launch.stop import StopRequest
 from megarl.loop.reduce import Values
 from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
@@ -25,7 +26,8 @@ class Evaluation:
     """When the policy is evaluated: every eval.every steps and at the end. Every rank calls every method.
 
     It follows the step's row and checkpoint, which so outlive whatever becomes of it; its numbers are added to the row.
-    output: on rank 0. watched: around what asks the servers, Fleet.watched.
+    output: on rank 0. watched: around what asks the servers, Fleet.watched. stop: what may end the wait for responses;
+    every rank then raises Stopped, and the run that goes on makes up for it.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class Evaluation:
         prompts: list[Prompt],
         output: Output | None,
         watched: Callable[[], AbstractContextManager[None]] = nullcontext,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.prompts, self.output, self.watched = config, prompts, output, watched
-        self.sampler, self.scorer = sampler, scorer
+        self.sampler, self.scorer, self.stop = sampler, scorer, stop
 
     def is_due(self, step: int, *, last: bool) -> bool:
         """After `step`. last: the run ends here."""
@@ -49,7 +52,7 @@ class Evaluation:
         """An evaluation, where one is due."""
         if self.is_due(step, last=last):
             with phase("evaluate"), self.watched():
-                values = evaluate(self.sampler, self.scorer, self.prompts, self.config)
+                values = evaluate(self.sampler, self.scorer, self.prompts, self.config, self.stop)
             if self.output:
                 self.output.evaluated(step, values)
 
@@ -74,14 +77,16 @@ class _Evaluated:
     score: Score
 
 
-def evaluate(sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], config: Config) -> Values:
+def evaluate(
+    sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], config: Config, stop: StopRequest | None = None
+) -> Values:
     """k = eval.samples responses a prompt; the same reward as in training, a temperature of its own. Collective.
 
     Under train.on_bad_batch stop every rank raises UserError for a reward that fails; under skip such responses are
-    left out and counted, and without any other there is no mean.
+    left out and counted, and without any other there is no mean. stop: as of Evaluation.
     """
     settings = config.eval
-    rollouts = sampler.sample_for_evaluation(prompts, settings.samples, settings.temperature)
+    rollouts = sampler.sample_for_evaluation(prompts, settings.samples, settings.temperature, stop)
     scored = [
         _Evaluated(rollout.prompt.line, score) for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True)
     ]

@@ -10,6 +10,9 @@ WARM_UP = 5  # batches before the band is known
 LEAST_K3 = 1e-6  # below this, k3 is the noise of float32
 LEAST_LAGGED_K3 = 1e-3  # with rollouts that overlap training: the policy's own moves, of 1e-6 to 1e-2 in turn
 LEAST_DISAGREEMENT = 1e-3  # of the share of routes
+# Batches in a row: hard ones come alone, and while none is trained on neither the weights nor the band move, so that
+# what is out of line for so long stays so.
+MOST = 10
 
 
 class MismatchGuard:
@@ -23,6 +26,7 @@ class MismatchGuard:
         self.factor, self._least_k3 = factor, LEAST_LAGGED_K3 if lagged else LEAST_K3
         self._k3: deque[float] = deque(maxlen=MEMORY)
         self._disagreement: deque[float] = deque(maxlen=MEMORY)
+        self._in_a_row, self._last = 0, ""
 
     def judge(self, k3: float | None, agreement: float | None) -> str:
         """What is out of line, in one clause; "" where nothing is, and the batch is remembered. None: not measured."""
@@ -35,8 +39,23 @@ class MismatchGuard:
                 continue
             limit = self.factor * max(median(recent), least)
             if not value <= limit:  # not (a > b): NaN is out of line too
-                return f"{name} is {value:.3g}, above {limit:.3g}, which is {self.factor:g} times what it was of late"
+                self._in_a_row += 1
+                self._last = (
+                    f"{name} is {value:.3g}, above {limit:.3g}, which is {self.factor:g} times what it was of late"
+                )
+                return self._last
+        self._in_a_row = 0
         for value, recent in ((k3, self._k3), (disagreement, self._disagreement)):
             if value is not None:
                 recent.append(value)
         return ""
+
+    def gives_up(self, step: int) -> str:
+        """Why the run should stop after `step`; "" where it should not."""
+        if self._in_a_row < MOST:
+            return ""
+        return (
+            f"the last {MOST} batches, to step {step}, were not trained on (train.mismatch_guard {self.factor:g}): "
+            f"{self._last}, though every server's canary fits; find what has changed between the engines "
+            "(docs/stability.md), or raise train.mismatch_guard, or set it to 0, to go on"
+        )

@@ -31,7 +31,7 @@ class Learned:
     """metrics: on every rank. optimizer_steps: those of the policy; fewer than mini-batches where some were skipped.
 
     notes: on rank 0 what is kept of single tokens; nothing elsewhere. guarded: why the batch was not trained on though
-    its numbers are sound: its mismatch is out of line; "" else.
+    its numbers are sound: its mismatch is out of line, or it is of other weights; "" else.
     """
 
     metrics: Values
@@ -96,7 +96,7 @@ class Learner:
         """
         times = Times()
         self.critic_norm = {}  # a step without an update of the critic has none
-        self._step, self._names, self._guarded = step + 1, batch.names, ""
+        self._step, self._names, self._guarded = step + 1, batch.names, batch.foreign
         packs = [pack for minibatch in batch.minibatches for pack in minibatch]
         routing = _Routing(self.moe_layers, self.columns)
         warming = self.critic_step is not None and step < self.config.critic.warmup_steps
@@ -112,18 +112,17 @@ class Learner:
         sums: Sums = {}
         optimizer_steps: list[dict[str, float]] = []
         for minibatch in batch.minibatches if sound else []:
-            if self.critic_step:
+            if not warming:  # before the critic: without an old pass the guard judges in here
+                with phase("update"):
+                    update = self._policy_update(minibatch, has_old_pass, routing)
+                sums = merge_all(sums, update.packs)
+                if update.optimizer is not None:
+                    optimizer_steps.append(update.optimizer)
+                for pack in minibatch:
+                    routing.add_new(pack, self.engine.predicting_rows(pack))
+            if self.critic_step and not self._guarded:
                 with phase("critic_update"):
                     sums = merge_all(sums, self._critic_update(minibatch))
-            if warming:
-                continue
-            with phase("update"):
-                update = self._policy_update(minibatch, has_old_pass, routing)
-            sums = merge_all(sums, update.packs)
-            if update.optimizer is not None:
-                optimizer_steps.append(update.optimizer)
-            for pack in minibatch:
-                routing.add_new(pack, self.engine.predicting_rows(pack))
         sums = merge(sums, self._mismatch(packs))
         times.lap("time/update_s")
         values: Values = dict(explained(finish(reduce_sums(self.parallel, sums))))

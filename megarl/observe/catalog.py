@@ -186,7 +186,10 @@ METRICS: dict[str, Metric] = {
     ),
     "batch/skipped_updates": Metric("Updates left out because something in them was not finite.", "updates", "0"),
     "batch/guarded": Metric(
-        "Whether the batch was not trained on because its mismatch left its band (train.mismatch_guard).", "0 or 1", "0"
+        "Whether the batch was not trained on because its mismatch left its band (train.mismatch_guard), or, under "
+        "train.on_bad_batch skip, because responses are of weights that no sync committed.",
+        "0 or 1",
+        "0",
     ),
     "sync/bytes": Metric(
         "Bytes of weights sent to the rollout workers.", "bytes", "the model's size, in rollout.dtype"

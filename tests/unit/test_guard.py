@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megarl.loop.guard import WARM_UP, MismatchGuard
+from megarl.loop.guard import MOST, WARM_UP, MismatchGuard
 
 
 def warmed(k3: float, agreement: float | None = 1.0, factor: float = 50.0) -> MismatchGuard:
@@ -35,6 +35,18 @@ def test_what_leaves_its_band_is_named(usual: tuple[float, float], now: tuple[fl
 def test_a_batch_out_of_line_does_not_widen_the_band() -> None:
     guard = warmed(1e-12)
     assert all(guard.judge(0.1, 1.0) for _ in range(30))
+
+
+def test_a_jump_that_lasts_ends_the_run_in_one_line() -> None:
+    guard = warmed(1e-12)
+    for _ in range(2):
+        for _ in range(MOST - 1):
+            assert guard.judge(0.1, 1.0) and not guard.gives_up(7)
+        assert guard.judge(1e-12, 1.0) == "" == guard.gives_up(7)
+    for _ in range(MOST):
+        guard.judge(0.1, 1.0)
+    why = f"the last {MOST} batches, to step 7, were not trained on (train.mismatch_guard 50): mismatch/kl_k3 is 0.1, "
+    assert guard.gives_up(7).startswith(why)
 
 
 def test_what_the_policy_moved_between_sampling_and_update_is_no_fault() -> None:

@@ -23,17 +23,21 @@ from megarl.data import Prompt, load_tokenizer  # noqa: E402
 from megarl.engine.batch import make_packs  # noqa: E402
 from megarl.engine.build import Engine, build_engine  # noqa: E402
 from megarl.engine.parallel import destroy_parallel  # noqa: E402
-from megarl.errors import UserError  # noqa: E402
+from megarl.errors import Stopped, UserError  # noqa: E402
+from megarl.launch.stop import StopRequest  # noqa: E402
+from megarl.loop import refit as refit_module  # noqa: E402
 from megarl.loop.batch import Batch, ScoredRollouts, build_batch  # noqa: E402
 from megarl.loop.dull import DullSteps  # noqa: E402
-from megarl.loop.evaluate import evaluate  # noqa: E402
+from megarl.loop.evaluate import Evaluation, evaluate  # noqa: E402
 from megarl.loop.guard import WARM_UP  # noqa: E402
 from megarl.loop.learn import Learner  # noqa: E402
 from megarl.loop.refit import Refit  # noqa: E402
 from megarl.loop.sampler import Sampler  # noqa: E402
 from megarl.loop.scoring import RewardScorer  # noqa: E402
+from megarl.observe import trace  # noqa: E402
 from megarl.reward.pool import Score  # noqa: E402
 from megarl.rollout.fleet import WorkersLost  # noqa: E402
+from megarl.rollout.patience import longest_wait_s  # noqa: E402
 from megarl.rollout.response import Response  # noqa: E402
 from megarl.rollout.sync_leader import Canary  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
@@ -277,22 +281,25 @@ def test_the_overlong_penalty_reaches_the_advantages_and_not_the_reported_reward
     assert [found[n] for n in range(4)] == pytest.approx((shaped - shaped.mean()).tolist())
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize(("minibatches", "objective"), [(1, "grpo"), (2, "grpo"), (1, "ppo")])
 def test_a_batch_sampled_from_other_weights_is_not_trained_on(
-    folder: Path, minibatches: int, capsys: pytest.CaptureFixture[str]
+    folder: Path, minibatches: int, objective: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """mu in line for the first batches, then far off: with a pi_old pass of its own and without."""
+    """mu in line for the first batches, then far off: with a pi_old pass of its own and without; nor by a critic."""
     answers = [MIXED] * 4 * (WARM_UP + 2)
-    engine, loop, client = build(folder, answers, f"batch.minibatches={minibatches}", "train.lr=1e-9")
+    keys = (f"batch.minibatches={minibatches}", f"objective={objective}", "train.lr=1e-9")
+    engine, loop, client = build(folder, answers, *keys)
     learner = Learner(loop.config, engine)
+    engines = [engine, *([learner.critic] if learner.critic else [])]
     for _ in range(WARM_UP):
         assert learner.learn(collect(loop)[0], 0).optimizer_steps == minibatches
     client.mu = -30.0
-    before = [tensor.detach().clone() for _, tensor in engine.model.params()]
+    before = [tensor.detach().clone() for each in engines for tensor in each.model.bare[0].parameters()]
     learned = learner.learn(collect(loop)[0], WARM_UP)
     assert learned.optimizer_steps == 0 and learned.metrics["batch/guarded"] == 1
     assert learned.guarded.startswith("mismatch/kl_k3 is ") and "train.mismatch_guard" in capsys.readouterr().out
-    assert all(torch.equal(a, b) for a, (_, b) in zip(before, engine.model.params(), strict=True))
+    after = [tensor for each in engines for tensor in each.model.bare[0].parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     client.mu = -0.5
     assert learner.learn(collect(loop)[0], WARM_UP + 1).optimizer_steps == minibatches
 
@@ -402,3 +409,53 @@ def test_a_response_of_a_version_that_no_sync_committed_is_bad(folder: Path) -> 
         UserError, match="step 1: response 0 .*: sampled with weights of version 143, not 0, which syncs committed"
     ):
         collect(loop)
+
+
+def test_after_a_response_of_other_weights_the_servers_are_checked(folder: Path) -> None:
+    """As after any guarded batch, where such a batch is left out and does not end the run."""
+    engine, loop, client = build(folder, [MIXED] * 4, "train.on_bad_batch=skip")
+    client.version = 143
+    batch, _ = collect(loop)
+    learned = Learner(loop.config, engine).learn(batch, 0)
+    assert batch.metrics["batch/bad_samples"] == 16 and learned.metrics["batch/guarded"] == 1
+    assert learned.guarded == "16 responses are of weights that no sync committed within rollout.max_lag"
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_wait_for_responses_has_a_limit_of_its_own(
+    folder: Path, evaluated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, loop, client = build(folder, [MIXED], "rollout.request_timeout_s=7200")
+    prompts, at = [Prompt(loop.tokenizer.encode("12="), "3", "12=", 1)], list[float]()
+    generate = client.generate
+    monkeypatch.setattr(client, "generate", lambda *a, **k: (at.append(trace.entered()[2]), generate(*a, **k))[1])
+    if evaluated:
+        loop.sampler.sample_for_evaluation(prompts, GROUP, 1.0)
+    else:
+        loop.sampler.sample(prompts, 0, 0)
+    assert at == [longest_wait_s(7200)] and trace.entered()[2] == 0
+
+
+def test_a_signal_ends_the_wait_of_an_evaluation(folder: Path) -> None:
+    _, loop, _ = build(folder, [MIXED], "eval.every=1")
+    loop.sampler.recover = lambda: None
+    stop = StopRequest(600, lambda: True)
+    stop.asked = 15
+    prompts = [Prompt(loop.tokenizer.encode("12="), "3", "12=", 1)]
+    try:
+        with pytest.raises(Stopped):
+            Evaluation(loop.config, loop.sampler, loop.scorer, prompts, None, stop=stop).after(1, last=False)
+    finally:
+        stop.close()
+
+
+def test_an_export_that_servers_read_is_no_stall(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refit, fleet = refitted(folder, f"run.dir={tmp_path}")
+    entered: list[tuple[str, float]] = []
+    monkeypatch.setattr(refit_module, "enter", lambda name, within_s=0.0: entered.append((name, within_s)))
+    monkeypatch.setattr(refit_module, "reading_s", lambda read: 1000.0 if (read / "config.json").exists() else 0.0)
+    monkeypatch.setattr(fleet, "check_digests", lambda read: None, raising=False)
+    refit._check_digests(1)
+    *tensors, last = entered
+    assert tensors == [("an export", 0.0)] * len(refit.engine.model.weight_map.hf_shapes)
+    assert last == ("the comparison of digests", refit.config.sync.timeout_s + 1000)
