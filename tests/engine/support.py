@@ -63,7 +63,7 @@ class Pusher:
         self.settings = SyncSettings("broadcast", 1, staged, timeout_s, shared)
         self.leader = SyncLeader(workers, "127.0.0.1", port, self.settings)
 
-    def connect(self, weights: dict[str, torch.Tensor]) -> None:
+    def connect(self, weights: dict[str, torch.Tensor], agreeing: list[str] | None = None) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         described = shapes, dict.fromkeys(shapes, torch.float32), 2**19  # several buckets for a model of 2 MB
         self.manifest = whole_manifest(*described)
@@ -75,7 +75,7 @@ class Pusher:
                 self.store, name, 0, world, self.settings.timeout_s, torch.device("cpu"), self.settings.shared
             )
 
-        self.sender = self.leader.init(name, whole_inputs(*described), join, remember_disk=True)
+        self.sender = self.leader.init(name, whole_inputs(*described), join, True, agreeing)
 
     def load(self, weights: dict[str, torch.Tensor], canary: list[int] | None = None) -> list[Canary]:
         """As far as loaded: no version is committed yet."""
@@ -138,9 +138,10 @@ class Rollout:
         workers: list[WorkerInfo] | None = None,
         staged: bool = True,
         shared: bool = False,
+        agreeing: list[str] | None = None,
     ) -> Pusher:
         pusher = Pusher(self.store, self.store.port, workers or self.workers, timeout_s, staged, shared)
-        pusher.connect(load_file(checkpoint / "model.safetensors"))
+        pusher.connect(load_file(checkpoint / "model.safetensors"), agreeing)
         return pusher
 
     def load(self, checkpoint: Path) -> None:

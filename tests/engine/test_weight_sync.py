@@ -154,6 +154,22 @@ def test_an_expert_of_zeros_is_told(rollout: Rollout, checkpoints: tuple[Path, P
     assert_a_whole_sync_mends(rollout, checkpoints[1])
 
 
+def test_a_worker_is_held_to_what_a_sync_before_it_said(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
+    """One that comes late: its own first sync must not be what says that an expert never agrees."""
+    pusher = rollout.connect(checkpoints[0])
+    pusher.push(weights(checkpoints[0]), 90)
+    agreeing = pusher.leader.commit(90, ask_agreeing=True)
+    assert "layer 2, experts" in agreeing
+    late = rollout.connect(checkpoints[1], agreeing=[])
+    rollout.fault("zero_expert")
+    late.push(weights(checkpoints[1]), 91)  # held to nothing: not seen
+    late = rollout.connect(checkpoints[1], agreeing=agreeing)
+    rollout.fault("zero_expert")
+    with pytest.raises(RolloutError, match="does not hold what it received: 1 parts differ, first layer 2, exp"):
+        late.push(weights(checkpoints[1]), 92)
+    assert_a_whole_sync_mends(rollout, checkpoints[1])
+
+
 @pytest.mark.parametrize("staged", [True, False])
 def test_a_flipped_bit_is_named(rollout: Rollout, checkpoints: tuple[Path, Path], staged: bool) -> None:
     """Staged, the old version goes on serving; unstaged, nothing serves until a whole sync has come."""
