@@ -7,7 +7,6 @@ optimizer, cut as this layout holds them; every layout reads them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
+from megarl.announce import announce
 from megarl.checkpoints import (
     FILES,
     HF_FILES,
@@ -152,10 +152,12 @@ def _remove(old: Path) -> None:
     """Under the name of one that is not whole: what a file that is open elsewhere keeps of it on a network file system
     is a leftover, which the next save or start removes. The new one is whole, whatever becomes of this.
     """
-    with contextlib.suppress(OSError):
-        left = old.with_name(f".{old.name}.partial")
+    left = old.with_name(f".{old.name}.partial")
+    try:
         old.rename(left)
         shutil.rmtree(left, ignore_errors=True)
+    except OSError as error:
+        announce(f"megarl: {old} cannot be removed: {error.strerror}; run.keep is exceeded")
 
 
 class _Fault(Exception):

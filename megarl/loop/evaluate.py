@@ -51,8 +51,9 @@ class Evaluation:
     def after(self, step: int, *, last: bool) -> None:
         """An evaluation, where one is due."""
         if self.is_due(step, last=last):
+            stop = None if last else self.stop  # no start makes up for the last one: the run is complete
             with phase("evaluate"), self.watched():
-                values = evaluate(self.sampler, self.scorer, self.prompts, self.config, self.stop)
+                values = evaluate(self.sampler, self.scorer, self.prompts, self.config, stop)
             if self.output:
                 self.output.evaluated(step, values)
 

@@ -31,6 +31,7 @@ from megarl.rollout.patience import longest_wait_s
 from megarl.rollout.registry import NoServers
 from megarl.rollout.response import Response
 
+RECOVERIES = 10  # in one batch
 POLL_S = 0.05  # how long a rank waits for its own groups before all ranks tell each other what they have
 
 
@@ -118,6 +119,7 @@ class Overlapped:
     def next(self, wanted: int, first_group: int, done: Progress, stop: StopRequest | None = None) -> Sampled:
         """As LockStep.next: the groups that a batch of now takes."""
         start = came = time.perf_counter()
+        recovered = 0
         with phase("rollout"):
             while True:
                 self._draw(wanted, done.optimizer_steps)
@@ -131,11 +133,12 @@ class Overlapped:
                     return Sampled([])
                 try:
                     if told.unserved:
-                        self._recover()
+                        recovered += 1
+                        self._recover(recovered)
                 except Stopped as stopped:  # on every rank
                     return Sampled([], stopped=stopped)
                 now = time.perf_counter()
-                came = now if finished or told.unserved else came
+                came = now if finished else came
                 if now - came < self._wait_s:  # no stall: all ranks go on, and what they wait for may still come
                     enter("rollout")
                 self._drop(done.optimizer_steps)
@@ -235,10 +238,16 @@ class Overlapped:
             group.finished, group.version, group.spans = True, fetched.version, fetched.spans
         return _Told([], any(told.stopped for told in everyone), any(told.unserved for told in everyone))
 
-    def _recover(self) -> None:
+    def _recover(self, time_of_batch: int) -> None:
         """Where a rank found no server: waits for one, and asks again for what nobody has answered. Collective."""
         if self.sampler.recover is None:
             raise NoServers("no rollout server is left")
+        if time_of_batch > RECOVERIES:
+            raise NoServers(
+                f"{RECOVERIES} times in one batch a trainer rank found no rollout server, though rank 0 did: can every "
+                "host of trainers reach every server?"
+            )
+        time.sleep(min(time_of_batch - 1, 5))
         self.sampler.recover()
         again, self._unserved = self._unserved, []
         for request in again:

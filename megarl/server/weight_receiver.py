@@ -87,10 +87,10 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
         )
         self._manifest = manifest_from(init_info.manifest_inputs, self.rank - init_info.senders)
         broadcast = init_info.transport == "broadcast"
-        if init_info.agreeing is not None:
-            self._held_check = HeldCheck(init_info.agreeing)
-        elif broadcast != self._broadcast:
+        if broadcast != self._broadcast:
             self._held_check = None  # whole tensors arrive then, where a rank holds its part of them
+        if self._held_check is None and init_info.agreeing is not None:
+            self._held_check = HeldCheck(init_info.agreeing)
         self._broadcast, self.staged = broadcast, init_info.staged
         self._staging: list[list[Tensor]] = []  # buffers: allocated once, a copy of what this worker holds
         self._staged: dict[str, Tensor] | None = None

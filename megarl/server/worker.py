@@ -26,6 +26,7 @@ from megarl.errors import UserError
 from megarl.launch.backoff import Backoff
 from megarl.launch.ports import reserve_port
 from megarl.launch.scratch import scratch
+from megarl.launch.stop import TWICE_S
 from megarl.rollout import registry
 from megarl.rollout.patience import STALE_S
 from megarl.rollout.registry import BEAT_S, WorkerInfo
@@ -88,6 +89,7 @@ class _Worker:
     def __init__(self, config: Config, host: str, port: int, log_dir: Path) -> None:
         self.config, self.log_dir = config, log_dir
         self.serves = self.leaving = False
+        self._asked_at = 0.0
         self._link = StoreLink(host, port, config.launch.interface)
         self._backoff = Backoff(config.launch.max_restarts)
         self._answered = self._joined = self._lost_store = False  # ever
@@ -96,9 +98,11 @@ class _Worker:
         self._probe: Probe | None = None
 
     def take(self, number: int, _: object) -> None:
-        """A signal's handler."""
+        """A signal's handler. SIGTERM may come directly and by who started this."""
         if number == signal.SIGTERM and self.serves and not self.leaving:
-            self.leaving = True
+            self.leaving, self._asked_at = True, time.monotonic()
+            return
+        if number == signal.SIGTERM and self.leaving and time.monotonic() - self._asked_at < TWICE_S:
             return
         raise _Stopped(number)
 

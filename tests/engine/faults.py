@@ -49,7 +49,7 @@ class FaultyExtension(WorkerExtension):
         engine.__dict__.pop("_load", None)
         engine.model.__dict__.pop("load_weights", None)
         if kind == "came_late":
-            engine._disk = None
+            engine._disk = engine._held_check = None
         if kind in ("die_loading", "fail_loading"):
             engine._load = _half_loaded(engine._load, kind)
         weight_receiver.fingerprint_of_folder = (

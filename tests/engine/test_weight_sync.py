@@ -160,9 +160,11 @@ def test_a_worker_is_held_to_what_a_sync_before_it_said(rollout: Rollout, checkp
     pusher.push(weights(checkpoints[0]), 90)
     agreeing = pusher.leader.commit(90, ask_agreeing=True)
     assert "layer 2, experts" in agreeing
-    late = rollout.connect(checkpoints[1], agreeing=[])
+    rollout.fault("came_late")
+    late = rollout.connect(checkpoints[1])
     rollout.fault("zero_expert")
-    late.push(weights(checkpoints[1]), 91)  # held to nothing: not seen
+    late.push(weights(checkpoints[1]), 91)  # not told: not seen
+    rollout.fault("came_late")
     late = rollout.connect(checkpoints[1], agreeing=agreeing)
     rollout.fault("zero_expert")
     with pytest.raises(RolloutError, match="does not hold what it received: 1 parts differ, first layer 2, exp"):

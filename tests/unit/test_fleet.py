@@ -218,3 +218,30 @@ def test_what_a_silent_worker_has_at_work_goes_to_others_without_a_step(run: Run
         fleet._seen(fleet._watch.members.look())
     assert told == [(run.servers[0].url, "died"), (run.servers[1].url, "")]
     fleet.client.close()
+
+
+@pytest.mark.parametrize("transport", ["reshard", "broadcast"])
+def test_the_first_sync_says_what_later_workers_are_held_to(
+    run: Run, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """Whole tensors are held as received by servers of one rank alone, and later ones may have more."""
+    told: list[Any] = []
+
+    class Leader:
+        def __init__(self, *_: Any) -> None: ...
+        def close(self) -> None: ...
+        def init(self, name: str, inputs: Any, join: Any, remember_disk: bool, agreeing: Any) -> None:
+            told.append(agreeing)
+
+        def commit(self, version: int, ask_agreeing: bool) -> list[str]:
+            return ["layer 0, experts"] if ask_agreeing else []
+
+    monkeypatch.setattr(module, "SyncLeader", Leader)
+    run.join()
+    fleet = run.fleet(1)
+    fleet._one_tp = transport == "reshard"
+    for version in (1, 2, 3):
+        fleet.connect(SyncSettings(transport, 1, True, 1.0), {}, False)
+        fleet.commit(version)
+    assert told == [None, *([["layer 0, experts"]] * 2 if transport == "reshard" else [None, None])]
+    fleet.close()

@@ -197,6 +197,23 @@ def test_where_the_last_server_is_lost_others_answer_what_it_had(bench: Bench) -
         server.close()
 
 
+def test_servers_that_one_rank_alone_cannot_reach_end_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recover() finds them well each time."""
+    monkeypatch.setattr(source, "RECOVERIES", 2)
+    monkeypatch.setattr(source.time, "sleep", lambda seconds: None)
+    worker, recovered = bench.server.info(1), list[int]()
+    bench.server.close()
+
+    def recover() -> None:
+        recovered.append(1)
+        bench.client.set_workers([worker])
+
+    bench.source.sampler.recover = recover
+    with pytest.raises(NoServers, match="^2 times in one batch a trainer rank found no rollout server"):
+        bench.step(0)
+    assert len(recovered) == 2
+
+
 def sampler(recover: Any) -> Sampler:
     made = object.__new__(Sampler)
     made.parallel = SimpleNamespace(device=SimpleNamespace(device="cpu"))  # type: ignore[assignment]

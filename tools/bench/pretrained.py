@@ -60,7 +60,7 @@ def compare(models: Path, model: str, folder: Path, overrides: list[str]) -> lis
 
 
 def run(models: Path, model: str, seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    where = folder / f"run_{model}_{seed}"
+    where = folder / "_".join([f"run_{model}_{seed}", *(key.replace("/", "-") for key in overrides)])
     keys = [f"eval.prompts={models / 'held_out.jsonl'}", f"run.seed={seed}", *overrides]
     megarl("run", models, model, where, *keys)
     rows = read_metrics(where)
