@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megarl.config import load_config
 from megarl.launch.ports import reserve_port
+from megarl.launch.stop import TWICE_S
 from megarl.rollout import registry
 from megarl.rollout.members import Members, Seen
 from megarl.rollout.registry import WorkerInfo
@@ -138,8 +139,11 @@ def test_a_store_that_comes_back_gets_the_same_server(start: Callable[..., Start
     store = store_at(port)
     [after] = worker.until(lambda: Members(store).look().here)
     assert (after.url, after.pid) == (before.url, before.pid)
+    asked = time.monotonic()
     worker.popen.send_signal(signal.SIGTERM)
+    worker.popen.send_signal(signal.SIGTERM)  # the same, by who started it
     worker.until(lambda: Members(store).look().leaving)
+    time.sleep(max(asked + TWICE_S + 0.1 - time.monotonic(), 0))
     worker.popen.send_signal(signal.SIGTERM)
     assert worker.popen.wait(60) == 128 + signal.SIGTERM
 
