@@ -221,6 +221,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", help="faults whose name holds this word")
     parser.add_argument("--folder", type=Path, help="where the runs lie; a temporary one that is removed if unset")
     args = parser.parse_args(argv)
+    if args.table and not args.table.is_file():
+        parser.error(f"--table {args.table} is no page; it must be there, with a table in it")
     folder = args.folder or Path(tempfile.mkdtemp(prefix="faults_"))
     folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends the run
