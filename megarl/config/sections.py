@@ -206,8 +206,8 @@ class SyncConfig(Section):
         None,
         gt=0,
         description=(
-            "Largest |log-probability difference| of the canary; unset is 1e-4 in float32, in lower precision 0.5, "
-            "with median and tail within 4 times their usual."
+            "Largest |log-probability difference| of the canary; unset is 1e-3 in float32, with a median within 1e-4 "
+            "or 4 times its usual, in lower precision 0.5, with median and tail within 4 times their usual."
         ),
     )
 

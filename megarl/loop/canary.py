@@ -1,8 +1,9 @@
 """The canary of a weight sync: how far both engines may differ on the same tokens, along the same routes.
 
-In float32 a fixed limit on the largest difference tells a wrong weight from rounding. In bfloat16 the largest of 64
-tokens reaches what a model with a stale layer reaches, so there two more figures are held to what the syncs before
-measured: the median, which a layer that was not loaded moves, and the tail, which an expert moves that few tokens see.
+The largest difference has a fixed limit. A policy that sharpens takes the largest of 64 tokens to 1.5e-4 in float32 by
+rounding alone, while the median stays at 2e-6; in bfloat16 it reaches what a model with a stale layer reaches. So other
+figures are held to what the syncs before measured: the median, which a layer that was not loaded moves, and in bfloat16
+the tail, which an expert moves that few tokens see.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # of the largest, by the coarser of the two engines
-FIRST = 0.5  # of that tolerance: what the median of the first sync may be
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of the largest, by the coarser of the two engines
+FIRST = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # what the median of the first sync may be
 FACTOR = 4.0  # times the usual; from one sync to the next both moved by less than 2 where all was well
-FLOOR = 1e-3  # nats: no limit is below it
+FLOOR = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats: no limit is below it
 WINDOW = 20  # syncs that make the usual: it follows a policy that sharpens, not a jump
 TAIL = 16  # the tail is the mean of the largest sixteenth
 
@@ -51,19 +52,20 @@ class CanaryLimits:
 
     def __init__(self, tolerance: float | None, coarse: torch.dtype) -> None:
         self.tolerance = tolerance or TOLERANCE[coarse]
-        self._calibrates = tolerance is None and coarse != torch.float32
+        self._calibrates, self._coarse = tolerance is None, coarse
+        self._figures = ("median",) if coarse == torch.float32 else ("median", "tail")
         self._seen: deque[Spread] = deque(maxlen=WINDOW)  # of the syncs that were taken, the largest of all servers
 
     def excess(self, servers: list[Spread]) -> Excess | None:
         """The first server one of whose figures is beyond its limit."""
         limits = [("largest difference", 2, self.tolerance, "")]
         if self._calibrates:
-            for figure, name in enumerate(("median", "tail")) if self._seen else ():
+            for figure, name in enumerate(self._figures) if self._seen else ():
                 usual = median(spread[figure] for spread in self._seen)
                 why = f", {FACTOR:g} times what the syncs before had"
-                limits.append((name, figure, max(FACTOR * usual, FLOOR), why))
+                limits.append((name, figure, max(FACTOR * usual, FLOOR[self._coarse]), why))
             if not self._seen:
-                limits.append(("median", 0, FIRST * self.tolerance, ""))
+                limits.append(("median", 0, FIRST[self._coarse], ""))
         for name, figure, limit, why in limits:
             for number, spread in enumerate(servers):
                 if spread[figure] > limit:
