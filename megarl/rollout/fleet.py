@@ -205,9 +205,10 @@ class Fleet:
 
     def commit(self, version: int) -> None:
         """Collective: the members serve, under this version, and are asked from now on. Raises WorkersLost."""
-        leader, first = self._leader, self._one_tp and self._agreeing is None
+        leader = self._leader
+        first = self._one_tp and self._agreeing is None  # whole tensors agree where one rank holds them all, else not
         agreeing = self._settled(lambda: leader.commit(version, first) if leader is not None else [])
-        if first and self._one_tp:  # whole tensors agree where one rank holds them all, and nowhere else
+        if first:
             self._agreeing = agreeing
         before = {worker.index for worker in self.workers}
         self._joined += sum(worker.index not in before for worker in self.members)

@@ -187,6 +187,7 @@ def test_a_shared_gpu_that_is_too_small_is_refused(run_yaml: Path, monkeypatch: 
 def test_what_a_cpu_needs_is_not_asked_of_a_gpu(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(run_yaml, ["rollout.quantization=fp8"])
     on_cpu, eager = supervise.server_command(config, "127.0.0.1", 1), {"--enforce-eager", "--no-enable-chunked-prefill"}
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert "glibc.malloc.hugetlb" in supervise.server_environment(config, "127.0.0.1")["GLIBC_TUNABLES"]
     monkeypatch.setattr(supervise.torch.cuda, "is_available", lambda: True)
     on_gpu = supervise.server_command(config, "127.0.0.1", 1)
