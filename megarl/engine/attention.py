@@ -5,7 +5,7 @@ The rows of a pack are cut into segments, each of one sequence; segments of abou
 right-padded into a rectangle, attended causally, and what the padding computes is dropped. So there is
 no mask of [tokens, tokens] and nothing attends across a border. Without context parallelism a segment
 is a sequence and the flash kernels of torch apply; on a GPU in half precision torch's varlen_attn then
-takes the pack as it is, without rectangles (not yet run). With it a rank has the queries of its own
+takes the pack as it is, without rectangles. With it a rank has the queries of its own
 rows, gathers keys and values of the whole pack, and attends with a mask of its segments.
 """
 

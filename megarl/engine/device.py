@@ -190,6 +190,12 @@ def _answer_megatron() -> None:
     dispatcher.__dict__["maybe_move_tensor_to_cpu"] = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
+    # optimizer/__init__.py:13 and distrib_optimizer.py:24 take Transformer Engine's or Apex's Adam wherever it is
+    # installed; both need a GPU
+    adam = importlib.import_module(core + "optimizer")
+    adam.__dict__.update(Adam=torch.optim.AdamW, USING_PYTORCH_OPTIMIZER=True)
+    distributed = importlib.import_module(core + "optimizer.distrib_optimizer")
+    distributed.__dict__.update(Adam=torch.optim.Adam, USING_TE_OPTIMIZER=False, USING_APEX_OPTIMIZER=False)
     _answer_tensor_type()
 
 

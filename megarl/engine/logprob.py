@@ -1,11 +1,13 @@
 """Log-probabilities and entropy over a vocabulary that is split over
 tensor-parallel ranks, without gathering the logits.
 
-Both passes go over the tokens in chunks, so that no float32 copy of [tokens, vocabulary] ever exists beside the logits.
+No float32 copy of [tokens, vocabulary] ever exists beside the logits: on a GPU with Triton each pass is one kernel
+(logprob_kernels.py), elsewhere both go over the tokens in chunks.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -33,21 +35,9 @@ class _VocabParallelLogprob(torch.autograd.Function):
         local = labels - rank * columns  # label as a column of this rank's shard
         inside = (local >= 0) & (local < columns)
         local = local.clamp(0, columns - 1)
-        peak = torch.full((tokens,), -torch.inf, dtype=torch.float32, device=logits.device)
-        stats = torch.empty(
-            3, tokens, dtype=torch.float32, device=logits.device
-        )  # sum exp, sum exp * logit, target logit
-        for part in _chunks(logits) if real_columns else []:
-            peak[part] = logits[part, :real_columns].amax(1).float() / temperature
-        if size > 1:
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        for part in _chunks(logits):
-            shifted = logits[part].to(torch.float32, copy=True).div_(temperature).sub_(peak[part, None])
-            exp = shifted.exp()
-            exp[:, real_columns:] = 0
-            stats[0, part] = exp.sum(1)
-            stats[2, part] = shifted.gather(1, local[part, None]).squeeze(1) * inside[part]
-            stats[1, part] = exp.mul_(shifted).sum(1)
+        sums = _sums_by_kernel if _by_kernel(logits) else _sums_by_chunk
+        peak, stats = sums(logits, local, real_columns, temperature, group if size > 1 else None)
+        stats[2] *= inside
         if size > 1:
             dist.all_reduce(stats, group=group)
         log_z = stats[0].log()
@@ -60,6 +50,12 @@ class _VocabParallelLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, local, inside, log_z, entropy = ctx.saved_tensors
+        if _by_kernel(logits):
+            from megarl.engine.logprob_kernels import gradient
+
+            grads = (grad_logprobs, grad_entropy)
+            sizes = (ctx.real_columns, ctx.temperature)
+            return gradient(logits, local, inside, log_z, entropy, *grads, *sizes), None, None, None, None
         grad = torch.empty_like(logits)
         for part in _chunks(logits):
             log_p = logits[part].to(torch.float32, copy=True).div_(ctx.temperature).sub_(log_z[part, None])
@@ -76,6 +72,51 @@ class _VocabParallelLogprob(torch.autograd.Function):
             g[:, ctx.real_columns :] = 0
             grad[part] = g.div_(ctx.temperature)
         return grad, None, None, None, None
+
+
+def _by_kernel(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.stride(1) == 1 and importlib.util.find_spec("triton") is not None
+
+
+def _sums_by_kernel(
+    logits: Tensor, labels: Tensor, columns: int, temperature: float, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """As `_sums_by_chunk`."""
+    from megarl.engine.logprob_kernels import row_sums
+
+    own, stats = row_sums(logits, labels, columns, temperature)
+    peak = own
+    if group is not None:
+        peak = own.clone()
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        down = own - peak
+        stats[1] = (stats[1] + down * stats[0]) * down.exp()
+        stats[0] *= down.exp()
+    stats[2] -= peak
+    return peak, stats
+
+
+def _sums_by_chunk(
+    logits: Tensor, labels: Tensor, columns: int, temperature: float, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Highest logit of each row over `group`, float32 [T], and of this shard, relative to it: sum exp, sum exp * logit
+    and the label's logit, float32 [3, T].
+    """
+    tokens = logits.shape[0]
+    peak = torch.full((tokens,), -torch.inf, dtype=torch.float32, device=logits.device)
+    stats = torch.empty(3, tokens, dtype=torch.float32, device=logits.device)
+    for part in _chunks(logits) if columns else []:
+        peak[part] = logits[part, :columns].amax(1).float() / temperature
+    if group is not None:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+    for part in _chunks(logits):
+        shifted = logits[part].to(torch.float32, copy=True).div_(temperature).sub_(peak[part, None])
+        exp = shifted.exp()
+        exp[:, columns:] = 0
+        stats[0, part] = exp.sum(1)
+        stats[2, part] = shifted.gather(1, labels[part, None]).squeeze(1)
+        stats[1, part] = exp.mul_(shifted).sum(1)
+    return peak, stats
 
 
 def _chunks(logits: Tensor) -> list[slice]:

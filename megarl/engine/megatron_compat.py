@@ -78,11 +78,14 @@ def replace_parts() -> None:
 
 
 def _answer_without_transformer_engine() -> None:
-    """Names that megatron-core lacks, or takes for present, where Transformer Engine is not installed: on a GPU too."""
+    """Names that megatron-core lacks, or takes for present, where Transformer Engine is not installed, on a GPU too;
+    and what it hands to Transformer Engine wherever that is installed.
+    """
     have_te = importlib.import_module(CORE + "extensions.transformer_engine").__dict__["HAVE_TE"]
 
-    # transformer/moe/moe_utils.py:1192: NameError in every MoE forward.
-    importlib.import_module(CORE + "transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
+    # transformer/moe/moe_utils.py:1192: NameError in every MoE forward without it. With it the router's float32
+    # products are TF32, and need a GPU.
+    importlib.import_module(CORE + "transformer.moe.moe_utils").__dict__["te_general_gemm"] = None
 
     # transformer/multi_latent_attention.py:56: its HAVE_TE is true, and TELinear a mock and no type.
     importlib.import_module(CORE + "transformer.multi_latent_attention").__dict__["HAVE_TE"] = have_te

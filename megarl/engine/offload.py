@@ -5,7 +5,7 @@ Storages are emptied and filled again in place, so every view of them (a paramet
 optimizer) stays what it is.
 megatron-core's own offload_to_cpu gives tensors other memory instead, which would part a float32 parameter from the
 model it belongs to.
-Weights stay: a weight sync and the canary need them while the rollouts have the GPU. The CUDA half is not yet run.
+Weights stay: a weight sync and the canary need them while the rollouts have the GPU.
 """
 
 from __future__ import annotations

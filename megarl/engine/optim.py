@@ -81,7 +81,7 @@ def _gather_once(optimizer: Any) -> None:
 
 def _fuse_adam(optimizer: Any) -> None:
     """torch's one-kernel Adam: its default on a GPU (foreach) copies
-    all parameters. Before the first step; not yet run.
+    all parameters. Before the first step.
     """
     for part in parts_of(optimizer):
         for group in part.optimizer.param_groups:

@@ -1,5 +1,5 @@
 """Transformer Engine's attention over packed sequences. Imported only where Transformer Engine is chosen
-(engine/specs.py); not yet run.
+(engine/specs.py).
 """
 
 from __future__ import annotations

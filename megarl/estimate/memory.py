@@ -23,7 +23,6 @@ from megarl.weights.map.weight_map import Param, WeightMap
 
 RECOMPUTE = ("none", "selective", "full")  # engine.recompute
 ON_HOST = 16  # bytes of host memory a parameter: master weight, two moments, gradient
-LOGPROB_CHUNK = 2**24  # logits: of each and of the one before megarl/engine/logprob.py holds two copies in float32
 
 
 @dataclass(frozen=True)
@@ -148,10 +147,10 @@ def held_at_once(weight_map: WeightMap, layout: Layout, stage: int) -> dict[bool
 
 
 def _logits(weight_map: WeightMap, training: Training) -> int:
-    """Logits, their gradient, and what its computation holds in float32."""
+    """Logits and their gradient; the kernels that make it hold nothing beside."""
     rows = training.tokens // training.layout.cp
     count = rows * weight_map.padded_vocab(training.layout.tp) // training.layout.tp
-    return 2 * training.itemsize * count + 4 * 2 * min(2 * LOGPROB_CHUNK, count)
+    return 2 * training.itemsize * count
 
 
 def _temporaries(weight_map: WeightMap, training: Training, stage: int) -> int:

@@ -30,7 +30,7 @@ def rows_of(folder: Path, part: str) -> tuple[int, dict]:
     return status, json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("part", bench.LIMITS)
+@pytest.mark.parametrize("part", [*bench.LIMITS, "loop:0"])
 def test_the_part_runs_to_its_end(tmp_path: Path, part: str) -> None:
     status, found = rows_of(tmp_path, part)
     assert status == 0 and "error" not in found and "unfinished" not in found, found.get("traceback", found)
@@ -52,6 +52,9 @@ def test_the_part_runs_to_its_end(tmp_path: Path, part: str) -> None:
             and found["one_layer"]["gradients_s"]
         )
         assert row["profile"]["layers"] == "megatron-core local layers"
+    if part.startswith("loop"):
+        assert all(row["time/update_s"] > 0 and row["mismatch/kl_k3"] < 1e-9 for row in found["rows"])
+        assert found["medians"]["sync/bytes"] > 0
     if part == "correctness":
         assert [row["dtype"] for row in found["rows"]] == ["float32"] * 2 + ["bfloat16"] * 2
 

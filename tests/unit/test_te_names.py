@@ -29,7 +29,7 @@ module.profile_settings = lambda profile: {{**settings(profile), "moe_permute_fu
 config = load_config(None, ["engine.transformer_impl=transformer_engine"])
 at = init_parallel(config.parallel, setup_device(), 0)
 model = build_model(config, WeightMap({{**json.loads({hf!r}), "mlp_only_layers": [0]}}), at)  # raises where a name or a shape differs
-assert model.profile.transformer_engine and model.profile.adam == "Transformer Engine", model.profile
+assert model.profile.transformer_engine and model.profile.adam == "torch", model.profile  # its Adam wants a GPU
 print(json.dumps([name for _, name in model.named_entries()]))
 # what the attention hands to Transformer Engine, against our own
 from megarl.engine.attention import PackedCausalAttention
@@ -40,6 +40,32 @@ from megatron.core.transformer.enums import AttnMaskType
 how = dict(attn_mask_type=AttnMaskType.causal, attention_bias=None, packed_seq_params=pack.sequences)
 out, ours = attention(q, k, v, None, **how), PackedCausalAttention(model.config, 1)(q, k, v, None, **how)
 print(json.dumps([tuple(out.shape), attention.seen["shape"], attention.seen["cu_seqlens"].tolist(), float((out - ours).abs().max())]))
+"""
+
+
+ON_A_HOST = """
+import json, sys
+sys.path.insert(0, {here!r})
+import te_stub; te_stub.install()
+import torch
+from megarl.config import load_config
+from megarl.engine.build import init_parallel, build_model, WeightMap
+from megarl.engine.device import setup_device
+from megarl.engine.model import wrap_for_training
+from megarl.engine.optim import build_optimizer
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+for sharded in ("false", "true"):
+    config = load_config(None, ["engine.transformer_impl=local", f"engine.distributed_optimizer={{sharded}}"])
+    at = init_parallel(config.parallel, setup_device(), 0)
+    model = build_model(config, WeightMap(json.loads({hf!r})), at)
+    wrap_for_training(model, config)
+    optimizer, _ = build_optimizer(config, model, 10)
+    kinds = {{type(part.optimizer).__module__ for part in optimizer.chained_optimizers}}
+    assert all(kind.startswith("torch.optim") for kind in kinds), kinds
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    out = router_gating_linear(x, weight, None, torch.float32)
+    out.sum().backward()
+    assert torch.equal(out, x @ weight.t()) and weight.grad is not None
 """
 
 
@@ -60,6 +86,18 @@ def test_megatrons_own_spec_has_the_names_that_the_map_derives(built: list) -> N
     assert layer + "mlp.linear_fc1.layer_norm_weight" in names, "layer 0 is dense: its norm is fused"
     assert "decoder.layers.1.pre_mlp_layernorm.weight" in names, "layer 1 has experts: its norm is not"
     assert "decoder.layers.1.mlp.experts.linear_fc2.weight7" in names
+
+
+def test_a_process_without_a_gpu_uses_nothing_of_it() -> None:
+    """megarl plan, or a reference on the host, where Transformer Engine is installed: its Adam asks for a device when it is
+    made, its matrix product when it is called.
+    """
+    from tests.conftest import HF_CONFIG
+
+    script = ON_A_HOST.format(here=str(Path(__file__).parent), hf=json.dumps(HF_CONFIG))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_stand_in_has_what_the_real_one_was_seen_to_have(tmp_path: Path) -> None:

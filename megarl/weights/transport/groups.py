@@ -24,7 +24,7 @@ class Work(Protocol):
 
 
 class WeightGroup:
-    """Broadcast and point-to-point over gloo, or over NCCL when `device` is CUDA (nccl.py; not yet run)."""
+    """Broadcast and point-to-point over gloo, or over NCCL when `device` is CUDA (nccl.py; run with one rank)."""
 
     def __init__(
         self, store: dist.Store, name: str, rank: int, world_size: int, timeout_s: float, device: torch.device

@@ -4,7 +4,7 @@ a copy in between: CUDA IPC, or shared memory on a CPU.
 The handle is plain JSON, so it travels in the header of a weight sync. The owner must keep the buffer
 until the reader has answered. torch offers this only as pickles of its own, which nobody should
 accept from a network; the four calls below are its private half (torch/multiprocessing/reductions.py)
-and are held by tests/unit/test_ipc.py. The CUDA half is not yet run.
+and are held by tests/unit/test_ipc.py. On a GPU: docs/gpu.md.
 """
 
 from __future__ import annotations

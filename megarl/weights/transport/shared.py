@@ -3,7 +3,7 @@
 
 NCCL takes no two ranks on one GPU. Here a message is a handle (megarl/weights/transport/ipc.py)
 in the run's store; the receiver copies out of the sender's buffer and says so. One node, and on
-a CPU shared memory, which is what tests run; the CUDA half is not yet run.
+a CPU shared memory, which is what tests run; on a GPU CUDA IPC (docs/gpu.md).
 Keys, under weights/NAME/: here/RANK; SOURCE/DESTINATION/NUMBER and the same with /taken; gone (a rank that left).
 """
 

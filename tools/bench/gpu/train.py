@@ -18,25 +18,17 @@ from tools.bench.gpu.roofline import PEAK, QWEN3_30B_A3B, forward_flops, layers_
 
 CASES = [(4096, "grouped"), (32_768, "grouped"), (4096, "sequential"), (32_768, "sequential")]
 SEQUENCE = 4096
+ROOM = 0.6  # of the memory: with 0.95 ten layers did not fit an H200, and what a failed one holds is not given back
 
 
 def run(smoke: bool, number: int) -> Iterator[dict[str, Any]]:
-    """One of CASES; with fewer layers than were thought to fit, should they not."""
+    """One of CASES, of a depth that leaves room for what `layers_that_fit` does not count."""
     tokens, experts = CASES[number]
-    depth = (
-        2 if smoke else layers_that_fit(QWEN3_30B_A3B, tokens, 0.95 * torch.cuda.get_device_properties(0).total_memory)
-    )
+    depth = 2
+    if not smoke:
+        depth = layers_that_fit(QWEN3_30B_A3B, tokens, ROOM * torch.cuda.get_device_properties(0).total_memory)
     yield {"peak_flops": PEAK}
-    while True:
-        try:
-            yield from case(64 if smoke else tokens, experts, depth, smoke)
-            return
-        except torch.OutOfMemoryError as error:
-            yield {"row": {"tokens": tokens, "experts": experts, "layers": depth, "error": str(error).splitlines()[0]}}
-            if depth == 1:
-                raise
-            depth -= 1
-        _free()
+    yield from case(64 if smoke else tokens, experts, depth, smoke)
 
 
 def _free() -> None:
