@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,14 @@ class Model:
 
     def params(self) -> Iterator[tuple[Param, torch.Tensor]]:
         """Every parameter and persistent buffer of this rank with its entry in the weight map, in the map's order."""
-        named = [_named_tensors(chunk) for chunk in self.bare]
-        for param, name in self.named_entries():
-            yield param, named[param.chunk][name]
+        for param, module, name in self._places:
+            yield param, getattr(module, name)
+
+    @cached_property
+    def _places(self) -> list[tuple[Param, torch.nn.Module, str]]:
+        """Where each one lies. Found once: a model has thousands, and every weight sync asks for all."""
+        named = [_named_places(chunk) for chunk in self.bare]
+        return [(param, *named[param.chunk][name]) for param, name in self.named_entries()]
 
     def named_entries(self) -> list[tuple[Param, str]]:
         """Every entry of the weight map that this rank holds, with the parameter's name in the model that was built."""
@@ -64,13 +70,13 @@ class Model:
         return sorted(((order[r.layer_number - 1], r) for r in routers), key=lambda pair: pair[0])
 
 
-def _named_tensors(chunk: GPTModel) -> dict[str, torch.Tensor]:
-    """Parameters, and the buffers that a checkpoint holds (a router's expert bias)."""
+def _named_places(chunk: GPTModel) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Module and attribute of each parameter, and of each buffer that a checkpoint holds (a router's expert bias)."""
     persistent = chunk.state_dict().keys()
-    return {
-        **dict(chunk.named_parameters()),
-        **{name: buffer for name, buffer in chunk.named_buffers() if name in persistent},
-    }
+    names = [name for name, _ in chunk.named_parameters()]
+    names += [name for name, _ in chunk.named_buffers() if name in persistent]
+    paths = {name: name.rpartition(".")[::2] for name in names}
+    return {name: (chunk.get_submodule(path), last) for name, (path, last) in paths.items()}
 
 
 def build_model(
@@ -249,7 +255,9 @@ def _check_against_map(model: Model) -> None:
         (param.chunk, name): param.shape for param, name in model.named_entries()
     }
     built = {
-        (i, name): tuple(p.shape) for i, chunk in enumerate(model.bare) for name, p in _named_tensors(chunk).items()
+        (i, name): tuple(getattr(module, last).shape)
+        for i, chunk in enumerate(model.bare)
+        for name, (module, last) in _named_places(chunk).items()
     }
     if mapped != built:
         wrong = sorted(set(mapped.items()) ^ set(built.items()), key=str)[:3]

@@ -13,7 +13,7 @@ from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect
 from megarl.weights.reshard import hash as hash_module
-from megarl.weights.reshard.hash import device_hash, tensor_hash
+from megarl.weights.reshard.hash import checksums, device_hash, tensor_hash
 from megarl.weights.reshard.manifest import manifest_from, whole_inputs, whole_manifest
 from megarl.weights.reshard.message import Manifest, Message, TensorShard
 from megarl.weights.reshard.outgoing import Slices, whole_buckets
@@ -136,6 +136,25 @@ def test_the_hash_of_a_device_needs_no_host(monkeypatch: pytest.MonkeyPatch) -> 
     longer = torch.cat([raw, torch.zeros(1, dtype=torch.uint8)])
     assert len({whole, int(device_hash(swapped)), int(device_hash(longer))}) == 3
     device_hash(torch.zeros(1000, device="meta"))  # a look at a value would raise: this one has none
+
+
+def test_hashes_of_a_bucket_of_a_device_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of one size go together, as many as CHUNK words allow; a bucket of equal experts needs no call for each."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [24, 5, 24, 8, 5, 24, 24, 200, 5]
+    tensors = [torch.randint(256, (n,), dtype=torch.uint8, generator=generator) for n in sizes]
+    tensors += [torch.randn(4, 6, generator=generator).t(), torch.randn(6, 4, generator=generator)]
+    monkeypatch.setattr(hash_module, "on_device", lambda tensor: True)
+    for chunk in (2**24, 7):
+        monkeypatch.setattr(hash_module, "CHUNK", chunk)
+        assert checksums(tensors).tolist() == [int(device_hash(tensor)) for tensor in tensors]
+    calls: list[int] = []
+    monkeypatch.setattr(hash_module, "CHUNK", 2**24)
+    monkeypatch.setattr(
+        hash_module, "_device_hashes", lambda part: calls.append(len(part)) or torch.zeros(len(part), dtype=torch.int64)
+    )
+    checksums([torch.zeros(64) for _ in range(100)])
+    assert calls == [100]
 
 
 LAYOUTS = [

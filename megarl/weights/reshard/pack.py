@@ -38,8 +38,9 @@ def pack(slices: Sequence[HfSlice], values: Sequence[Tensor], dtypes: Dtypes, bu
     """Fills `buffer` (uint8 [message_bytes]) with `values`, one for each slice and of its size, cast to its dtype."""
     *offsets, end = _offsets(slices, dtypes)
     views = [_view(buffer, offset, each, dtypes) for each, offset in zip(slices, offsets, strict=True)]
-    for view, value in zip(views, values, strict=True):
-        view.copy_(value)
+    torch._foreach_copy_(
+        views, list(values)
+    )  # one call: a kernel for each of thousands of experts costs more than its bytes
     buffer[end:].copy_(checksums(views).view(torch.uint8))
 
 
