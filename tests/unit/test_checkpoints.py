@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megarl import refusals
 from megarl.checkpoints import damage, newest, state_of, whole_checkpoints
@@ -252,3 +255,31 @@ def test_fault_12_what_torch_says_of_a_checkpoint_is_one_line(engine: Engine, mo
     bfloat16 = engine_of(model, "engine.dtype=bfloat16")
     with pytest.raises(UserError, match=r"step_2' cannot be loaded \([^\n]*optimizer.state.fp32_param"):
         load_checkpoint(bfloat16, run_dir / "checkpoints" / "step_2")
+
+
+def test_a_resume_runs_nothing_that_metadata_names(engine: Engine, run_dir: Path, tmp_path: Path) -> None:
+    """torch unpickles .metadata, and the bytes that an entry of its own kind stands for, whatever they name."""
+    path, ran = run_dir / "checkpoints" / "step_4", tmp_path / "ran"
+    state = json.loads((path / "megarl.json").read_text())
+    del state["files"]  # checksums, which whoever writes such a file can write too
+    (path / "megarl.json").write_text(json.dumps(state))
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+
+    class Runs:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {ran}",)
+
+    metadata.state_dict_metadata["planted"] = Runs()
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        UserError, match=r"step_4' cannot be loaded \(\.metadata names \w+\.system\); it is damaged, or"
+    ):
+        load_checkpoint(engine, path)
+    metadata.state_dict_metadata["planted"] = BytesStorageMetadata()
+    torch.save(Runs(), path / "planted.distcp")
+    size = (path / "planted.distcp").stat().st_size
+    metadata.storage_data[MetadataIndex("planted")] = _StorageInfo("planted.distcp", 0, size)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"\(planted.distcp holds more than tensors and numbers for 'planted'\)"):
+        load_checkpoint(engine, path)
+    assert not ran.exists()

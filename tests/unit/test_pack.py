@@ -139,7 +139,7 @@ def test_the_hash_of_a_device_needs_no_host(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_hashes_of_a_bucket_of_a_device_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of one size go together, as many as CHUNK words allow; a bucket of equal experts needs no call for each."""
+    """Tensors of one size go together, as many as CHUNK words allow: equal experts need no call for each."""
     generator = torch.Generator().manual_seed(0)
     sizes = [24, 5, 24, 8, 5, 24, 24, 200, 5]
     tensors = [torch.randint(256, (n,), dtype=torch.uint8, generator=generator) for n in sizes]

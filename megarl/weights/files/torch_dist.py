@@ -19,7 +19,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -174,6 +174,52 @@ class _Metadata(pickle.Unpickler):
             return getattr(torch, name)
         known = {kind.__name__.strip("_"): kind for kind in (_TensorStorageMetadata, _TensorProperties)}
         return known.get(name, _Standin) if module == f"{CHECKPOINT}.metadata" else _Standin
+
+
+class _Names(pickle.Unpickler):
+    """Makes the objects of `.metadata`, of the classes that a checkpoint needs alone."""
+
+    ALLOWED: ClassVar = {
+        f"{CHECKPOINT}.metadata": "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties"
+        " ChunkStorageMetadata MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+        f"{CHECKPOINT}.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+        f"{CHECKPOINT}.filesystem": "_StorageInfo",
+        "torch.serialization": "_get_layout",
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if plain or name in self.ALLOWED.get(module, "").split():
+            return super().find_class(module, name)
+        raise UserError(f"{METADATA} names {module}.{name}")
+
+
+def refuse_foreign_names(path: Path) -> None:
+    """For those who then let torch read the checkpoint at `path`: it makes whatever `.metadata` names, and whatever the
+    bytes of an entry without a tensor do (megatron-core 0.19 keeps its common state in one). UserError says what no
+    checkpoint of ours has. A file that is missing or damaged is torch's to tell.
+    """
+    try:
+        metadata = _Names(io.BytesIO((path / METADATA).read_bytes())).load()
+        for index, place in metadata.storage_data.items():
+            if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
+                _refuse_foreign_bytes(path / place.relative_path, index.fqn, place.offset, place.length)
+    except UserError as error:
+        raise UserError(
+            f"checkpoint {str(path)!r} cannot be loaded ({error}); it is damaged, or was not written by megarl"
+        ) from None
+    except Exception:  # noqa: S110
+        pass
+
+
+def _refuse_foreign_bytes(file: Path, key: str, offset: int, length: int) -> None:
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        content = stream.read(length)
+    try:
+        torch.load(io.BytesIO(content), weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{file.name} holds more than tensors and numbers for {key!r}") from None
 
 
 class _Standin:
