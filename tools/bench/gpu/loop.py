@@ -61,17 +61,17 @@ CASES = [
 LIMIT_S = 240  # of a run; one that is stopped leaves its logs
 
 
-def configuration(folder: Path, replay: str, prompts: int, tokens: int, steps: int, smoke: bool) -> dict[str, Any]:
+def configuration(folder: Path, replay: str, prompts: int, tokens: int, smoke: bool) -> dict[str, Any]:
     return {
         "model": {"path": str(folder / "model")},
         "data": {"prompts": str(folder / "data" / "train.jsonl"), "reward": "tools.bench.tail_task.parity"},
         "batch": {"prompts": prompts, "group": 8, "minibatches": 2},
         "rollout": {"max_prompt_tokens": 8, "max_new_tokens": tokens},
         "replay": {"mode": replay},
-        "train": {"steps": steps, "lr": 1e-5},
+        "train": {"steps": 1000, "lr": 1e-5},
         "engine": {"micro_batch_tokens": 16_384, "dtype": "float32" if smoke else "bfloat16"},
         "launch": {"trainers": 1, "colocate": not smoke},
-        "run": {"dir": str(folder / "run")},
+        "run": {"dir": str(folder / "run"), "preempt_s": 1},
     }
 
 
@@ -88,22 +88,26 @@ def run(smoke: bool, number: int) -> Iterator[dict[str, Any]]:
         _model(folder / "model", MODELS[model])
         write_task(folder / "data", digits=7)
         path = folder / "loop.yaml"
-        path.write_text(yaml.safe_dump(configuration(folder, replay, prompts, tokens, steps, smoke)), encoding="utf-8")
+        path.write_text(yaml.safe_dump(configuration(folder, replay, prompts, tokens, smoke)), encoding="utf-8")
         overrides = os.environ.get("LOOP_OVERRIDES", "").split()  # key=value ...
         command = [sys.executable, "-m", "megarl.cli", "run", str(path), *overrides]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        begun = time.time()
-        try:
-            said = process.communicate(timeout=LIMIT_S)[1]
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            said = process.communicate()[1]
+        begun = time.monotonic()
+        with open(folder / "said", "w", encoding="utf-8") as said:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+        rows: list[dict[str, Any]] = []
+        while len(rows) < steps and process.poll() is None and time.monotonic() < begun + LIMIT_S:
+            time.sleep(0.2)
+            rows = read_metrics(folder / "run") if (folder / "run" / "metrics.jsonl").exists() else []
+        process.terminate()  # before a last checkpoint, which at these sizes takes longer than the steps
+        process.wait()
         logs = sorted((folder / "run" / "logs").glob("*.log"))
         yield {"logs": {log.name: log.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:] for log in logs}}
-        rows = read_metrics(folder / "run") if (folder / "run" / "metrics.jsonl").exists() else []
-        yield {"rows": [{"step": row["step"], **_figures(row)} for row in rows], "run_s": time.time() - begun}
-        if process.returncode:
-            raise RuntimeError(f"megarl run ended with status {process.returncode}: {said[-1500:]}")
+        yield {"rows": [{"step": row["step"], **_figures(row)} for row in rows], "run_s": time.monotonic() - begun}
+        if len(rows) < steps:
+            last = (folder / "said").read_text(encoding="utf-8")[-1500:]
+            raise RuntimeError(
+                f"megarl run ended after {len(rows)} of {steps} steps, status {process.returncode}: {last}"
+            )
     later = [_figures(row) for row in rows[WARM_UP:]]
     yield {"medians": {key: statistics.median(row[key] for row in later if key in row) for key in later[0]}}
 
