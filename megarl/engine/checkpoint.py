@@ -40,7 +40,7 @@ from megarl.engine.step import Engine
 from megarl.errors import UserError
 from megarl.weights.files.hf_folder import carry_files, carry_tensors
 from megarl.weights.files.megatron_folder import open_weights
-from megarl.weights.files.torch_dist import TorchDistReader, refuse_foreign_names
+from megarl.weights.files.torch_dist import TorchDistReader, foreign_names_refused
 
 CRITIC = "critic"
 FAILURES = (Exception, CheckpointException)
@@ -243,9 +243,11 @@ def load_checkpoint(engine: Engine, path: Path, critic: Engine | None = None) ->
 
 
 def _load(engine: Engine, path: Path, schedule: dict[str, Any]) -> None:
-    refuse_foreign_names(path)
     try:
-        loaded = dist_checkpointing.load(_sharded(engine, loading=True), str(path))
+        with foreign_names_refused(path):
+            loaded = dist_checkpointing.load(_sharded(engine, loading=True), str(path))
+    except UserError:
+        raise
     except FAILURES as error:
         fault = TorchDistReader(path).cut_short()
         fix = "it is damaged" if fault else "resume with the config it was written with, or give another run.dir"

@@ -6,6 +6,7 @@ Between layouts: tests/parallel/test_resume.py.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -13,10 +14,13 @@ import re
 import resource
 import shutil
 import threading
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -26,6 +30,7 @@ from megarl.config import load_config
 from megarl.convert.commands import megatron_to_hf_main
 from megarl.engine.build import Engine, build_engine
 from megarl.errors import UserError
+from megarl.weights.files.torch_dist import TorchDistReader, foreign_names_refused
 from tools.bench.gpu.common import packs_of
 from tools.bench.gpu.correctness import _loss
 from tools.tiny_model import make_tiny_model
@@ -257,29 +262,84 @@ def test_fault_12_what_torch_says_of_a_checkpoint_is_one_line(engine: Engine, mo
         load_checkpoint(bfloat16, run_dir / "checkpoints" / "step_2")
 
 
-def test_a_resume_runs_nothing_that_metadata_names(engine: Engine, run_dir: Path, tmp_path: Path) -> None:
-    """torch unpickles .metadata, and the bytes that an entry of its own kind stands for, whatever they name."""
-    path, ran = run_dir / "checkpoints" / "step_4", tmp_path / "ran"
+class Runs:
+    """Pickled, a call."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.marker}",)
+
+
+def changes_a_class(module: str, name: str, state: bytes) -> bytes:
+    """A pickle whose second value, BUILD's, becomes attributes of a class."""
+    return b"c" + f"{module}\n{name}\n".encode() + b"(N" + state + b"tb"
+
+
+@pytest.fixture
+def unsealed(run_dir: Path) -> Path:
+    """A checkpoint without the checksums, which whoever plants something in it can write too."""
+    path = run_dir / "checkpoints" / "step_4"
     state = json.loads((path / "megarl.json").read_text())
-    del state["files"]  # checksums, which whoever writes such a file can write too
+    del state["files"]
     (path / "megarl.json").write_text(json.dumps(state))
+    return path
+
+
+def plant(path: Path, key: str, **entries: Any) -> None:
     metadata = pickle.loads((path / ".metadata").read_bytes())
-
-    class Runs:
-        def __reduce__(self) -> tuple:
-            return os.system, (f"touch {ran}",)
-
-    metadata.state_dict_metadata["planted"] = Runs()
+    metadata.state_dict_metadata = {key: BytesStorageMetadata(), **metadata.state_dict_metadata}
+    first = {MetadataIndex(name): place for name, place in entries.items()}
+    metadata.storage_data = {**first, **metadata.storage_data}
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(
-        UserError, match=r"step_4' cannot be loaded \(\.metadata names \w+\.system\); it is damaged, or"
+
+
+def test_a_resume_makes_nothing_that_metadata_names(engine: Engine, unsealed: Path, tmp_path: Path) -> None:
+    """Nor does it change a class, by which a second look would see something else than the first."""
+    ran, whole = tmp_path / "ran", (unsealed / ".metadata").read_bytes()
+    metadata = pickle.loads(whole)
+    metadata.state_dict_metadata["planted"] = Runs(ran)
+    renamed = changes_a_class("torch.distributed.checkpoint.metadata", "BytesStorageMetadata", b"}S'a'\nS'b'\ns")
+    for content, said in (
+        (pickle.dumps(metadata), r"it names \w+\.system"),
+        (renamed + b"0" + whole, "it changes BytesStorageMetadata"),
+        (whole[: len(whole) // 2], r"\w"),
     ):
-        load_checkpoint(engine, path)
-    metadata.state_dict_metadata["planted"] = BytesStorageMetadata()
-    torch.save(Runs(), path / "planted.distcp")
-    size = (path / "planted.distcp").stat().st_size
-    metadata.storage_data[MetadataIndex("planted")] = _StorageInfo("planted.distcp", 0, size)
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match=r"\(planted.distcp holds more than tensors and numbers for 'planted'\)"):
-        load_checkpoint(engine, path)
+        (unsealed / ".metadata").write_bytes(content)
+        with pytest.raises(UserError, match=rf"step_4' cannot be loaded \(\.metadata cannot be read: {said}"):
+            load_checkpoint(engine, unsealed)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "case", ["alone", "after one without a place", "after one without a file", "after a TypeError"]
+)
+def test_a_resume_runs_no_bytes_of_an_entry_without_a_tensor(
+    engine: Engine, unsealed: Path, tmp_path: Path, case: str
+) -> None:
+    """torch unpickles them whatever they name, for any key that is asked for and that .metadata gives as bytes."""
+    ran = tmp_path / "ran"
+    key = next(iter(TorchDistReader(unsealed).tensors))
+    odd = OrderedDict(a=1)
+    odd.__dict__["b"] = 1  # weights_only's reader fails on such a thing otherwise than on a name
+    torch.save([odd, Runs(ran)] if case == "after a TypeError" else Runs(ran), unsealed / "planted.distcp")
+    place = _StorageInfo("planted.distcp", 0, (unsealed / "planted.distcp").stat().st_size)
+    before: dict[str, Any] = {
+        "after one without a place": {"zzz": place},
+        "after one without a file": {"zzz": _StorageInfo("gone.distcp", 0, 5)},
+    }.get(case, {})
+    plant(unsealed, key, **before, **{key: place})
+    metadata = pickle.loads((unsealed / ".metadata").read_bytes())
+    metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    (unsealed / ".metadata").write_bytes(pickle.dumps(metadata))
+    with foreign_names_refused(unsealed), pytest.raises(CheckpointException, match="(?i)weights.?only|TypeError"):
+        torch.distributed.checkpoint.load(
+            {key: io.BytesIO()},
+            checkpoint_id=unsealed,
+            planner=DefaultLoadPlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
+    with pytest.raises(UserError, match="step_4' cannot be loaded"):
+        load_checkpoint(engine, unsealed)
+    assert not ran.exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

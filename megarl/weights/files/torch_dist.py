@@ -17,6 +17,8 @@ import os
 import pickle
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
@@ -38,6 +40,7 @@ BACKEND = {
     "common_backend_version": 1,
 }
 OPEN_FILES = 64
+FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # torch/serialization.py, load
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,11 @@ class _Metadata(pickle.Unpickler):
         return known.get(name, _Standin) if module == f"{CHECKPOINT}.metadata" else _Standin
 
 
-class _Names(pickle.Unpickler):
-    """Makes the objects of `.metadata`, of the classes that a checkpoint needs alone."""
+_Unpickler: Any = pickle._Unpickler  # that in Python: the one in C does not say what BUILD changes
+
+
+class _Names(_Unpickler):
+    """Makes the objects of `.metadata`, of the classes that a checkpoint needs alone, and changes none of these."""
 
     ALLOWED: ClassVar = {
         f"{CHECKPOINT}.metadata": "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties"
@@ -186,40 +192,48 @@ class _Names(pickle.Unpickler):
         f"{CHECKPOINT}.filesystem": "_StorageInfo",
         "torch.serialization": "_get_layout",
     }
+    dispatch: ClassVar = dict(_Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
         if plain or name in self.ALLOWED.get(module, "").split():
             return super().find_class(module, name)
-        raise UserError(f"{METADATA} names {module}.{name}")
+        raise UserError(f"it names {module}.{name}")
+
+    def load_build(self) -> None:
+        if callable(self.stack[-2]):
+            raise UserError(f"it changes {self.stack[-2].__qualname__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
-def refuse_foreign_names(path: Path) -> None:
-    """For those who then let torch read the checkpoint at `path`: it makes whatever `.metadata` names, and whatever the
-    bytes of an entry without a tensor do (megatron-core 0.19 keeps its common state in one). UserError says what no
-    checkpoint of ours has. A file that is missing or damaged is torch's to tell.
+@contextmanager
+def foreign_names_refused(path: Path) -> Iterator[None]:
+    """In which torch may read the checkpoint at `path`. It makes whatever `.metadata` names, and whatever the bytes of
+    an entry without a tensor do (megatron-core 0.19 keeps its common state in one): here the first is looked through
+    before, and the second is read as tensors and numbers alone. UserError says what no checkpoint of ours has.
     """
     try:
-        metadata = _Names(io.BytesIO((path / METADATA).read_bytes())).load()
-        for index, place in metadata.storage_data.items():
-            if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
-                _refuse_foreign_bytes(path / place.relative_path, index.fqn, place.offset, place.length)
-    except UserError as error:
-        raise UserError(
-            f"checkpoint {str(path)!r} cannot be loaded ({error}); it is damaged, or was not written by megarl"
-        ) from None
-    except Exception:  # noqa: S110
-        pass
-
-
-def _refuse_foreign_bytes(file: Path, key: str, offset: int, length: int) -> None:
-    with open(file, "rb") as stream:
-        stream.seek(offset)
-        content = stream.read(length)
+        content = (path / METADATA).read_bytes()
+    except FileNotFoundError:
+        content = None  # torch says so
     try:
-        torch.load(io.BytesIO(content), weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{file.name} holds more than tensors and numbers for {key!r}") from None
+        if content is not None:
+            _Names(io.BytesIO(content)).load()
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise UserError(
+            f"checkpoint {str(path)!r} cannot be loaded ({METADATA} cannot be read: {why}); it is damaged, or was not "
+            "written by megarl"
+        ) from None
+    before = {name: os.environ.pop(name, None) for name in FORCED}
+    os.environ[FORCED[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[FORCED[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 class _Standin:
