@@ -75,17 +75,22 @@ def test_a_part_that_fails_half_way_keeps_what_it_found(tmp_path: Path, monkeypa
 
 
 def test_a_part_over_its_limit_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def killed(command: list[str], cwd: Path, timeout: float) -> None:
-        Path(command[command.index("--file") + 1]).write_text(
-            json.dumps({"part": "train:1", "unfinished": True, "one_layer": {"a": 1}})
-        )
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(bench.subprocess, "run", killed)
-    assert not bench.start("train:1", False, tmp_path, 7.0)
+    """And leaves none of the processes that it started."""
+    part = tmp_path / "python"
+    part.write_text("""#!/bin/sh
+sleep 300 &
+echo $! > "$6.pid"
+echo '{"part": "train:1", "unfinished": true, "one_layer": {"a": 1}}' > "$6"
+wait
+""")
+    part.chmod(0o755)
+    monkeypatch.setattr(bench.sys, "executable", str(part))
+    assert not bench.start("train:1", False, tmp_path, 3.0)
     found = json.loads((tmp_path / "train_1.json").read_text())
-    assert found["error"] == "over its limit of 7 s" and found["one_layer"] == {"a": 1}
+    assert found["error"] == "over its limit of 3 s" and found["one_layer"] == {"a": 1}
     assert "FAILED" in capsys.readouterr().out
+    gone = Path("/proc", (tmp_path / "train_1.json.pid").read_text().strip(), "stat")
+    assert not gone.exists() or gone.read_text().split()[2] == "Z"
 
 
 def test_all_parts_fit_their_time_and_a_budget_names_what_it_leaves(

@@ -38,9 +38,13 @@ def pack(slices: Sequence[HfSlice], values: Sequence[Tensor], dtypes: Dtypes, bu
     """Fills `buffer` (uint8 [message_bytes]) with `values`, one for each slice and of its size, cast to its dtype."""
     *offsets, end = _offsets(slices, dtypes)
     views = [_view(buffer, offset, each, dtypes) for each, offset in zip(slices, offsets, strict=True)]
-    torch._foreach_copy_(
-        views, list(values)
-    )  # one call: a kernel for each of thousands of experts costs more than its bytes
+    alike: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for view, value in zip(views, values, strict=True):
+        into, of = alike.setdefault((view.dtype, value.dtype), ([], []))
+        into.append(view)
+        of.append(value)
+    for into, of in alike.values():  # some releases of torch take the first tensor's dtype for all (pytorch#173383)
+        torch._foreach_copy_(into, of)  # a kernel for each of thousands of experts costs more than its bytes
     buffer[end:].copy_(checksums(views).view(torch.uint8))
 
 

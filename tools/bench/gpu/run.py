@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -101,10 +102,13 @@ def start(name: str, smoke: bool, out: Path, limit: float) -> bool:
         *(["--cpu-smoke"] if smoke else []),
     ]
     begun = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        status = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
+        status = process.wait(limit)
         error = f"ended with status {status}"
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         status, error = 1, f"over its limit of {limit:.0f} s"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"part": name, "unfinished": True}
     if "unfinished" in result and "error" not in result:
