@@ -114,14 +114,18 @@ def _launch(args: argparse.Namespace) -> int:
             print(processes.describe(planned, config, args.command))
             return 0
         from megarl.launch.local import launch
+        from megarl.launch.lock import InUse
         from megarl.observe.metrics import last_step
 
-        status = 1
+        status, ours = 1, args.command in ("run", "train")
         try:
             status = launch(planned, lambda: last_step(config.run.dir))
             return status
+        except InUse:
+            ours = False
+            raise
         finally:
-            if args.command in ("run", "train"):
+            if ours:
                 if status > 128:
                     print(f"megarl: {how_to_go_on(config)}", file=sys.stderr)
                 from megarl.report.live import page_of_a_run_that_ended

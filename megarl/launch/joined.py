@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from megarl.errors import Stopped, UserError
 from megarl.launch.lock import owned
 from megarl.launch.peers import WORDS_S, Peers, ended, joined
 from megarl.launch.rank import log_path, redirect
+from megarl.launch.scratch import scratch
 from megarl.launch.stop import leave
 
 ECHO_S = 2 * WORDS_S  # a rank that only lost its peers waits so long for the word of the one that failed
@@ -34,6 +36,8 @@ def run_joined(
     terminal = _Terminal()
     peers: Peers | None = None
     with contextlib.ExitStack() as stack:
+        os.environ.update(stack.enter_context(scratch()))  # what a rank imports leaves folders; torchrun's own stay
+        tempfile.tempdir = None  # asked for anew
         try:
             peers = joined(terminal.say, lambda: leave(1), interface, store_host)
             check()

@@ -13,10 +13,14 @@ from megarl.announce import announce
 from megarl.errors import UserError
 
 
+class InUse(UserError):
+    """Another process has the run directory."""
+
+
 @contextlib.contextmanager
 def owned(log_dir: Path) -> Iterator[None]:
     """Holds run.dir's lock for those who write to `log_dir`, a folder in it. UserError, which names the process that
-    holds it, where there is one; and where run.dir cannot be made.
+    holds it, where there is one (InUse); and where run.dir cannot be made.
     """
     run_dir = log_dir.parent
     try:
@@ -33,7 +37,7 @@ def owned(log_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip()
-            raise UserError(
+            raise InUse(
                 f"run.dir {str(run_dir)!r} is in use by process {owner}; stop that one or give another run.dir"
             ) from None
         except OSError as error:  # Lustre, say, mounted without locks

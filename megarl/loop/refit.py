@@ -25,10 +25,10 @@ from megarl.errors import UserError
 from megarl.launch.stop import StopRequest
 from megarl.loop.canary import CanaryLimits, Spread, spread_of
 from megarl.loop.reduce import Values
-from megarl.observe.trace import enter, phase
+from megarl.observe.trace import enter, phase, waits
 from megarl.replay.routes import accept_routes
 from megarl.rollout.fleet import Fleet, WorkersLost
-from megarl.rollout.patience import reading_s
+from megarl.rollout.patience import ANSWER_S, STALE_S, reading_s
 from megarl.rollout.registry import common_tp
 from megarl.rollout.sync_leader import Canary, InFlight, Scoring, SyncSettings
 from megarl.weights.reshard.outgoing import Slices, WholeTensors
@@ -105,7 +105,10 @@ class Refit:
         start, tries = time.perf_counter(), 1
         while True:
             try:
-                values = self._sync(version, stop)
+                with waits(
+                    self.config.sync.timeout_s + STALE_S + ANSWER_S
+                ):  # a server that hangs, which is told by then
+                    values = self._sync(version, stop)
                 break
             except WorkersLost as lost:
                 _tell_again(lost)

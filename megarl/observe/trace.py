@@ -17,6 +17,7 @@ from typing import IO
 TRACE_FILE = "trace.json"
 _file: IO[str] | None = None  # of this process
 _entered: tuple[str, float, float] = ("", 0.0, 0.0)
+_least_s = 0.0  # of every within_s, inside waits()
 
 
 def start_trace(run_dir: str | Path) -> None:
@@ -46,7 +47,22 @@ def enter(name: str, within_s: float = 0.0) -> None:
     """
     global _entered
     if threading.current_thread() is threading.main_thread():
-        _entered = name, time.monotonic(), within_s
+        _entered = name, time.monotonic(), max(within_s, _least_s)
+
+
+@contextmanager
+def waits(within_s: float) -> Iterator[None]:
+    """Inside, in the main thread, any phase may take so long: its parts wait for others, by a limit of their own."""
+    global _least_s
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, _least_s = _least_s, max(within_s, _least_s)
+    try:
+        yield
+    finally:
+        _least_s = before
+        enter(_entered[0])
 
 
 def entered() -> tuple[str, float, float]:

@@ -40,6 +40,7 @@ from megarl.server.vllm_release import installed, warn_of
 QUIET_S = 3.0  # a server that has not answered for so long has no beats; the trainers wait STALE_S more
 HUNG_S = 2 * STALE_S  # and after so long it is taken for dead here too
 NOTICED_S = 3 * BEAT_S  # the trainers have read by then that a worker leaves
+TELLS_S = 5.0  # after so long without a store a worker says what it waits for
 
 
 class _Stopped(Exception):
@@ -228,8 +229,13 @@ class _Worker:
 
     def _join(self, info: WorkerInfo) -> WorkerInfo:
         """Connects to the run's store, which may come up after this worker did, and takes a number in it."""
-        deadline = time.monotonic() + self.config.rollout.start_timeout_s
+        begun, told, limit_s = time.monotonic(), self._joined, self.config.rollout.start_timeout_s
+        deadline = begun + limit_s
         while (index := self._number(info)) is None:
+            if not told and time.monotonic() > begun + TELLS_S:
+                where = f"{self._link.host}:{self._link.port}"
+                print(f"megarl: waiting for the run's store {where}, up to {limit_s:g} s", file=sys.stderr, flush=True)
+                told = True
             if time.monotonic() > deadline:
                 host, port = self._link.host, self._link.port
                 if self._joined:

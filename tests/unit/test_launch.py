@@ -223,9 +223,24 @@ def test_a_run_dir_in_use_is_refused(run_yaml: Path) -> None:
         pass
 
 
+def test_a_run_refused_for_anothers_lock_makes_no_page_of_that_one(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megarl import cli
+
+    run_dir = Path(load_config(run_yaml).run.dir)
+    with owned(run_dir / "logs"):
+        (run_dir / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+        assert cli.main(["run", str(run_yaml)]) == 2
+        said = capsys.readouterr()
+        assert "is in use by process" in said.err and said.out == "" and not (run_dir / "report.html").exists()
+
+
 def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(tmp_path: Path, run_yaml: Path) -> None:
-    """In processes of their own: a rank that fails leaves at once."""
-    (tmp_path / "a_rank.py").write_text("def main(argv): return 0")
+    """In processes of their own: a rank that fails leaves at once. Nothing stays in the temporary directory."""
+    (tmp_path / "a_rank.py").write_text("import tempfile\ndef main(argv): return int(not tempfile.mkdtemp())")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     code = (
         "import sys, warnings; from megarl import cli, refusals; cli.MODULES['sft'] = 'a_rank'; "
         "check = refusals.check; "
@@ -235,7 +250,7 @@ def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(tmp_path: 
 
     def rank(number: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-        env = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "4", "RANK": number}
+        env = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": "4", "RANK": number, "TMPDIR": str(temporary)}
         argv = [sys.executable, "-c", code, str(run_yaml)]
         return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
 
@@ -245,6 +260,7 @@ def test_fault_12_a_run_dir_in_use_is_refused_under_an_outer_torchrun(tmp_path: 
         assert refused.stderr.count("\n") == 1, "one line, without the warnings of what is imported"
         assert rank("1").returncode == 0
     assert rank("0").returncode == 0
+    assert not [*temporary.iterdir()]
 
 
 def test_fault_16_a_run_dir_that_cannot_be_made_is_one_line(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

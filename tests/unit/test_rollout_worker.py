@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from megarl.config import load_config
+from megarl.errors import UserError
 from megarl.launch.ports import reserve_port
 from megarl.launch.stop import TWICE_S
 from megarl.rollout import registry
@@ -177,6 +178,19 @@ def test_a_server_that_fails_together_with_the_store_is_started_again(tmp_path: 
     with pytest.raises(module._Failed, match="the vLLM server ended") as failed:
         worker._fail(info, "ended with status -9")
     assert failed.value.wait_s == 1.0 and not answers
+
+
+def test_a_worker_without_a_store_says_once_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a mistyped launch.store it was silent for all of rollout.start_timeout_s."""
+    monkeypatch.setattr(module, "TELLS_S", 0.0)
+    worker = module._Worker(load_config(None, ["rollout.start_timeout_s=1"]), "trainers", 29600, tmp_path)
+    worker._link = SimpleNamespace(connect=lambda: False, host="trainers", port=29600)  # type: ignore[assignment]
+    worker._child = SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
+    with pytest.raises(UserError, match="run store trainers:29600: nothing answered"):
+        worker._join(WorkerInfo(-1, "http://127.0.0.1:1", 1, 7, "here", str(tmp_path / "log")))
+    assert capsys.readouterr().err == "megarl: waiting for the run's store trainers:29600, up to 1 s\n"
 
 
 def test_a_call_that_does_not_return_is_given_up() -> None:

@@ -92,6 +92,19 @@ def test_a_wait_that_has_a_limit_of_its_own_is_no_stall_before_it_is_over(
     assert found == [False, True, True, True] * 2 + [False, False, False, True]
 
 
+def test_in_a_sync_every_wait_may_take_as_long_as_a_server_that_hangs() -> None:
+    """launch.stall_s below sync.timeout_s: a server stopped in a commit, after the last phase, ended the trainers."""
+    with trace.waits(145.0):
+        with trace.phase("sync"):
+            with trace.phase("sync_receive", 7.0):
+                assert trace.entered()[::2] == ("sync_receive", 145.0)
+            assert trace.entered()[::2] == ("what follows sync_receive", 145.0)
+        with trace.phase("canary", 900.0):
+            assert trace.entered()[2] == 900
+        assert trace.entered()[::2] == ("what follows canary", 145.0)
+    assert trace.entered()[::2] == ("what follows canary", 0.0)
+
+
 def test_a_process_id_of_another_container_is_nobodys_here(tmp_path: Path) -> None:
     """Two containers of one host may share its name and the run's folder; a kill would reach some other process."""
     watch = StallWatch(tmp_path, 0, 3, stall_s=0)
