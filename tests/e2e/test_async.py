@@ -33,9 +33,10 @@ def test_one_step_off_with_a_kill_in_between(bench: Bench, cold: Path) -> None:
     }
     run_dir = bench.folder / "async"
     first = bench.start("run", "async", config)
-    first.wait_until(lambda: len(bench.rows("async")) >= 4, "step 4")
+    whole = run_dir / "checkpoints" / "step_3" / "megarl.json"  # written behind the steps
+    first.wait_until(lambda: len(bench.rows("async")) >= 4 and whole.exists(), "step 4 and the checkpoint of step 3")
     first.kill_everything()
-    state = json.loads((run_dir / "checkpoints" / "step_3" / "megarl.json").read_text())
+    state = json.loads(whole.read_text())
     assert len(state["stream"]["returned"]) == PROMPTS  # the batch ahead, drawn and not trained
     again = bench.finish("run", "async", config)
     assert f"{PROMPTS} prompts drawn and not trained before: sampled again\n" in again.out

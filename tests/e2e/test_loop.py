@@ -162,7 +162,8 @@ def test_kill_9_of_everything_then_the_same_command(whole: list[dict[str, Any]],
     """Each step is done once, bit for bit."""
     config, run_dir = r3(bench, cold), bench.folder / "killed"
     first = bench.start("run", "killed", config)
-    first.wait_until(lambda: len(bench.rows("killed")) >= 5, "step 5")
+    saved = run_dir / "checkpoints" / "step_4"  # behind the steps
+    first.wait_until(lambda: len(bench.rows("killed")) >= 5 and saved.is_dir(), "step 5 and the checkpoint of step 4")
     assert len([line for line in first.processes().values() if "megarl.launch.rank" in line]) >= 4
     first.kill_everything()
     checkpoints = run_dir / "checkpoints"
