@@ -8,6 +8,7 @@ No float32 copy of [tokens, vocabulary] ever exists beside the logits: on a GPU 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,28 +51,14 @@ class _VocabParallelLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, local, inside, log_z, entropy = ctx.saved_tensors
+        grads = (grad_logprobs, grad_entropy)
+        sizes = (ctx.real_columns, ctx.temperature)
+        gradient: Callable[..., Tensor] = _gradient_by_chunk
         if _by_kernel(logits):
-            from megarl.engine.logprob_kernels import gradient
+            from megarl.engine import logprob_kernels
 
-            grads = (grad_logprobs, grad_entropy)
-            sizes = (ctx.real_columns, ctx.temperature)
-            return gradient(logits, local, inside, log_z, entropy, *grads, *sizes), None, None, None, None
-        grad = torch.empty_like(logits)
-        for part in _chunks(logits):
-            log_p = logits[part].to(torch.float32, copy=True).div_(ctx.temperature).sub_(log_z[part, None])
-            p = log_p.exp()
-            # d logprob / d logit = 1[label] - p;  d entropy / d logit = -p (log p + entropy)
-            g = (
-                log_p.add_(entropy[part, None])
-                .mul_(grad_entropy[part, None])
-                .add_(grad_logprobs[part, None])
-                .mul_(p)
-                .neg_()
-            )
-            g.scatter_add_(1, local[part, None], (grad_logprobs[part] * inside[part])[:, None])
-            g[:, ctx.real_columns :] = 0
-            grad[part] = g.div_(ctx.temperature)
-        return grad, None, None, None, None
+            gradient = logprob_kernels.gradient
+        return gradient(logits, local, inside, log_z, entropy, *grads, *sizes), None, None, None, None
 
 
 def _by_kernel(logits: Tensor) -> bool:
@@ -117,6 +104,36 @@ def _sums_by_chunk(
         stats[2, part] = shifted.gather(1, labels[part, None]).squeeze(1)
         stats[1, part] = exp.mul_(shifted).sum(1)
     return peak, stats
+
+
+def _gradient_by_chunk(
+    logits: Tensor,
+    labels: Tensor,
+    inside: Tensor,
+    log_z: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    columns: int,
+    temperature: float,
+) -> Tensor:
+    """As logprob_kernels.gradient."""
+    grad = torch.empty_like(logits)
+    for part in _chunks(logits):
+        log_p = logits[part].to(torch.float32, copy=True).div_(temperature).sub_(log_z[part, None])
+        p = log_p.exp()
+        # d logprob / d logit = 1[label] - p;  d entropy / d logit = -p (log p + entropy)
+        g = (
+            log_p.add_(entropy[part, None])
+            .mul_(grad_entropy[part, None])
+            .add_(grad_logprobs[part, None])
+            .mul_(p)
+            .neg_()
+        )
+        g.scatter_add_(1, labels[part, None], (grad_logprobs[part] * inside[part])[:, None])
+        g[:, columns:] = 0
+        grad[part] = g.div_(temperature)
+    return grad
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -300,10 +300,15 @@ def test_a_resume_makes_nothing_that_metadata_names(engine: Engine, unsealed: Pa
     ran, whole = tmp_path / "ran", (unsealed / ".metadata").read_bytes()
     metadata = pickle.loads(whole)
     metadata.state_dict_metadata["planted"] = Runs(ran)
-    renamed = changes_a_class("torch.distributed.checkpoint.metadata", "BytesStorageMetadata", b"}S'a'\nS'b'\ns")
+    torch_checkpoint = "torch.distributed.checkpoint"
+    attributes = b"}S'a'\nS'b'\ns"
+    renamed = changes_a_class(f"{torch_checkpoint}.metadata", "BytesStorageMetadata", attributes)
+    moved = changes_a_class(f"{torch_checkpoint}.filesystem", "_StorageInfo", attributes)
     for content, said in (
         (pickle.dumps(metadata), r"it names \w+\.system"),
-        (renamed + b"0" + whole, "it changes BytesStorageMetadata"),
+        (renamed + b"0" + whole, r"\w+\.__setstate__"),
+        (whole[:-1] + moved + b"0.", r"\w+\.__setstate__"),
+        (changes_a_class("torch", "Size", attributes) + b"0" + whole, "cannot set|.*immutable"),
         (whole[: len(whole) // 2], r"\w"),
     ):
         (unsealed / ".metadata").write_bytes(content)

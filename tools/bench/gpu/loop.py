@@ -3,6 +3,7 @@ and how far the two engines' probabilities lie apart, by replay mode.
 
 Random weights: the quickstart's model (tiny), 24 layers of 64 experts (deep), and two layers of Qwen3-30B-A3B at its
 true widths (slice). It needs vLLM. The rewards tell nothing, but differ within a group: every step has an update.
+LOOP_OVERRIDES: further key=value of megarl run, e.g. rollout.enforce_eager=true.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from typing import Any
 
 import yaml
 
+from tools.bench.gpu.roofline import QWEN3_30B_A3B
+
 ROOT = Path(__file__).resolve().parents[3]
 WARM_UP = 2
 LOG_CHARACTERS = 12_000
+WIDTHS = """hidden_size intermediate_size moe_intermediate_size num_experts num_experts_per_tok num_attention_heads
+    num_key_value_heads head_dim""".split()
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "deep": dict(
@@ -38,17 +43,10 @@ MODELS: dict[str, dict[str, Any]] = {
         initializer_range=0.05,
     ),
     "slice": dict(
-        layers=2,
-        hidden=2048,
-        experts=128,
-        top_k=8,
-        moe_intermediate=768,
-        heads=32,
-        kv_heads=4,
-        head_dim=128,
-        vocab_size=151_936,
+        vocab_size=QWEN3_30B_A3B["vocab_size"],
         dtype="bfloat16",
         initializer_range=0.02,
+        changes={key: QWEN3_30B_A3B[key] for key in WIDTHS} | {"num_hidden_layers": 2},
     ),
 }
 # model, replay, prompts of a step (8 responses each), tokens of a response at most, steps
@@ -89,7 +87,7 @@ def run(smoke: bool, number: int) -> Iterator[dict[str, Any]]:
         write_task(folder / "data", digits=7)
         path = folder / "loop.yaml"
         path.write_text(yaml.safe_dump(configuration(folder, replay, prompts, tokens, smoke)), encoding="utf-8")
-        overrides = os.environ.get("LOOP_OVERRIDES", "").split()  # key=value ...
+        overrides = os.environ.get("LOOP_OVERRIDES", "").split()
         command = [sys.executable, "-m", "megarl.cli", "run", str(path), *overrides]
         begun = time.monotonic()
         with open(folder / "said", "w", encoding="utf-8") as said:
