@@ -66,7 +66,6 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     evaluation = Evaluation(config, sampler, scorer, prompts.validation, output, fleet.watched, saver.stop)
     stall = StallWatch(log_dir_of("train", config), parallel.coord.rank, parallel.layout.world, config.launch.stall_s)
     sampler.recover = lambda: refit.ready(done, saver.stop)
-    sampler.meanwhile = lambda: refit.settle(asked=True)
     try:
         announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)

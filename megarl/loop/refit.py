@@ -61,7 +61,7 @@ class Refit:
             from_disk and config.sync.quantize == "none" and trained in (torch.float32, self.rollout_dtype)
         )
         self.synced = False
-        self._scoring: Scoring | None = None  # on every rank: of the last sync, while its canary is not compared
+        self._scoring: Scoring | None = None  # on every rank: of the last sync, whose canary is not compared yet
         self._canary_figures: Values = {}  # of the last canary that was compared
         # the last versions that were committed, as many as a response may have lived through
         self.committed: deque[int] = deque(maxlen=config.rollout.max_lag + 1)
@@ -99,8 +99,8 @@ class Refit:
         Who is lost meanwhile is left out, and the sync done again as a whole, which also mends a worker that it had
         left half way. stop: what may end the wait for a worker, where none is left.
         Under sync.quantize all of these see the same quantised weights: the trainer's own are swapped out meanwhile.
-        A server that held the sync before is asked for the canary once it serves, and the trainers do not wait for it:
-        see settle(). The figures of the canary are then those of the sync before.
+        While requests are in flight the canary waits for its turn among them, and the trainers do not wait for it: see
+        settle(). The figures of the canary are then those of the sync before.
         """
         start, tries = time.perf_counter(), 1
         while True:
@@ -132,50 +132,38 @@ class Refit:
             self.connect()
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
         in_flight = self._in_flight(version)
-        later = self.synced and not changed  # a new member is compared before it is asked for anything
+        later = in_flight is not None and self.synced and not changed  # a new member is compared before it is asked
         main = model.parallel.is_main
         pause_s = in_flight.drain_s if in_flight and main else 0.0  # it begins with that wait for the servers
         with self._quantized():
             with phase("sync", pause_s):
-                # in flight not within a step's time limit: see _score
-                canary = [] if in_flight or later else self.canary.tolist()
+                canary = [] if in_flight else self.canary.tolist()  # not within a step's time limit then: see _score
                 scores = self.fleet.push(self.outgoing.buckets(model.params()), canary, in_flight, phase)
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
             spreads: list[Spread] = []
             if not later:
-                with phase("canary", self._among_requests_s if in_flight and main else 0.0):
+                with phase("canary", self._score_s if in_flight and main else 0.0):
                     urls = [worker.url for worker in self.fleet.members]
-                    named = [*zip(urls, scores, strict=False)]
-                    if in_flight:
-                        named = self.fleet.scored(self._score(self._among_requests_s))
+                    named = self.fleet.scored(self._score()) if in_flight else [*zip(urls, scores, strict=False)]
                     spreads = self._compare_canary(named)
         self.fleet.commit(version)
         if later:
-            self._scoring = self._score(self._among_requests_s)
+            self._scoring = self._score()
         else:
             self._learn(spreads)
         if version not in self.committed:
             self.committed.append(version)
         return values | self._canary_figures
 
-    def settle(self, asked: bool = False) -> None:
+    def settle(self) -> None:
         """Compares the canary of the last sync, where that has not waited for it: before anything is trained on, or
         evaluated, that was sampled since. The trainer's weights must still be those of that sync. Raises as sync().
-        asked: servers are at work on what this step asked them, which no sync may disturb; where one needs another the
-        next settle() brings it. Collective.
+        Collective.
         """
         scoring, self._scoring = self._scoring, None
-        if scoring is None:
-            return
-        try:
+        if scoring is not None:
             self._learn(self._compared(scoring))
-        except WorkersLost as lost:  # the sync is done again without it, which compares the others
-            if asked:
-                self._scoring = scoring
-                return
-            _tell_again(lost)
-            self.sync(self.committed[-1])
 
     def _learn(self, spreads: list[Spread]) -> None:
         self.limits.learn(spreads)
@@ -193,27 +181,28 @@ class Refit:
         """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does
         not hold what the last sync gave it. Collective.
         """
-        rollout = self.config.rollout
+        self._compared(self._score())
+
+    @property
+    def _score_s(self) -> float:
+        """How long a canary may take: where requests are in flight it may wait until one of them is answered."""
+        rollout, timeout_s = self.config.rollout, self.config.sync.timeout_s
+        return max(timeout_s, rollout.request_timeout_s) if rollout.max_lag else timeout_s
+
+    def _score(self) -> Scoring:
+        """The canary, of every member."""
+        return self.fleet.score(self.canary.tolist(), self._score_s)
+
+    def _compared(self, scoring: Scoring) -> list[Spread]:
+        """Empty where a worker was lost: the sync is then done again without it, which compares the others."""
         try:
-            self._compared(self._score(self._among_requests_s if rollout.max_lag else self.config.sync.timeout_s))
+            if self.engine.model.parallel.is_main:
+                enter("the wait for the canary", self._score_s)
+            scores = self.fleet.scored(scoring)
         except WorkersLost as lost:
             _tell_again(lost)
             self.sync(self.committed[-1])
-
-    @property
-    def _among_requests_s(self) -> float:
-        """How long a canary may take beside requests: it may wait until one of them is answered."""
-        return max(self.config.sync.timeout_s, self.config.rollout.request_timeout_s)
-
-    def _score(self, within_s: float) -> Scoring:
-        """The canary, of every member."""
-        return self.fleet.score(self.canary.tolist(), within_s)
-
-    def _compared(self, scoring: Scoring) -> list[Spread]:
-        """Raises WorkersLost."""
-        if self.engine.model.parallel.is_main:
-            enter("the wait for the canary", scoring.timeout_s)
-        scores = self.fleet.scored(scoring)
+            return []
         with phase("canary"), self._quantized():
             return self._compare_canary(scores)
 

@@ -19,7 +19,6 @@ from megarl.launch.stop import StopRequest
 from megarl.observe.trace import enter, phase
 from megarl.replay.routes import accept_routes
 from megarl.rollout.client import RolloutClient
-from megarl.rollout.dispatch import Request
 from megarl.rollout.patience import longest_wait_s
 from megarl.rollout.registry import NoServers
 from megarl.rollout.response import Response
@@ -52,11 +51,9 @@ class Sampler:
     servers.
 
     recover: collective, brings servers that hold the weights where none is left; None where that ends the command.
-    meanwhile: collective, what the trainers do once sample() has asked the servers.
     """
 
     recover: Callable[[], None] | None = None
-    meanwhile: Callable[[], None] | None = None
 
     def __init__(self, config: Config, engine: Engine, client: RolloutClient | None, tokenizer: Any) -> None:
         self.config, self.client = config, client
@@ -76,18 +73,12 @@ class Sampler:
         seed += (first_group + int(local[0]) if len(local) else 0) * config.batch.group
         wanted = [prompts[i] for i in local]
 
-        def ask() -> list[Request]:
-            return self._ask(wanted, config.batch.group, config.rollout.temperature, seed)
-
-        def answers() -> list[list[Response]]:
+        def ask() -> list[list[Response]]:
             with phase("rollout", self.wait_s), stop.interruptible() if stop else nullcontext():
-                return self._answers(asked.pop() if asked else ask())
+                return self.generate(wanted, config.batch.group, config.rollout.temperature, seed=seed)
 
-        asked = [ask()]
-        if self.meanwhile is not None:
-            self.meanwhile()
         try:
-            groups = self._served(answers)
+            groups = self._served(ask)
         except Stopped as stopped:  # every rank raises it, in ScoredRollouts.add
             return Sampled([], stopped=stopped)
         rollouts = [
@@ -123,16 +114,10 @@ class Sampler:
 
     def generate(self, prompts: list[Prompt], n: int, temperature: float, seed: int) -> list[list[Response]]:
         """n responses to each prompt, whatever the other ranks ask for; nothing on a rank without a client."""
-        return self._answers(self._ask(prompts, n, temperature, seed))
-
-    def _ask(self, prompts: list[Prompt], n: int, temperature: float, seed: int) -> list[Request]:
         if self.client is None or not prompts:
             return []
         tokens = [prompt.tokens for prompt in prompts]
-        return self.client.ask(tokens, n, temperature, self.config.rollout.max_new_tokens, self.stop, seed=seed)
-
-    def _answers(self, requests: list[Request]) -> list[list[Response]]:
-        return self.client.answers(requests) if self.client is not None else []
+        return self.client.generate(tokens, n, temperature, self.config.rollout.max_new_tokens, self.stop, seed=seed)
 
     def _served(self, ask: Callable[[], list[list[Response]]]) -> list[list[Response]]:
         """Collective: what ask() gives, asked again on the ranks that found no server, once recover() has brought

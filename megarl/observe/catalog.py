@@ -195,7 +195,7 @@ METRICS: dict[str, Metric] = {
         "Bytes of weights sent to the rollout workers.", "bytes", "the model's size, in rollout.dtype"
     ),
     "sync/canary_max_diff": Metric(
-        "How far the engines differ on 64 fixed tokens, after the last sync that was compared: that before the step.",
+        "How far the engines differ on 64 fixed tokens, after the last sync whose canary was compared (docs/async.md).",
         "nats",
         "below 1e-4 in float32 and 0.5 in bfloat16: beyond, the run stops",
         "max of |log pi - log mu|",
@@ -233,7 +233,7 @@ METRICS: dict[str, Metric] = {
     "time/reference_s": Metric("The reference's pass.", "seconds", ""),
     "time/values_s": Metric("The critic's pass.", "seconds", ""),
     "time/update_s": Metric("The N updates.", "seconds", ""),
-    "time/sync_s": Metric("Weights to the workers, checks.", "seconds", ""),
+    "time/sync_s": Metric("Weights to the workers, checks, canary.", "seconds", ""),
     "time/step_s": Metric("The whole step, without evaluation and checkpoint.", "seconds", ""),
     "throughput/tokens_per_s": Metric("Response tokens over time/step_s.", "tokens/s", ""),
     "throughput/train_tokens_per_s": Metric(

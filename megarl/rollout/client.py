@@ -19,7 +19,7 @@ from megarl.addresses import watch
 from megarl.door import header
 from megarl.rollout.dispatch import Answered, Dispatcher, Request, wait_for
 from megarl.rollout.patience import ANSWER_S
-from megarl.rollout.registry import RolloutError, ServerLost, ServerSilent, WorkerInfo
+from megarl.rollout.registry import NoServers, RolloutError, ServerLost, ServerSilent, WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import ENGINE_DIED, decode, refusal_of
 
@@ -106,38 +106,25 @@ class RolloutClient:
         stop_token_ids: list[int],
         seed: int | None = None,
     ) -> list[list[Response]]:
-        """ask(), and its answers()."""
-        return self.answers(self.ask(prompts, n, temperature, max_new_tokens, stop_token_ids, seed))
-
-    def ask(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        temperature: float,
-        max_new_tokens: int,
-        stop_token_ids: list[int],
-        seed: int | None = None,
-    ) -> list[Request]:
-        """Asks for `n` responses to each prompt and does not wait. A stop token that was sampled is part of its
-        response.
+        """`n` responses for each prompt, in the order of `prompts`. A
+        stop token that was sampled is part of its response.
 
         Every sampling parameter is sent: mu is the whole softmax at `temperature`. `seed` makes the draw repeatable
         (response i of prompt p draws from seed + p n + i), at some cost in speed. One request a server: what a server
         samples together depends on nothing but the prompts.
         """
+        if not prompts:
+            return []
+        if not self.servers:
+            raise NoServers("no rollout server is left")
         sampling, done = sampling_of(n, temperature, max_new_tokens, stop_token_ids), SimpleQueue[Answered]()
-        urls = [server.url for server in self.servers] or [""]  # who is asked for what no server takes: NoServers
         requests = []
-        for url, chunk in zip(urls, np.array_split(np.arange(len(prompts)), len(urls)), strict=True):
+        for server, chunk in zip(self.servers, np.array_split(np.arange(len(prompts)), len(self.servers)), strict=True):
             seeds = None if seed is None else [seed + int(i) * n for i in chunk]
             if len(chunk):
-                requests.append(Request([prompts[i] for i in chunk], n, sampling, seeds, done, url))
+                requests.append(Request([prompts[i] for i in chunk], n, sampling, seeds, done, server.url))
         for request in requests:
             self.dispatcher.submit(request)
-        return requests
-
-    def answers(self, requests: list[Request]) -> list[list[Response]]:
-        """In the order of the prompts. Raises NoServers where no server is left, RolloutError where one refuses."""
         try:
             return [group for answered in wait_for(requests) for group in answered.groups]
         except BaseException:  # an error, or a signal that ends the wait

@@ -2,7 +2,7 @@
 
     pause      only where requests are in flight (rollout.in_flight): they stop, or end, before anything changes
     receive    all workers receive, check and (staged) keep; a lone worker goes on by itself
-    load       all workers load, drop the prefix cache and score the canary (or afterwards: Scoring)
+    load       all workers load, drop the prefix cache and score the canary (or later: Scoring)
     commit     the version is set: only now do they serve again
 
 and, where both share GPUs (launch.colocate), between syncs: sleep, while the trainer trains, and wake.
@@ -63,7 +63,6 @@ class Scoring:
             finally:
                 server.close()
 
-        self.timeout_s = timeout_s
         self._asked = [(worker.url, Future[bytes]()) for worker in workers]
         for worker, (_, answer) in zip(workers, self._asked, strict=True):
             threading.Thread(target=ask, args=[worker, answer], name="canary", daemon=True).start()

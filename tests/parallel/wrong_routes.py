@@ -61,11 +61,8 @@ class Given:
     def __init__(self) -> None:
         self.spoil: Callable[[np.ndarray], np.ndarray | None] = lambda routes: routes
 
-    def ask(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> list[tuple[list[int], int]]:
-        return [(prompt, n) for prompt in prompts]
-
-    def answers(self, asked: list[tuple[list[int], int]]) -> list[list[Response]]:
-        return [[self._response(prompt, number) for number in range(n)] for prompt, n in asked]
+    def generate(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> list[list[Response]]:
+        return [[self._response(prompt, number) for number in range(n)] for prompt in prompts]
 
     def _response(self, prompt: list[int], number: int) -> Response:
         rng = np.random.default_rng([prompt[0], number])

@@ -51,16 +51,13 @@ class Scripted:
     """
 
     def __init__(self, tokenizer: Any, answers: list[list[str]]) -> None:
-        self.tokenizer, self.texts = tokenizer, iter(answers)
+        self.tokenizer, self.answers = tokenizer, iter(answers)
         self.mu, self.version = -0.5, 0
         self.nan: tuple[int, int] | None = None  # (prompt, response) whose third log-probability is NaN
 
-    def ask(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> list[list[int]]:
-        return prompts
-
-    def answers(self, prompts: list[list[int]]) -> list[list[Response]]:
+    def generate(self, prompts: list[list[int]], n: int, *args: Any, **kwargs: Any) -> list[list[Response]]:
         return [
-            [self._response(prompt, text, (p, i)) for i, text in enumerate(next(self.texts))]
+            [self._response(prompt, text, (p, i)) for i, text in enumerate(next(self.answers))]
             for p, prompt in enumerate(prompts)
         ]
 
@@ -316,7 +313,6 @@ class ScoredFleet:
         self.members = [SimpleNamespace(url=url) for url in self.wrong]
         self.loses = False  # one of them, before it has scored
         self.limits: list[float] = []  # of its scores, seconds
-        self.timeout_s = 0.0
 
     def gather(self, asked: Any) -> bool:
         lost, self.loses = self.loses, False
@@ -360,14 +356,13 @@ def test_the_canary_tells_a_wrong_server_from_a_hard_batch(folder: Path) -> None
         refit.check()
 
 
-@pytest.mark.parametrize("max_lag", [0, 1])
-def test_the_canary_is_compared_before_the_next_update(folder: Path, max_lag: int) -> None:
-    """The sync does not wait for it, unless a server is new."""
-    new, fleet = refitted(folder, f"rollout.max_lag={max_lag}", "sync.digests=off")
-    new.synced, fleet.wrong["http://two"] = False, 0.5
+def test_with_requests_in_flight_the_canary_is_compared_before_the_next_update(folder: Path) -> None:
+    """The sync does not wait for it; in lock-step it does."""
+    lock_step, fleet = refitted(folder)
+    fleet.wrong["http://two"] = 0.5
     with pytest.raises(UserError, match=DIFFERS):
-        new.sync(1)
-    refit, fleet = refitted(folder, f"rollout.max_lag={max_lag}")
+        lock_step.sync(1)
+    refit, fleet = refitted(folder, "rollout.max_lag=1")
     assert "sync/canary_max_diff" not in refit.sync(1)
     refit.settle()
     assert refit.sync(2)["sync/canary_max_diff"] == 0  # of the sync before
@@ -387,36 +382,9 @@ def test_a_canary_among_requests_has_their_time(folder: Path) -> None:
     refit.check()
     assert fleet.limits == [90, 90, 90]
     lock_step, fleet = refitted(folder, *limits)
-    lock_step.synced = False
-    lock_step.sync(0)
     lock_step.sync(1)
     lock_step.check()
-    assert fleet.limits == [90, 7]  # of the first sync within its own time
-
-
-def test_the_trainers_compare_the_canary_while_servers_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They ask for responses first. Where a server was lost no sync disturbs what the others work on."""
-    monkeypatch.setattr(Refit, "connect", lambda refit: None)
-    refit, fleet = refitted(folder)
-    _, loop, client = build(folder, [MIXED] * 2)
-    did: list[str] = []
-    ask, answers, sync = client.ask, client.answers, refit.sync
-    monkeypatch.setattr(client, "ask", lambda *a, **k: (did.append("ask"), ask(*a, **k))[1])
-    monkeypatch.setattr(client, "answers", lambda *a: (did.append("answers"), answers(*a))[1])
-    monkeypatch.setattr(refit, "sync", lambda *a: (did.append("sync"), sync(*a))[1])
-    loop.sampler.meanwhile = lambda: (did.append("settle"), refit.settle(asked=True))[0]  # type: ignore[func-returns-value]
-    prompts = [Prompt(loop.tokenizer.encode("12="), "3", "12=", 1)]
-    refit.sync(1)
-    fleet.loses = True
-    loop.sampler.sample(prompts, 0, 0)
-    assert did == ["sync", "ask", "settle", "answers"]
-    refit.settle()
-    assert did[4:] == ["sync"] and not fleet.loses
-    fleet.wrong["http://two"] = 0.5
-    refit.sync(2)
-    with pytest.raises(UserError, match=DIFFERS):
-        loop.sampler.sample(prompts, 0, 0)
-    assert did[5:] == ["sync", "ask", "settle"]
+    assert fleet.limits == [7]
 
 
 def test_a_worker_lost_before_its_canary_leaves_no_other_uncompared(
@@ -459,8 +427,8 @@ def test_a_wait_for_responses_has_a_limit_of_its_own(
 ) -> None:
     _, loop, client = build(folder, [MIXED], "rollout.request_timeout_s=7200")
     prompts, at = [Prompt(loop.tokenizer.encode("12="), "3", "12=", 1)], list[float]()
-    answers = client.answers
-    monkeypatch.setattr(client, "answers", lambda *a: (at.append(trace.entered()[2]), answers(*a))[1])
+    generate = client.generate
+    monkeypatch.setattr(client, "generate", lambda *a, **k: (at.append(trace.entered()[2]), generate(*a, **k))[1])
     if evaluated:
         loop.sampler.sample_for_evaluation(prompts, GROUP, 1.0)
     else:
