@@ -194,17 +194,23 @@ class Refit:
         return self.fleet.score(self.canary.tolist(), self._score_s)
 
     def _compared(self, scoring: Scoring) -> list[Spread]:
-        """Empty where a worker was lost: the sync is then done again without it, which compares the others."""
+        """Empty where a worker was lost: the sync is then done again without it, once the others were compared as they
+        have sampled.
+        """
+        lost: WorkersLost | None = None
         try:
             if self.engine.model.parallel.is_main:
                 enter("the wait for the canary", self._score_s)
             scores = self.fleet.scored(scoring)
-        except WorkersLost as lost:
-            _tell_again(lost)
-            self.sync(self.committed[-1])
-            return []
+        except WorkersLost as error:
+            lost, scores = error, scoring.answered()
         with phase("canary"), self._quantized():
-            return self._compare_canary(scores)
+            spreads = self._compare_canary(scores)
+        if lost is None:
+            return spreads
+        _tell_again(lost)
+        self.sync(self.committed[-1])
+        return []
 
     def _quantized(self) -> AbstractContextManager[None]:
         """Inside, the trainer's weights are those that the rollout gets (sync.quantize). Collective."""
@@ -238,6 +244,8 @@ class Refit:
         model, parallel = self.engine.model, self.engine.model.parallel
         answers = [scores]
         dist.broadcast_object_list(answers, src=0)
+        if not answers[0]:
+            return []
         figures = torch.zeros(len(answers[0]), len(Spread._fields), dtype=torch.float64, device=parallel.device.device)
         for number, (url, (logprobs, routes)) in enumerate(answers[0]):
             (pack,) = make_packs([[0]], [self.canary], [1], parallel.layout, parallel.coord)

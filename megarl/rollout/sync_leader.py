@@ -63,15 +63,29 @@ class Scoring:
             finally:
                 server.close()
 
+        self._tokens, self._scores = len(canary), list[tuple[str, Canary]]()
         self._asked = [(worker.url, Future[bytes]()) for worker in workers]
         for worker, (_, answer) in zip(workers, self._asked, strict=True):
             threading.Thread(target=ask, args=[worker, answer], name="canary", daemon=True).start()
 
     def scores(self, here: Callable[[], Collection[str]]) -> list[tuple[str, Canary]]:
         """By URL, once all have answered. here: the URLs of the servers that are not lost. Raises RolloutError where
-        one refuses, is lost or does not answer in time.
+        one refuses, is lost or does not answer in time; answered() has the others' scores then.
         """
-        return [(url, self._score(url, answer, here)) for url, answer in self._asked]
+        errors: list[RolloutError] = []
+        self._scores = []
+        for url, answer in self._asked:
+            try:
+                self._scores.append((url, self._score(url, answer, here)))
+            except RolloutError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return self._scores
+
+    def answered(self) -> list[tuple[str, Canary]]:
+        """After scores(): of all that did."""
+        return self._scores
 
     def _score(self, url: str, answer: Future[bytes], here: Callable[[], Collection[str]]) -> Canary:
         while not answer.done() and url in here():
@@ -79,6 +93,9 @@ class Scoring:
         if not answer.done():
             raise ServerLost(f"rollout server {url}: lost before it had scored the canary")
         _, arrays = decode(answer.result())
+        if len(arrays["logprobs"]) != self._tokens - 1:
+            got = len(arrays["logprobs"])
+            raise RolloutError(f"rollout server {url}: {got} log-probabilities of the canary's {self._tokens} tokens")
         return Canary(arrays["logprobs"], arrays.get("routes"))
 
 

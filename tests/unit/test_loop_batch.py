@@ -331,6 +331,13 @@ class ScoredFleet:
     def scored(self, scoring: Any) -> list[tuple[str, Canary]]:
         if self.loses:
             raise WorkersLost("http://one is lost")
+        return self._scores()
+
+    def answered(self) -> list[tuple[str, Canary]]:
+        """Of a scoring, which this is too."""
+        return self._scores()[1:]
+
+    def _scores(self) -> list[tuple[str, Canary]]:
         return [(url, Canary(self.right + np.float32(off), None)) for url, off in self.wrong.items()]
 
 
@@ -397,6 +404,19 @@ def test_a_worker_lost_before_its_canary_leaves_no_other_uncompared(
     fleet.loses = True
     refit.settle()
     assert refit.sync(2)["sync/canary_max_diff"] == 0
+    fleet.loses, fleet.wrong["http://two"] = True, 0.5
+    with pytest.raises(UserError, match=DIFFERS):
+        refit.settle()
+
+
+def test_a_server_is_compared_as_it_sampled_before_another_sync_mends_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its responses would else be learnt from."""
+    monkeypatch.setattr(Refit, "connect", lambda refit: None)
+    refit, fleet = refitted(folder, "rollout.max_lag=1")
+    refit.sync(1)
+    monkeypatch.setattr(refit, "sync", lambda version: fleet.wrong.update({"http://two": 0.0}))
     fleet.loses, fleet.wrong["http://two"] = True, 0.5
     with pytest.raises(UserError, match=DIFFERS):
         refit.settle()
