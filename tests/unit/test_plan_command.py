@@ -6,8 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megarl.cli import main
+from megarl.config import load_config
+from megarl.estimate.cluster import Hosts, plan_run
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap, load_hf_config
+from megarl.weights.reshard.manifest import slice_plan
+from megarl.weights.reshard.rollout_layout import RolloutLayout
 
 
 def test_figures_of_a_layout(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,3 +42,15 @@ def test_figures_of_a_layout(run_yaml: Path, capsys: pytest.CaptureFixture[str])
 def test_an_impossible_layout_is_refused(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(run_yaml), "--world", "6"]) == 2
     assert "trainer ranks" in capsys.readouterr().err
+
+
+def test_the_sync_that_is_reported_is_the_one_that_runs(run_yaml: Path) -> None:
+    file = run_yaml.parent / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 2**18}))  # 32 MiB each for both ends
+    config = load_config(run_yaml, ["engine.dtype=bfloat16"])
+    found = plan_run(config, 8, 1, Hosts(8, 50.0))["sync"]
+    layout = Layout(**config.parallel.model_dump(), world=8)
+    weight_map = WeightMap(load_hf_config(config.model.path))
+    real = slice_plan(weight_map, layout, RolloutLayout(config.rollout.engines, 1), torch.bfloat16)
+    assert real.buckets > 1
+    assert (found["buckets"], found["messages"]) == (real.buckets, real.load.messages)

@@ -17,10 +17,8 @@ from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect, Shape
 from megarl.weights.reshard.message import Manifest, Message, TensorShard
-from megarl.weights.reshard.plan import Plan, make_plan
+from megarl.weights.reshard.plan import SLICE_BUCKET_BYTES, Plan, make_plan
 from megarl.weights.reshard.rollout_layout import RolloutLayout
-
-SLICE_BUCKET_BYTES = 16 * 2**20  # into one rollout rank: small enough that packing, the wire and checking overlap
 
 
 def wire_dtypes(weight_map: WeightMap, dtype: torch.dtype) -> dict[str, torch.dtype]:

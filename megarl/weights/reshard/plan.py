@@ -1,7 +1,7 @@
 """The plan of a resharded weight sync: which trainer rank sends which rectangle of which tensor to which rollout rank.
 Pure.
 
-    plan = make_plan(train_layout, rollout_layout, weight_map, itemsize=2)
+    plan = make_plan(train_layout, rollout_layout, weight_map, itemsize=2, bucket_bytes=SLICE_BUCKET_BYTES)
     for message in plan.sends(rank): ...     # trainer rank: what it packs and sends, bucket by bucket
     for message in plan.receives(rank): ...  # rollout rank, numbered engine by engine from 0: what comes in
     plan.shards(rank)                        # rollout rank: what it holds in the end
@@ -37,7 +37,7 @@ from megarl.weights.reshard.message import Message, Transfer
 from megarl.weights.reshard.pool import Overlap, Pool, Share, Source, overlap
 from megarl.weights.reshard.rollout_layout import Holders, RolloutLayout, rollout_rects
 
-BUCKET_BYTES = 256 * 2**20  # in one bucket, into one rollout rank
+SLICE_BUCKET_BYTES = 16 * 2**20  # into one rollout rank: small enough that packing, the wire and checking overlap
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Load:
 
 
 def make_plan(
-    train: Layout, rollout: RolloutLayout, weight_map: WeightMap, *, itemsize: int = 2, bucket_bytes: int = BUCKET_BYTES
+    train: Layout, rollout: RolloutLayout, weight_map: WeightMap, *, itemsize: int = 2, bucket_bytes: int
 ) -> Plan:
     """itemsize: bytes of an element on the wire (rollout.dtype); tensors in weight_map.hf_float32 take 4.
 
