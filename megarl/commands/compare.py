@@ -138,8 +138,9 @@ def describe(config: Config, engine: Engine, batch: Batch, responses: list[Compa
     """What compare.json holds, but for the worst tokens."""
     layout, cap = engine.model.parallel.layout, config.objective.is_cap
     sizes = [f"{name} {size}" for name, size in config.parallel.model_dump(exclude_none=True).items()]
-    trained = str(engine.model.parallel.device.dtype(config.engine.dtype)).removeprefix("torch.")
-    rolled_out = trained if config.rollout.dtype == "auto" else config.rollout.dtype
+    device = engine.model.parallel.device
+    trained = str(device.dtype(config.engine.dtype)).removeprefix("torch.")
+    rolled_out = config.rollout_dtype(on_gpu=device.device.type == "cuda")
     resolved = config.model_dump(mode="json")
     resolved["engine"]["dtype"], resolved["rollout"]["dtype"] = trained, rolled_out
     return {

@@ -65,6 +65,13 @@ class Config(Section):
             return self.replay.mode
         return {1: "none", 2: "R2"}.get(self.batch.minibatches, "R3")  # type: ignore[return-value]
 
+    def rollout_dtype(self, *, on_gpu: bool) -> Literal["float32", "bfloat16"]:
+        """In which rollout servers hold the weights, and are sent them: what rollout.dtype auto stands for."""
+        for dtype in (self.rollout.dtype, self.engine.dtype):
+            if dtype != "auto":
+                return dtype
+        return "bfloat16" if on_gpu else "float32"
+
     @property
     def server_context(self) -> int:
         """Tokens that a rollout server must hold for one request: the longest prompt and response, or the canary of a

@@ -42,7 +42,7 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
     rollout = RolloutLayout(config.rollout.engines, config.rollout.tp, rollout_ep)
     trained = ITEMSIZE[config.engine.dtype]
     training = training_of(config, layout, trained)
-    itemsize = trained if config.rollout.dtype == "auto" else ITEMSIZE[config.rollout.dtype]
+    itemsize = ITEMSIZE[config.rollout_dtype(on_gpu=True)]
     sync, rank_weights = _sync(weight_map, layout, rollout, itemsize, hosts)
     stages = []
     for stage in range(layout.pp):

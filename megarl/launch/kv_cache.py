@@ -56,5 +56,4 @@ def colocated_bytes(config: Config, weight_map: WeightMap, gpu_bytes: int) -> in
 
 
 def _itemsize(config: Config, on_gpu: bool) -> int:
-    dtype = config.rollout.dtype if config.rollout.dtype != "auto" else config.engine.dtype
-    return 4 if dtype == "float32" or (dtype == "auto" and not on_gpu) else 2
+    return 4 if config.rollout_dtype(on_gpu=on_gpu) == "float32" else 2

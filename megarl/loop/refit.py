@@ -50,7 +50,7 @@ class Refit:
         self.canary = torch.randint(model.weight_map.vocab_size, (CANARY_TOKENS,), generator=generator)
         device = model.parallel.device
         trained = device.dtype(config.engine.dtype)
-        self.rollout_dtype = trained if config.rollout.dtype == "auto" else device.dtype(config.rollout.dtype)
+        self.rollout_dtype = device.dtype(config.rollout_dtype(on_gpu=device.device.type == "cuda"))
         coarse = torch.bfloat16 if torch.bfloat16 in (trained, self.rollout_dtype) else torch.float32
         self.limits = CanaryLimits(config.sync.canary_tolerance, coarse)
         # Whether vLLM, loading model.path by itself, holds what the trainer would send at step 0.

@@ -52,14 +52,11 @@ def facts(config: Config) -> dict[str, Any]:
     """What trainers and servers must have alike, by the name under which a difference is told."""
     hf = load_hf_config(config.model.path)
     text = json.dumps({key: value for key, value in hf.items() if key not in UNUSED}, sort_keys=True)
-    dtype = config.rollout.dtype if config.rollout.dtype != "auto" else config.engine.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return {
         "megarl release": megarl.__version__,
         "vocabulary size": hf.get("vocab_size"),
         "config.json (its digest)": hashlib.sha256(text.encode()).hexdigest()[:12],
-        "dtype": dtype,
+        "dtype": config.rollout_dtype(on_gpu=torch.cuda.is_available()),
         "recording of routes": config.wants_routes,
     }
 

@@ -55,9 +55,7 @@ def api_server() -> str:
 def server_command(config: Config, here: str, port: int) -> list[str]:
     """The command line of the vLLM server. It listens at `here` alone: whoever reaches it may change its weights."""
     rollout, cuda = config.rollout, torch.cuda.is_available()
-    dtype = rollout.dtype if rollout.dtype != "auto" else config.engine.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if cuda else "float32"
+    dtype = config.rollout_dtype(on_gpu=cuda)
     length = config.server_context
     command = [sys.executable, "-m", api_server(), "--model", str(hf_files(config.model.path))]
     if hf_files(config.model.path) != Path(

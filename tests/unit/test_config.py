@@ -79,6 +79,20 @@ def test_default_replay_follows_the_degree_of_off_policiness(minibatches: int, m
     assert load_config(None, [f"batch.minibatches={minibatches}"]).replay_mode == mode
 
 
+@pytest.mark.parametrize(
+    ("rollout", "engine", "on_gpu", "dtype"),
+    [
+        ("float32", "bfloat16", True, "float32"),
+        ("auto", "bfloat16", False, "bfloat16"),
+        ("auto", "auto", True, "bfloat16"),
+        ("auto", "auto", False, "float32"),
+    ],
+)
+def test_rollout_dtype_auto_is_the_training_precision(rollout: str, engine: str, on_gpu: bool, dtype: str) -> None:
+    config = load_config(None, [f"rollout.dtype={rollout}", f"engine.dtype={engine}"])
+    assert config.rollout_dtype(on_gpu=on_gpu) == dtype
+
+
 def test_off_without_quotes(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("sync: {digests: off}")
     for config in (load_config(tmp_path / "run.yaml"), load_config(None, ["sync.digests=off"])):
