@@ -53,6 +53,11 @@ def hf_files(path: str | Path) -> Path:
     return inside if (inside / "config.json").is_file() else Path(path)
 
 
+def is_hf_folder(path: str | Path) -> bool:
+    """Whether a model.path is a Hugging Face folder, which vLLM reads by itself, and no Megatron checkpoint."""
+    return hf_files(path) == Path(path)
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 

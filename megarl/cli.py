@@ -173,12 +173,12 @@ def _options(args: argparse.Namespace, config: Config) -> list[str]:
 @contextlib.contextmanager
 def _served_model(args: argparse.Namespace, config: Config) -> Iterator[list[str]]:
     """Overrides by which vLLM alone serves the model: a checkpoint of a run is a Hugging Face folder meanwhile."""
-    from megarl.checkpoints import hf_files
+    from megarl.checkpoints import is_hf_folder
     from megarl.launch.processes import WITHOUT_ENGINE
 
     path = Path(config.model.path)
     routes = ["replay.mode=none", "replay.metrics=false"] if args.command == "eval" else []  # nobody looks at them
-    if args.command not in WITHOUT_ENGINE or hf_files(path) == path or args.dry_run:
+    if args.command not in WITHOUT_ENGINE or is_hf_folder(path) or args.dry_run:
         yield routes
         return
     from megarl.convert.to_hf import megatron_to_hf

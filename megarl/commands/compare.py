@@ -20,7 +20,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megarl.announce import announce, plural
-from megarl.checkpoints import hf_files
+from megarl.checkpoints import is_hf_folder
 from megarl.commands.arguments import parse
 from megarl.commands.jsonl import encode_npy
 from megarl.commands.score import HAS_ROUTE, LIVE_ROUTES, ROUTES, SCORE_GAP, WholePack, gather_packs
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 def must_send(config: Config) -> bool:
     """Whether vLLM cannot read from model.path the weights that a run would sample from."""
-    return config.sync.quantize != "none" or hf_files(config.model.path) != Path(config.model.path)
+    return config.sync.quantize != "none" or not is_hf_folder(config.model.path)
 
 
 def _prompts(config: Config, tokenizer: Any, given: str | None) -> list[Prompt]:

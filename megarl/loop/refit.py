@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.announce import announce
-from megarl.checkpoints import hf_files
+from megarl.checkpoints import is_hf_folder
 from megarl.config import CANARY_TOKENS, Config
 from megarl.engine.batch import make_packs
 from megarl.engine.build import Engine, route_shape
@@ -53,10 +53,9 @@ class Refit:
         self.rollout_dtype = device.dtype(config.rollout_dtype(on_gpu=device.device.type == "cuda"))
         coarse = torch.bfloat16 if torch.bfloat16 in (trained, self.rollout_dtype) else torch.float32
         self.limits = CanaryLimits(config.sync.canary_tolerance, coarse)
-        # Whether vLLM, loading model.path by itself, holds what the trainer would send at step 0.
-        from_disk = hf_files(config.model.path) == Path(
-            config.model.path
-        )  # of a Megatron checkpoint vLLM starts on dummy weights
+        # Whether vLLM, loading model.path by itself, holds what the trainer would send at step 0. Of a Megatron
+        # checkpoint it starts on dummy weights.
+        from_disk = is_hf_folder(config.model.path)
         self.disk_is_step_0 = (
             from_disk and config.sync.quantize == "none" and trained in (torch.float32, self.rollout_dtype)
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megarl.checkpoints import STATE, damage, hf_files
+from megarl.checkpoints import STATE, damage, hf_files, is_hf_folder
 from megarl.refusals.case import Case
 
 
@@ -34,7 +34,7 @@ def model_path(case: Case) -> str | None:
 
 def megatron_checkpoint(case: Case) -> str | None:
     folder = Path(case.config.model.path)
-    if hf_files(folder) == folder:
+    if is_hf_folder(folder):
         return None
     if not (folder / ".metadata").is_file():
         return f"model.path {str(folder)!r} is not a whole checkpoint, it has no .metadata; give another"
@@ -66,7 +66,7 @@ def architecture(case: Case) -> str | None:
 def weights(case: Case) -> str | None:
     """Raises UserError for a file that is missing or cut short, and a tensor that does not fit config.json."""
     folder = Path(case.config.model.path)
-    if hf_files(folder) != folder:
+    if not is_hf_folder(folder):
         from megarl.weights.files.megatron_folder import MegatronReader  # imports torch
 
         with MegatronReader(folder, case.weight_map):
@@ -85,7 +85,7 @@ def served_weights(case: Case) -> str | None:
     from megarl.weights.files.hf_index import INDEX, HfIndex, read_index
 
     folder = Path(case.config.model.path)
-    if hf_files(folder) != folder:
+    if not is_hf_folder(folder):
         return None  # the first sync brings the weights
     ours = set(HfIndex(folder).files)
     theirs, how = {file.name for file in folder.glob("*.safetensors")}, "too"

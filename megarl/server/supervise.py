@@ -18,7 +18,7 @@ import torch
 
 from megarl import door
 from megarl.addresses import set_interface
-from megarl.checkpoints import hf_files
+from megarl.checkpoints import hf_files, is_hf_folder
 from megarl.config import Config
 from megarl.errors import UserError
 from megarl.launch import kv_cache
@@ -58,9 +58,7 @@ def server_command(config: Config, here: str, port: int) -> list[str]:
     dtype = config.rollout_dtype(on_gpu=cuda)
     length = config.server_context
     command = [sys.executable, "-m", api_server(), "--model", str(hf_files(config.model.path))]
-    if hf_files(config.model.path) != Path(
-        config.model.path
-    ):  # a Megatron checkpoint: the trainers' first sync brings the weights
+    if not is_hf_folder(config.model.path):  # the trainers' first sync brings the weights
         command += ["--load-format", "dummy"]
     command += ["--host", here, "--port", str(port), "--dtype", dtype, "--tensor-parallel-size", str(rollout.tp)]
     command += ["--max-model-len", str(length), "--max-num-seqs", str(rollout.max_num_seqs), "--enable-prefix-caching"]
