@@ -152,13 +152,13 @@ def lay_out(engine: Any, config: Any, with_routes: bool, members: list[int] | No
         ]
         for n in lengths
     ]
-    multiple = parallel.layout.pp if parallel.layout.vpp > 1 else 1
     prompts = [p for p, _ in RESPONSES]
     chosen = list(range(len(RESPONSES))) if members is None else members
     rows = [lengths[i] - 1 for i in chosen]
-    places = assign(rows, parallel.layout.dp, config.engine.micro_batch_tokens, multiple)[parallel.coord.dp]
+    layout = parallel.layout
+    places = assign(rows, layout.dp, config.engine.micro_batch_tokens, layout.packs_multiple)[parallel.coord.dp]
     assigned = [[chosen[place] for place in pack] for pack in places]
-    packs = make_packs(assigned, tokens, prompts, parallel.layout, parallel.coord)
+    packs = make_packs(assigned, tokens, prompts, layout, parallel.coord)
     for pack in packs:
         responses = pack.responses
         prompt_lens = [prompts[i] for i in responses]

@@ -109,8 +109,7 @@ def _shares(chunk: list[dict[str, Any]], engine: Engine, config: Config) -> list
         if not members:
             continue
         lengths = [len(chunk[i]["tokens"]) - 1 for i in members]
-        multiple = layout.pp if layout.vpp > 1 else 1
-        assigned = assign(lengths, layout.dp, config.engine.micro_batch_tokens, multiple)
+        assigned = assign(lengths, layout.dp, config.engine.micro_batch_tokens, layout.packs_multiple)
         for replica, places in enumerate(assigned):
             packs = [[members[i] for i in pack] for pack in places]
             numbers = [i for pack in packs for i in pack]

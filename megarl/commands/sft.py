@@ -83,8 +83,7 @@ def tokenise(config: Config, folder: Path, *, main: bool) -> Shards:
 def local_packs(rows: list[int], engine: Engine, config: Config) -> list[list[int]]:
     """This rank's packs of one step, given the rows of its demonstrations."""
     layout, coord = engine.model.parallel.layout, engine.model.parallel.coord
-    multiple = layout.pp if layout.vpp > 1 else 1
-    return assign(rows, layout.dp, config.engine.micro_batch_tokens, multiple)[coord.dp]
+    return assign(rows, layout.dp, config.engine.micro_batch_tokens, layout.packs_multiple)[coord.dp]
 
 
 def lay_out(plan: StepPlan, tokens: list[list[Tensor]], shards: Shards, engine: Engine) -> list[Pack]:

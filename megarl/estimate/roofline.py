@@ -104,7 +104,7 @@ def packs_of(training: Training, work: Work) -> int:
     """Micro-batches of a replica in one mini-batch, full ones; under the interleaved schedule whole rounds of them."""
     layout = training.layout
     packs = max(1, -(-work.tokens // (work.minibatches * layout.dp * training.tokens)))
-    return -(-packs // layout.pp) * layout.pp if layout.vpp > 1 else packs
+    return -(-packs // layout.packs_multiple) * layout.packs_multiple
 
 
 def _stage_passes(

@@ -257,14 +257,13 @@ def lay_out(metas: Sequence[Meta], groups: list[int], config: Config, layout: La
     denominator = torch.ones(len(metas), dtype=torch.float64)
     assignment: list[list[list[int]]] = [[] for _ in range(layout.dp)]
     counts = []
-    multiple = layout.pp if layout.vpp > 1 else 1
     for members in minibatches(metas, groups, config.batch.minibatches):
         chosen = torch.tensor(members)
         if not lengths[chosen].any():
             continue  # an update without a token: its loss would be 0/0, and Adam would move by its momentum
         denominator[chosen] = denominators(lengths[chosen], of_group[chosen], config.objective)
         rows = [metas[i].rows for i in members]
-        packed = assign(rows, layout.dp, config.engine.micro_batch_tokens, multiple)
+        packed = assign(rows, layout.dp, config.engine.micro_batch_tokens, layout.packs_multiple)
         counts.append(len(packed[0]))
         for replica, packs in enumerate(packed):
             assignment[replica] += [[members[i] for i in pack] for pack in packs]

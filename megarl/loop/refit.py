@@ -257,7 +257,7 @@ class Refit:
                 except ValueError as wrong:
                     raise UserError(f"weight sync: routes of the canary from {url}: {wrong}") from None
                 attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), parallel, self.route_shape)
-            packs = [pack] * (parallel.layout.pp if parallel.layout.vpp > 1 else 1)
+            packs = [pack] * parallel.layout.packs_multiple
             scored = self.engine.logprobs(packs, "off" if pack.rollout.routes is None else "replay", temperature=1.0)
             if scored:
                 ours = scored[0].logprobs[: CANARY_TOKENS - 1].cpu()

@@ -33,7 +33,7 @@ LAYOUTS = [
 
 def measure(layout: Layout, rows: list[int], budget: int) -> tuple[float, float, float]:
     """(padding share of rows, padding share of attention's rectangles, imbalance)."""
-    packed = assign(rows, layout.dp, budget, layout.pp if layout.vpp > 1 else 1)
+    packed = assign(rows, layout.dp, budget, layout.packs_multiple)
     computed = cells = 0
     for packs in packed:
         lengths = pack_lengths([sum(rows[i] for i in pack) for pack in packs], layout)

@@ -28,6 +28,11 @@ class Layout:
         """Replicas of an expert."""
         return self.world // (self.etp * self.ep * self.pp)
 
+    @property
+    def packs_multiple(self) -> int:
+        """A replica's packs of one pass are a multiple of it: the interleaved schedule takes them in rounds of pp."""
+        return self.pp if self.vpp > 1 else 1
+
     def coord(self, rank: int) -> Coord:
         per_stage = self.world // self.pp
         pp, inside = divmod(rank, per_stage)
