@@ -132,7 +132,7 @@ class SyncLeader:
         self._servers = [Server(worker.url, settings.timeout_s, worker.tokens.control) for worker in workers]
         self._pool = ThreadPoolExecutor(len(workers) + 1, "weight-sync")
         self._lone = sum(worker.tp for worker in workers) == 1
-        self._deadline = 0.0
+        self._limit_s = self._deadline = 0.0  # of the step that was posted last
         self.seconds: dict[str, float] = {}  # of the last push()
 
     def init(
@@ -163,7 +163,6 @@ class SyncLeader:
             }
             bodies.append({"init": init, "remember_disk": remember_disk})
             rank += worker.tp
-        self._deadline = time.monotonic() + self.settings.timeout_s
         posts = self._post("init", bodies)
         group = self._pool.submit(join)
         self._await([*posts, group])
@@ -184,15 +183,14 @@ class SyncLeader:
         RolloutError, one line that names the server and, where bytes differ, tensor, rank and slice.
         """
         if in_flight:
-            self._deadline = time.monotonic() + in_flight.drain_s
-            self._await(self._post("pause", [{"in_flight": in_flight.how}] * len(self._servers)))
+            paused = self._post("pause", [{"in_flight": in_flight.how}] * len(self._servers), in_flight.drain_s)
+            self._await(paused)
         start = time.monotonic()
         body = {"load": self._lone, "canary": canary, "version": in_flight.version if in_flight else 0}
         with phase("sync_receive"):
             answers = self._receive(body, send, abort)
         received = time.monotonic()
         if not self._lone:
-            self._deadline = time.monotonic() + self.settings.timeout_s
             answers = self._await(self._post("load", [body] * len(self._servers)))
         self.seconds = {
             "receive": received - start,
@@ -203,7 +201,6 @@ class SyncLeader:
         return [Canary(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)]
 
     def _receive(self, body: dict[str, Any], send: Callable[[], None], abort: Callable[[], None]) -> list[bytes]:
-        self._deadline = time.monotonic() + self.settings.timeout_s
         posts = self._post("receive", [body] * len(self._servers))
         for post in posts:
             post.add_done_callback(lambda done: abort() if done.exception() else None)
@@ -229,8 +226,8 @@ class SyncLeader:
         that had been updated before anybody asked, is told of, and held by checksums and the canary.
         """
         read_s = reading_s(Path(folder)) if folder is not None else 0.0
-        self._deadline = time.monotonic() + self.settings.timeout_s + read_s
-        answers = self._await(self._post("check", [{"folder": folder}] * len(self._servers)))
+        within_s = self.settings.timeout_s + read_s
+        answers = self._await(self._post("check", [{"folder": folder}] * len(self._servers), within_s))
         for server, answer in zip(self._servers, answers, strict=True):
             if not json.loads(answer)["compared"]:
                 why = f"does not see {folder}" if folder is not None else "has served other trainers of this run"
@@ -243,7 +240,6 @@ class SyncLeader:
         """Sets the version of all servers, which serve again from here on. ask_agreeing: returns the parts of the model
         that every rank of theirs is seen to hold as received (bit_sums.py).
         """
-        self._deadline = time.monotonic() + self.settings.timeout_s
         body = {"version": version, "agreeing": ask_agreeing}
         answers = [json.loads(answer) for answer in self._await(self._post("commit", [body] * len(self._servers)))]
         for server, answer in zip(self._servers, answers, strict=True):
@@ -258,7 +254,6 @@ class SyncLeader:
 
     def turn(self, step: Literal["sleep", "wake"]) -> None:
         """All servers give their GPU memory up, or take it back, before this returns."""
-        self._deadline = time.monotonic() + self.settings.timeout_s
         self._await(self._post(step, [{}] * len(self._servers)))
 
     def close(self) -> None:
@@ -266,17 +261,19 @@ class SyncLeader:
             server.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _post(self, step: str, bodies: list[dict[str, Any]]) -> list[Future[bytes]]:
-        left = max(self._deadline - time.monotonic(), 0.1)
+    def _post(self, step: str, bodies: list[dict[str, Any]], within_s: float | None = None) -> list[Future[bytes]]:
+        """A body to each server. within_s: how long all may take over the step; None is sync.timeout_s."""
+        self._limit_s = self.settings.timeout_s if within_s is None else within_s
+        self._deadline = time.monotonic() + self._limit_s
         self._errors: list[BaseException] = []  # in the order in which they came: the first is the cause of the others
         return [
-            self._pool.submit(self._post_one, server, step, body, left)
+            self._pool.submit(self._post_one, server, step, body, self._limit_s)
             for server, body in zip(self._servers, bodies, strict=True)
         ]
 
-    def _post_one(self, server: Server, step: str, body: dict[str, Any], left: float) -> bytes:
+    def _post_one(self, server: Server, step: str, body: dict[str, Any], within_s: float) -> bytes:
         try:
-            return server.post(f"/megarl/sync/{step}", body, left)
+            return server.post(f"/megarl/sync/{step}", body, within_s)
         except BaseException as error:
             self._errors.append(error)
             raise
@@ -294,6 +291,6 @@ class SyncLeader:
                 server.url for server, post in zip(self._servers, posts, strict=False) if post in pending
             )
             raise ServerSilent(
-                f"weight sync: no answer within {self.settings.timeout_s:.0f} s from rollout server {late or '(group)'}"
+                f"weight sync: no answer within {self._limit_s:.0f} s from rollout server {late or '(group)'}"
             )
         return [post.result() for post in posts]
