@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         for answered in respond(config, tokenizer, prompts, settings.samples, settings.temperature):
             scores += answered.scores
             lengths += [len(response.logprobs) for response in answered.responses]
-            cut += sum(response.finish_reason == "length" for response in answered.responses)
+            cut += sum(response.truncated for response in answered.responses)
             for row in answered.rows():
                 write(row)
     figures = {

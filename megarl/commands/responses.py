@@ -71,7 +71,7 @@ def respond(config: Config, tokenizer: Any, prompts: list[Prompt], n: int, tempe
         with fleet.watched(), _asking(fleet, config, prompts, n, temperature, list(ends)) as groups:
             for prompt, group in zip(prompts, groups, strict=True):
                 inputs = [
-                    texts.input(r.tokens, r.prompt_len, prompt.text, prompt.answer, prompt.row, _is_cut(r))
+                    texts.input(r.tokens, r.prompt_len, prompt.text, prompt.answer, prompt.row, r.truncated)
                     for r in group
                 ]
                 scored = scorer.score(inputs) if scorer and prompt.has_answer else []
@@ -83,10 +83,6 @@ def respond(config: Config, tokenizer: Any, prompts: list[Prompt], n: int, tempe
             scorer.close()
         fleet.close()
     dist.destroy_process_group()
-
-
-def _is_cut(response: Response) -> bool:
-    return response.finish_reason == "length"
 
 
 @contextmanager

@@ -44,7 +44,9 @@ def sharded_state(optimizer: Any, weights: dict[str, Any], *, loading: bool) -> 
     weights: the model's sharded state, of the same layout, from which each tensor takes its place.
     """
     return {
-        str(i): (_of_shards if isinstance(part, DistributedOptimizer) else _of_tensors)(part, weights, loading)
+        str(i): _of_shards(part, weights, loading)
+        if isinstance(part, DistributedOptimizer)
+        else _of_tensors(part, weights)
         for i, part in enumerate(parts_of(optimizer))
     }
 
@@ -62,7 +64,7 @@ def restore_state(optimizer: Any, loaded: dict[str, State], steps: int) -> None:
         _set_steps(part.optimizer, steps)
 
 
-def _of_tensors(part: Any, weights: dict[str, Any], loading: bool) -> State:
+def _of_tensors(part: Any, weights: dict[str, Any]) -> State:
     _give_moments(part.optimizer)
     places = {id(sharded.data): sharded for sharded in nested_values(extract_sharded_tensors_and_factories(weights)[0])}
     return {

@@ -134,7 +134,7 @@ class ScoredRollouts:
             version=min(versions, default=self.steps_done),
             owner=self.parallel.coord.rank,
             has_routes=response.routes is not None,
-            truncated=response.finish_reason == "length",
+            truncated=response.truncated,
             line=rollout.prompt.line,
             fault=fault,
             spans=tuple((span["version"], span["start"], span["end"]) for span in response.weight_versions),

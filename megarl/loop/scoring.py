@@ -29,9 +29,8 @@ class RewardScorer:
 
     def _input(self, rollout: Rollout) -> RewardInput:
         response, prompt = rollout.response, rollout.prompt
-        truncated = response.finish_reason == "length"
         return self._texts.input(
-            response.tokens, response.prompt_len, prompt.text, prompt.answer, prompt.row, truncated
+            response.tokens, response.prompt_len, prompt.text, prompt.answer, prompt.row, response.truncated
         )
 
     def close(self) -> None:

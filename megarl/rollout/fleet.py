@@ -95,10 +95,6 @@ class Fleet:
             eyes = open_store(host, port, is_master=False, timeout_s=self._wait_s)
             self._watch = Watch(eyes, self._seen)
 
-    @property
-    def urls(self) -> list[str]:
-        return [worker.url for worker in self.workers]
-
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Turns a broken connection into the worker's own account of its death, where it left one."""

@@ -25,6 +25,11 @@ class Response:
     weight_versions: list[dict[str, int]]  # spans {version, start, end} over response tokens
     finish_reason: Literal["stop", "length"]
 
+    @property
+    def truncated(self) -> bool:
+        """Whether it ended at the limit of its length, and not by itself."""
+        return self.finish_reason == "length"
+
 
 def responses_of(body: bytes | memoryview, prompts: list[list[int]], n: int) -> list[list[Response]]:
     """An answer of /megarl/generate as n responses to each prompt; log-probabilities and routes are views of `body`."""

@@ -1,4 +1,4 @@
-"""Full Hugging Face tensors at one rank, streamed in buckets: the
+"""Full Hugging Face tensors at rank 0, streamed in buckets: the
 oracle path of the weight sync, and how a checkpoint is exported.
 
 The plan is pure: every rank computes from the weight map which
@@ -58,10 +58,9 @@ def gather_full(
     params: Iterable[tuple[Param, Tensor]],
     rank: int,
     dtype: torch.dtype,
-    root: int = 0,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, full tensor) at `root`; nothing elsewhere. Every rank must exhaust it.
+    """Yields (name, full tensor) at rank 0; nothing elsewhere. Every rank must exhaust it.
 
     Tensors come in `dtype`, except those that stay float32 (WeightMap.hf_float32): these come first.
     """
@@ -74,8 +73,8 @@ def gather_full(
         shapes = {name: shape for name, shape in weight_map.hf_shapes.items() if name in of_dtype}
         sized = ((name, math.prod(shape) * wire_dtype.itemsize) for name, shape in shapes.items())
         for names in fill_buckets(sized, bucket_bytes):
-            incoming = _exchange([send for name in names for send in plan[name]], tensors, rank, wire_dtype, root)
-            if rank == root:
+            incoming = _exchange([send for name in names for send in plan[name]], tensors, rank, wire_dtype)
+            if rank == 0:
                 for name in names:
                     full = torch.empty(shapes[name], dtype=wire_dtype, device=device)
                     for send in plan[name]:
@@ -84,17 +83,15 @@ def gather_full(
                     yield name, full
 
 
-def _exchange(
-    sends: list[Send], tensors: Tensors, rank: int, dtype: torch.dtype, root: int
-) -> dict[int, Iterator[Tensor]]:
-    """One bucket. At the root, for each rank that sends: its blocks, flat, in the order of `sends`."""
+def _exchange(sends: list[Send], tensors: Tensors, rank: int, dtype: torch.dtype) -> dict[int, Iterator[Tensor]]:
+    """One bucket. At rank 0, for each rank that sends: its blocks, flat, in the order of `sends`."""
     ours = [send.transfer.cut(tensors).to(dtype).flatten() for send in sends if send.rank == rank]
-    if rank != root:
+    if rank != 0:
         if ours:
-            dist.send(torch.cat(ours), dst=root)
+            dist.send(torch.cat(ours), dst=0)
         return {}
-    incoming = {rank: iter(ours)}
-    for source in sorted({send.rank for send in sends} - {root}):
+    incoming = {0: iter(ours)}
+    for source in sorted({send.rank for send in sends} - {0}):
         sizes = [send.transfer.rect.numel for send in sends if send.rank == source]
         buffer = torch.empty(sum(sizes), dtype=dtype, device=next(iter(tensors.values())).device)
         dist.recv(buffer, src=source)
