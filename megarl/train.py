@@ -49,7 +49,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     prompts = load_run_prompts(config, tokenizer)
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content_digest(config.data.prompts))
     learner = Learner(config, engine)
-    dull, stop = DullSteps(config), ""
+    dull, why = DullSteps(config), ""  # why the run ends early; empty: it goes on
     step = done = 0  # rollout steps, optimizer steps
     if state := resume(Path(config.run.dir), engine, learner.critic):
         step, done = state["step"], state["optimizer_steps"]
@@ -70,7 +70,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
         announce("sending the weights to the rollout servers for the first time")
         refit.sync(done)
         evaluation.catch_up(step)
-        while step < config.train.steps and not (stop or saver.ending):
+        while step < config.train.steps and not (why or saver.ending):
             start = time.perf_counter()
             refit.ready(done, saver.stop)
             rollouts = ScoredRollouts(config, parallel, done, refit.committed)
@@ -88,8 +88,8 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done), **fleet.figures()}
             seconds = time.perf_counter() - start
             metrics |= rates(metrics, seconds) | source.metrics(seconds)
-            stop = dull.add(step, metrics) or learner.guard.gives_up(step)
-            last = bool(stop) or step == config.train.steps
+            why = dull.add(step, metrics) or learner.guard.gives_up(step)
+            last = bool(why) or step == config.train.steps
             due = saver.due(step, {"optimizer_steps": done, "stream": source.state_dict()}, last=last)
             if output:
                 output.write(step, metrics, batch.samples, learned.notes)
@@ -114,8 +114,8 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
         stall.close()
     if output:
         output.close()
-    if stop:
-        raise UserError(stop)
+    if why:
+        raise UserError(why)
     saver.end()
 
 

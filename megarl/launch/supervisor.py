@@ -32,7 +32,9 @@ STOPPED_S = 15.0  # a process that is stopped for so long is taken for dead
 
 @dataclass
 class Process:
-    """One process to start. `env` is added to ours. `stdout` None is our own terminal; stderr always goes to `log`."""
+    """One process to start. `env` is added to ours. stderr goes to `log`; so does stdout, or, with stdout_to_terminal,
+    to our own terminal.
+    """
 
     name: str
     argv: list[str]

@@ -57,7 +57,7 @@ class Sampler:
 
     def __init__(self, config: Config, engine: Engine, client: RolloutClient | None, tokenizer: Any) -> None:
         self.config, self.client = config, client
-        self.stop = list(vocabulary_of(config, tokenizer).ends)
+        self.stop_token_ids = list(vocabulary_of(config, tokenizer).ends)
         self.parallel, self.weight_map = engine.model.parallel, engine.model.weight_map
         self.wants_routes = config.wants_routes and bool(self.weight_map.moe_layers)
         self.wait_s = longest_wait_s(config.rollout.request_timeout_s)  # which is no stall
@@ -117,7 +117,8 @@ class Sampler:
         if self.client is None or not prompts:
             return []
         tokens = [prompt.tokens for prompt in prompts]
-        return self.client.generate(tokens, n, temperature, self.config.rollout.max_new_tokens, self.stop, seed=seed)
+        longest = self.config.rollout.max_new_tokens
+        return self.client.generate(tokens, n, temperature, longest, self.stop_token_ids, seed=seed)
 
     def _served(self, ask: Callable[[], list[list[Response]]]) -> list[list[Response]]:
         """Collective: what ask() gives, asked again on the ranks that found no server, once recover() has brought

@@ -205,7 +205,7 @@ class Overlapped:
         config, n = self.config, self.config.batch.group
         rollout = config.rollout
         seed = config.run.seed * 1_000_003 * 1_000_003 % 2**31 + group.number * n
-        sampling = sampling_of(n, rollout.temperature, rollout.max_new_tokens, self.sampler.stop)
+        sampling = sampling_of(n, rollout.temperature, rollout.max_new_tokens, self.sampler.stop_token_ids)
         return Request([self.prompts[group.index].tokens], n, sampling, [seed], self._done)
 
     def _take(self, stop: StopRequest | None) -> list[_Finished]:

@@ -22,6 +22,7 @@ from megarl.config import Config
 from megarl.errors import Stopped, UserError
 from megarl.rollout.client import RolloutClient, answering
 from megarl.rollout.members import Seen, Watch
+from megarl.rollout.patience import ACCOUNT_S, ENGINE_ACCOUNT_S
 from megarl.rollout.registry import (
     Refusals,
     RolloutError,
@@ -38,7 +39,6 @@ from megarl.rollout.wire import ENGINE_DIED
 from megarl.weights.transport.send import Outgoing, WeightSender
 
 T = TypeVar("T")
-ACCOUNT_S, ENGINE_ACCOUNT_S = 5.0, 60.0  # how long a failure waits for the worker's own account of it
 
 
 class WorkersLost(RolloutError):

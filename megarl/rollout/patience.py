@@ -8,6 +8,8 @@ from pathlib import Path
 
 STALE_S = 15.0  # a worker that has not beaten for so long is taken for dead
 ANSWER_S = 10.0  # a server that takes longer to say its version is left out of a step and of a sync
+ACCOUNT_S = 5.0  # how long a failure waits for the worker's own account of it
+ENGINE_ACCOUNT_S = 60.0  # the same where its engine died
 # A request may be what kills the engines that it meets. It is given up once so many servers were lost by what may be
 # its doing: while it was at work there the engine died, the connection broke, or the answer did not come in time (a
 # limit that is too short would else be met without end). A server that was not reached, whose host is silent, that the

@@ -27,13 +27,12 @@ import numpy as np
 
 from megarl.announce import announce
 from megarl.rollout.client import Server
-from megarl.rollout.patience import reading_s
+from megarl.rollout.patience import ACCOUNT_S, reading_s
 from megarl.rollout.registry import RolloutError, ServerLost, ServerSilent, WorkerInfo
 from megarl.rollout.wire import decode
 
 Phase = Callable[[str], AbstractContextManager[None]]
 POLL_S = 0.2
-ACCOUNT_S = 5.0  # how long a failed send waits for the server's own account of it
 
 
 def untraced(name: str) -> AbstractContextManager[None]:

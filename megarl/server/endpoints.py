@@ -9,6 +9,7 @@
     POST /megarl/sync/load      load it, drop the prefix cache, score the canary where one is given
     POST /megarl/sync/check     compare digests with an engine loaded from disk
     POST /megarl/sync/commit    set the version
+    POST /megarl/sync/version   which version the engine holds
     POST /megarl/sync/sleep     give the GPU's memory to the trainer (launch.colocate): the weights go to host memory,
                                 the KV cache goes
     POST /megarl/sync/wake      take it back

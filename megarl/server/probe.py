@@ -11,7 +11,7 @@ from megarl.door import header
 from megarl.rollout.registry import BEAT_S, WorkerInfo
 
 ALIVE = "/megarl/alive"
-ANSWER_S = 5.0  # of one question; an engine answers between two of its steps
+PROBE_S = 5.0  # of one question; an engine answers between two of its steps
 
 
 class Probe:
@@ -34,7 +34,7 @@ class Probe:
     def _ask(self) -> None:
         while not self._over.wait(BEAT_S):
             try:
-                with urllib.request.urlopen(self._request, timeout=ANSWER_S) as answer:
+                with urllib.request.urlopen(self._request, timeout=PROBE_S) as answer:
                     self.running = int(json.loads(answer.read())["running"])
                 self._answered = time.monotonic()
             except (OSError, ValueError):  # HTTPError is an OSError

@@ -100,7 +100,7 @@ class Bench:
         self.client = RolloutClient([self.server.info()], 20)
         sampler: Any = SimpleNamespace(
             client=self.client,
-            stop=[],
+            stop_token_ids=[],
             check_routes=lambda rollouts: None,
             parallel=SimpleNamespace(layout=SimpleNamespace(dp=1), coord=SimpleNamespace(dp=0), is_main=True),
         )
