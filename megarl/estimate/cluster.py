@@ -14,7 +14,7 @@ from megarl.config import Config
 from megarl.estimate.memory import Training, stage_memory
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
-from megarl.weights.reshard.plan import SLICE_BUCKET_BYTES, make_plan
+from megarl.weights.reshard.plan import make_plan
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 
 ITEMSIZE = {"auto": 2, "bfloat16": 2, "float32": 4}  # a plan is for a cluster: auto is bfloat16 there
@@ -78,7 +78,7 @@ def _sync(
     weight_map: WeightMap, layout: Layout, rollout: RolloutLayout, itemsize: int, hosts: Hosts
 ) -> tuple[dict[str, Any], int]:
     """Figures of one resharded sync, and the bytes of weights on the fullest rollout rank."""
-    plan = make_plan(layout, rollout, weight_map, itemsize=itemsize, bucket_bytes=SLICE_BUCKET_BYTES)
+    plan = make_plan(layout, rollout, weight_map, itemsize=itemsize)
     load, held_bytes = plan.load, plan.held_bytes()
     out = np.add.reduceat(load.sent, np.arange(0, layout.world, hosts.gpus))
     into = np.add.reduceat(load.received, np.arange(0, rollout.world, hosts.gpus))

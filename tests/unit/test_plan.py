@@ -18,6 +18,7 @@ from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect
 from megarl.weights.reshard.plan import Plan, make_plan
 from megarl.weights.reshard.rollout_layout import RolloutLayout, rollout_rects
+from tools.bench.plan import CASES
 
 Slices = dict[str, torch.Tensor]
 LAYOUTS = [  # what random ones might miss
@@ -168,6 +169,13 @@ def test_replicas_share_the_sending_evenly_in_all_and_in_every_bucket(
         for message in plan.sends(rank):
             by_bucket[message.bucket, rank] += message.numel
     assert (by_bucket.max(1) <= 1.25 * by_bucket.mean(1)).all()
+
+
+def test_in_a_large_model_no_bucket_waits_for_a_few_senders() -> None:
+    """1,024 ranks into 32 engines: if every bucket took what its busiest sender takes, receivers would be the limit."""
+    hf, train, rollout = CASES["qwen3-235b"]
+    load = make_plan(train, rollout, WeightMap(hf)).load
+    assert load.lockstep <= load.received.max()
 
 
 def test_keys_and_values_are_replicated_where_there_are_more_ranks_than_heads(hf_config: dict[str, Any]) -> None:

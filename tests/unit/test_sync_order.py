@@ -75,7 +75,8 @@ def noted(train: Layout, rollout: RolloutLayout, hf: dict[str, Any], monkeypatch
     """What the host of each rank does, senders first."""
     weight_map, dtype = WeightMap(hf), torch.bfloat16
     monkeypatch.setattr(send, "WeightGroup", lambda store, name, rank, *rest: Noted(rank))
-    monkeypatch.setattr("megarl.weights.reshard.manifest.SLICE_BUCKET_BYTES", 20_000)
+    for bound in ("LEAST_BUCKET", "MOST_BUCKET"):
+        monkeypatch.setattr(f"megarl.weights.reshard.plan.{bound}", 20_000)
     hosts = []
     for rank in range(train.world):
         sender = send.WeightSender(None, "", rank, 0, 1.0, torch.device("cpu"))  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megarl.weights.map.layout import Layout  # noqa: E402
 from megarl.weights.map.weight_map import WeightMap  # noqa: E402
-from megarl.weights.reshard.plan import SLICE_BUCKET_BYTES, Plan, make_plan  # noqa: E402
+from megarl.weights.reshard.plan import Plan, make_plan  # noqa: E402
 from megarl.weights.reshard.rollout_layout import RolloutLayout  # noqa: E402
 
 QWEN3_235B = {
@@ -90,7 +90,7 @@ CASES: dict[str, tuple[dict[str, Any], Layout, RolloutLayout]] = {
 
 def measure(hf: dict[str, Any], train: Layout, rollout: RolloutLayout) -> dict[str, Any]:
     start = time.process_time()
-    plan = make_plan(train, rollout, WeightMap(hf), bucket_bytes=SLICE_BUCKET_BYTES)
+    plan = make_plan(train, rollout, WeightMap(hf))
     planned = time.process_time()
     load = plan.load
     summed = time.process_time()

@@ -17,7 +17,7 @@ from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect, Shape
 from megarl.weights.reshard.message import Manifest, Message, TensorShard
-from megarl.weights.reshard.plan import SLICE_BUCKET_BYTES, Plan, make_plan
+from megarl.weights.reshard.plan import Plan, make_plan
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 
 
@@ -28,7 +28,7 @@ def wire_dtypes(weight_map: WeightMap, dtype: torch.dtype) -> dict[str, torch.dt
 
 def slice_plan(weight_map: WeightMap, train: Layout, rollout: RolloutLayout, dtype: torch.dtype) -> Plan:
     """The plan that both ends follow under sync.transport reshard."""
-    return make_plan(train, rollout, weight_map, itemsize=dtype.itemsize, bucket_bytes=SLICE_BUCKET_BYTES)
+    return make_plan(train, rollout, weight_map, itemsize=dtype.itemsize)
 
 
 def slice_manifest(plan: Plan, weight_map: WeightMap, dtype: torch.dtype, rank: int) -> Manifest:

@@ -1,7 +1,7 @@
 """The plan of a resharded weight sync: which trainer rank sends which rectangle of which tensor to which rollout rank.
 Pure.
 
-    plan = make_plan(train_layout, rollout_layout, weight_map, itemsize=2, bucket_bytes=SLICE_BUCKET_BYTES)
+    plan = make_plan(train_layout, rollout_layout, weight_map, itemsize=2)
     for message in plan.sends(rank): ...     # trainer rank: what it packs and sends, bucket by bucket
     for message in plan.receives(rank): ...  # rollout rank, numbered engine by engine from 0: what comes in
     plan.shards(rank)                        # rollout rank: what it holds in the end
@@ -37,7 +37,10 @@ from megarl.weights.reshard.message import Message, Transfer
 from megarl.weights.reshard.pool import Overlap, Pool, Share, Source, overlap
 from megarl.weights.reshard.rollout_layout import Holders, RolloutLayout, rollout_rects
 
-SLICE_BUCKET_BYTES = 16 * 2**20  # into one rollout rank: small enough that packing, the wire and checking overlap
+# Of a bucket into one rollout rank. On a small model so small that packing, the wire and checking overlap; on a large
+# one so large that it has tensors of most senders: where few of them send at a time, all wait for these.
+LEAST_BUCKET, MOST_BUCKET = 16 * 2**20, 256 * 2**20
+BUCKETS = 128  # of a model between the two
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class Load:
 
 
 def make_plan(
-    train: Layout, rollout: RolloutLayout, weight_map: WeightMap, *, itemsize: int = 2, bucket_bytes: int
+    train: Layout, rollout: RolloutLayout, weight_map: WeightMap, *, itemsize: int = 2, bucket_bytes: int | None = None
 ) -> Plan:
-    """itemsize: bytes of an element on the wire (rollout.dtype); tensors in weight_map.hf_float32 take 4.
+    """itemsize: bytes of an element on the wire (rollout.dtype); tensors in weight_map.hf_float32 take 4. bucket_bytes:
+    None is what the model's size asks for.
 
     Raises UserError where vLLM cannot cut the model so, RuntimeError
     where the trainers do not hold exactly what the rollout ranks want.
@@ -66,14 +70,15 @@ class Plan:
     """See the module. `buckets` is their number. Nothing is listed before a rank asks for its own."""
 
     def __init__(
-        self, train: Layout, rollout: RolloutLayout, weight_map: WeightMap, itemsize: int, bucket_bytes: int
+        self, train: Layout, rollout: RolloutLayout, weight_map: WeightMap, itemsize: int, bucket_bytes: int | None
     ) -> None:
         self.train, self.rollout = train, rollout
         self.rects = rollout_rects(weight_map, rollout)
         self._itemsize = {name: 4 if name in weight_map.hf_float32 else itemsize for name in self.rects}
         self._pools = _pools(train, rollout, weight_map, self.rects)
         self._check_coverage()
-        self.bucket_of = self._fill_buckets(bucket_bytes)  # Hugging Face name -> bucket
+        fitting = min(max(int(self.held_bytes().max()) // BUCKETS, LEAST_BUCKET), MOST_BUCKET)
+        self.bucket_of = self._fill_buckets(bucket_bytes or fitting)  # Hugging Face name -> bucket
         self.buckets = 1 + max(self.bucket_of.values())
         self._shares: list[list[tuple[Pool, Share]]] = [[] for _ in range(self.buckets)]
         for pool in self._pools:
