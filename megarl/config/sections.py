@@ -324,7 +324,7 @@ class LaunchConfig(Section):
     store: str = Field(
         "127.0.0.1:0",
         description=(
-            "host:port that rank 0 opens and rollout workers join; with port 0 rank 0 draws one, and prints it where "
+            "host:port that rank 0 opens and rollout workers join; port 0 is drawn at the start, and printed where "
             "workers are started apart."
         ),
     )

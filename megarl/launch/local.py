@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from megarl.announce import announce, plural
 from megarl.checkpoints import newest, step_of
-from megarl.door import RUN_SECRET, new_secret
+from megarl.door import RUN_SECRET, new_secret, run_secret
 from megarl.launch.backoff import Backoff
 from megarl.launch.lock import owned
 from megarl.launch.processes import Plan
@@ -30,13 +29,16 @@ def launch(plan: Plan, done: Callable[[], int] = lambda: 0) -> int:
     """Starts every process of `plan`, waits, ends them all; returns the exit status. done(): the last step of the run
     that has metrics. UserError where run.dir is in use.
     """
-    secret = os.environ.get(RUN_SECRET) or new_secret()
+    secret = run_secret() or (new_secret() if plan.rollouts else "")  # workers that others start cannot know a new one
     with owned(plan.log_dir), scratch() as environment:
         for process in [plan.trainer, *plan.rollouts]:
             process.env |= {RUN_SECRET: secret, **environment}
         _fresh(plan.log_dir)
         workers = f" and {plural(len(plan.rollouts), 'rollout worker')}" if plan.rollouts else ""
         announce(f"starting {plural(plan.ranks, 'trainer rank')}{workers}; logs in {plan.log_dir}")
+        if plan.store:
+            token = " and this MEGARL_TOKEN" if secret else ""
+            announce(f"rollout workers join by megarl rollout CONFIG launch.store={plan.store}{token}")
         return supervise(
             plan.trainer,
             plan.rollouts,

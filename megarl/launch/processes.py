@@ -28,8 +28,8 @@ WRITES_RUN = ("run", "train", "sft")  # the others only read, and leave a run's 
 @dataclass(frozen=True)
 class Plan:
     """The trainer ranks (under torchrun) and the rollout workers that serve them. stop_s: how long the ranks may take
-    to end by themselves after a signal. max_restarts: of a rollout worker;
-    trainer_restarts: of the ranks.
+    to end by themselves after a signal. max_restarts: of a rollout worker; trainer_restarts: of the ranks. store: where
+    workers that others start find the run, if that was drawn here.
     """
 
     trainer: Process
@@ -39,6 +39,7 @@ class Plan:
     stop_s: float = 0.0
     max_restarts: int = 0
     trainer_restarts: int = 0
+    store: str = ""
 
 
 def describe(plan: Plan, config: Config, command: str) -> str:
@@ -78,9 +79,10 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
     follow them for the ranks.
     """
     host, _, port = config.launch.store.rpartition(":")
-    arguments = list(arguments)
-    if port == "0":
-        arguments.append(f"launch.store={host}:{reserve_port(host)}")
+    arguments, store = list(arguments), ""
+    if port == "0" and command in (*WITH_ROLLOUTS, "train"):  # not by rank 0: workers know it after a restart too
+        store = f"{host}:{reserve_port(host)}"
+        arguments.append(f"launch.store={store}")
     if config.launch.colocate and command != "run":
         arguments.append("launch.colocate=false")  # the others have no turns to take
     max_restarts = config.launch.max_restarts
@@ -124,7 +126,9 @@ def make_plan(command: str, module: str, config: Config, arguments: list[str], o
     # the ranks know the limit themselves, and say that they passed it
     resumes = command in ("run", "train")
     stop_s = config.run.preempt_s + STOP_MARGIN_S if resumes else 0.0
-    return Plan(trainer, rollouts, log_dir, ranks, stop_s, max_restarts, config.launch.max_restarts if resumes else 0)
+    restarts = config.launch.max_restarts if resumes else 0
+    apart = store if command == "train" else ""
+    return Plan(trainer, rollouts, log_dir, ranks, stop_s, max_restarts, restarts, apart)
 
 
 def _environment(config: Config, host: str) -> dict[str, str]:

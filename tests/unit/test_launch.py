@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from megarl.config import load_config
+from megarl.door import RUN_SECRET
 from megarl.errors import UserError
 from megarl.launch import processes, rank
 from megarl.launch.local import Restarts, explain_trainer, first_failure, launch
@@ -178,6 +179,32 @@ def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
     assert fixed.trainer.env["GLOO_SOCKET_IFNAME"] == fixed.rollouts[0].env["NCCL_SOCKET_IFNAME"] == "lo"
     with pytest.raises(UserError, match="launch.interface 'eth7' is no network interface of host .* it has lo"):
         processes.make_plan("run", "m", load_config(run_yaml, ["launch.interface=eth7"]), ["c.yaml"])
+
+
+@pytest.mark.parametrize("secret", ["", "of the user"])
+def test_a_train_alone_says_where_workers_join_and_makes_no_secret(
+    secret: str, run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Workers that others start know the printed port and what their own shell exports, no more."""
+    monkeypatch.setenv(RUN_SECRET, secret)
+    planned = processes.make_plan("train", "m", load_config(run_yaml), [str(run_yaml)])
+    [store] = [word for word in planned.trainer.argv if word.startswith("launch.store=")]
+    planned.trainer.argv[:] = [sys.executable, "-c", f"import os; print(repr(os.environ['{RUN_SECRET}']))"]
+    child = os.fork()
+    if child == 0:
+        os._exit(launch(planned))
+    assert os.waitpid(child, 0)[1] == 0
+    said = capfd.readouterr().out
+    assert f"rollout workers join by megarl rollout CONFIG {store}{secret and ' and this MEGARL_TOKEN'}\n" in said
+    assert f"{secret!r}\n" in said
+
+
+def test_who_finds_a_port_and_a_secret_by_itself(run_yaml: Path) -> None:
+    config = load_config(run_yaml)
+    for command, drawn in (("run", True), ("compare", True), ("sft", False), ("score", False)):
+        planned = processes.make_plan(command, "m", config, [str(run_yaml)])
+        assert any(word.startswith("launch.store=") for word in planned.trainer.argv) == drawn
+        assert planned.store == "" and bool(planned.rollouts) == drawn
 
 
 def test_logs_of_the_start_before_are_kept_once(tmp_path: Path, run_yaml: Path) -> None:
