@@ -21,6 +21,8 @@ from megarl.refusals.case import Case
 MAY_CHANGE = {
     "train.steps": "how long the run is",
     "train.on_bad_batch": "what a bad batch does",
+    "train.mismatch_guard": "what a batch out of line does",
+    "train.stop_on_dull_steps": "when a run gives up",
     "replay.metrics": "what is measured",
     "replay.on_missing": "what a missing route does",
     "parallel.": "where the model's parts lie",

@@ -38,7 +38,7 @@ def test_fault_05_the_same_settings_and_those_that_may_change_are_taken(begun: P
     changed = (
         "train.steps=200 run.save_every=7 run.keep=3 run.loggers=[] parallel.tp=1 parallel.ep=1 launch.trainers=2 "
         "engine.micro_batch_tokens=4096 engine.distributed_optimizer=true rollout.engines=2 rollout.start_timeout_s=9 "
-        "sync.timeout_s=9 eval.every=3 train.on_bad_batch=skip"
+        "sync.timeout_s=9 eval.every=3 train.on_bad_batch=skip train.stop_on_dull_steps=0 train.mismatch_guard=0"
     )
     for settings in ([], changed.split()):
         refusals.check(load_config(begun, settings))
