@@ -23,7 +23,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(
         False,
         description=(
-            "Run Python files of that folder where its tokenizer is one of them (Moonlight, Kimi); vLLM is told too."
+            "Run Python files of that folder: in trainers where its tokenizer is one of them (Moonlight, Kimi), in "
+            "servers what vLLM takes from them."
         ),
     )
 
