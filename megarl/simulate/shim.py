@@ -51,7 +51,7 @@ def _version(folder: Path) -> str:
     if values["cuda"] is not None:
         raise UserError(
             f"--trace needs torch's build for CPUs, and torch {values['__version__']} here is built for CUDA; run it "
-            "in an environment of tools/setup.sh"
+            "in an environment that tools/setup.sh made with Python 3.11"
         )
     return str(values["__version__"])
 
