@@ -12,7 +12,7 @@ from megarl.report.thresholds import GUIDE, LEAST_STEPS, RISING, RULES, Precisio
 
 Rows = list[dict[str, Any]]
 Values = list[float | None]  # one a step
-FLOAT32_CANARY = 1e-4  # both engines in float32 agree better than this; megarl.loop.refit stops a run that does not
+FLOAT32_CANARY = 1e-3  # both engines in float32 agree better than this; megarl.loop.canary stops a run that does not
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def test_each_rule(columns: dict[str, list[Any]], expected: tuple[str, str] | No
     [
         ({}, [], "bfloat16"),
         ({}, [4e-6], "float32"),
+        ({}, [4e-6, 1.5e-4], "float32"),  # of a policy that sharpened
         ({}, [0.02], "bfloat16"),
         ({"engine": {"dtype": "float32"}, "rollout": {"dtype": "auto"}}, [], "float32"),
         ({"engine": {"dtype": "float32"}, "rollout": {"dtype": "bfloat16"}}, [1e-6], "bfloat16"),
