@@ -337,8 +337,7 @@ class LaunchConfig(Section):
         False,
         description=(
             "megarl run on a node of GPUs: trainer and rollouts on the same ones, in turns; rollout.engines x "
-            "rollout.tp is then "
-            "launch.trainers. Not yet run on a GPU."
+            "rollout.tp is then launch.trainers. Run on one GPU."
         ),
     )
     max_restarts: int = Field(
