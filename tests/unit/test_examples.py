@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from megarl.config import load_config
+from megarl.door import RUN_SECRET
 from megarl.refusals import REFUSALS
 from megarl.refusals.case import Case
 
@@ -146,9 +147,13 @@ def test_rank_0_is_where_launch_store_is() -> None:
 
 
 def test_the_manifests_are_yaml_and_agree() -> None:
-    service, job = yaml.safe_load_all((MULTI_NODE / "kubernetes.yaml").read_text())
+    manifests = (MULTI_NODE / "kubernetes.yaml").read_text()
+    service, job = yaml.safe_load_all(manifests)
     spec = job["spec"]["template"]["spec"]
-    env = {entry["name"]: entry["value"] for entry in spec["containers"][0]["env"]}
+    env = {entry["name"]: entry.get("value") for entry in spec["containers"][0]["env"]}
+    [token] = [entry for entry in spec["containers"][0]["env"] if entry["name"] == RUN_SECRET]
+    key = token["valueFrom"]["secretKeyRef"]
+    assert f"create secret generic {key['name']} --from-literal={key['key']}=" in manifests
     assert (
         spec["subdomain"] == service["metadata"]["name"]
         and service["spec"]["selector"]["job-name"] == job["metadata"]["name"]
