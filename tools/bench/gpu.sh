@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every number of docs/gpu.md on one GPU, JSON into $OUT (or --out DIR): bash tools/bench/gpu.sh [--budget S] [--parts a,b] [--cpu-smoke]
-# Needs torch and megatron-core; uses Transformer Engine, Apex and vLLM where they are installed, and its rows say so.
+# Needs torch, megatron-core, pydantic, PyYAML, xxhash and psutil; uses Transformer Engine, Apex and vLLM where they are installed, and its rows say so.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" PYTHONWARNINGS=ignore
