@@ -320,7 +320,7 @@ class RunConfig(Section):
 
 class LaunchConfig(Section):
     trainers: int = Field(
-        1, ge=1, description="Local ranks that run, sft, score, compare start; ignored under an outer torchrun."
+        1, ge=1, description="Local ranks that run, train, sft, score, compare start; ignored under an outer torchrun."
     )
     store: str = Field(
         "127.0.0.1:0",
@@ -345,8 +345,9 @@ class LaunchConfig(Section):
         ge=0,
         description=(
             "How often in a row what failed is started again, after 1 s, 2 s, ... 30 s: a rollout server that once "
-            "answered, by `megarl rollout`; `megarl rollout` itself and the trainers, from the last checkpoint, by "
-            "`megarl run`; 0 is never."
+            "answered, by `megarl rollout`; `megarl rollout` itself by `megarl run`; the trainers, from the last "
+            "checkpoint, by `megarl run` and `megarl train`; 0 is never, as for rollout workers under launch.colocate "
+            "and in generate, eval and compare."
         ),
     )
     stall_s: float = Field(
