@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every number of docs/gpu.md on one GPU, JSON into $OUT (or --out DIR): bash tools/bench/gpu.sh [--budget S] [--parts a,b] [--cpu-smoke]
+# Every number of docs/gpu.md on one GPU, JSON into runs/gpu or --out DIR: bash tools/bench/gpu.sh [--out DIR] [--budget S] [--parts a,b] [--cpu-smoke]
 # Needs torch, megatron-core, pydantic, PyYAML, xxhash and psutil; uses Transformer Engine, Apex and vLLM where they are installed, and its rows say so.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
