@@ -53,7 +53,8 @@ class Server:
                 raise ServerSilent(f"rollout server {self.url}{path}: no answer within {timeout_s:.0f} s") from None
             except (OSError, http.client.HTTPException) as error:
                 self.close()
-                if fresh or not isinstance(error, (http.client.RemoteDisconnected, BrokenPipeError)):
+                # A server closes what was idle for some seconds, also while a request is on its way to it, unread.
+                if fresh or not isinstance(error, (ConnectionResetError, BrokenPipeError)):
                     raise ServerLost(
                         f"rollout server {self.url}{path}: connection lost ({type(error).__name__})"
                     ) from None
