@@ -16,7 +16,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3-venv &&
     && /opt/train/bin/pip install --no-cache-dir megatron-core==0.19.2 nvidia-dali-cuda130==2.4.0 \
     && python3 -m venv /opt/rollout \
     && /opt/rollout/bin/pip install --no-cache-dir torch==2.13.0 vllm==0.32.0 \
-    && nccl="$(/opt/train/bin/python -c 'import torch; print(*torch.cuda.nccl.version(), sep=".")')" \
+    && nccl="$(/opt/train/bin/python -c 'from torch.distributed import ProcessGroupNCCL; print(*ProcessGroupNCCL.get_runtime_nccl_version(), sep=".")')" \
     && /opt/rollout/bin/pip install --no-cache-dir --no-deps "nvidia-nccl-cu13==$nccl"
 
 WORKDIR /opt/megarl

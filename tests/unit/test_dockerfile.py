@@ -48,4 +48,4 @@ def test_paths_of_the_image_exist_and_commands_have_their_environment() -> None:
     env = dict(pair.split("=", 1) for line in re.findall(r"^ENV (.*)$", text, re.M) for pair in line.split())
     assert env["PATH"].startswith("/opt/train/bin:") and env["ROLLOUT_PYTHON"] == "/opt/rollout/bin/python"
     assert text.index("python3-venv") < text.index("-m venv")
-    assert "torch.cuda.nccl.version()" in text and '"nvidia-nccl-cu13==$nccl"' in text
+    assert "ProcessGroupNCCL.get_runtime_nccl_version()" in text and '"nvidia-nccl-cu13==$nccl"' in text

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,22 @@ def test_other_releases_of_nccl_are_refused_on_every_rank(
         said = list(pool.map(come, range(3)))
     text = "weight group: NCCL 2.27.5 on rank 1, 2; 2.28.3 on rank 0: all must run one release; install the same"
     assert all(each.startswith(text) if refused else not each for each in said), said
+
+
+@pytest.mark.parametrize("says", ["torch", "library", "headers"])
+def test_the_release_is_that_of_the_library(monkeypatch: pytest.MonkeyPatch, says: str) -> None:
+    """Not that of the headers, unless torch does not say and has no library beside it."""
+
+    def library(name: str) -> Any:
+        if says == "headers":
+            raise OSError(name)
+        return SimpleNamespace(ncclGetVersion=lambda code: setattr(code._obj, "value", 23004))
+
+    here = {"get_runtime_nccl_version": staticmethod(lambda: (2, 30, 4))} if says == "torch" else {}
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", type("ProcessGroupNCCL", (), here), raising=False)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(nccl.ctypes, "CDLL", library)
+    assert nccl.nccl_version() == ("2.28.9" if says == "headers" else "2.30.4")
 
 
 def test_who_does_not_come_is_named(store: dist.TCPStore) -> None:

@@ -9,6 +9,7 @@ What torch would do here, and what it costs a run that loses a rollout worker:
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -106,8 +107,21 @@ class Timed:
 
 
 def nccl_version() -> str:
-    """Of the library that this process has loaded."""
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    """Of the library that this process has loaded. torch.cuda.nccl.version() is that of the headers which torch was
+    built with: two builds of torch over one NCCL differ there, and two libraries under one build do not.
+    """
+    ask = getattr(dist.ProcessGroupNCCL, "get_runtime_nccl_version", None)
+    return ".".join(map(str, ask() if ask is not None else _loaded_release()))
+
+
+def _loaded_release() -> Sequence[int | str]:
+    """Of a torch that does not say."""
+    code = ctypes.c_int()
+    try:
+        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(code))
+    except OSError:  # NCCL is linked into torch: its headers are the library's
+        return torch.cuda.nccl.version()
+    return code.value // 10_000, code.value // 100 % 100, code.value % 100
 
 
 def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float, version: str) -> None:
