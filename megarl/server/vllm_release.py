@@ -35,6 +35,7 @@ NEEDED = {  # module of vLLM -> what megarl uses of it
     " LayerReloadingInfo.load_numel LayerReloadingInfo.loaded_weights",
     f"{_RELOAD}.weight_checksum": "compute_tensor_digests",
     f"{_EXPERTS}.layer": "MoERunner",
+    "utils.nccl": "unpinned_nccl_env",
 }
 ON_A_CPU = {  # and of its CPU build
     f"{_EXPERTS}.unquantized_fused_moe_method": "UnquantizedFusedMoEMethod._setup_kernel",

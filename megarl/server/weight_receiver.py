@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.utils.nccl import unpinned_nccl_env
 
 from megarl.server.partial import partial_tensor
 from megarl.server.vllm_reload import (
@@ -82,9 +83,9 @@ class WeightReceiver(WeightTransferEngine[SyncInit, SyncUpdate]):
         timeout = timedelta(seconds=init_info.timeout_s)
         store = dist.TCPStore(init_info.store_host, init_info.store_port, is_master=False, timeout=timeout)
         kind = SharedGroup if init_info.shared else WeightGroup
-        self._group = kind(
-            store, init_info.group, self.rank, init_info.world_size, init_info.timeout_s, torch.device(self.device)
-        )
+        device = torch.device(self.device)
+        with unpinned_nccl_env():  # the trainers lack what vLLM pins (rollout.batch_invariant), and NCCL hangs then
+            self._group = kind(store, init_info.group, self.rank, init_info.world_size, init_info.timeout_s, device)
         self._manifest = manifest_from(init_info.manifest_inputs, self.rank - init_info.senders)
         broadcast = init_info.transport == "broadcast"
         if broadcast != self._broadcast:

@@ -4,11 +4,15 @@ time limit, a close beside a sending thread, and the meeting over a real store.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +188,48 @@ def test_the_release_is_that_of_the_library(monkeypatch: pytest.MonkeyPatch, say
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     monkeypatch.setattr(nccl.ctypes, "CDLL", library)
     assert nccl.nccl_version() == ("2.28.9" if says == "headers" else "2.30.4")
+
+
+def test_a_worker_makes_the_group_without_what_vllm_pins(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rollout.batch_invariant: the trainers have no pins. vLLM's modules are stand-ins."""
+
+    @contextmanager
+    def unpinned() -> Iterator[None]:
+        pinned = os.environ.pop("NCCL_PROTO")
+        yield
+        os.environ["NCCL_PROTO"] = pinned
+
+    engine = type("WeightTransferEngine", (), {"__class_getitem__": classmethod(lambda cls, kinds: cls)})
+    for module, names in {
+        "vllm.distributed.weight_transfer.base": {
+            "WeightTransferEngine": engine,
+            "WeightTransferInitInfo": object,
+            "WeightTransferUpdateInfo": object,
+        },
+        "vllm.model_executor.model_loader.reload": dict.fromkeys(
+            ["initialize_layerwise_reload", "finalize_layerwise_reload"]
+        ),
+        "vllm.utils.nccl": {"unpinned_nccl_env": unpinned},
+        "megarl.server.vllm_reload": dict.fromkeys(
+            ["ReloadPlan", "abandon_reload", "fingerprint", "fingerprint_of_folder", "reload_folder"]
+        ),
+    }.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**names))
+    name = "megarl.server.weight_receiver"
+    monkeypatch.setitem(sys.modules, name, None)  # put back at the end, also where it was not imported
+    del sys.modules[name]
+    module = importlib.import_module(name)
+    seen: list[str | None] = []
+    monkeypatch.setattr(module, "WeightGroup", lambda *_: seen.append(os.environ.get("NCCL_PROTO")))
+    monkeypatch.setattr(module, "manifest_from", lambda *_: None)
+    monkeypatch.setenv("NCCL_PROTO", "Simple")
+    receiver = module.WeightReceiver()
+    parallel = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+    receiver.vllm_config, receiver.device = SimpleNamespace(parallel_config=parallel), "cuda:0"
+    receiver.init_transfer_engine(
+        module.SyncInit("127.0.0.1", store.port, "test", 2, 1, 1, 5.0, "reshard", False, False, {})
+    )
+    assert (seen, os.environ["NCCL_PROTO"]) == ([None], "Simple")
 
 
 def test_who_does_not_come_is_named(store: dist.TCPStore) -> None:
