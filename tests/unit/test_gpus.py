@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,30 @@ def test_every_group_has_that_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InterruptedError):
         parallel.init_parallel(Config().parallel, GPU, 0, timedelta(hours=2))
     assert asked["timeout"] == timedelta(hours=2) and asked["distributed_timeout_minutes"] == 120
+
+
+def test_the_bound_of_connecting_holds_where_ranks_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's default group connects nobody, and megatron-core's do not either: gloo's beside them is the first."""
+    done: list[str] = []
+
+    @contextmanager
+    def connecting() -> Iterator[None]:
+        yield
+        done.append("connected")
+
+    monkeypatch.setattr(parallel, "connecting", connecting)
+    monkeypatch.setattr(parallel, "_host", (object(), None))
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *_, **__: done.append("default"))
+    monkeypatch.setattr(parallel.parallel_state, "initialize_model_parallel", lambda **_: done.append("megatron"))
+    monkeypatch.setattr(parallel.dist, "new_group", lambda **given: done.append(given["backend"]))
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(parallel, "model_parallel_cuda_manual_seed", lambda *_, **__: None)
+    for variable in ("RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setenv(variable, "0")
+    parallel.init_parallel(Config().parallel, GPU, 0)
+    assert done == ["default", "megatron", "gloo", "connected"]
 
 
 def test_sums_of_a_stage_travel_as_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
