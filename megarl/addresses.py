@@ -94,14 +94,15 @@ def interface_with(address: str) -> str:
 
 
 def set_interface(interface: str | None, towards: str) -> dict[str, str]:
-    """The environment by which gloo and NCCL take the network that leads to the host `towards`, or `interface`.
+    """The environment by which gloo and NCCL take `interface`; without one, gloo the network that leads to the host
+    `towards`, and NCCL what it finds, which may be several at once, InfiniBand first.
 
-    Unset, gloo listens where the host's own name points, which may be loopback; NCCL looks for itself. UserError where
-    `interface` is none of this host's.
+    Left alone gloo listens where the host's own name points, which may be loopback. UserError where `interface` is none
+    of this host's.
     """
     if interface:
         _on(interface)
-        return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}  # without = eth1 is eth10, too
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return {}
     return {"GLOO_SOCKET_IFNAME": interface_with(own_address(towards))}

@@ -362,8 +362,8 @@ class LaunchConfig(Section):
     interface: str | None = Field(
         None,
         description=(
-            "Network interface of gloo and NCCL on this host; unset is the one that leads to rank 0's host "
-            "(GLOO_SOCKET_IFNAME, where set)."
+            "Network interface of gloo and NCCL on this host; unset is for gloo the one that leads to rank 0's host "
+            "(GLOO_SOCKET_IFNAME, where set), and for NCCL what it finds (NCCL_SOCKET_IFNAME, where set)."
         ),
     )
 

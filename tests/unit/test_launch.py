@@ -176,7 +176,7 @@ def test_the_plan_passes_one_store_to_both_sides(run_yaml: Path) -> None:
     keys = ["launch.store=127.0.0.1:29600", "launch.interface=lo"]
     fixed = processes.make_plan("run", "m", load_config(run_yaml, keys), ["c.yaml"])
     assert not any(word.startswith("launch.store=") for word in fixed.trainer.argv)
-    assert fixed.trainer.env["GLOO_SOCKET_IFNAME"] == fixed.rollouts[0].env["NCCL_SOCKET_IFNAME"] == "lo"
+    assert (fixed.trainer.env["GLOO_SOCKET_IFNAME"], fixed.rollouts[0].env["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
     with pytest.raises(UserError, match="launch.interface 'eth7' is no network interface of host .* it has lo"):
         processes.make_plan("run", "m", load_config(run_yaml, ["launch.interface=eth7"]), ["c.yaml"])
 
