@@ -7,8 +7,9 @@ from __future__ import annotations
 import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -165,16 +166,21 @@ class Fleet:
         """Collective: sends this rank's buckets. Rank 0: returns every server's score of the canary, once all have
         loaded; they do not serve yet. Elsewhere an empty list. phase: see SyncLeader.push. Raises WorkersLost.
         """
-        sender, leader = self._sender, self._leader
+        sender, leader, stream = self._sender, self._leader, iter(buckets)
 
         def send() -> list[Canary]:
             if leader is not None and sender is not None:
-                return leader.push(lambda: sender.send(buckets), canary, sender.close, in_flight, phase)
+                try:
+                    return leader.push(lambda: sender.send(stream), canary, sender.close, in_flight, phase)
+                except Exception:
+                    if leader.settings.transport == "broadcast":  # the other ranks wait until this one has taken all
+                        with suppress(Exception):
+                            deque(stream, maxlen=0)
+                    raise
             if sender is not None:
-                sender.send(buckets)
+                sender.send(stream)
             else:
-                for _ in buckets:
-                    pass
+                deque(stream, maxlen=0)
             return []
 
         return self._settled(send)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +23,9 @@ from megarl.rollout.client import Server
 from megarl.rollout.fleet import Fleet, WorkersLost
 from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.sync_leader import SyncLeader, SyncSettings
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap
+from megarl.weights.reshard import outgoing
 from tools.bench.stub_server import StubServer
 
 
@@ -198,6 +205,51 @@ def mistaken(workers: list[WorkerInfo], port: int, aborted: list[int]) -> None:
 
     leader = SyncLeader(workers, "127.0.0.1", port, SyncSettings("reshard", 1, False, 5.0))
     leader.push(send, [], lambda: aborted.append(1))
+
+
+class Lost:
+    """A sender whose server is lost after the first bucket."""
+
+    def send(self, buckets: Iterator[Any]) -> None:
+        next(buckets)
+        raise RuntimeError("a server was lost")
+
+    def close(self) -> None: ...
+
+
+def push_of_rank(rank: int, store: str, hf_config: dict[str, Any], said: Any) -> None:
+    """One of two trainer ranks that gather whole tensors on rank 0, in many buckets."""
+    given = timedelta(seconds=30)  # waited for in vain where a rank is left behind
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=given)
+    outgoing.BUCKET_BYTES = 20_000
+    outgoing.gather_full = partial(outgoing.gather_full, bucket_bytes=20_000)
+    weight_map, layout = WeightMap(hf_config), Layout(pp=2, world=2)
+    params = [(param, torch.zeros(param.shape)) for param in weight_map.params(layout, layout.coord(rank))]
+    fleet = object.__new__(Fleet)
+    fleet.members, settings = [], SyncSettings("broadcast", 1, False, 5.0)
+    if rank == 0:
+        leader: Any = SimpleNamespace(settings=settings, push=lambda send, *_: send(), close=lambda: None)
+        fleet._leader, fleet._sender = leader, Lost()  # type: ignore[assignment]
+    try:
+        fleet.push(outgoing.WholeTensors(weight_map, layout, torch.float32, rank).buckets(params), [])
+    except Exception as error:
+        said.put((rank, str(error)))
+
+
+def test_a_server_lost_in_a_broadcast_leaves_no_trainer_rank_behind(tmp_path: Path, hf_config: dict[str, Any]) -> None:
+    """The others send to rank 0 until it has all, whatever became of its own sends."""
+    context = multiprocessing.get_context("spawn")
+    said = context.Queue()
+    given = (str(tmp_path / "ranks"), hf_config, said)
+    ranks = [context.Process(target=push_of_rank, args=(rank, *given)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    try:
+        assert sorted(said.get(timeout=60) for _ in ranks) == [(0, "a server was lost"), (1, "a server was lost")]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
 
 
 def test_what_a_silent_worker_has_at_work_goes_to_others_without_a_step(run: Run) -> None:
