@@ -127,6 +127,25 @@ def test_a_wait_ends_at_the_time_limit(store: dist.TCPStore, monkeypatch: pytest
         group.exchange([], [(BUFFER, 1)], 1)
 
 
+def test_a_rank_that_leaves_ends_the_others_wait(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL tells nobody; the limit of 30 s is not waited for."""
+    backends = [Backend(Work(False)), Backend(Work(False))]
+    monkeypatch.setattr(nccl, "_make", lambda store, rank, *_: backends[rank])
+    monkeypatch.setattr(nccl, "nccl_version", lambda: "2.28.3")
+
+    def come(rank: int) -> WeightGroup:
+        mine = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        return WeightGroup(mine, "test", rank, 2, 30, CUDA)
+
+    with ThreadPoolExecutor(2) as pool:
+        leaves, waits = pool.map(come, range(2))
+        waited = pool.submit(waits.broadcast(BUFFER).wait)
+        leaves.close()
+        with pytest.raises(RuntimeError, match="rank 0 of the weight group left it"):
+            waited.result()
+    assert backends[1].calls[-1] == "abort"
+
+
 def test_what_was_aborted_or_failed_is_not_taken_for_done(
     store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

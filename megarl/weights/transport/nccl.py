@@ -5,6 +5,7 @@ What torch would do here, and what it costs a run that loses a rollout worker:
     wait() makes a CUDA stream wait, not the host, so no time limit holds: here the host looks until the work is done
     the watchdog ends the whole process where an operation fails: this group has none of its error handling
     the communicator is made by the first message, by all ranks or none: here at the meeting, before any message
+    an abort tells nobody: here the others find the key `gone` in the group's store
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 POLL_S = 0.0005  # between two looks whether a work is done
+LOOKS = 1000  # of which one asks the store whether a rank has left
 SETTLE_S = 2.0  # how long close() waits for the thread that is handing operations to NCCL
 WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -36,7 +38,7 @@ class NcclBackend:
         RuntimeError where they have not come within `timeout_s`, or run other releases of NCCL.
         """
         meet(store, rank, world_size, timeout_s, nccl_version())
-        self._timeout_s = timeout_s
+        self._store, self._rank, self._timeout_s = store, rank, timeout_s
         self._lock = threading.Lock()  # held while operations are handed to NCCL: an abort would free what they use
         self._closed = False
         self._backend = _make(store, rank, world_size, timeout_s)
@@ -74,11 +76,19 @@ class NcclBackend:
         if self._closed:
             raise RuntimeError("the weight group was closed")
 
+    def gone(self) -> str:
+        """A rank that has left, if one has and the store says so."""
+        with suppress(RuntimeError):
+            return self._store.get("gone").decode() if self._store.check(["gone"]) else ""
+        return ""
+
     def abort(self) -> None:
         """What is pending fails, here and at the other end. A thread that is stuck in NCCL is not waited for."""
         if self._closed:
             return
         self._closed = True
+        with suppress(RuntimeError):  # the store may be gone too, and with it everybody
+            self._store.set("gone", str(self._rank))
         idle = self._lock.acquire(timeout=SETTLE_S)
         try:
             self._backend.abort()
@@ -88,16 +98,20 @@ class NcclBackend:
 
 
 class Timed:
-    """An operation's work whose wait() ends: done, closed, or late, and then the group is closed."""
+    """An operation's work whose wait() ends: done, closed, or left or late, and then the group is closed."""
 
     def __init__(self, group: NcclBackend, work: Any, timeout_s: float) -> None:
         self._group, self._work, self._timeout_s = group, work, timeout_s
 
     def wait(self) -> None:
         """Until the device is done with it, at most the time limit."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline, looks = time.monotonic() + self._timeout_s, 0
         while not self._work.is_completed():
             self._group.check()
+            looks += 1
+            if looks % LOOKS == 0 and (rank := self._group.gone()):
+                self._group.abort()
+                raise RuntimeError(f"rank {rank} of the weight group left it")
             if time.monotonic() > deadline:
                 self._group.abort()
                 raise RuntimeError(f"weight group: NCCL was not done within {self._timeout_s:g} s")
