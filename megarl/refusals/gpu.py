@@ -59,11 +59,9 @@ def colocate(case: Case) -> str | None:
             "launch.colocate true with sync.staged true keeps a second copy of the weights on the GPU; leave "
             "sync.staged unset"
         )
-    if "expandable_segments:true" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "").lower():
-        return (
-            "launch.colocate true: memory of PYTORCH_CUDA_ALLOC_CONF expandable_segments:True cannot be shared; "
-            "unset it"
-        )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # torch reads both
+        if "expandable_segments:true" in os.environ.get(name, "").lower():
+            return f"launch.colocate true: memory of {name} expandable_segments:True cannot be shared; unset it"
     return None
 
 

@@ -169,10 +169,11 @@ def test_where_it_cannot_work(run_yaml: Path, monkeypatch, command, overrides, g
         assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_memory_that_cannot_be_shared(run_yaml: Path, monkeypatch):
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_that_cannot_be_shared(run_yaml: Path, monkeypatch, name):
     monkeypatch.setattr(refusals.gpu, "has_gpu", lambda: True)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    with pytest.raises(UserError, match="expandable_segments:True cannot be shared; unset it"):
+    monkeypatch.setenv(name, "expandable_segments:True")
+    with pytest.raises(UserError, match=f"{name} expandable_segments:True cannot be shared; unset it"):
         refusals.check(load_config(run_yaml, ["launch.colocate=true", "rollout.engines=4"]))
 
 
