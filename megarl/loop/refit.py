@@ -144,8 +144,10 @@ class Refit:
             if not later:
                 with phase("canary", self._score_s if in_flight and main else 0.0):
                     urls = [worker.url for worker in self.fleet.members]
-                    named = self.fleet.scored(self._score()) if in_flight else [*zip(urls, scores, strict=False)]
-                    spreads = self._compare_canary(named)
+                    if in_flight:
+                        spreads = self._compare_answers(self._score())
+                    else:
+                        spreads = self._compare_canary([*zip(urls, scores, strict=False)])
         self.fleet.commit(version)
         if later:
             self._scoring = self._score()
@@ -193,23 +195,25 @@ class Refit:
         return self.fleet.score(self.canary.tolist(), self._score_s)
 
     def _compared(self, scoring: Scoring) -> list[Spread]:
-        """Empty where a worker was lost: the sync is then done again without it, once the others were compared as they
-        have sampled.
-        """
-        lost: WorkersLost | None = None
+        """Empty where a worker was lost: the sync is then done again without it."""
         try:
-            if self.engine.model.parallel.is_main:
-                enter("the wait for the canary", self._score_s)
+            with phase("canary", self._score_s if self.engine.model.parallel.is_main else 0.0), self._quantized():
+                return self._compare_answers(scoring)
+        except WorkersLost as lost:
+            _tell_again(lost)
+            self.sync(self.committed[-1])
+            return []
+
+    def _compare_answers(self, scoring: Scoring) -> list[Spread]:
+        """Raises WorkersLost where one is lost, after the others were compared: another sync would mend what they have
+        sampled with.
+        """
+        try:
             scores = self.fleet.scored(scoring)
-        except WorkersLost as error:
-            lost, scores = error, scoring.answered()
-        with phase("canary"), self._quantized():
-            spreads = self._compare_canary(scores)
-        if lost is None:
-            return spreads
-        _tell_again(lost)
-        self.sync(self.committed[-1])
-        return []
+        except WorkersLost:
+            self._compare_canary(scoring.answered())
+            raise
+        return self._compare_canary(scores)
 
     def _quantized(self) -> AbstractContextManager[None]:
         """Inside, the trainer's weights are those that the rollout gets (sync.quantize). Collective."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import http.client
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -18,7 +19,7 @@ import numpy as np
 from megarl.addresses import watch
 from megarl.door import header
 from megarl.rollout.dispatch import Answered, Dispatcher, Request, wait_for
-from megarl.rollout.patience import ANSWER_S
+from megarl.rollout.patience import ANSWER_S, STALE_S
 from megarl.rollout.registry import NoServers, RolloutError, ServerLost, ServerSilent, WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import ENGINE_DIED, decode, refusal_of
@@ -40,10 +41,12 @@ class Server:
         timeout_s = timeout_s or self._timeout_s
         data = json.dumps(body, separators=(",", ":")).encode()
         for fresh in (self._connection is None, True):
+            begun, start = False, time.monotonic()
             try:
                 connection = self._connect(timeout_s)
                 connection.request("POST", path, data, self._headers)
                 answer = connection.getresponse()
+                begun = True
                 content = answer.read()
                 break
             except TimeoutError as error:
@@ -53,8 +56,10 @@ class Server:
                 raise ServerSilent(f"rollout server {self.url}{path}: no answer within {timeout_s:.0f} s") from None
             except (OSError, http.client.HTTPException) as error:
                 self.close()
-                # A server closes what was idle for some seconds, also while a request is on its way to it, unread.
-                if fresh or not isinstance(error, (ConnectionResetError, BrokenPipeError)):
+                # A server closes what was idle for some seconds, also while a request is on its way to it, unread. One
+                # that has begun to answer, or had the time to work, has read it: no step of a sync may come twice.
+                unread = not begun and time.monotonic() - start < STALE_S
+                if fresh or not unread or not isinstance(error, (ConnectionResetError, BrokenPipeError)):
                     raise ServerLost(
                         f"rollout server {self.url}{path}: connection lost ({type(error).__name__})"
                     ) from None

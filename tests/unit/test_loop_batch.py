@@ -409,16 +409,20 @@ def test_a_worker_lost_before_its_canary_leaves_no_other_uncompared(
         refit.settle()
 
 
+@pytest.mark.parametrize("new", [False, True])
 def test_a_server_is_compared_as_it_sampled_before_another_sync_mends_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, new: bool
 ) -> None:
-    """Its responses would else be learnt from."""
-    monkeypatch.setattr(Refit, "connect", lambda refit: None)
-    refit, fleet = refitted(folder, "rollout.max_lag=1")
+    """Its responses would else be learnt from: also those of requests that were kept over a sync with a new member."""
+    refit, fleet = refitted(folder, "rollout.max_lag=1", "sync.digests=off")
+    monkeypatch.setattr(refit, "connect", lambda: fleet.wrong.update({"http://two": 0.0}))
     refit.sync(1)
-    monkeypatch.setattr(refit, "sync", lambda version: fleet.wrong.update({"http://two": 0.0}))
+    refit.synced = not new
     fleet.loses, fleet.wrong["http://two"] = True, 0.5
     with pytest.raises(UserError, match=DIFFERS):
+        if new:
+            monkeypatch.setattr(fleet, "gather", lambda asked: not fleet.loses)
+            refit.sync(2)
         refit.settle()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,8 +18,8 @@ REFUSE = struct.pack("ii", 1, 0)  # of SO_LINGER: close() resets the connection
 
 
 class Peer:
-    """Answers as `script` says, one word a request: "ok", "reset" or "close"; after the last two comes another
-    connection.
+    """Answers as `script` says, one word a request: "ok", "reset", "close" or, of an answer, "half"; after the last
+    three comes another connection.
     """
 
     def __init__(self, script: list[str]) -> None:
@@ -41,7 +42,10 @@ class Peer:
                     if word == "ok":
                         connection.sendall(ANSWER)
                         continue
-                    if word == "reset":
+                    if word == "half":
+                        connection.sendall(ANSWER[:-1])
+                        time.sleep(1.0)  # what is read is kept, whatever follows
+                    if word != "close":
                         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, REFUSE)
                     break
 
@@ -70,3 +74,12 @@ def test_a_new_connection_that_breaks_is_a_lost_server(peer: Peer) -> None:
     with pytest.raises(ServerLost, match="connection lost"):
         for _ in range(2):
             server.post("/megarl/sync/load", {})
+
+
+@pytest.mark.parametrize("peer", [["ok", "half"]], indirect=True)
+def test_what_a_server_has_begun_to_answer_is_not_asked_again(peer: Peer) -> None:
+    """It would do a step of a sync twice."""
+    server = Server(peer.url, 20, "")
+    server.post("/megarl/sync/load", {})
+    with pytest.raises(ServerLost, match="connection lost"):
+        server.post("/megarl/sync/load", {})

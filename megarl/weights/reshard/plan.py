@@ -40,7 +40,7 @@ from megarl.weights.reshard.rollout_layout import Holders, RolloutLayout, rollou
 # Of a bucket into one rollout rank. On a small model so small that packing, the wire and checking overlap; on a large
 # one so large that it has tensors of most senders: where few of them send at a time, all wait for these.
 LEAST_BUCKET, MOST_BUCKET = 16 * 2**20, 256 * 2**20
-BUCKETS = 128  # of a model between the two
+BUCKETS = 128  # of a model between the two; more where a trainer rank packs for several rollout ranks at a time
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Plan:
         self._itemsize = {name: 4 if name in weight_map.hf_float32 else itemsize for name in self.rects}
         self._pools = _pools(train, rollout, weight_map, self.rects)
         self._check_coverage()
-        fitting = min(max(int(self.held_bytes().max()) // BUCKETS, LEAST_BUCKET), MOST_BUCKET)
+        buckets = BUCKETS * -(-rollout.world // train.world)
+        fitting = min(max(int(self.held_bytes().max()) // buckets, LEAST_BUCKET), MOST_BUCKET)
         self.bucket_of = self._fill_buckets(bucket_bytes or fitting)  # Hugging Face name -> bucket
         self.buckets = 1 + max(self.bucket_of.values())
         self._shares: list[list[tuple[Pool, Share]]] = [[] for _ in range(self.buckets)]

@@ -1,5 +1,5 @@
 """The NCCL half of the group that weights travel by (groups.py). Written after torch's ProcessGroupNCCL; the calls into
-it are held by tests/unit/test_nccl_group.py over a stand-in, on a GPU they have not been run.
+it are held by tests/unit/test_nccl_group.py over a stand-in; on a GPU they have run with one rank.
 
 What torch would do here, and what it costs a run that loses a rollout worker:
     wait() makes a CUDA stream wait, not the host, so no time limit holds: here the host looks until the work is done
@@ -88,7 +88,8 @@ class NcclBackend:
             return
         self._closed = True
         with suppress(RuntimeError):  # the store may be gone too, and with it everybody
-            self._store.set("gone", str(self._rank))
+            if not self.gone():  # who leaves because another has left is not the one to name
+                self._store.set("gone", str(self._rank))
         idle = self._lock.acquire(timeout=SETTLE_S)
         try:
             self._backend.abort()

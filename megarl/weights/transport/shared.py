@@ -71,7 +71,8 @@ class SharedGroup:
             self._closed = True
             self._open.clear()
             with contextlib.suppress(RuntimeError):  # the store may be gone too, and with it everybody
-                self._store.set("gone", str(self._rank))
+                if not self._store.check(["gone"]):  # who leaves because another has left is not the one to name
+                    self._store.set("gone", str(self._rank))
 
     def _send(self, buffer: Tensor, rank: int) -> _Sent:
         self._synchronize()  # what fills the buffer
