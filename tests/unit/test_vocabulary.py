@@ -79,7 +79,7 @@ def test_fault_04_rollout_and_reward_know_the_same_ends(run_yaml: Path, folder: 
                 moe_layers: list[int] = []
 
     tokenizer = load_tokenizer(config.model)
-    assert Sampler(config, Engine, None, tokenizer).stop == [EOS, 20, EQUALS]  # type: ignore[arg-type]
+    assert Sampler(config, Engine, None, tokenizer).stop_token_ids == [EOS, 20, EQUALS]  # type: ignore[arg-type]
     texts = RewardScorer(config, tokenizer, fetches=False)._texts
     for end, truncated, wanted in ((EQUALS, False, "2"), (EQUALS, True, "2="), (EOS, False, "2")):
         given = texts.input([TWO, TWO, end], 1, "2", "2", {}, truncated)
