@@ -108,13 +108,13 @@ def _sync(
 def describe(plan: dict[str, Any]) -> str:
     """The figures as tables."""
     train, rollout, sync = plan["train"], plan["rollout"], plan["sync"]
-    columns = ("parameters", "gradients", "optimizer", "activations", "logits", "temporaries", "total", "host")
+    columns = ("parameters", "gradients", "optimizer", "activations", "logits", "temporaries", "save", "total", "host")
     lines = [
         f"{plan['model']['parameters'] / 1e9:,.2f} billion parameters in {plan['model']['tensors']:,} tensors",
         "",
-        f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank; the last three "
-        "columns before the total are estimates, and the total takes the larger of logits and temporaries; host: the "
-        "optimizer's share of host memory",
+        f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank; activations, "
+        "logits and temporaries are estimates, and a step takes the larger of the last two; the total is that of a "
+        "step, or of a checkpoint, which needs save in their place; host: the optimizer's share of host memory",
         f"{'stage':>5} {'layers':>6} " + " ".join(f"{name:>11}" for name in columns),
     ]
     for stage in train["stages"]:

@@ -28,7 +28,8 @@ ON_HOST = 16  # bytes of host memory a parameter: master weight, two moments, gr
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank of a pipeline stage. logits, temporaries: of the backward pass, the former at its start, the
-    latter in a layer, when the logits are gone. host: of host memory, for the optimizer.
+    latter in a layer, when the logits are gone. save: of a checkpoint, between steps. host: of host memory, for the
+    optimizer.
     """
 
     parameters: int
@@ -37,12 +38,21 @@ class Memory:
     activations: int
     logits: int
     temporaries: int
+    save: int = 0
     host: int = 0
 
     @property
+    def step(self) -> int:
+        """At the peak of a step."""
+        return self._states + self.activations + max(self.logits, self.temporaries)
+
+    @property
     def total(self) -> int:
-        held = self.parameters + self.gradients + self.optimizer + self.activations
-        return held + max(self.logits, self.temporaries)
+        return max(self.step, self._states + self.save)
+
+    @property
+    def _states(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,19 @@ def stage_memory(weight_map: WeightMap, training: Training, stage: int, held: He
         activations=_activations(weight_map, training, stage),
         logits=_logits(weight_map, training) if last else 0,
         temporaries=_temporaries(weight_map, training, stage),
+        save=_save(held, layout) if training.distributed_optimizer else 0,
         host=ON_HOST * hosted,
     )
+
+
+def _save(held: Held, layout: Layout) -> int:
+    """megatron-core gathers the distributed optimizer's state on the device, a buffer of parameters at a time: its own
+    float32 part and those of all ranks (DistributedOptimizer.get_parameter_state_dp_zero).
+    """
+    buffers = [(held.dense, layout.dp * layout.cp), (held.expert, layout.edp)]
+    if layout.ep == 1 and layout.tp <= layout.etp:  # experts lie among the others
+        buffers = [(held.dense + held.expert, layout.dp * layout.cp)]
+    return max(4 * (count + count // ranks) for count, ranks in buffers)
 
 
 def stepped_params(held: Held, training: Training) -> int:

@@ -122,7 +122,7 @@ def recompute_gain(config: Config, world: int, rank: int, layers: dict[str, Any]
         saved = sum(n * (kept["none"][kind] - kept[how][kind]) for kind, n in held.items())
         again = max(kept["none"][kind] for kind in held) if how == "full" else 0  # the layer that is computed again
         found[how] = {
-            "planned": plan.total,
+            "planned": plan.step,
             "saved": saved + max(logits, rest) - max(logits, rest + again),
             "flops": flops[how],
             "share": flops[how] / max(1, (1 + BACKWARD) * flops["full"]),
