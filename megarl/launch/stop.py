@@ -69,6 +69,7 @@ class StopRequest:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.asked = self.asked or number
         if self._may_raise:
+            self._may_raise = False  # or a second signal, before interruptible() has ended, would keep it so
             raise Stopped(number)
 
     def _listen(self, reader: int) -> None:

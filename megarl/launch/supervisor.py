@@ -83,13 +83,12 @@ def supervise(
             running[process.name] = _start(process)
         status = _watch(main, [_Helper(helper, max_restarts) for helper in helpers], running, explain, again)
     except _Stopped as stopped:
-        status = 128 + stopped.signum
-        child = running.get(main.name) if stop_s else None
-        how = f"; what is not saved is saved first, at most {stop_s:g} s (again: at once)" if child else ""
-        print(
-            f"\nmegarl: {signal.Signals(stopped.signum).name}, ending all processes{how}", file=sys.stderr, flush=True
-        )
         with contextlib.suppress(_Stopped, ProcessLookupError, subprocess.TimeoutExpired):
+            status = 128 + stopped.signum
+            child = running.get(main.name) if stop_s else None
+            how = f"; what is not saved is saved first, at most {stop_s:g} s (again: at once)" if child else ""
+            name = signal.Signals(stopped.signum).name
+            print(f"\nmegarl: {name}, ending all processes{how}", file=sys.stderr, flush=True)
             if child:
                 child.send_signal(signal.SIGUSR1)
                 child.wait(stop_s)

@@ -90,7 +90,7 @@ class _Worker:
     def __init__(self, config: Config, host: str, port: int, log_dir: Path) -> None:
         self.config, self.log_dir = config, log_dir
         self.serves = self.leaving = False
-        self._asked_at = 0.0
+        self._asked_at = self._ends_at = float("-inf")
         self._link = StoreLink(host, port, config.launch.interface)
         self._backoff = Backoff(config.launch.max_restarts)
         self._answered = self._joined = self._lost_store = False  # ever
@@ -99,12 +99,17 @@ class _Worker:
         self._probe: Probe | None = None
 
     def take(self, number: int, _: object) -> None:
-        """A signal's handler. SIGTERM may come directly and by who started this."""
+        """A signal's handler. SIGTERM may come directly and by who started this; and another one while the end that the
+        first has brought is on its way up.
+        """
+        if time.monotonic() - self._ends_at < TWICE_S:
+            return
         if number == signal.SIGTERM and self.serves and not self.leaving:
             self.leaving, self._asked_at = True, time.monotonic()
             return
         if number == signal.SIGTERM and self.leaving and time.monotonic() - self._asked_at < TWICE_S:
             return
+        self._ends_at = time.monotonic()
         raise _Stopped(number)
 
     def run(self) -> int:
@@ -196,8 +201,8 @@ class _Worker:
     def _register(self, info: WorkerInfo) -> None:
         if self._probe is None:
             self._probe = Probe(info)
+        self.serves = True  # before anybody can ask it: and where the store goes meanwhile, the next one is told
         self._link.call(registry.register_worker, info)
-        self.serves = True
         if not self._answered:
             print(answers_line(info.index, info.url), flush=True)
         self._answered = True

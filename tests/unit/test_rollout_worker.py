@@ -142,7 +142,7 @@ def test_a_store_that_comes_back_gets_the_same_server(start: Callable[..., Start
     assert (after.url, after.pid) == (before.url, before.pid)
     worker.popen.send_signal(signal.SIGTERM)
     worker.popen.send_signal(signal.SIGINT)  # it does not wait for the drain
-    assert worker.popen.wait(60) == 128 + signal.SIGINT
+    assert worker.popen.wait(60) == 128 + signal.SIGINT, worker.err
 
 
 def test_a_second_sigterm_is_meant_a_second_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +157,43 @@ def test_a_second_sigterm_is_meant_a_second_after_the_first(tmp_path: Path, monk
     now[0] += TWICE_S
     with pytest.raises(module._Stopped):
         worker.take(signal.SIGTERM, None)
+
+
+def test_another_signal_while_the_first_one_ends_it_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both at once ended it in a traceback."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    worker = module._Worker(load_config(None, []), "127.0.0.1", 1, tmp_path)
+    with pytest.raises(module._Stopped):
+        worker.take(signal.SIGINT, None)
+    worker.take(signal.SIGTERM, None)
+    now[0] += TWICE_S
+    with pytest.raises(module._Stopped):
+        worker.take(signal.SIGTERM, None)
+
+
+def test_a_server_whose_store_goes_while_it_registers_registers_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = module._Worker(load_config(None, ["rollout.start_timeout_s=60"]), "127.0.0.1", 1, tmp_path)
+    answers: list[Any] = [{}, 5, StoreLost("gone"), {}, 6, None, None, True, None]
+    asked: list[str] = []
+
+    def call(function: Any, *_: Any) -> Any:
+        asked.append(function.__name__)
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    worker._link = SimpleNamespace(connect=lambda: True, call=call, host="", port=0)  # type: ignore[assignment]
+    monkeypatch.setattr(module, "healthy", lambda url: True)
+    monkeypatch.setattr(module, "Probe", lambda info: SimpleNamespace(silent_s=0.0, running=0, close=lambda: None))
+    monkeypatch.setattr(module, "stop_server", lambda child: None)
+    (tmp_path / "log").touch()
+    worker._child = SimpleNamespace(poll=lambda: None)
+    worker._attend(WorkerInfo(-1, "http://127.0.0.1:1", 1, 7, "here", str(tmp_path / "log")))
+    assert asked.count("register_worker") == 2 and not answers
 
 
 def test_a_server_that_fails_together_with_the_store_is_started_again(tmp_path: Path) -> None:
