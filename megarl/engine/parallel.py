@@ -95,7 +95,7 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int, timeout: ti
     """
     if dist.is_initialized():  # a process may build several models one after the other, in layouts of their own
         _leave_groups()
-        host_group = _make_groups(config, device, timeout)
+        host_group = _host_group(device, timeout)
     else:
         with connecting():  # NCCL's default group connects nobody: under it the first that does is the host's
             if "RANK" in os.environ:
@@ -103,17 +103,7 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int, timeout: ti
             else:
                 store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
                 dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
-            host_group = _make_groups(config, device, timeout)
-    torch.manual_seed(seed)
-    # On a CPU the tracker of inference forks no CUDA generator; there is no dropout whose generator it would have to
-    # keep.
-    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=device.device.type == "cpu")
-    layout = Layout(**config.model_dump(), world=dist.get_world_size())
-    return Parallel(layout, layout.coord(dist.get_rank()), device, host_group, timeout)
-
-
-def _make_groups(config: ParallelConfig, device: Device, timeout: timedelta) -> dist.ProcessGroup | None:
-    """megatron-core's, and the host's, which is returned. Collective."""
+            host_group = _host_group(device, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -124,7 +114,12 @@ def _make_groups(config: ParallelConfig, device: Device, timeout: timedelta) -> 
         create_gloo_process_groups=False,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
-    return _host_group(device, timeout)
+    torch.manual_seed(seed)
+    # On a CPU the tracker of inference forks no CUDA generator; there is no dropout whose generator it would have to
+    # keep.
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=device.device.type == "cpu")
+    layout = Layout(**config.model_dump(), world=dist.get_world_size())
+    return Parallel(layout, layout.coord(dist.get_rank()), device, host_group, timeout)
 
 
 def _host_group(device: Device, timeout: timedelta) -> dist.ProcessGroup | None:

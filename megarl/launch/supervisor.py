@@ -83,7 +83,7 @@ def supervise(
             running[process.name] = _start(process)
         status = _watch(main, [_Helper(helper, max_restarts) for helper in helpers], running, explain, again)
     except _Stopped as stopped:
-        with contextlib.suppress(_Stopped, ProcessLookupError, subprocess.TimeoutExpired):
+        with contextlib.suppress(_Stopped, ProcessLookupError, subprocess.TimeoutExpired):  # a second one ends this
             status = 128 + stopped.signum
             child = running.get(main.name) if stop_s else None
             how = f"; what is not saved is saved first, at most {stop_s:g} s (again: at once)" if child else ""

@@ -149,7 +149,7 @@ def test_every_group_has_that_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_bound_of_connecting_holds_where_ranks_connect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL's default group connects nobody, and megatron-core's do not either: gloo's beside them is the first."""
+    """NCCL's default group connects nobody: gloo's beside it is the first, before megatron-core makes its many."""
     done: list[str] = []
 
     @contextmanager
@@ -169,7 +169,7 @@ def test_the_bound_of_connecting_holds_where_ranks_connect(monkeypatch: pytest.M
     for variable in ("RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.setenv(variable, "0")
     parallel.init_parallel(Config().parallel, GPU, 0)
-    assert done == ["default", "megatron", "gloo", "connected"]
+    assert done == ["default", "gloo", "connected", "megatron"]
 
 
 def test_sums_of_a_stage_travel_as_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,13 @@ def test_in_a_large_model_no_bucket_waits_for_a_few_senders() -> None:
     assert load.lockstep <= load.received.max()
 
 
+def test_buckets_are_smaller_where_a_trainer_rank_packs_for_many() -> None:
+    """It keeps two messages for each of them."""
+    hf = CASES["qwen3-235b"][0] | {"num_hidden_layers": 4}
+    one, many = (make_plan(Layout(), RolloutLayout(engines, 1), WeightMap(hf)) for engines in (1, 7))
+    assert many.buckets > 3 * one.buckets
+
+
 def test_keys_and_values_are_replicated_where_there_are_more_ranks_than_heads(hf_config: dict[str, Any]) -> None:
     weight_map = WeightMap({**hf_config, "head_dim": 16})  # 4 heads, 2 key/value heads
     rects = rollout_rects(weight_map, RolloutLayout(1, 4))

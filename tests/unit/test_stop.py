@@ -9,7 +9,8 @@ import textwrap
 
 import pytest
 
-from megarl.launch.stop import TWICE_S
+from megarl.errors import Stopped
+from megarl.launch.stop import TWICE_S, StopRequest
 
 RANK = """
 import signal, sys, threading, time
@@ -102,3 +103,15 @@ def test_fault_18_the_same_signal_by_two_ways_is_one_and_a_later_one_ends_the_ra
         run.wait(2 * TWICE_S)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
+
+
+def test_a_second_signal_before_the_wait_has_ended_leaves_no_later_one_to_raise() -> None:
+    """It would be raised in the middle of an update."""
+    request = StopRequest(60, unsaved=lambda: True)
+    try:
+        with request.interruptible():
+            with pytest.raises(Stopped):
+                request._take(signal.SIGTERM, None)
+            request._take(signal.SIGINT, None)
+    finally:
+        request.close()

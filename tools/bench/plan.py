@@ -1,14 +1,16 @@
 """What it takes to plan a resharded sync of a large model, and how good
 the plan is. Nothing is run; sizes are in the file.
 
-    python tools/bench/plan.py [--model qwen3-235b|kimi-1t] [--json]
+    python tools/bench/plan.py [--model qwen3-235b|kimi-1t] [--bucket-mib N] [--json]
 
 qwen3-235b: Qwen3-235B-A22B, 1,024 trainer ranks (TP4 PP8 EP16) into 256 rollout ranks (32 engines of TP8).
 kimi-1t: Kimi-K2 (DeepSeek-V3's architecture, 384 experts), 2,048 trainer ranks (TP8 PP16 EP32) into 512 rollout ranks
 (EP16 over TP8).
-sender_in_step_over_max: what it would cost the senders if nobody began a bucket before all have ended the one before.
-Seconds are of the processor, one thread. The bound of a receiver is what it holds; of a sender, what its stage owes
-over the stage's ranks,
+sender_in_step_over_max: what it would cost the senders if nobody began a bucket before all have ended the one before;
+sender_in_step_over_receiver: the same over what the fullest receiver takes. --bucket-mib: buckets of that size, not of
+a sync's.
+Seconds are of the processor, one thread. The bound of a receiver is what it holds; of a sender, what its stage owes over
+the stage's ranks,
 where no rollout rank passes on what it received (Plan.least_sent).
 """
 
@@ -88,9 +90,9 @@ CASES: dict[str, tuple[dict[str, Any], Layout, RolloutLayout]] = {
 }
 
 
-def measure(hf: dict[str, Any], train: Layout, rollout: RolloutLayout) -> dict[str, Any]:
+def measure(hf: dict[str, Any], train: Layout, rollout: RolloutLayout, bucket_bytes: int | None) -> dict[str, Any]:
     start = time.process_time()
-    plan = make_plan(train, rollout, WeightMap(hf))
+    plan = make_plan(train, rollout, WeightMap(hf), bucket_bytes=bucket_bytes)
     planned = time.process_time()
     load = plan.load
     summed = time.process_time()
@@ -111,6 +113,7 @@ def measure(hf: dict[str, Any], train: Layout, rollout: RolloutLayout) -> dict[s
         "sender_max_over_mean": float(load.sent.max() / load.sent.mean()),
         "sender_max_over_bound": float(load.sent.max() / plan.least_sent()),
         "sender_in_step_over_max": float(load.lockstep / load.sent.max()),
+        "sender_in_step_over_receiver": float(load.lockstep / load.received.max()),
         "sent_over_held": float(load.sent.sum() / held_bytes.sum()),
         "destinations_per_sender": int((load.pairs > 0).sum(1).max()),
         "sources_per_receiver": int((load.pairs > 0).sum(0).max()),
@@ -127,9 +130,10 @@ def _seconds(plan: Plan, trainer: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(CASES), default="qwen3-235b")
+    parser.add_argument("--bucket-mib", type=int)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    figures = measure(*CASES[args.model])
+    figures = measure(*CASES[args.model], args.bucket_mib and args.bucket_mib * 2**20)
     if args.json:
         print(json.dumps({"model": args.model, **figures}))
         return

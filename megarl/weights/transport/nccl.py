@@ -1,5 +1,6 @@
 """The NCCL half of the group that weights travel by (groups.py). Written after torch's ProcessGroupNCCL; the calls into
-it are held by tests/unit/test_nccl_group.py over a stand-in; on a GPU they have run with one rank.
+it are held by tests/unit/test_nccl_group.py over a stand-in; on a GPU they have run with one rank, before
+`gone` and the release of the loaded library were asked for.
 
 What torch would do here, and what it costs a run that loses a rollout worker:
     wait() makes a CUDA stream wait, not the host, so no time limit holds: here the host looks until the work is done
