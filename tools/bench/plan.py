@@ -9,9 +9,8 @@ kimi-1t: Kimi-K2 (DeepSeek-V3's architecture, 384 experts), 2,048 trainer ranks 
 sender_in_step_over_max: what it would cost the senders if nobody began a bucket before all have ended the one before;
 sender_in_step_over_receiver: the same over what the fullest receiver takes. --bucket-mib: buckets of that size, not of
 a sync's.
-Seconds are of the processor, one thread. The bound of a receiver is what it holds; of a sender, what its stage owes over
-the stage's ranks,
-where no rollout rank passes on what it received (Plan.least_sent).
+Seconds are of the processor, one thread. The bound of a receiver is what it holds; of a sender, what its stage owes
+over the stage's ranks, where no rollout rank passes on what it received (Plan.least_sent).
 """
 
 from __future__ import annotations
