@@ -21,7 +21,8 @@ Reply = Callable[[dict[str, Any]], Awaitable[tuple[int, list[bytes | memoryview]
 class StubServer:
     """Listens on a free port of loopback until close(); a thread of its own. reply: the answer to a request's body.
 
-    served: requests that were answered. connections: open ones.
+    served: requests with an answer, counted before its first byte goes out: who has read an answer finds it counted.
+    connections: open ones.
     """
 
     def __init__(self, reply: Reply, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -68,11 +69,11 @@ class StubServer:
                 await asyncio.wait((gone,))
                 status, parts = reply.result()
                 size = sum(len(part) for part in parts)
+                self.served += 1
                 writer.write(f"HTTP/1.1 {status} OK\r\ncontent-length: {size}\r\n\r\n".encode())
                 for part in parts:
                     writer.write(part)
                     await writer.drain()
-                self.served += 1
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
