@@ -10,23 +10,20 @@ from collections import deque
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megarl.announce import announce
 from megarl.checkpoints import is_hf_folder
-from megarl.config import CANARY_TOKENS, Config
-from megarl.engine.batch import make_packs
+from megarl.config import Config
 from megarl.engine.build import Engine, route_shape
-from megarl.engine.exchange import attach_routes
 from megarl.engine.export import export_hf
 from megarl.errors import UserError
 from megarl.launch.stop import StopRequest
-from megarl.loop.canary import CanaryLimits, Spread, spread_of
+from megarl.loop.canary import CanaryLimits, Spread
+from megarl.loop.own_score import OwnScore
 from megarl.loop.reduce import Values
 from megarl.observe.trace import enter, phase, waits
-from megarl.replay.routes import accept_routes
 from megarl.rollout.fleet import Fleet, WorkersLost
 from megarl.rollout.patience import ANSWER_S, STALE_S, reading_s
 from megarl.rollout.registry import common_tp
@@ -45,9 +42,9 @@ class Refit:
     def __init__(self, config: Config, engine: Engine, fleet: Fleet) -> None:
         self.config, self.engine, self.fleet = config, engine, fleet
         model = engine.model
-        self.route_shape = route_shape(model) if config.wants_routes and model.weight_map.moe_layers else None
-        generator = torch.Generator().manual_seed(0)
-        self.canary = torch.randint(model.weight_map.vocab_size, (CANARY_TOKENS,), generator=generator)
+        routes = route_shape(model) if config.wants_routes and model.weight_map.moe_layers else None
+        self.own = OwnScore(engine, routes, config.engine.micro_batch_tokens)
+        self.canary: list[int] = self.own.tokens.tolist()
         device = model.parallel.device
         trained = device.dtype(config.engine.dtype)
         self.rollout_dtype = device.dtype(config.rollout_dtype(on_gpu=device.device.type == "cuda"))
@@ -136,8 +133,10 @@ class Refit:
         pause_s = in_flight.drain_s if in_flight and main else 0.0  # it begins with that wait for the servers
         with self._quantized():
             with phase("sync", pause_s):
-                canary = [] if in_flight else self.canary.tolist()  # not within a step's time limit then: see _score
-                scores = self.fleet.push(self.outgoing.buckets(model.params()), canary, in_flight, phase)
+                canary = [] if in_flight else self.canary  # not within a step's time limit then: see _score
+                self.fleet.push(self.outgoing.buckets(model.params()), canary, in_flight, phase)
+                self.own.take()
+                scores = self.fleet.loaded()
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
             spreads: list[Spread] = []
@@ -182,7 +181,10 @@ class Refit:
         """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does
         not hold what the last sync gave it. Collective.
         """
-        self._compared(self._score())
+        scoring = self._score()
+        with self._quantized():
+            self.own.take()
+        self._compared(scoring)
 
     @property
     def _score_s(self) -> float:
@@ -192,7 +194,7 @@ class Refit:
 
     def _score(self) -> Scoring:
         """The canary, of every member."""
-        return self.fleet.score(self.canary.tolist(), self._score_s)
+        return self.fleet.score(self.canary, self._score_s)
 
     def _compared(self, scoring: Scoring) -> list[Spread]:
         """Empty where a worker was lost: the sync is then done again without it."""
@@ -244,31 +246,11 @@ class Refit:
 
     def _compare_canary(self, scores: list[tuple[str, Canary]]) -> list[Spread]:
         """|log pi - log mu| over the canary, of each server, given with its URL. Raises where one exceeds its limit."""
-        model, parallel = self.engine.model, self.engine.model.parallel
         answers = [scores]
         dist.broadcast_object_list(answers, src=0)
         if not answers[0]:
             return []
-        figures = torch.zeros(len(answers[0]), len(Spread._fields), dtype=torch.float64, device=parallel.device.device)
-        for number, (url, (logprobs, routes)) in enumerate(answers[0]):
-            (pack,) = make_packs([[0]], [self.canary], [1], parallel.layout, parallel.coord)
-            if routes is not None and self.route_shape is not None:
-                size = model.weight_map
-                try:
-                    routes = accept_routes(
-                        routes, len(self.canary) - 1, size.moe_layers, size.num_layers, size.num_experts, size.top_k
-                    )
-                except ValueError as wrong:
-                    raise UserError(f"weight sync: routes of the canary from {url}: {wrong}") from None
-                attach_routes(pack, torch.from_numpy(routes.astype(np.int16)), parallel, self.route_shape)
-            packs = [pack] * parallel.layout.packs_multiple
-            scored = self.engine.logprobs(packs, "off" if pack.rollout.routes is None else "replay", temperature=1.0)
-            if scored:
-                ours = scored[0].logprobs[: CANARY_TOKENS - 1].cpu()
-                spread = spread_of(ours - torch.from_numpy(logprobs.copy()))
-                figures[number] = torch.tensor(spread, dtype=torch.float64)
-        dist.all_reduce(figures, op=dist.ReduceOp.MAX)
-        spreads = [Spread(*row) for row in figures.tolist()]
+        spreads = self.own.spreads(answers[0])
         if excess := self.limits.excess(spreads):
             raise UserError(
                 f"weight sync: the canary differs by {excess.value:.3g} ({excess.what}; limit {excess.limit:.3g}"

@@ -68,14 +68,12 @@ class Sampler:
         first_group: number of the first prompt's group. step: rollout steps done before this one; it seeds
         the draw. stop: what may end the wait.
         """
-        config, local = self.config, self._share(len(prompts))
-        seed = (config.run.seed * 1_000_003 + step) * 1_000_003 % 2**31
-        seed += (first_group + int(local[0]) if len(local) else 0) * config.batch.group
-        wanted = [prompts[i] for i in local]
+        config = self.config
+        seed = (config.run.seed * 1_000_003 + step) * 1_000_003 % 2**31 + first_group * config.batch.group
 
         def ask() -> list[list[Response]]:
             with phase("rollout", self.wait_s), stop.interruptible() if stop else nullcontext():
-                return self.generate(wanted, config.batch.group, config.rollout.temperature, seed=seed)
+                return self._generate(prompts, config.batch.group, config.rollout.temperature, seed)
 
         try:
             groups = self._served(ask)
@@ -83,7 +81,7 @@ class Sampler:
             return Sampled([], stopped=stopped)
         rollouts = [
             Rollout(first_group + int(i), prompts[i], response)
-            for i, group in zip(local, groups, strict=self.client is not None)
+            for i, group in zip(self._share(len(prompts)), groups, strict=self.client is not None)
             for response in group
         ]
         return Sampled(rollouts, self.check_routes(rollouts))
@@ -94,31 +92,34 @@ class Sampler:
         """`samples` responses to each prompt of this replica's share; their routes are not looked at. Stopped, on every
         rank, where a signal ends the wait (stop).
         """
-        local = self._share(len(prompts))
-        wanted, seed = [prompts[i] for i in local], self.config.run.seed
 
         def ask() -> list[list[Response]]:
             enter("the wait for responses to evaluate", self.wait_s)
             try:
                 with stop.interruptible() if stop else nullcontext():
-                    return self.generate(wanted, samples, temperature, seed=seed)
+                    return self._generate(prompts, samples, temperature, self.config.run.seed)
             finally:
                 enter("evaluate")
 
         groups = self._served(ask)
         return [
             Rollout(int(i), prompts[i], response)
-            for i, group in zip(local, groups, strict=self.client is not None)
+            for i, group in zip(self._share(len(prompts)), groups, strict=self.client is not None)
             for response in group
         ]
 
-    def generate(self, prompts: list[Prompt], n: int, temperature: float, seed: int) -> list[list[Response]]:
-        """n responses to each prompt, whatever the other ranks ask for; nothing on a rank without a client."""
-        if self.client is None or not prompts:
+    def _generate(self, prompts: list[Prompt], n: int, temperature: float, seed: int) -> list[list[Response]]:
+        """n responses to each prompt of this replica's share; nothing on a rank without a client. seed: of the first
+        response to the first of all prompts.
+        """
+        local = self._share(len(prompts))
+        if self.client is None or not len(local):
             return []
-        tokens = [prompt.tokens for prompt in prompts]
+        tokens, first = [prompts[i].tokens for i in local], int(local[0])
         longest = self.config.rollout.max_new_tokens
-        return self.client.generate(tokens, n, temperature, longest, self.stop_token_ids, seed=seed)
+        return self.client.generate(
+            tokens, n, temperature, longest, self.stop_token_ids, seed + first * n, first, len(prompts)
+        )
 
     def _served(self, ask: Callable[[], list[list[Response]]]) -> list[list[Response]]:
         """Collective: what ask() gives, asked again on the ranks that found no server, once recover() has brought

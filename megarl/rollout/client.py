@@ -111,9 +111,15 @@ class RolloutClient:
         max_new_tokens: int,
         stop_token_ids: list[int],
         seed: int | None = None,
+        first: int = 0,
+        total: int | None = None,
     ) -> list[list[Response]]:
         """`n` responses for each prompt, in the order of `prompts`. A
         stop token that was sampled is part of its response.
+
+        first, total: these are the prompts [first, first + len(prompts)) of a batch of `total`, whose others are asked
+        for elsewhere; None: all of it. The batch is split over the servers, not each rank's share of it: as many ranks
+        as servers have one each.
 
         Every sampling parameter is sent: mu is the whole softmax at `temperature`. `seed` makes the draw repeatable
         (response i of prompt p draws from seed + p n + i), at some cost in speed. One request a server: what a server
@@ -125,9 +131,11 @@ class RolloutClient:
             raise NoServers("no rollout server is left")
         sampling, done = sampling_of(n, temperature, max_new_tokens, stop_token_ids), SimpleQueue[Answered]()
         requests = []
-        for server, chunk in zip(self.servers, np.array_split(np.arange(len(prompts)), len(self.servers)), strict=True):
-            seeds = None if seed is None else [seed + int(i) * n for i in chunk]
-            if len(chunk):
+        shares = np.array_split(np.arange(total or len(prompts)) - first, len(self.servers))
+        for server, share in zip(self.servers, shares, strict=True):
+            chunk = [int(i) for i in share if 0 <= i < len(prompts)]
+            seeds = None if seed is None else [seed + i * n for i in chunk]
+            if chunk:
                 requests.append(Request([prompts[i] for i in chunk], n, sampling, seeds, done, server.url))
         for request in requests:
             self.dispatcher.submit(request)

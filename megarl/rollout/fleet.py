@@ -162,28 +162,34 @@ class Fleet:
         canary: list[int],
         in_flight: InFlight | None = None,
         phase: Phase = untraced,
-    ) -> list[Canary]:
-        """Collective: sends this rank's buckets. Rank 0: returns every server's score of the canary, once all have
-        loaded; they do not serve yet. Elsewhere an empty list. phase: see SyncLeader.push. Raises WorkersLost.
+    ) -> None:
+        """Collective: sends this rank's buckets. The members load them meanwhile and score the canary: see loaded().
+        phase: see SyncLeader.push. Raises WorkersLost.
         """
         sender, leader, stream = self._sender, self._leader, iter(buckets)
 
-        def send() -> list[Canary]:
+        def send() -> None:
             if leader is not None and sender is not None:
                 try:
-                    return leader.push(lambda: sender.send(stream), canary, sender.close, in_flight, phase)
+                    leader.push(lambda: sender.send(stream), canary, sender.close, in_flight, phase)
                 except Exception:
                     if leader.settings.transport == "broadcast":  # the other ranks wait until this one has taken all
                         with suppress(Exception):
                             deque(stream, maxlen=0)
                     raise
-            if sender is not None:
+            elif sender is not None:
                 sender.send(stream)
             else:
                 deque(stream, maxlen=0)
-            return []
 
-        return self._settled(send)
+        self._settled(send)
+
+    def loaded(self) -> list[Canary]:
+        """Collective, after push(): once all have loaded, rank 0 returns their scores of the canary; they do not serve
+        yet. Elsewhere an empty list. Raises WorkersLost.
+        """
+        leader = self._leader
+        return self._settled(lambda: leader.loaded() if leader is not None else [])
 
     def score(self, canary: list[int], timeout_s: float) -> Scoring:
         """Asks the members, on rank 0, for the canary beside whatever else they do."""

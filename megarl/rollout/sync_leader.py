@@ -132,7 +132,8 @@ class SyncLeader:
         self._pool = ThreadPoolExecutor(len(workers) + 1, "weight-sync")
         self._lone = sum(worker.tp for worker in workers) == 1
         self._limit_s = self._deadline = 0.0  # of the step that was posted last
-        self.seconds: dict[str, float] = {}  # of the last push()
+        self.seconds: dict[str, float] = {}  # of the last push() and loaded(); a lone worker loads as it receives
+        self._loading: list[Future[bytes]] = []  # answers that loaded() waits for
 
     def init(
         self,
@@ -174,9 +175,9 @@ class SyncLeader:
         abort: Callable[[], None],
         in_flight: InFlight | None = None,
         phase: Phase = untraced,
-    ) -> list[Canary]:
-        """Takes all servers as far as loaded and not yet committed; returns their scores of the canary (empty: none).
-        With in_flight they are paused before, and serve again once loaded.
+    ) -> None:
+        """Brings the weights to all servers, which go on to load them and to score the canary (empty: none): loaded()
+        waits for that. With in_flight they are paused before, and serve again once loaded.
 
         send: sends this rank's messages; abort: makes a pending send() fail; phase: around what has a name. Raises
         RolloutError, one line that names the server and, where bytes differ, tensor, rank and slice.
@@ -187,23 +188,25 @@ class SyncLeader:
         start = time.monotonic()
         body = {"load": self._lone, "canary": canary, "version": in_flight.version if in_flight else 0}
         with phase("sync_receive"):
-            answers = self._receive(body, send, abort)
-        received = time.monotonic()
-        if not self._lone:
-            answers = self._await(self._post("load", [body] * len(self._servers)))
-        self.seconds = {
-            "receive": received - start,
-            "load": time.monotonic() - received,
-        }  # a lone worker loads within receive
-        if not canary:
-            return []
-        return [Canary(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)]
+            posts = self._send(body, send, abort)
+            if not self._lone:  # nobody loads before all have received
+                self._await(posts)
+        self.seconds = {"receive": time.monotonic() - start}
+        self._loading = posts if self._lone else self._post("load", [body] * len(self._servers))
 
-    def _receive(self, body: dict[str, Any], send: Callable[[], None], abort: Callable[[], None]) -> list[bytes]:
+    def loaded(self) -> list[Canary]:
+        """After push(), once all have loaded; they do not serve yet. Their scores of the canary."""
+        start = time.monotonic()
+        answers = self._await(self._loading)
+        self.seconds["load"] = time.monotonic() - start
+        scores = [arrays for _, arrays in map(decode, answers)]
+        return [Canary(arrays["logprobs"], arrays.get("routes")) for arrays in scores if arrays]
+
+    def _send(self, body: dict[str, Any], send: Callable[[], None], abort: Callable[[], None]) -> list[Future[bytes]]:
+        """Returns once everything is sent; the servers' answers come then."""
         posts = self._post("receive", [body] * len(self._servers))
         for post in posts:
             post.add_done_callback(lambda done: abort() if done.exception() else None)
-        failed = None
         try:
             send()
         except Exception as error:
@@ -214,10 +217,11 @@ class SyncLeader:
             # a server that failed has left the group: its own account comes first
             wait(posts, ACCOUNT_S, return_when=FIRST_EXCEPTION)
             abort()
-        answers = self._await(posts)
-        if failed:
-            raise RolloutError(f"weight sync: sending failed although every rollout server received: {failed}")
-        return answers
+            self._await(posts)
+            raise RolloutError(
+                f"weight sync: sending failed although every rollout server received: {failed}"
+            ) from None
+        return posts
 
     def check(self, folder: str | None) -> None:
         """Compares the workers' weights with an engine loaded from

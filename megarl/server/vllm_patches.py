@@ -14,12 +14,16 @@ thread fork it, as vLLM does elsewhere.
 6. The engine sends every token by itself: our servers, which answer when a request ends, get each request once.
 7. Norms in float32 are eight torch operations: our servers take vLLM's own C kernel, which its registry offers to GPUs
 alone.
+8. An idle engine begins with the first request of a batch while the others are still on their way: our servers take
+what comes together together.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
 from __future__ import annotations
 
 import os
+import queue
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +43,8 @@ from megarl.server.plugin import FORKS, OWN_SERVER
 
 NORMS = "megarl_c"  # our provider in vLLM's registry of implementations
 NORM_LANES = 8  # of float32 in vLLM's csrc/cpu/layernorm.cpp, which aborts on other sizes
+APART_S = 0.002  # requests of one batch come some 0.2 ms after each other
+TOGETHER_S = 0.1  # at most so long after the first
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
 
 
@@ -52,6 +58,7 @@ def apply() -> None:
     if OWN_SERVER in os.environ:
         _take_c_norms()
         _send_each_request_once()
+        _begin_together()
 
 
 def _repack_experts_on_update() -> None:
@@ -205,6 +212,31 @@ def _send_each_request_once() -> None:
 
     _attach_weight_version._megarl = True  # type: ignore[attr-defined]
     EngineCoreProc._attach_weight_version = _attach_weight_version
+
+
+def _begin_together() -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    original = EngineCoreProc._process_input_queue
+    if getattr(original, "_megarl", False):
+        return
+
+    def _process_input_queue(self: Any) -> None:
+        """Called before each step; returns once there is work. What is sampled together then hangs on the requests, not
+        on how fast they came, and no prefill is done for the first of them alone.
+        """
+        idle = not self.has_work()
+        original(self)
+        deadline = time.monotonic() + TOGETHER_S
+        while idle and time.monotonic() < deadline:
+            try:
+                request = self.input_queue.get(timeout=APART_S)
+            except queue.Empty:
+                return
+            self._handle_client_request(*request)
+
+    _process_input_queue._megarl = True  # type: ignore[attr-defined]
+    EngineCoreProc._process_input_queue = _process_input_queue
 
 
 class RouteCapture:

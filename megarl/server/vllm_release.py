@@ -48,7 +48,8 @@ ON_A_CPU = {  # and of its CPU build
     "platforms.cpu": "CpuPlatform.check_and_update_config",
     "v1.engine": "EngineCoreOutput.finish_reason EngineCoreOutput.new_logprobs EngineCoreOutput.routed_experts"
     " EngineCoreOutput.prefill_stats EngineCoreOutputs.weight_version EngineCoreOutputs.finished_requests",
-    "v1.engine.core": "EngineCoreProc._attach_weight_version",
+    "v1.engine.core": "EngineCoreProc._attach_weight_version EngineCoreProc._process_input_queue"
+    " EngineCoreProc._handle_client_request EngineCoreProc.has_work",
     "v1.worker.cpu_worker": "CPUWorker.init_device CPUModelRunner",
     "v1.worker.cpu_model_runner": "CPUModelRunner.initialize_kv_cache CPUModelRunner.execute_model"
     " CPUModelRunner.sample_tokens",

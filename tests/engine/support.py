@@ -80,7 +80,8 @@ class Pusher:
     def load(self, weights: dict[str, torch.Tensor], canary: list[int] | None = None) -> list[Canary]:
         """As far as loaded: no version is committed yet."""
         buckets = whole_buckets(weights.items(), self.manifest)
-        return self.leader.push(lambda: self.sender.send(buckets), canary or [], self.sender.close)
+        self.leader.push(lambda: self.sender.send(buckets), canary or [], self.sender.close)
+        return self.leader.loaded()
 
     def push(self, weights: dict[str, torch.Tensor], version: int) -> None:
         self.load(weights)
@@ -107,6 +108,7 @@ class SlicePusher:
         with HfReader(model) as reader:
             params = [(param, _filled(param, reader)) for param in self.weight_map.params(Layout(), Layout().coord(0))]
         self.leader.push(lambda: self.sender.send(self.slices.buckets(params)), [], self.sender.close)
+        self.leader.loaded()
         self.leader.commit(version)
 
 

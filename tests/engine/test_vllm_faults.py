@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from tests.engine.support import ROOT
+from tests.engine.together import REQUESTS
 from tools.tiny_model import make_tiny_model
 
 
@@ -53,6 +54,12 @@ def test_every_head_is_rotated() -> None:
 def test_c_norms_are_the_models() -> None:
     (error,) = figures_of("tests.engine.norms", r"^error=(\S+)$")
     assert error < 1e-6
+
+
+def test_an_idle_engine_begins_a_batch_together() -> None:
+    """Before, it began with the first one or two; one that is at work takes what is there and goes on."""
+    batch, busy = figures_of("tests.engine.together", r"^batch=(\d+) busy=(\d+)$")
+    assert batch == REQUESTS and busy < REQUESTS
 
 
 def figures_of(module: str, printed: str) -> list[float]:

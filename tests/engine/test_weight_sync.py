@@ -301,9 +301,10 @@ def test_weights_in_flight(rollout: Rollout, checkpoints: tuple[Path, Path], how
     time.sleep(0.15)
     rollout.version += 1
     buckets = whole_buckets(weights(new).items(), pusher.manifest)
-    (canary,) = pusher.leader.push(
+    pusher.leader.push(
         lambda: pusher.sender.send(buckets), CANARY, pusher.sender.close, InFlight(how, rollout.version, 60)
     )
+    (canary,) = pusher.leader.loaded()
     pusher.leader.commit(rollout.version)
     np.testing.assert_allclose(canary.logprobs, judged(new, CANARY)[0], atol=1e-4)
     groups = answers.get(timeout=60)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,11 +20,15 @@ from tools.tiny_model import tiny_config
 
 # isort: split
 from megarl.config import CANARY_TOKENS
-from megarl.engine.batch import make_packs
+from megarl.engine.batch import Pack, make_packs
 from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import attach_routes
 from megarl.engine.parallel import destroy_parallel
+from megarl.engine.step import Routes, TokenScores
+from megarl.errors import UserError
 from megarl.loop.canary import FACTOR, CanaryLimits, Spread, spread_of
+from megarl.loop.own_score import OwnScore
+from megarl.rollout.sync_leader import Canary
 
 BF16 = torch.bfloat16
 GOOD = Spread(0.003, 0.012, 0.015)
@@ -35,7 +40,7 @@ class Engines:
         self.trainer, self.rollout = (
             engine_of(hf, [f"engine.dtype={dtype}"], train=False)[1] for dtype in ("bfloat16", "float32")
         )
-        self.tokens = torch.randint(hf["vocab_size"], (CANARY_TOKENS,), generator=torch.Generator().manual_seed(0))
+        self.tokens = OwnScore(self.rollout, None, 1).tokens
         self.generator = torch.Generator().manual_seed(1)
         self.sync()
 
@@ -48,22 +53,15 @@ class Engines:
             theirs.data.copy_(ours.data)
 
     def spread(self) -> Spread:
-        theirs, routes = self._score(self.rollout)
-        return spread_of(self._score(self.trainer, routes)[0] - theirs)
-
-    def _score(self, engine: Engine, routes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        at, rows = engine.model.parallel, CANARY_TOKENS - 1
-        (pack,) = make_packs([[0]], [self.tokens], [1], at.layout, at.coord)
-        if routes is not None:
-            attach_routes(pack, routes, at, route_shape(engine.model))
-        [scored] = engine.logprobs([pack], "record" if routes is None else "replay")
-        live = pack.passes.live_routes
-        return scored.logprobs[:rows], None if live is None else live[:rows]
+        own = OwnScore(self.trainer, route_shape(self.trainer.model), 4096)
+        own.take()
+        (spread,) = own.spreads([("http://one", score_of(self.rollout, self.tokens))])
+        return spread
 
     def busiest_expert(self, layer: int) -> int:
-        _, routes = self._score(self.rollout)
+        routes = score_of(self.rollout, self.tokens).routes
         assert routes is not None
-        return int(routes[:, layer].flatten().long().bincount().argmax())
+        return int(np.bincount(routes[:, layer].flatten()).argmax())
 
     @contextmanager
     def without(self, layer: int, expert: int | None = None) -> Iterator[None]:
@@ -81,6 +79,17 @@ class Engines:
         yield
         for tensor, was in zip(out, kept, strict=True):
             tensor.data.copy_(was)
+
+
+def score_of(engine: Engine, tokens: Tensor, routes: np.ndarray | None = None) -> Canary:
+    """As a server scores it: along its own routes, or along these."""
+    at, rows = engine.model.parallel, CANARY_TOKENS - 1
+    (pack,) = make_packs([[0]], [tokens], [1], at.layout, at.coord)
+    if routes is not None:
+        attach_routes(pack, torch.from_numpy(routes), at, route_shape(engine.model))
+    [scored] = engine.logprobs([pack], "record" if routes is None else "replay", temperature=1.0)
+    assert pack.passes.live_routes is not None
+    return Canary(scored.logprobs[:rows].numpy(), pack.passes.live_routes[:rows].numpy() if routes is None else routes)
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +167,35 @@ def test_rounding_of_a_policy_that_has_sharpened_is_taken_in_float32() -> None:
         assert found is not None and (found.server, found.what) == (1, what)
     first = CanaryLimits(None, torch.float32).excess([Spread(2e-4, 3e-4, 5e-4)])
     assert first is not None and first.what == "median"
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_the_own_score_serves_all_servers_that_took_its_routes(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """The others are compared along theirs, all of them in one pass; the order of a row's experts is no other route."""
+    engine, tokens = engines.rollout, engines.tokens
+    own = OwnScore(engine, route_shape(engine.model), at_once * CANARY_TOKENS)
+    same = score_of(engine, tokens)
+    assert same.routes is not None
+    swapped = Canary(same.logprobs, same.routes[..., ::-1].copy())
+    others = [score_of(engine, tokens, (same.routes + shift) % 8) for shift in (1, 3)]
+    off = Canary(same.logprobs + np.float32(0.5), same.routes)
+    assert all(np.abs(other.logprobs - same.logprobs).max() > 1e-3 for other in others)
+    passes: list[str] = []
+    original = engine.logprobs
+
+    def logprobs(packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[TokenScores]:
+        passes.append(routes)
+        return original(packs, routes, temperature)
+
+    monkeypatch.setattr(engine, "logprobs", logprobs)
+    own.take()
+    assert [spread.largest for spread in own.spreads([("a", same), ("b", swapped)])] == [0, 0] and passes == ["record"]
+    servers = [("a", same), ("b", others[0]), ("c", off), ("d", others[1]), ("e", Canary(same.logprobs, None))]
+    found = own.spreads(servers)
+    assert [round(spread.largest, 5) for spread in found] == [0, 0, 0.5, 0, 0] and passes == ["record", "replay"]
+    assert found[2].median == pytest.approx(0.5, abs=1e-5)
+    wrong = Canary(same.logprobs, same.routes * 0)
+    with pytest.raises(UserError, match="routes of the canary from http://f: .*nothing was captured"):
+        own.spreads([("http://f", wrong)])

@@ -357,6 +357,28 @@ def test_a_batch_is_one_request_a_server() -> None:
         assert np.array_equal(groups[4][1].tokens, [4, 109, 109, 109])
 
 
+@pytest.mark.parametrize(("mine", "counts"), [(range(1, 5), (3, 1)), (range(4, 7), (0, 3))])
+def test_a_batch_of_several_ranks_is_split_over_the_servers_as_a_whole(mine: range, counts: tuple[int, int]) -> None:
+    """Of 7 prompts the first 4 are one server's, whichever rank asks for them."""
+    asked = {0: 0, 1: 0}
+
+    def counting(server: int) -> Reply:
+        async def reply(request: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+            asked[server] += len(request["prompts"])
+            return await at_once(request)
+
+        return reply
+
+    with servers(counting(0), counting(1)) as (a, b):
+        client = RolloutClient([a.info(0), b.info(1)], 20)
+        try:
+            groups = client.generate([[i] for i in mine], N, 1.0, 3, [], seed=100, first=mine[0], total=7)
+        finally:
+            client.close()
+    assert [group[0].tokens.tolist() for group in groups] == [[i, *[100 + N * k] * 3] for k, i in enumerate(mine)]
+    assert (asked[0], asked[1]) == counts
+
+
 def test_a_server_that_leaves_finishes_what_it_has_and_gets_nothing_new() -> None:
     """Also where the step that agrees on it comes before it has finished."""
     gate, answered = threading.Event(), [0, 0]

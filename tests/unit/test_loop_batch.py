@@ -318,8 +318,11 @@ class ScoredFleet:
         lost, self.loses = self.loses, False
         return lost
 
-    def push(self, buckets: Any, canary: list[int], in_flight: Any, phase: Any) -> list[Canary]:
-        return [score for _, score in self.scored(self)] if canary else []
+    def push(self, buckets: Any, canary: list[int], in_flight: Any, phase: Any) -> None:
+        self.asked = bool(canary)
+
+    def loaded(self) -> list[Canary]:
+        return [score for _, score in self.scored(self)] if self.asked else []
 
     def commit(self, version: int) -> None:
         pass
@@ -346,7 +349,7 @@ def refitted(folder: Path, *overrides: str) -> tuple[Refit, ScoredFleet]:
     fleet: Any = ScoredFleet()
     refit, at = Refit(loop.config, engine, fleet), engine.model.parallel
     refit.synced, refit.outgoing = True, cast(Any, SimpleNamespace(bytes=0, buckets=lambda params: []))
-    [scored] = engine.logprobs(make_packs([[0]], [refit.canary], [1], at.layout, at.coord), "off", temperature=1.0)
+    [scored] = engine.logprobs(make_packs([[0]], [refit.own.tokens], [1], at.layout, at.coord), "off", temperature=1.0)
     fleet.right[:] = scored.logprobs[: CANARY_TOKENS - 1]
     return refit, fleet
 

@@ -83,6 +83,7 @@ def ranks(work: dict[str, Any]) -> None:
             dist.barrier()
             start = time.perf_counter()
             fleet.push(refit.outgoing.buckets(model.params()), [])
+            fleet.loaded()
             fleet.commit(1)
             dist.barrier()
             times[way].append({"total": time.perf_counter() - start, **fleet.push_seconds})

@@ -1,0 +1,71 @@
+"""Run by test_vllm_faults.py: how many requests of a batch an idle engine takes before its first step, and after how
+many of an endless stream it begins, with vLLM's own input queue and our servers' patch of it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from typing import Any
+
+from megarl.server.plugin import OWN_SERVER
+
+REQUESTS = 40
+
+
+class Engine:
+    """As much of vLLM's engine as its input queue looks at."""
+
+    process_input_queue_block = True
+
+    def __init__(self, at_work: bool) -> None:
+        self.taken, self.at_work = 0, at_work
+        self.input_queue, self.aborts_queue = queue.Queue[Any](), queue.Queue[Any]()
+
+    def has_work(self) -> bool:
+        return self.at_work or self.taken > 0
+
+    def is_running(self) -> bool:
+        return True
+
+    def _notify_idle_state_callbacks(self) -> None: ...
+
+    def _handle_client_request(self, *request: Any) -> None:
+        self.taken += 1
+
+
+def taken(at_work: bool, endless: bool = False) -> int:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    engine, ended = Engine(at_work), threading.Event()
+
+    def send() -> None:
+        sent = 0
+        while not ended.is_set() and (endless or sent < REQUESTS):
+            engine.input_queue.put(("add", sent))
+            sent += 1
+            time.sleep(0.0002)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    EngineCoreProc._process_input_queue(engine)  # type: ignore[arg-type]
+    count = engine.taken
+    ended.set()
+    sender.join()
+    return count
+
+
+def main() -> None:
+    os.environ[OWN_SERVER] = "1"
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    batch, busy = taken(at_work=False), taken(at_work=True)
+    assert taken(at_work=False, endless=True) > 1  # returns
+    print(f"\nbatch={batch} busy={busy}")
+
+
+if __name__ == "__main__":
+    main()
