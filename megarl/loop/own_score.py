@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.config import CANARY_TOKENS
-from megarl.engine.batch import Pack, make_packs
+from megarl.engine.batch import Pack, make_packs, router_rows
 from megarl.engine.build import Engine
 from megarl.engine.exchange import RouteShape, attach_routes
 from megarl.engine.step import TokenScores
@@ -43,7 +43,7 @@ class OwnScore:
 
     def spreads(self, servers: list[tuple[str, Canary]]) -> list[Spread]:
         """|log pi - log mu| over the canary, of each server, given with its URL: the same on every rank. The weights
-        must be those of take(). UserError where routes cannot be.
+        must be those of take(). UserError where routes cannot be those of this model.
         """
         device = self.parallel.device.device
         routes = [self._accepted(url, canary.routes) for url, canary in servers]
@@ -75,8 +75,8 @@ class OwnScore:
         (pack,) = self._packs([1])
         attach_routes(pack, routes, self.parallel, self.routes)
         theirs, live = pack.rollout.routes, self._live_routes.cpu()
-        assert theirs is not None and pack.rollout.has_route is not None
-        real = pack.rollout.has_route.cpu()
+        assert theirs is not None
+        real = router_rows(pack.padded, self.parallel.layout, self.parallel.coord) < pack.rows
         return torch.equal(theirs.cpu()[real].sort(-1).values, live[real].sort(-1).values)
 
     def _replayed(self, routes: dict[int, Tensor]) -> dict[int, Tensor | None]:

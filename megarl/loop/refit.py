@@ -135,8 +135,10 @@ class Refit:
             with phase("sync", pause_s):
                 canary = [] if in_flight else self.canary  # not within a step's time limit then: see _score
                 self.fleet.push(self.outgoing.buckets(model.params()), canary, in_flight, phase)
-                self.own.take()
-                scores = self.fleet.loaded()
+                with phase("own_canary"):
+                    self.own.take()
+                with phase("sync_load"):
+                    scores = self.fleet.loaded()
                 if digests == "every" or (digests == "first" and not self.synced):
                     self._check_digests(version)
             spreads: list[Spread] = []
@@ -146,7 +148,7 @@ class Refit:
                     if in_flight:
                         spreads = self._compare_answers(self._score())
                     else:
-                        spreads = self._compare_canary([*zip(urls, scores, strict=False)])
+                        spreads = self._compare_canary([*zip(urls, scores, strict=bool(scores))])
         self.fleet.commit(version)
         if later:
             self._scoring = self._score()

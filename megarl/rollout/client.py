@@ -118,12 +118,12 @@ class RolloutClient:
         stop token that was sampled is part of its response.
 
         first, total: these are the prompts [first, first + len(prompts)) of a batch of `total`, whose others are asked
-        for elsewhere; None: all of it. The batch is split over the servers, not each rank's share of it: as many ranks
-        as servers have one each.
+        for elsewhere; None: nothing comes after them. The batch is split over the servers, not each rank's share of it:
+        as many ranks as servers have one each.
 
         Every sampling parameter is sent: mu is the whole softmax at `temperature`. `seed` makes the draw repeatable
         (response i of prompt p draws from seed + p n + i), at some cost in speed. One request a server: what a server
-        samples together depends on nothing but the prompts.
+        samples together depends on nothing but the prompts, where other ranks ask at the same time.
         """
         if not prompts:
             return []
@@ -131,7 +131,8 @@ class RolloutClient:
             raise NoServers("no rollout server is left")
         sampling, done = sampling_of(n, temperature, max_new_tokens, stop_token_ids), SimpleQueue[Answered]()
         requests = []
-        shares = np.array_split(np.arange(total or len(prompts)) - first, len(self.servers))
+        total = first + len(prompts) if total is None else total
+        shares = np.array_split(np.arange(total) - first, len(self.servers))
         for server, share in zip(self.servers, shares, strict=True):
             chunk = [int(i) for i in share if 0 <= i < len(prompts)]
             seeds = None if seed is None else [seed + i * n for i in chunk]

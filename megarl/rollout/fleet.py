@@ -57,6 +57,7 @@ class Fleet:
     _store: Any = None
     _leader: SyncLeader | None = None
     _sender: WeightSender | None = None
+    _unsent: Exception | None = None  # of this rank's part in the last push()
     _refusals: Refusals | None = None  # rank 0
     client: RolloutClient | None = None
     _one_tp = False
@@ -163,24 +164,30 @@ class Fleet:
         in_flight: InFlight | None = None,
         phase: Phase = untraced,
     ) -> None:
-        """Collective: sends this rank's buckets. The members load them meanwhile and score the canary: see loaded().
-        phase: see SyncLeader.push. Raises WorkersLost.
+        """Collective: sends this rank's buckets. The members load them meanwhile and score the canary: see loaded(),
+        which also raises what failed on another rank than 0. phase: see SyncLeader.push. Raises WorkersLost.
         """
         sender, leader, stream = self._sender, self._leader, iter(buckets)
+        self._unsent = None
 
         def send() -> None:
-            if leader is not None and sender is not None:
-                try:
+            try:
+                if leader is not None and sender is not None:
                     leader.push(lambda: sender.send(stream), canary, sender.close, in_flight, phase)
-                except Exception:
-                    if leader.settings.transport == "broadcast":  # the other ranks wait until this one has taken all
-                        with suppress(Exception):
-                            deque(stream, maxlen=0)
-                    raise
-            elif sender is not None:
-                sender.send(stream)
-            else:
-                deque(stream, maxlen=0)
+                elif sender is not None:
+                    sender.send(stream)
+                else:
+                    deque(stream, maxlen=0)
+            except Exception as error:
+                if leader is None:  # rank 0 need not know yet: it sends its own part, and servers answer later
+                    self._unsent = error
+                    if sender is not None:
+                        sender.close()  # whoever waits for this part fails
+                    return
+                if leader.settings.transport == "broadcast":  # the other ranks wait until this one has taken all
+                    with suppress(Exception):
+                        deque(stream, maxlen=0)
+                raise
 
         self._settled(send)
 
@@ -188,8 +195,14 @@ class Fleet:
         """Collective, after push(): once all have loaded, rank 0 returns their scores of the canary; they do not serve
         yet. Elsewhere an empty list. Raises WorkersLost.
         """
-        leader = self._leader
-        return self._settled(lambda: leader.loaded() if leader is not None else [])
+        leader, unsent = self._leader, self._unsent
+
+        def wait() -> list[Canary]:
+            if unsent is not None:
+                raise unsent
+            return leader.loaded() if leader is not None else []
+
+        return self._settled(wait)
 
     def score(self, canary: list[int], timeout_s: float) -> Scoring:
         """Asks the members, on rank 0, for the canary beside whatever else they do."""

@@ -132,7 +132,8 @@ class SyncLeader:
         self._pool = ThreadPoolExecutor(len(workers) + 1, "weight-sync")
         self._lone = sum(worker.tp for worker in workers) == 1
         self._limit_s = self._deadline = 0.0  # of the step that was posted last
-        self.seconds: dict[str, float] = {}  # of the last push() and loaded(); a lone worker loads as it receives
+        self.seconds: dict[str, float] = {}  # of the last sync: "receive", of a lone worker its sending; then "load"
+        self._sent, self._scores = 0.0, False  # when push() ended, whether it sent a canary
         self._loading: list[Future[bytes]] = []  # answers that loaded() waits for
 
     def init(
@@ -176,8 +177,9 @@ class SyncLeader:
         in_flight: InFlight | None = None,
         phase: Phase = untraced,
     ) -> None:
-        """Brings the weights to all servers, which go on to load them and to score the canary (empty: none): loaded()
-        waits for that. With in_flight they are paused before, and serve again once loaded.
+        """Sends the weights to all servers, which go on to load them and to score the canary (empty: none): loaded()
+        waits for that, and where there is one worker alone for what it receives of other ranks. With in_flight they are
+        paused before, and serve again once loaded.
 
         send: sends this rank's messages; abort: makes a pending send() fail; phase: around what has a name. Raises
         RolloutError, one line that names the server and, where bytes differ, tensor, rank and slice.
@@ -192,18 +194,19 @@ class SyncLeader:
             if not self._lone:  # nobody loads before all have received
                 self._await(posts)
         self.seconds = {"receive": time.monotonic() - start}
+        self._sent, self._scores = time.monotonic(), bool(canary)
         self._loading = posts if self._lone else self._post("load", [body] * len(self._servers))
 
     def loaded(self) -> list[Canary]:
         """After push(), once all have loaded; they do not serve yet. Their scores of the canary."""
-        start = time.monotonic()
         answers = self._await(self._loading)
-        self.seconds["load"] = time.monotonic() - start
-        scores = [arrays for _, arrays in map(decode, answers)]
-        return [Canary(arrays["logprobs"], arrays.get("routes")) for arrays in scores if arrays]
+        self.seconds["load"] = time.monotonic() - self._sent
+        if not self._scores:
+            return []
+        return [Canary(arrays["logprobs"], arrays.get("routes")) for _, arrays in map(decode, answers)]
 
     def _send(self, body: dict[str, Any], send: Callable[[], None], abort: Callable[[], None]) -> list[Future[bytes]]:
-        """Returns once everything is sent; the servers' answers come then."""
+        """Returns once this rank's messages are sent; the servers' answers come then."""
         posts = self._post("receive", [body] * len(self._servers))
         for post in posts:
             post.add_done_callback(lambda done: abort() if done.exception() else None)

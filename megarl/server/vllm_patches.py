@@ -14,8 +14,8 @@ thread fork it, as vLLM does elsewhere.
 6. The engine sends every token by itself: our servers, which answer when a request ends, get each request once.
 7. Norms in float32 are eight torch operations: our servers take vLLM's own C kernel, which its registry offers to GPUs
 alone.
-8. An idle engine begins with the first request of a batch while the others are still on their way: our servers take
-what comes together together.
+8. An idle engine begins with the first request of a batch while the others are still on their way: our servers wait
+for what follows at once.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
@@ -222,8 +222,8 @@ def _begin_together() -> None:
         return
 
     def _process_input_queue(self: Any) -> None:
-        """Called before each step; returns once there is work. What is sampled together then hangs on the requests, not
-        on how fast they came, and no prefill is done for the first of them alone.
+        """Called before each step; returns once there is work. Requests that come no more than APART_S after each other
+        are sampled together from their first token on, however fast the engine is.
         """
         idle = not self.has_work()
         original(self)

@@ -62,6 +62,9 @@ def main() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+    from megarl.server import vllm_patches
+
+    vllm_patches.APART_S, vllm_patches.TOGETHER_S = 0.2, 2.0  # a machine that stands still between two of them
     batch, busy = taken(at_work=False), taken(at_work=True)
     assert taken(at_work=False, endless=True) > 1  # returns
     print(f"\nbatch={batch} busy={busy}")

@@ -12,16 +12,18 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megarl.config import load_config
+from megarl.config import CANARY_TOKENS, load_config
 from megarl.engine.adam_state import parts_of
 from megarl.engine.batch import Meta, Pack, make_packs, router_rows
 from megarl.engine.build import build_engine, route_shape
 from megarl.engine.checkpoint import begin_checkpoint, load_checkpoint, save_checkpoint
 from megarl.engine.exchange import LossInputs, exchange, gather_metas
 from megarl.engine.parallel import destroy_parallel
-from megarl.engine.step import Engine
+from megarl.engine.step import Engine, Routes, TokenScores
 from megarl.errors import Stopped, UserError
+from megarl.loop.own_score import OwnScore
 from megarl.rollout.response import Response
+from megarl.rollout.sync_leader import Canary
 from megarl.weights.files.hf_reader import HfReader
 
 LAYOUT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
@@ -366,6 +368,57 @@ def planned_memory(model: str) -> None:
             assert not any(everyone), (keys, everyone)
 
 
+def canary_of_servers(model: str) -> None:
+    """The trainer's score of the canary holds for every server that took its routes, in one pass; all that took others
+    are compared along theirs, in a second one.
+    """
+    for keys in (*LAYOUTS, ["parallel.tp=2", "parallel.cp=2"]):
+        engine = build_engine(load_config(None, [f"model.path={model}", *keys]))
+        own = OwnScore(engine, route_shape(engine.model), 3 * CANARY_TOKENS)
+        passes: list[str] = []
+        original = engine.logprobs
+
+        def logprobs(packs: list[Pack], routes: Routes, temperature: float | None = None) -> list[TokenScores]:
+            passes.append(routes)  # noqa: B023
+            return original(packs, routes, temperature)  # noqa: B023
+
+        engine.logprobs = logprobs  # type: ignore[method-assign]
+        own.take()
+        live = _routes_of_all_ranks(engine, own)
+        ours = _from_last_stage(own._logprobs)
+        same = Canary(ours, live)
+        assert [spread.largest for spread in own.spreads([("a", same), ("b", same)])] == [0, 0], keys
+        assert passes == ["record"], keys
+        others = [((live.astype(int) + shift) % 8).astype(np.uint8) for shift in range(1, 5)]
+        servers = [("a", same), *(("b", Canary(ours, other)) for other in others)]
+        first = own.spreads(servers)
+        assert passes == ["record", "replay"] and first[0].largest == 0, keys
+        assert all(spread.largest > 1e-3 for spread in first[1:]), keys
+        alone = [own.spreads([server])[0] for server in servers[1:]]
+        assert np.allclose(alone, first[1:], atol=1e-5), keys
+        del engine.logprobs
+
+
+def _routes_of_all_ranks(engine: Engine, own: OwnScore) -> np.ndarray:
+    """uint8 [T-1, MoE layers, K]: what the pass of own.take() chose."""
+    at, shape = engine.model.parallel, route_shape(engine.model)
+    (pack,) = own._packs([1])
+    rows, live = router_rows(pack.padded, at.layout, at.coord), own._live_routes
+    assert live is not None
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (rows.numpy(), list(shape.layers_of_stage[at.coord.pp]), live.numpy()))
+    full = np.zeros((pack.padded, len(engine.model.weight_map.moe_layers), live.shape[-1]), np.uint8)
+    for rows_of, layers, routes in parts:
+        full[np.ix_(rows_of, layers)] = routes
+    return full[: pack.rows]
+
+
+def _from_last_stage(logprobs: torch.Tensor | None) -> np.ndarray:
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, logprobs)
+    return next(part for part in parts if part is not None).numpy()
+
+
 def held_parameters(engine: Engine) -> int:
     return sum(tensor.numel() * tensor.element_size() for _, tensor in engine.model.params())
 
@@ -402,6 +455,7 @@ CHECKS |= {
         resume_is_exact,
         converted_checkpoints,
         planned_memory,
+        canary_of_servers,
     )
 }
 

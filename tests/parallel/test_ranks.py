@@ -23,6 +23,7 @@ LAUNCHES = {
         "resume_is_exact",
         "converted_checkpoints",
         "planned_memory",
+        "canary_of_servers",
     ),
 }
 

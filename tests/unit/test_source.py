@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -252,3 +253,24 @@ def test_lock_step_draws_when_asked() -> None:
     stream.give_back([5])
     source.next(3, 0, Progress(0, 0))
     assert asked == [[5, 0, 1]] and source.state_dict()["returned"] == []
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_a_response_draws_from_the_same_seed_whichever_replica_asks(replicas: int) -> None:
+    """3 prompts of 2 responses; the fourth replica has none to ask for."""
+    drawn: dict[int, int] = {}
+
+    def generate(tokens: list[list[int]], n: int, *given: Any) -> list[Any]:
+        _, _, _, seed, first, total = given
+        assert total == 3 and [each[0] for each in tokens] == [*range(first, first + len(tokens))]
+        drawn.update({prompt[0]: seed + i * n for i, prompt in enumerate(tokens)})
+        return []
+
+    for replica in range(replicas):
+        parallel = SimpleNamespace(layout=SimpleNamespace(dp=replicas), coord=SimpleNamespace(dp=replica))
+        config = SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=4))
+        client = SimpleNamespace(generate=generate)
+        sampler: Any = SimpleNamespace(parallel=parallel, config=config, client=client, stop_token_ids=[])
+        sampler._share = partial(Sampler._share, sampler)
+        Sampler._generate(sampler, [SimpleNamespace(tokens=[i]) for i in range(3)], 2, 1.0, 100)  # type: ignore[misc]
+    assert drawn == {0: 100, 1: 102, 2: 104}
