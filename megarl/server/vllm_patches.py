@@ -16,6 +16,8 @@ thread fork it, as vLLM does elsewhere.
 alone.
 8. An idle engine begins with the first request of a batch while the others are still on their way: our servers wait
 for what follows at once.
+9. Each token of a request with a seed asks that request's generator for one number, 7 us: our servers ask for many at a
+time, and sample the same tokens.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
@@ -26,6 +28,7 @@ import queue
 import time
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -43,6 +46,7 @@ from megarl.server.plugin import FORKS, OWN_SERVER
 
 NORMS = "megarl_c"  # our provider in vLLM's registry of implementations
 NORM_LANES = 8  # of float32 in vLLM's csrc/cpu/layernorm.cpp, which aborts on other sizes
+AHEAD = 64  # numbers of a request's generator
 APART_S = 0.002  # requests of one batch come some 0.2 ms after each other
 TOGETHER_S = 0.1  # at most so long after the first
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
@@ -59,6 +63,7 @@ def apply() -> None:
         _take_c_norms()
         _send_each_request_once()
         _begin_together()
+        _draw_ahead()
 
 
 def _repack_experts_on_update() -> None:
@@ -237,6 +242,41 @@ def _begin_together() -> None:
 
     _process_input_queue._megarl = True  # type: ignore[attr-defined]
     EngineCoreProc._process_input_queue = _process_input_queue
+
+
+def _draw_ahead() -> None:
+    """A vLLM that samples in another way keeps its own."""
+    try:
+        from vllm.v1.sample.ops import topk_topp_sampler as ops
+
+        original, only = ops.TopKTopPSampler.forward_cpu, ops.apply_top_k_top_p
+    except (ImportError, AttributeError):
+        return
+    if getattr(original, "_megarl", False) or not hasattr(torch.ops._C, "fused_gumbel_argmax"):
+        return
+    ahead: WeakKeyDictionary[torch.Generator, list[int]] = WeakKeyDictionary()  # the next one last
+
+    def number(generator: torch.Generator) -> int:
+        left = ahead.get(generator)
+        if not left:
+            drawn = torch.randint(0, 2**31, (AHEAD,), generator=generator, dtype=torch.long)
+            left = ahead[generator] = drawn.tolist()[::-1]
+        return left.pop()
+
+    def forward_cpu(
+        self: Any, logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not generators or self.use_fp64_gumbel or self.logprobs_mode != "processed_logprobs":
+            return original(self, logits, generators, k, p)
+        logits = only(logits, k, p)
+        seeds = torch.randint(0, 2**31, logits.shape[:1], dtype=torch.long)
+        seeds.numpy()[[*generators]] = [number(generator) for generator in generators.values()]
+        sampled = torch.ops._C.fused_gumbel_argmax(logits.to(dtype=torch.float32), seeds)
+        return sampled, logits.log_softmax(dim=-1, dtype=torch.float32)
+
+    forward_cpu._megarl = True  # type: ignore[attr-defined]
+    forward_cpu._original = original  # type: ignore[attr-defined]
+    ops.TopKTopPSampler.forward_cpu = forward_cpu
 
 
 class RouteCapture:

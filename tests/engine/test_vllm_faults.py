@@ -62,6 +62,11 @@ def test_an_idle_engine_begins_a_batch_together() -> None:
     assert batch == REQUESTS and busy < REQUESTS
 
 
+def test_seeds_drawn_ahead_sample_the_same() -> None:
+    same, calls = figures_of("tests.engine.seeds", r"^same=(\d) calls=(\d+)$")
+    assert same == 1 and calls < 10
+
+
 def figures_of(module: str, printed: str) -> list[float]:
     """What a script prints that has a vLLM process of its own, with our plugin."""
     environment = {
