@@ -1,4 +1,4 @@
-"""The trainer's side of rollouts: client, registry of workers, fleet, sync leader, wire format. Never imports vllm."""
+"""The trainer's side of rollouts: client, registry, roll call, fleet, sync leader, wire format. Never imports vllm."""
 
 import os
 

@@ -1,11 +1,11 @@
 """The rollout workers as the trainer sees them: found through the run's store, asked by ingest ranks, refitted by rank
-0. They come and go: who belongs to the run is agreed upon before each step and each sync.
+0. They come and go: who belongs to the run is agreed upon before each step and each sync, from what rank 0 finds
+(roll_call.py).
 """
 
 from __future__ import annotations
 
 import sys
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from megarl.addresses import spans_hosts
-from megarl.announce import plural
 from megarl.checkpoints import newest
 from megarl.config import Config
 from megarl.errors import Stopped, UserError
@@ -27,13 +26,13 @@ from megarl.rollout.patience import ACCOUNT_S, ENGINE_ACCOUNT_S
 from megarl.rollout.registry import (
     Refusals,
     RolloutError,
-    ServerSilent,
     WorkerInfo,
     check_workers,
     open_store,
     request_shutdown,
     wait_for_workers,
 )
+from megarl.rollout.roll_call import RollCall
 from megarl.rollout.store import open_run_store
 from megarl.rollout.sync_leader import Canary, InFlight, Phase, Scoring, SyncLeader, SyncSettings, untraced
 from megarl.rollout.wire import ENGINE_DIED
@@ -58,44 +57,41 @@ class Fleet:
     _leader: SyncLeader | None = None
     _sender: WeightSender | None = None
     _unsent: Exception | None = None  # of this rank's part in the last push()
-    _refusals: Refusals | None = None  # rank 0
+    _roll_call: RollCall | None = None  # rank 0
     client: RolloutClient | None = None
     _one_tp = False
     _grouped: list[WorkerInfo] | None = None  # the workers of the weight group, where there is one
-    _tp: int | None = None  # which all must have, once there was a group
     _agreeing: list[str] | None = None  # rank 0, after the first sync: parts that a worker must hold as received
-    _lost = _joined = 0  # since the last figures()
-    _last_words = ""  # of the worker that was lost last
+    _joined = 0  # since the last figures()
 
     def __init__(self, config: Config, device: torch.device, *, is_ingest: bool) -> None:
         """Collective: waits, on rank 0, until rollout.engines workers
         have registered; raises UserError, named, if they do not.
         """
-        self._device, self._wait_s = device, config.rollout.start_timeout_s
+        self._device, wait_s = device, config.rollout.start_timeout_s
         self._one_tp = config.sync.transport == "reshard"
         self._out: set[int] = set()  # workers that this rank asks no more, before all ranks have agreed
-        self._met: set[int] = set()  # workers of which rank 0 has told
-        self._silent: set[int] = set()  # workers that did not answer when a sync failed: not asked twice
         main = dist.get_rank() == 0
         came: tuple[list[WorkerInfo], tuple[str, int]] = [], ("", 0)
         if main:
             self._store, where = open_run_store(config, spans_hosts=spans_hosts())
-            self._refusals = Refusals(self._store)
+            refusals = Refusals(self._store)
             # a run that has lost a worker for good goes on without, also after its trainers were started again
             least = 1 if newest(Path(config.run.dir) / "checkpoints") else None
-            workers = wait_for_workers(self._store, config.rollout.engines, self._wait_s, self._refusals, least)
+            workers = wait_for_workers(self._store, config.rollout.engines, wait_s, refusals, least)
             came = workers, where
         self.workers, self._address = self._from_rank_0(came)
         self.members, (host, port) = self.workers, self._address
-        self._met = {worker.index for worker in self.workers}
         asking = self._count(is_ingest)  # each of its own accord: all together ask for what a server decodes at once
         if is_ingest or main:
             if not main:
-                self._store = open_store(host, port, is_master=False, timeout_s=self._wait_s)
+                self._store = open_store(host, port, is_master=False, timeout_s=wait_s)
             at_once = max(config.rollout.max_num_seqs // asking, 1)
             self.client = RolloutClient(self.workers, config.rollout.request_timeout_s, at_once=at_once)
-            eyes = open_store(host, port, is_master=False, timeout_s=self._wait_s)
+            eyes = open_store(host, port, is_master=False, timeout_s=wait_s)
             self._watch = Watch(eyes, self._seen)
+            if main:
+                self._roll_call = RollCall(self._watch.members, refusals, self.workers, wait_s)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -112,10 +108,8 @@ class Fleet:
         """Collective, before a step: whom to ask. What was lost and what has come is told on rank 0. `workers` may be
         empty then: whoever comes must have the weights first.
         """
-        here: list[int] = []
-        if self._watch is not None and dist.get_rank() == 0:
-            here = [worker.index for worker in self._look() if worker in self.workers]
-        agreed = self._from_rank_0(here)
+        here = self._roll_call.answer(self.workers) if self._roll_call is not None else []
+        agreed = self._from_rank_0([worker.index for worker in here])
         self._ask([worker for worker in self.workers if worker.index in agreed])
 
     def gather(self, asked: Callable[[], int] = lambda: 0) -> bool:
@@ -124,8 +118,8 @@ class Fleet:
         Stopped where a signal came meanwhile. asked: its number, or 0.
         """
         answer: list[WorkerInfo] | str | int = self.workers
-        if self._watch is not None and dist.get_rank() == 0:
-            answer = self._wait_for_members(asked)
+        if self._roll_call is not None:
+            answer = self._roll_call.wait(self.workers, asked)
         answer = self._from_rank_0(answer)
         if isinstance(answer, str):
             raise UserError(answer)
@@ -155,7 +149,8 @@ class Fleet:
 
         self._settled(enter)
         self._grouped = self.members
-        self._tp = self.members[0].tp if self._one_tp else None
+        if self._roll_call is not None and self._one_tp:
+            self._roll_call.tp = self.members[0].tp
 
     def push(
         self,
@@ -214,7 +209,7 @@ class Fleet:
         """
 
         def here() -> list[str]:
-            workers = self._watch.members.look().here if self._watch is not None else self.members
+            workers = self._roll_call.here() if self._roll_call is not None else self.members
             return [worker.url for worker in workers]
 
         return self._settled(lambda: scoring.scores(here))
@@ -237,8 +232,8 @@ class Fleet:
 
     def figures(self) -> dict[str, float]:
         """Collective: of the fleet, since this was asked last."""
-        lost, joined = self._lost, self._joined
-        self._lost = self._joined = 0
+        lost = self._roll_call.newly_lost() if self._roll_call is not None else 0
+        joined, self._joined = self._joined, 0
         again = torch.tensor(self.client.dispatcher.taken_back() if self.client else 0, device=self._device)
         dist.all_reduce(again)
         return {
@@ -275,7 +270,7 @@ class Fleet:
             self.client.close()
         self._leave_group()
         if run_is_over and self._store is not None and dist.get_rank() == 0:
-            here = self._watch.members.look().here if self._watch is not None else self.workers
+            here = self._roll_call.here() if self._roll_call is not None else self.workers
             request_shutdown(self._store, here)
 
     def _from_rank_0(self, what: T) -> T:
@@ -319,83 +314,10 @@ class Fleet:
         raise error if rank == 0 and error is not None else RolloutError(what)
 
     def _one_is_gone(self, error: Exception) -> bool:
-        """Whether a member failed, fell silent or does not answer; the worker's own account may take a moment. Who was
-        too late is asked at once.
-        """
-        deadline = time.monotonic() + (ENGINE_ACCOUNT_S if ENGINE_DIED in str(error) else ACCOUNT_S)
-        if isinstance(error, ServerSilent) and self._ask_members():
-            return True
-        while self._watch is not None and time.monotonic() < deadline:
-            here = self._watch.members.look().here
-            if any(worker not in here for worker in self.members):
-                return True
-            time.sleep(0.2)
-        return self._ask_members()
-
-    def _ask_members(self) -> bool:
-        """Whether one does not answer."""
-        alive = answering(self.members)
-        self._silent = {worker.index for worker in self.members if worker not in alive}
-        return bool(self._silent)
-
-    def _wait_for_members(self, asked: Callable[[], int]) -> list[WorkerInfo] | str | int:
-        assert self._watch is not None
-        deadline = time.monotonic() + self._wait_s
-        while True:
-            members = [worker for worker in self._look(all_here=True) if self._fits(worker)]
-            if members:
-                return members
-            if signum := asked():
-                return signum
-            if time.monotonic() > deadline:
-                return (
-                    f"no rollout worker is left, and none came within rollout.start_timeout_s = {self._wait_s:g} s; "
-                    f"start `megarl rollout` with the same launch.store. The last one: {self._last_words}"
-                )
-            time.sleep(0.2)
-
-    def _look(self, all_here: bool = False) -> list[WorkerInfo]:
-        """Who is there and answers, of `workers` or of all; tells of it. A worker whose server has died may need a
-        moment for its own account.
-        """
-        assert self._watch is not None
-        silent, self._silent = self._silent, set()
-        seen = self._watch.members.look()
-        alive = answering([w for w in seen.here if (all_here or w in self.workers) and w.index not in silent])
-        deadline = time.monotonic() + ACCOUNT_S
-        while time.monotonic() < deadline and any(
-            worker in seen.here and worker not in alive and worker.index not in silent for worker in self.workers
-        ):
-            time.sleep(0.1)
-            seen = self._watch.members.look()
-        self._tell_of(seen, alive)
-        return alive
-
-    def _tell_of(self, seen: Seen, alive: list[WorkerInfo]) -> None:
-        """Prints, on rank 0, once for each worker, that it is lost, has come, or is refused."""
-        if self._refusals is not None:
-            self._refusals.announce_new()
-        for worker in self.workers:
-            if worker.index in self._met and worker not in alive:
-                self._met.discard(worker.index)
-                leaves = worker.index in seen.leaving or seen.gone.get(worker.index) == ""
-                why = seen.gone.get(worker.index) or f"rollout worker {worker.index} ({worker.url}) does not answer"
-                if leaves:
-                    why = f"rollout worker {worker.index} ({worker.url}) leaves"
-                else:
-                    self._lost, self._last_words = self._lost + 1, why
-                print(f"megarl: {why}; {plural(len(alive), 'worker')} left", flush=True)
-        for worker in seen.here:
-            if worker.index not in self._met and worker in alive:
-                self._met.add(worker.index)
-                then = "it gets the weights at the next sync"
-                if not self._fits(worker):
-                    then = f"it is not used: its rollout.tp {worker.tp} is not {self._tp}, that of the others"
-                print(f"megarl: rollout worker {worker.index} ({worker.url}) has come; {then}", flush=True)
-
-    def _fits(self, worker: WorkerInfo) -> bool:
-        """A plan of slices is for servers that are all cut alike. What comes first is compared by Refit.connect."""
-        return self._tp in (None, worker.tp)
+        """On rank 0: whether a member is why a step failed."""
+        if self._roll_call is not None:
+            return self._roll_call.one_is_gone(self.members, error)
+        return answering(self.members) != self.members  # nobody calls a roll: a tool joined the workers of others
 
     def _ask(self, workers: list[WorkerInfo]) -> None:
         self.workers, self._out = workers, set()

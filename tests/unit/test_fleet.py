@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megarl.config import load_config
 from megarl.errors import Stopped, UserError
 from megarl.rollout import fleet as module
-from megarl.rollout import registry
+from megarl.rollout import registry, roll_call
 from megarl.rollout.client import Server
 from megarl.rollout.fleet import Fleet, WorkersLost
 from megarl.rollout.registry import RolloutError, WorkerInfo
@@ -46,6 +46,7 @@ class Run:
         where = ("127.0.0.1", self.store.port)
         monkeypatch.setattr(module, "open_run_store", lambda config, spans_hosts: (self.store, where))
         monkeypatch.setattr(module, "ACCOUNT_S", 0.3)
+        monkeypatch.setattr(roll_call, "ACCOUNT_S", 0.3)
         self.ended: list[list[int]] = []
         monkeypatch.setattr(module, "request_shutdown", lambda store, workers: self.ended.append(numbers(workers)))
 
@@ -133,7 +134,8 @@ def test_workers_outlive_trainers_that_may_be_started_again(run: Run) -> None:
 def test_a_worker_that_is_cut_differently_is_not_used(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     run.join()
     fleet = run.fleet(1)
-    fleet._tp = 1
+    assert fleet._roll_call is not None
+    fleet._roll_call.tp = 1
     run.join(tp=2)
     fleet.gather()
     assert numbers(fleet.members) == [0]
@@ -177,7 +179,7 @@ def test_a_server_that_hangs_in_a_sync_is_asked_once_more_and_left_out(
         asked.append(numbers(workers))
         return [worker for worker in workers if worker.index not in hangs]
 
-    monkeypatch.setattr(module, "answering", answers)
+    monkeypatch.setattr(roll_call, "answering", answers)
     with pytest.raises(WorkersLost, match="no answer within"):
         fleet._settled(lambda: Server(first.url, 0.3, "").post("/megarl/sync/load", {"hang": 1}))
     assert fleet.gather() and fleet.members == [second] and asked == [[0, 1], [1]]
@@ -257,7 +259,7 @@ def sync_of_rank(rank: int, store: str, said: Any) -> None:
     given = timedelta(seconds=30)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=given)
     fleet = object.__new__(Fleet)
-    fleet.members, fleet._silent, settings = [], set(), SyncSettings("reshard", 2, True, 5.0)
+    fleet.members, settings = [], SyncSettings("reshard", 2, True, 5.0)
 
     def loaded() -> None:
         raise RolloutError("server: tensor w from rank 1 differs")

@@ -1,0 +1,120 @@
+"""Which workers are there and answer, as rank 0 finds it: the store says who has come, left or failed, the servers say
+whether they live. It is told on the terminal, once for each worker. All ranks then agree upon it: fleet.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from megarl.announce import plural
+from megarl.rollout.client import answering
+from megarl.rollout.members import Members, Seen
+from megarl.rollout.patience import ACCOUNT_S, ENGINE_ACCOUNT_S
+from megarl.rollout.registry import Refusals, ServerSilent, WorkerInfo
+from megarl.rollout.wire import ENGINE_DIED
+
+
+class RollCall:
+    """Held by rank 0 alone. workers: in each method those that are asked, of which some may be lost by now."""
+
+    tp: int | None = None  # which all must have, once there was a group
+    _lost = 0  # since the last newly_lost()
+    _last_words = ""  # of the worker that was lost last
+
+    def __init__(self, roll: Members, refusals: Refusals, workers: list[WorkerInfo], wait_s: float) -> None:
+        """wait_s: how long wait() waits."""
+        self._roll, self._refusals, self._wait_s = roll, refusals, wait_s
+        self._met = {worker.index for worker in workers}  # those of which was told
+        self._silent: set[int] = set()  # workers that did not answer when a sync failed: not asked twice
+
+    def here(self) -> list[WorkerInfo]:
+        """As the store says; no server is asked."""
+        return self._roll.look().here
+
+    def answer(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
+        """Those of them that are there and answer."""
+        return self._look(workers, only=workers)
+
+    def wait(self, workers: list[WorkerInfo], asked: Callable[[], int]) -> list[WorkerInfo] | str | int:
+        """All that are there, answer and fit, once there is one; else why the run cannot go on, or the number of the
+        signal that asked() told meanwhile.
+        """
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            members = [worker for worker in self._look(workers) if self._fits(worker)]
+            if members:
+                return members
+            if signum := asked():
+                return signum
+            if time.monotonic() > deadline:
+                return (
+                    f"no rollout worker is left, and none came within rollout.start_timeout_s = {self._wait_s:g} s; "
+                    f"start `megarl rollout` with the same launch.store. The last one: {self._last_words}"
+                )
+            time.sleep(0.2)
+
+    def one_is_gone(self, members: list[WorkerInfo], error: Exception) -> bool:
+        """After a sync's failure, whether a member failed, fell silent or does not answer; the worker's own account may
+        take a moment. Who was too late is asked at once.
+        """
+        deadline = time.monotonic() + (ENGINE_ACCOUNT_S if ENGINE_DIED in str(error) else ACCOUNT_S)
+        if isinstance(error, ServerSilent) and self._one_is_silent(members):
+            return True
+        while time.monotonic() < deadline:
+            here = self.here()
+            if any(worker not in here for worker in members):
+                return True
+            time.sleep(0.2)
+        return self._one_is_silent(members)
+
+    def newly_lost(self) -> int:
+        """How many, since this was asked last. One that leaves is none."""
+        lost, self._lost = self._lost, 0
+        return lost
+
+    def _one_is_silent(self, members: list[WorkerInfo]) -> bool:
+        alive = answering(members)
+        self._silent = {worker.index for worker in members if worker not in alive}
+        return bool(self._silent)
+
+    def _look(self, workers: list[WorkerInfo], only: list[WorkerInfo] | None = None) -> list[WorkerInfo]:
+        """Who is there and answers; tells of it. A worker whose server has died may need a moment for its own account.
+        only: nobody else is asked.
+        """
+        silent, self._silent = self._silent, set()
+        seen = self._roll.look()
+        alive = answering([w for w in seen.here if (only is None or w in only) and w.index not in silent])
+        deadline = time.monotonic() + ACCOUNT_S
+        while time.monotonic() < deadline and any(
+            worker in seen.here and worker not in alive and worker.index not in silent for worker in workers
+        ):
+            time.sleep(0.1)
+            seen = self._roll.look()
+        self._tell_of(seen, workers, alive)
+        return alive
+
+    def _tell_of(self, seen: Seen, workers: list[WorkerInfo], alive: list[WorkerInfo]) -> None:
+        """Prints, once for each worker, that it is lost, has come, or is refused."""
+        self._refusals.announce_new()
+        for worker in workers:
+            if worker.index in self._met and worker not in alive:
+                self._met.discard(worker.index)
+                leaves = worker.index in seen.leaving or seen.gone.get(worker.index) == ""
+                why = seen.gone.get(worker.index) or f"rollout worker {worker.index} ({worker.url}) does not answer"
+                if leaves:
+                    why = f"rollout worker {worker.index} ({worker.url}) leaves"
+                else:
+                    self._lost, self._last_words = self._lost + 1, why
+                print(f"megarl: {why}; {plural(len(alive), 'worker')} left", flush=True)
+        for worker in seen.here:
+            if worker.index not in self._met and worker in alive:
+                self._met.add(worker.index)
+                then = "it gets the weights at the next sync"
+                if not self._fits(worker):
+                    then = f"it is not used: its rollout.tp {worker.tp} is not {self.tp}, that of the others"
+                print(f"megarl: rollout worker {worker.index} ({worker.url}) has come; {then}", flush=True)
+
+    def _fits(self, worker: WorkerInfo) -> bool:
+        """A plan of slices is for servers that are all cut alike. What comes first is compared by Refit.connect."""
+        return self.tp in (None, worker.tp)
