@@ -5,7 +5,7 @@ alone: memory of the ranks, bytes and seconds of a weight sync.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from megarl.config import Config
 from megarl.estimate.memory import Training, stage_memory
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
-from megarl.weights.reshard.plan import make_plan
+from megarl.weights.reshard.plan import Plan, make_plan
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 
 ITEMSIZE = {"auto": 2, "bfloat16": 2, "float32": 4}  # a plan is for a cluster: auto is bfloat16 there
@@ -43,10 +43,12 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
     trained = ITEMSIZE[config.engine.dtype]
     training = training_of(config, layout, trained)
     itemsize = ITEMSIZE[config.rollout_dtype(on_gpu=True)]
-    sync, rank_weights = _sync(weight_map, layout, rollout, itemsize, hosts)
+    plan = make_plan(layout, rollout, weight_map, itemsize=itemsize)
+    sync, rank_weights = _sync(plan, hosts)
+    kept = plan.kept_bytes().reshape(layout.pp, -1).max(1) if config.sync.transport == "reshard" else [0] * layout.pp
     stages = []
     for stage in range(layout.pp):
-        memory = stage_memory(weight_map, training, stage)
+        memory = replace(stage_memory(weight_map, training, stage), sync=int(kept[stage]))
         layers = (
             layout.stage_sizes(weight_map.num_layers)[stage] if layout.vpp == 1 else weight_map.num_layers // layout.pp
         )
@@ -74,14 +76,11 @@ def training_of(config: Config, layout: Layout, itemsize: int) -> Training:
     )
 
 
-def _sync(
-    weight_map: WeightMap, layout: Layout, rollout: RolloutLayout, itemsize: int, hosts: Hosts
-) -> tuple[dict[str, Any], int]:
+def _sync(plan: Plan, hosts: Hosts) -> tuple[dict[str, Any], int]:
     """Figures of one resharded sync, and the bytes of weights on the fullest rollout rank."""
-    plan = make_plan(layout, rollout, weight_map, itemsize=itemsize)
     load, held_bytes = plan.load, plan.held_bytes()
-    out = np.add.reduceat(load.sent, np.arange(0, layout.world, hosts.gpus))
-    into = np.add.reduceat(load.received, np.arange(0, rollout.world, hosts.gpus))
+    out = np.add.reduceat(load.sent, np.arange(0, plan.train.world, hosts.gpus))
+    into = np.add.reduceat(load.received, np.arange(0, plan.rollout.world, hosts.gpus))
     link = hosts.link * 1e9
     busiest = max(int(load.sent.max()), int(load.received.max()))
     bound = max(plan.least_sent(), int(held_bytes.max()))
@@ -108,13 +107,14 @@ def _sync(
 def describe(plan: dict[str, Any]) -> str:
     """The figures as tables."""
     train, rollout, sync = plan["train"], plan["rollout"], plan["sync"]
-    columns = ("parameters", "gradients", "optimizer", "activations", "logits", "temporaries", "save", "total", "host")
+    columns = "parameters gradients optimizer sync activations logits temporaries save total host".split()
     lines = [
         f"{plan['model']['parameters'] / 1e9:,.2f} billion parameters in {plan['model']['tensors']:,} tensors",
         "",
         f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank; activations, "
         "logits and temporaries are estimates, and a step takes the larger of the last two; the total is that of a "
-        "step, or of a checkpoint, which needs save in their place; host: the optimizer's share of host memory",
+        "step, or of a checkpoint, which needs save in their place; sync: messages that the "
+        "stage's fullest rank keeps from one weight sync to the next; host: the optimizer's share of host memory",
         f"{'stage':>5} {'layers':>6} " + " ".join(f"{name:>11}" for name in columns),
     ]
     for stage in train["stages"]:

@@ -7,7 +7,7 @@ States are what megatron-core allocates for the parameters of the weight map: gr
 Adam with float32 moments and, in bfloat16, a float32 copy of the parameters. The distributed
 optimizer divides moments and copy by the replicas of a parameter; what of them lies in host memory
 (engine.optimizer_offload_fraction) has its gradients there too. Activations count what the modules of megarl/engine
-keep for the backward pass. Fragmentation is in none.
+keep for the backward pass. What a sync keeps is the plan's (megarl/weights/reshard/plan.py). Fragmentation is in none.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ON_HOST = 16  # bytes of host memory a parameter: master weight, two moments, gr
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank of a pipeline stage. logits, temporaries: of the backward pass, the former at its start, the
-    latter in a layer, when the logits are gone. save: of a checkpoint, between steps. host: of host memory, for the
-    optimizer.
+    latter in a layer, when the logits are gone. save: of a checkpoint, between steps. sync: messages of a weight sync,
+    kept for the next. host: of host memory, for the optimizer.
     """
 
     parameters: int
@@ -39,6 +39,7 @@ class Memory:
     logits: int
     temporaries: int
     save: int = 0
+    sync: int = 0
     host: int = 0
 
     @property
@@ -52,7 +53,7 @@ class Memory:
 
     @property
     def _states(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.sync
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 GIB = 2**30
 SHOWN = 10
-FREE = 0.1  # of a GPU, for CUDA, NCCL's buffers and fragmentation, which the estimate leaves out
+FREE = 0.1  # of a GPU, for CUDA, buffers of NCCL and of a weight sync, and fragmentation, which a search leaves out
 OFFLOAD = (0.0, 1.0)  # of the optimizer
 PACKS = (1, 2, 4)  # micro-batches to try, in lengths of the longest response
 MOST_CP, MOST_PP, MOST_VPP = 8, 64, 8

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+IN_FLIGHT = 2  # of one sender in a sync: one is packed while the one before travels
 
 
 def fill_buckets(sized: Iterable[tuple[T, Any]], limit: int) -> Iterator[list[T]]:

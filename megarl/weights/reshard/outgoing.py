@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from megarl.weights.buckets import IN_FLIGHT
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import Param, WeightMap
 from megarl.weights.reshard.gather import BUCKET_BYTES, gather_full, plan_gather
@@ -15,7 +16,7 @@ from megarl.weights.reshard.manifest import slice_inputs, slice_plan, whole_inpu
 from megarl.weights.reshard.message import Manifest, named_tensors
 from megarl.weights.reshard.pack import message_bytes, pack, payload_bytes
 from megarl.weights.reshard.rollout_layout import RolloutLayout
-from megarl.weights.transport.send import IN_FLIGHT, Outgoing
+from megarl.weights.transport.send import Outgoing
 
 
 class WholeTensors:
@@ -59,7 +60,7 @@ class Slices:
         self.plan = slice_plan(weight_map, layout, rollout, dtype)
         self._dtypes = wire_dtypes(weight_map, dtype)
         self._buckets = [list(messages) for _, messages in groupby(self.plan.sends(rank), key=lambda m: m.bucket)]
-        self._ring: dict[tuple[int, int], Tensor] = {}  # (destination, turn) -> buffer
+        self._ring: dict[tuple[int, int], Tensor] = {}  # (destination, turn) -> buffer; Plan.kept_bytes counts it
 
     @property
     def bytes(self) -> int:

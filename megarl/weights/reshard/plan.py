@@ -29,7 +29,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megarl.weights.buckets import fill_buckets
+from megarl.weights.buckets import IN_FLIGHT, fill_buckets
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import Param, WeightMap
 from megarl.weights.rect import Rect
@@ -127,18 +127,35 @@ class Plan:
         """The figures of the whole plan, without listing its transfers."""
         pairs = np.zeros((self.train.world, self.rollout.world), np.int64)
         messages = lockstep = 0
-        for shares in self._shares:
-            places, nbytes = [], []
-            for pool, share in shares:
-                pairs_of_share = share.pair_bytes()
-                places.append(pool.ranks[pairs_of_share.member] * self.rollout.world + pairs_of_share.destination)
-                nbytes.append(pairs_of_share.nbytes)
-            place, owner = np.unique(np.concatenate(places), return_inverse=True)
-            moved = np.bincount(owner, np.concatenate(nbytes)).astype(np.int64)
+        for place, moved in self._messages():
             messages += place.size
             pairs.ravel()[place] += moved
             lockstep += int(np.bincount(place // self.rollout.world, moved).max())
         return Load(pairs.sum(1), pairs.sum(0), messages, pairs, lockstep)
+
+    def kept_bytes(self) -> np.ndarray:
+        """Of the messages that each trainer rank keeps from sync to sync (outgoing.py), without padding and checksums:
+        for each destination the largest of every IN_FLIGHT-th bucket in which the rank sends. int64 [W].
+        """
+        largest = np.zeros((IN_FLIGHT, self.train.world, self.rollout.world), np.int64)
+        sent = np.zeros(self.train.world, np.int64)  # buckets so far
+        for place, moved in self._messages():
+            source, destination = np.divmod(place, self.rollout.world)
+            key = sent[source] % IN_FLIGHT, source, destination
+            largest[key] = np.maximum(largest[key], moved)
+            sent[np.unique(source)] += 1
+        return largest.sum((0, 2))
+
+    def _messages(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Bucket by bucket, of every message: source * V + destination, and its bytes. int64 [messages] each."""
+        for shares in self._shares:
+            places, nbytes = [], []
+            for pool, share in shares:
+                pairs = share.pair_bytes()
+                places.append(pool.ranks[pairs.member] * self.rollout.world + pairs.destination)
+                nbytes.append(pairs.nbytes)
+            place, owner = np.unique(np.concatenate(places), return_inverse=True)
+            yield place, np.bincount(owner, np.concatenate(nbytes)).astype(np.int64)
 
     def held_bytes(self) -> np.ndarray:
         """Bytes that each rollout rank holds: int64 [V]."""

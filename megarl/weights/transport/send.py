@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.weights.buckets import IN_FLIGHT
 from megarl.weights.transport.groups import WeightGroup, Work
 from megarl.weights.transport.shared import SharedGroup
-
-IN_FLIGHT = 2  # buckets of one sender at a time: one is packed while the one before travels
 
 
 @dataclass
