@@ -15,9 +15,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3-venv &&
     && python3 -m venv --system-site-packages /opt/train \
     && /opt/train/bin/pip install --no-cache-dir megatron-core==0.19.2 nvidia-dali-cuda130==2.4.0 \
     && python3 -m venv /opt/rollout \
-    && /opt/rollout/bin/pip install --no-cache-dir torch==2.13.0 vllm==0.32.0 \
-    && nccl="$(/opt/train/bin/python -c 'from torch.distributed import ProcessGroupNCCL; print(*ProcessGroupNCCL.get_runtime_nccl_version(), sep=".")')" \
-    && /opt/rollout/bin/pip install --no-cache-dir --no-deps "nvidia-nccl-cu13==$nccl"
+    && /opt/rollout/bin/pip install --no-cache-dir torch==2.13.0 vllm==0.32.0
 
 WORKDIR /opt/megarl
 COPY setup.py pyproject.toml README.md LICENSE ./
@@ -27,6 +25,8 @@ COPY tools tools
 COPY checkpoints_conversion checkpoints_conversion
 RUN /opt/train/bin/pip install --no-cache-dir . \
     && /opt/rollout/bin/pip install --no-cache-dir . \
+    && nccl="$(/opt/train/bin/python -c 'from megarl.weights.transport.nccl import nccl_version; print(nccl_version())')" \
+    && /opt/rollout/bin/pip install --no-cache-dir --no-deps "nvidia-nccl-cu13==$nccl" \
     && /opt/train/bin/python -c "import torch, transformer_engine.pytorch, apex, megarl" \
     && useradd --create-home --uid 10001 megarl \
     && mkdir /work && chown megarl /work

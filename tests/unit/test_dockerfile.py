@@ -4,8 +4,13 @@ are the releases that the tests ran with, and that nothing floats or runs as roo
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,4 +53,18 @@ def test_paths_of_the_image_exist_and_commands_have_their_environment() -> None:
     env = dict(pair.split("=", 1) for line in re.findall(r"^ENV (.*)$", text, re.M) for pair in line.split())
     assert env["PATH"].startswith("/opt/train/bin:") and env["ROLLOUT_PYTHON"] == "/opt/rollout/bin/python"
     assert text.index("python3-venv") < text.index("-m venv")
-    assert "ProcessGroupNCCL.get_runtime_nccl_version()" in text and '"nvidia-nccl-cu13==$nccl"' in text
+
+
+def test_the_release_of_nccl_is_found_as_a_run_finds_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a torch, too, that does not say what it has loaded."""
+    text = (ROOT / "Dockerfile").read_text()
+    [code] = re.findall(r"nccl=\"\$\(/opt/train/bin/python -c '([^']*)'\)\"", text)
+    steps = ["COPY megarl", "/opt/train/bin/pip install --no-cache-dir .", code, '"nvidia-nccl-cu13==$nccl"']
+    assert sorted(steps, key=text.index) == steps
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", type("ProcessGroupNCCL", (), {}), raising=False)
+    library = SimpleNamespace(ncclGetVersion=lambda release: setattr(release._obj, "value", 22809))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    exec(code, {})
+    assert capsys.readouterr().out == "2.28.9\n"
