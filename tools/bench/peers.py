@@ -15,8 +15,11 @@ megarl, one-off, trl and plain: three rounds take some ten minutes):
 
 TRL has an environment of its own, made on the first call (--env; the default lies in the user's cache): TRL and
 accelerate as pinned below, on top of this environment's torch, transformers and vLLM, which are shared. Prints medians
-of the steps after a warm-up of 3, round by round, medians over the rounds, and ratios. OFF is the largest difference of
-the engine's and the trainer's log-probabilities in a step where a side compares them: what its weight sync is worth.
+of the steps after a warm-up of 3, round by round, medians over the rounds, and ratios. CPU is seconds of a core a step,
+of all processes of a side together, as /proc has them: the mean from the end of the warm-up to the end of the last
+step. Over the cores of the machine it is what a step would take if none of them ever waited. OFF is the largest
+difference of the engine's and the trainer's log-probabilities in a step where a side compares them: what its weight
+sync is worth.
 vLLM's CPU build packs weights when it loads them, and TRL's in-place update fails there: its sync is vLLM's own reload
 here, with the repairs of megarl's vLLM plugin. All engines run eagerly, one thread each.
 """
@@ -41,7 +44,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megarl.launch.malloc import huge_pages  # noqa: E402
-from megarl.observe.metrics import read_metrics  # noqa: E402
+from megarl.observe.metrics import METRICS_FILE, read_metrics  # noqa: E402
+from tools.bench.cpu_seconds import CpuWatch, a_step  # noqa: E402
 from tools.bench.step import WARM_UP, configuration  # noqa: E402
 from tools.digit_sum import write_task  # noqa: E402
 from tools.tiny_model import make_tiny_model  # noqa: E402
@@ -94,10 +98,11 @@ def run_megarl(folder: Path, side: str, steps: int, number: int) -> Figures:
     path = folder / f"{side}.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "megarl.cli", "run", str(path)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    with CpuWatch(Path(config["run"]["dir"]) / METRICS_FILE) as watch:
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     taken = read_metrics(config["run"]["dir"])
     rows = [{part: row[f"time/{part}_s"] for part in PARTS} | {"off": row["sync/canary_max_diff"]} for row in taken]
-    return medians(rows)
+    return medians(rows) | {"cpu": a_step(watch.samples, WARM_UP)}
 
 
 def run_other(folder: Path, side: str, steps: int, python: Path) -> Figures:
@@ -113,21 +118,23 @@ def run_other(folder: Path, side: str, steps: int, python: Path) -> Figures:
         **huge_pages(),
     }
     out = folder / f"{side}.jsonl"
+    out.unlink(missing_ok=True)  # of the round before
     command = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "tools" / "bench" / "peers_sides.py"), side, str(folder / "model")]
     command += [str(folder / "data" / "train.jsonl"), str(WARM_UP + steps), str(out)]
     ours["PYTHONPATH"] = str(ROOT)  # for megarl's plugin, which repairs the reload of vLLM's CPU build in every process
     environment = os.environ | ours
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    with CpuWatch(out) as watch:
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{(done.stdout + done.stderr)[-4000:]}\npeers: error: {side} ended with status {done.returncode}")
-    return medians([json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()])
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    return medians(rows) | {"cpu": a_step(watch.samples, WARM_UP)}
 
 
 def shown(figures: Figures) -> str:
-    return "".join(f"{figures[part]:10.3f}" for part in PARTS) + (
-        f"{figures['off']:12.1e}" if "off" in figures else f"{'-':>12}"
-    )
+    off = f"{figures['off']:12.1e}" if "off" in figures else f"{'-':>12}"
+    return "".join(f"{figures[column]:10.3f}" for column in (*PARTS, "cpu")) + off
 
 
 def main() -> None:
@@ -148,9 +155,8 @@ def main() -> None:
         folder = Path(temporary)
         make_tiny_model(folder / "model")
         write_task(folder / "data", digits=7)
-        print(
-            f"{'':16}" + "".join(f"{part:>10}" for part in PARTS) + f"{'OFF':>12}    (median seconds of {args.steps})"
-        )
+        columns = "".join(f"{column:>10}" for column in (*PARTS, "CPU"))
+        print(f"{'':16}{columns}{'OFF':>12}    (median seconds of {args.steps}; CPU: mean)")
         for number in range(args.rounds):
             for side in sides:
                 if side in OURS:
