@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from queue import SimpleQueue
 from typing import Any
 
@@ -25,6 +26,8 @@ from megarl.rollout.client import sampling_of
 from megarl.rollout.dispatch import Request
 from megarl.rollout.fleet import Fleet
 from megarl.rollout.response import Response
+
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,25 @@ def respond(config: Config, tokenizer: Any, prompts: list[Prompt], n: int, tempe
     shown = Rows("responses", len(prompts) * n)
     try:
         announce(f"sampling {plural(len(prompts) * n, 'response')} to {plural(len(prompts), 'prompt')}")
-        with fleet.watched(), _asking(fleet, config, prompts, n, temperature, list(ends)) as groups:
-            for prompt, group in zip(prompts, groups, strict=True):
-                inputs = [
-                    texts.input(r.tokens, r.prompt_len, prompt.text, prompt.answer, prompt.row, r.truncated)
-                    for r in group
+        with fleet.watched(), _asking(fleet, config, prompts, n, temperature, list(ends)) as batches:
+            left = iter(prompts)
+            for groups in batches:
+                batch = [*islice(left, len(groups))]
+                given = [
+                    [
+                        texts.input(r.tokens, r.prompt_len, prompt.text, prompt.answer, prompt.row, r.truncated)
+                        for r in group
+                    ]
+                    for prompt, group in zip(batch, groups, strict=True)
                 ]
-                scored = scorer.score(inputs) if scorer and prompt.has_answer else []
-                yield Answered(prompt, group, [given.response for given in inputs], scored)
-                shown.add(n)
+                known = [
+                    each for prompt, inputs in zip(batch, given, strict=True) if prompt.has_answer for each in inputs
+                ]
+                scores = iter(scorer.score(known) if scorer else [])
+                for prompt, group, inputs in zip(batch, groups, given, strict=True):
+                    scored = [*islice(scores, n)] if prompt.has_answer else []
+                    yield Answered(prompt, group, [each.response for each in inputs], scored)
+                    shown.add(n)
     finally:
         shown.close()
         if scorer is not None:
@@ -88,29 +101,39 @@ def respond(config: Config, tokenizer: Any, prompts: list[Prompt], n: int, tempe
 @contextmanager
 def _asking(
     fleet: Fleet, config: Config, prompts: list[Prompt], n: int, temperature: float, stop: list[int]
-) -> Iterator[Iterator[list[Response]]]:
-    """The groups, prompt by prompt. Every server has about as many responses at work as it decodes at the same time."""
+) -> Iterator[Iterator[list[list[Response]]]]:
+    """The groups in the order of the prompts, as many at a time as have come. Every server has about as many responses
+    at work as it decodes at the same time, and no more than as many again wait here: for a slow one before them, or for
+    the caller.
+    """
     assert fleet.client is not None
     dispatcher, done = fleet.client.dispatcher, SimpleQueue[dispatch.Answered]()
     sampling = sampling_of(n, temperature, config.rollout.max_new_tokens, stop)
-    requests = [
-        Request([prompt.tokens], n, sampling, [config.run.seed + number * n], done)
-        for number, prompt in enumerate(prompts)
-    ]
-    for request in requests:
+    window = 2 * len(fleet.client.servers) * max(config.rollout.max_num_seqs // n, 1)
+    asked: dict[Request, int] = {}  # -> the number of its prompt
+    early: dict[int, list[Response]] = {}
+
+    def ask(number: int) -> None:
+        request = Request([prompts[number].tokens], n, sampling, [config.run.seed + number * n], done)
+        asked[request] = number
         dispatcher.submit(request)
+
+    def batches() -> Iterator[list[list[Response]]]:
+        first = last = 0  # not handed on yet; not asked for yet
+        while first < len(prompts):
+            while last < min(first + window, len(prompts)):
+                ask(last)
+                last += 1
+            for answered in dispatch.take(done, POLL_S):
+                if answered.error:
+                    raise answered.error
+                (early[asked.pop(answered.request)],) = answered.groups
+            ready = [early.pop(number) for number in takewhile(early.__contains__, range(first, last))]
+            first += len(ready)
+            if ready:
+                yield ready
+
     try:
-        yield _in_order(requests, done)
+        yield batches()
     finally:
-        dispatcher.abandon(requests)
-
-
-def _in_order(requests: list[Request], done: SimpleQueue[dispatch.Answered]) -> Iterator[list[Response]]:
-    early: dict[Request, dispatch.Answered] = {}
-    for request in requests:
-        while request not in early:
-            answered = done.get()
-            if answered.error:
-                raise answered.error
-            early[answered.request] = answered
-        yield early.pop(request).groups[0]
+        dispatcher.abandon([*asked])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,13 +74,49 @@ def test_groups_come_in_the_order_of_the_prompts_whatever_ends_first() -> None:
     servers = [StubServer(reply), StubServer(reply)]
     fleet: Any = SimpleNamespace(client=RolloutClient([server.info(i) for i, server in enumerate(servers)], 20))
     try:
-        with responses._asking(fleet, config, prompts, 2, 1.0, []) as groups:
-            tokens = [group[0].tokens.tolist() for group in groups]
+        with responses._asking(fleet, config, prompts, 2, 1.0, []) as batches:
+            tokens = [group[0].tokens.tolist() for groups in batches for group in groups]
         assert tokens == [[i, 5 + 2 * i] for i in range(7)]
     finally:
         fleet.client.close()
         for server in servers:
             server.close()
+
+
+@pytest.mark.parametrize("slow", ["first prompt", "caller"])
+def test_answers_do_not_pile_up_before_a_slow_prompt_or_a_slow_caller(slow: str) -> None:
+    """4 prompts at a time on the only server, and as many again that wait: before, all 40 were asked for."""
+    opens, config = threading.Event(), load_config(None, ["rollout.max_num_seqs=8"])
+    of_prompt, of_caller = (opens.wait, None) if slow == "first prompt" else (None, opens.wait)
+
+    async def reply(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        if of_prompt and asked["prompts"] == [[0]]:
+            await asyncio.to_thread(of_prompt, 30)
+        return 200, generated(asked, 1)
+
+    def consume() -> None:
+        with responses._asking(fleet, config, prompts, 2, 1.0, []) as batches:
+            for groups in batches:
+                came.append(len(groups))
+                if of_caller:
+                    of_caller(30)
+
+    server, came = StubServer(reply), list[int]()
+    fleet: Any = SimpleNamespace(client=RolloutClient([server.info()], 20, at_once=8))
+    prompts = [Prompt([i], "", "", i) for i in range(40)]
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    try:
+        time.sleep(0.5)
+        assert 0 < server.served <= 8 and sum(came) <= 8
+        opens.set()
+        consumer.join(30)
+        assert sum(came) == server.served == 40
+    finally:
+        opens.set()
+        consumer.join()
+        fleet.client.close()
+        server.close()
 
 
 def test_a_file_of_rows_is_whole_or_not_there(tmp_path: Path) -> None:
