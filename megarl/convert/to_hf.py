@@ -32,7 +32,7 @@ def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = F
         plan = {
             "source": str(megatron.absolute()),
             "files": fingerprint(megatron, (".metadata",)),
-            "shards": [s.file for s in shards],
+            "shards": {shard.file: list(shard.specs) for shard in shards},
         }
         with output_folder(out, plan, sum(shard.nbytes for shard in shards)) as partial:
             progress = Transfer("writing", sum(shard.nbytes for shard in shards))

@@ -88,10 +88,9 @@ def _plan_files(weight_map: WeightMap, layout: Layout, specs: dict[str, Spec], f
 
 def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], progress: Transfer) -> list[Chunk]:
     journal = folder / JOURNAL / file.name
-    if (folder / file.name).is_file():
+    if (folder / file.name).is_file() and (written := _journalled(journal, file)) is not None:
         progress.skip(file.nbytes)
-        rows = json.loads(journal.read_text(encoding="utf-8"))
-        return [Chunk(key, Rect(tuple(offset), tuple(size)), *place) for key, offset, size, *place in rows]
+        return written
     writer = TorchDistWriter(folder, file.name)
     try:
         tensors = one_ahead(partial(_tensor, reader, chunk) for chunk in file.chunks)
@@ -105,6 +104,16 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
         writer.abort()
         raise
     return writer.chunks
+
+
+def _journalled(journal: Path, file: _File) -> list[Chunk] | None:
+    """Where the chunks of a finished file lie; None where a crash left no whole journal."""
+    try:
+        rows = json.loads(journal.read_text(encoding="utf-8"))
+        chunks = [Chunk(key, Rect(tuple(offset), tuple(size)), *place) for key, offset, size, *place in rows]
+    except (OSError, ValueError, TypeError):
+        return None
+    return chunks if len(chunks) == len(file.chunks) else None
 
 
 def _tensor(reader: HfReader, chunk: NewChunk) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from megarl.convert import commands, to_hf, to_megatron
+from megarl.weights.files.hf_folder import ShardFile
 from megarl.weights.files.safetensors_file import SafetensorsWriter
 from megarl.weights.files.torch_dist import TorchDistReader, TorchDistWriter
 from megarl.weights.map.weight_map import WeightMap
@@ -158,6 +159,39 @@ def test_a_changed_source_begins_anew(folder: Path, tmp_path: Path, monkeypatch:
     assert_same(hf, tmp_path / "back")
 
 
+def test_another_shard_size_keeps_no_file_of_the_same_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many files, other tensors in each."""
+    assert to_megatron_(folder, tmp_path / "megatron") == 0
+    monkeypatch.setattr(to_hf, "plan_shards", lambda specs, size: _two_files(specs, size // 2**20))
+    with monkeypatch.context() as patch:
+        patch.setattr(to_hf, "write_index", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert to_hf_(tmp_path / "megatron", tmp_path / "out", f"--shard-gib {3 / 1024}") == 130
+    assert to_hf_(tmp_path / "megatron", tmp_path / "out", f"--shard-gib {5 / 1024}") == 0
+    assert_same(folder, tmp_path / "out")
+
+
+def _two_files(specs: Any, first: int) -> list[ShardFile]:
+    rows = list(specs.items())
+    return [
+        ShardFile("model-00001-of-00002.safetensors", dict(rows[:first])),
+        ShardFile("model-00002-of-00002.safetensors", dict(rows[first:])),
+    ]
+
+
+@pytest.mark.parametrize("left", ["", "[[1]]", "[]"])
+def test_a_file_whose_journal_a_crash_cut_is_written_anew(
+    left: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(to_megatron, "write_metadata", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert to_megatron_(folder, tmp_path / "out") == 130
+    (tmp_path / ".out.partial" / to_megatron.JOURNAL / "__0_0.distcp").write_text(left)
+    assert to_megatron_(folder, tmp_path / "out") == 0 and to_hf_(tmp_path / "out", tmp_path / "back") == 0
+    assert_same(folder, tmp_path / "back")
+
+
 def truncate(hf: Path) -> None:
     os.truncate(hf / "model.safetensors", (hf / "model.safetensors").stat().st_size - 10)
 
@@ -201,6 +235,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "k_proj.*float32.*bfloat16",
     ),
     "no config": (lambda hf: (hf / "config.json").unlink(), "", "no config.json"),
+    "empty config": (lambda hf: (hf / "config.json").write_text(""), "", "config.json' is not a JSON object"),
+    "config in latin-1": (lambda hf: (hf / "config.json").write_bytes(b'"\xe9"'), "", "is not a JSON object"),
+    "config of a list": (lambda hf: (hf / "config.json").write_text("[1]"), "", "is not a JSON object"),
+    "config of nothing": (lambda hf: (hf / "config.json").write_text("{}"), "", "model_type '\\?' has no weight map"),
     "tp": (lambda hf: None, "--tp 3", "--tp 3 does not divide"),
     "pp": (lambda hf: None, "--pp 3", "pp 3 x vpp 1 does not divide"),
     "ep": (lambda hf: None, "--ep 3", "--ep 3 does not divide"),
@@ -247,10 +285,12 @@ def test_bad_checkpoints_are_one_line(folder: Path, tmp_path: Path, capsys: pyte
         "shorter": {"num_hidden_layers": 3},
     }.items():
         (damaged(name) / "hf" / "config.json").write_text(json.dumps(tree | change))
+    (damaged("empty") / "hf" / "config.json").write_text("")
     for name, match in {
         "truncated": "is truncated",
         "missing": "is missing",
         "without": "no .metadata",
+        "empty": "config.json' is not a JSON object",
         "narrower": "has shape",
         "longer": "lacks 'decoder.layers.4.",
         "shorter": "'decoder.layers.3.*unknown to the weight map",

@@ -197,4 +197,7 @@ def load_hf_config(path: str | Path) -> dict[str, Any]:
     file = hf_files(path) / "config.json"
     if not file.is_file():
         raise UserError(f"model.path {str(path)!r} has no config.json; give a Hugging Face checkpoint folder")
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{str(file)!r} is not a JSON object; copy the checkpoint again") from None
