@@ -1,10 +1,11 @@
-"""Folders that a command writes whole or not at all: under another name first, renamed at the end.
+"""Folders and small files that a command writes whole or not at all: under another name first, renamed at the end.
 
 Nothing is removed that megarl did not make: an unfinished folder carries a mark, and a finished one is never replaced.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -59,3 +60,10 @@ def finish(key: str, out: Path) -> None:
         )
     (partial / MARK).unlink()
     partial.rename(out)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file in UTF-8, in the place of one that is there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

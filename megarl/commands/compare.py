@@ -11,7 +11,6 @@ compare.json, and compare.jsonl, the responses as `megarl generate` writes them.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from megarl.engine.build import Engine, build_engine
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Routes
 from megarl.errors import UserError
+from megarl.folders import write_whole
 from megarl.loop.batch import Batch, ScoredRollouts, build_batch
 from megarl.loop.refit import Refit
 from megarl.loop.sampler import Sampler
@@ -180,9 +180,7 @@ def write(folder: Path, report: dict[str, Any], responses: list[Compared]) -> Pa
         "compare.html": render(report, responses, folder),
     }
     for name, text in texts.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_whole(folder / name, text)
     return folder / "compare.html"
 
 

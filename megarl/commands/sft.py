@@ -22,6 +22,7 @@ from megarl.engine.batch import Pack, assign, make_packs
 from megarl.engine.build import Engine, build_engine
 from megarl.engine.export import export_hf
 from megarl.engine.parallel import destroy_parallel
+from megarl.folders import write_whole
 from megarl.objective import Sums
 from megarl.observe.metrics import MetricsLogger
 from megarl.observe.progress import Progress
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     logger = progress = None
     if parallel.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_whole(run_dir / "config.yaml", dump_config(config))
         logger = MetricsLogger(run_dir, config.run.loggers, settings=config.model_dump(mode="json"))
         progress = Progress(config.train.steps, every_s=10)
     start = time.perf_counter()

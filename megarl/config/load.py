@@ -12,8 +12,40 @@ from pydantic import ValidationError
 
 from megarl.config.tree import Config, walk
 from megarl.errors import UserError
+from megarl.folders import write_whole
 from megarl.hints import meant
 from megarl.objective.presets import resolve_objective
+
+
+class _GivenTwice(yaml.YAMLError):
+    """A key that stands twice in one mapping, on the lines `first` and `again`, counted from 1."""
+
+    def __init__(self, key: str, first: int, again: int) -> None:
+        super().__init__(key)
+        self.key, self.first, self.again = key, first, again
+
+
+class _Loader(yaml.SafeLoader):
+    """Of two equal keys PyYAML would keep the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _GivenTwice(key.value, lines[name], line)
+            lines[name] = line
+        return node
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:  # of a date such as 2026-13-01
+        raise yaml.YAMLError(str(error)) from None
 
 
 def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
@@ -29,7 +61,16 @@ def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
                 f"config file {str(path)!r} does not exist; give the path of a YAML file, e.g. examples/quickstart.yaml"
             )
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            tree = _yaml(Path(path).read_text(encoding="utf-8")) or {}
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"config file {str(path)!r} is not in UTF-8 (byte {error.start}); save it in that encoding"
+            ) from None
+        except _GivenTwice as error:
+            raise UserError(
+                f"config file {str(path)!r}: key {error.key!r} is given on line {error.first} and again on line "
+                f"{error.again}; leave one out"
+            ) from None
         except yaml.YAMLError as error:
             raise UserError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
@@ -55,10 +96,12 @@ def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
 def _value(item: str, key: str, text: str) -> Any:
     """YAML; but where a key takes a text, what YAML does not read as one is meant as it stands: run.dir=2026-11-28."""
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+        value = _yaml(text) if text else ""
+    except yaml.YAMLError as error:
         if _takes_text(key):
             return text
+        if isinstance(error, _GivenTwice):
+            raise UserError(f"override {item!r}: key {error.key!r} is given twice; leave one out") from None
         raise UserError(f"override {item!r}: the value is not YAML; quote it, e.g. '{key}=\"a: b\"'") from None
     return text if _takes_text(key) and not isinstance(value, str | None) else value
 
@@ -104,4 +147,4 @@ def keep_config(config: Config, run_dir: Path, resumed: int) -> None:
         if number.isdecimal() and int(number) > resumed:
             path.unlink()
     for name in ("config.yaml", f"config.step_{resumed}.yaml"):
-        (run_dir / name).write_text(dump_config(config), "utf-8")
+        write_whole(run_dir / name, dump_config(config))

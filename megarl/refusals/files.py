@@ -115,9 +115,8 @@ def run_dir_of_another(case: Case) -> str | None:
                 "move it away"
             )
     record = folder / "config.yaml"
-    if record.is_file() and not RECORD <= {
-        line.partition(":")[0] for line in record.read_text(encoding="utf-8").splitlines()
-    }:
+    text = record.read_text(encoding="utf-8", errors="replace") if record.is_file() else ""
+    if text.strip() and not RECORD <= {line.partition(":")[0] for line in text.splitlines()}:
         return (
             f"run.dir {str(folder)!r} holds a config.yaml that is not a run's record and would be written over; rename "
             "it or give another folder"

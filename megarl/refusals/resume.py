@@ -15,6 +15,7 @@ import yaml
 from megarl.checkpoints import damage, newest, no_sound, state_of, step_of, whole_checkpoints
 from megarl.config import Config, decay_iters
 from megarl.data.stream import CONTENT, content_digest
+from megarl.errors import UserError
 from megarl.refusals.case import Case
 
 # keys and sections (with a dot at the end) that a resumed run may change -> what of; docs/checkpoints.md has the table
@@ -86,9 +87,14 @@ def settings(case: Case) -> str | None:
 
 def _changed(saved: Path, case: Case) -> list[str]:
     """Every key that counts and has another value than in the saved config.yaml, with both values."""
-    if not saved.is_file():
-        return []
-    old, new = yaml.safe_load(saved.read_text("utf-8")), case.config.model_dump(mode="json")
+    try:
+        text = saved.read_text("utf-8") if saved.is_file() else ""
+        if not text.strip():  # a release that wrote it in place left it empty where the disk was full
+            return []
+        old, new = yaml.safe_load(text), case.config.model_dump(mode="json")
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{str(saved)!r} cannot be read ({reason}); move it away to go on unchecked") from None
     old, new = old if isinstance(old, dict) else {}, dict(new)
     if not case.model.get("num_moe_experts"):  # the run has turned replay off itself
         old.pop("replay", None), new.pop("replay", None)

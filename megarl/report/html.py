@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from html import escape
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from megarl.errors import UserError
+from megarl.folders import write_whole
 from megarl.observe.metrics import METRICS_FILE, read_metrics
 from megarl.observe.progress import count, duration
 from megarl.observe.token_samples import read_token_samples
@@ -64,9 +64,7 @@ def write(path: Path, text: str) -> None:
     """The file, whole or not at all; folders that are missing are made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written: {error.strerror}; give another file") from None
 

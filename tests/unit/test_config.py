@@ -61,6 +61,44 @@ def test_a_file_that_is_no_tree_of_sections(tmp_path: Path, text: str, message: 
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {lr: 1}\nrun: {}\ntrain:\n  steps: 3\n", "key 'train' is given on line 1 and again on line 3"),
+        ('train:\n  lr: 1\n  steps: 2\n  "lr": 3\n', "key 'lr' is given on line 2 and again on line 4"),
+        ("sft: [{a: 1, a: 2}]\n", "key 'a' is given on line 1 and again on line 1"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_lines(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^config file '{path}': {said}; leave one out$"):
+        load_config(path)
+
+
+def test_a_key_given_twice_in_an_override() -> None:
+    with pytest.raises(UserError, match="key 'group' is given twice; leave one out$"):
+        load_config(None, ["batch={group: 2, group: 3}"])
+    assert load_config(None, ["run.dir={a: 1, a: 2}"]).run.dir == "{a: 1, a: 2}"
+
+
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("eval: {prompts: &p a.jsonl}\ndata: {<<: {prompts: b}, prompts: *p}\n")
+    assert load_config(path).data.prompts == "a.jsonl"
+
+
+def test_a_file_in_another_encoding_and_a_date_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes("run: {dir: é}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"is not in UTF-8 \(byte 11\)"):
+        load_config(path)
+    path.write_text("run: {dir: 2026-13-01}")
+    with pytest.raises(UserError, match="is not YAML: month must be in 1..12"):
+        load_config(path)
+    assert load_config(None, ["run.dir=2026-13-01"]).run.dir == "2026-13-01"
+
+
 def test_a_missing_file() -> None:
     with pytest.raises(UserError, match="'nowhere.yaml' does not exist"):
         load_config("nowhere.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,34 @@ def test_fault_05_every_start_keeps_its_settings(run_yaml: Path) -> None:
         keep_config(load_config(run_yaml, [f"train.lr={lr}"]), run_dir, resumed)
     kept = {path.name: load_config(path).train.lr for path in run_dir.glob("*.yaml")}
     assert kept == {"config.yaml": 4.0, "config.step_0.yaml": 1.0, "config.step_4.yaml": 2.0, "config.step_6.yaml": 4.0}
+
+
+def test_a_full_disk_leaves_the_record_that_was_there(begun: Path) -> None:
+    config = load_config(begun)
+    record = Path(config.run.dir) / "config.yaml"
+    before = record.read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            keep_config(config, record.parent, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert record.read_text() == before
+
+
+def test_a_record_that_is_empty_is_no_reason_to_refuse_and_a_broken_one_is_named(begun: Path) -> None:
+    config = load_config(begun, ["train.lr=1e-5"])
+    record = Path(config.run.dir) / "config.yaml"
+    for text in ("", "\n"):
+        record.write_text(text)
+        refusals.check(config)
+    record.write_bytes(b"sync:\ncritic:\nsft:\nscore: \xe9\n")
+    with pytest.raises(UserError, match="config.yaml' cannot be read .*; move it away to go on unchecked"):
+        refusals.check(config)
+    record.write_bytes(b"train: \xe9\n")
+    with pytest.raises(UserError, match="a config.yaml that is not a run's record"):
+        refusals.check(config)
 
 
 def test_what_may_change_are_keys_and_the_documentation_lists_them() -> None:
