@@ -102,9 +102,14 @@ def _prompts(config: Config, tokenizer: Any, given: str | None) -> list[Prompt]:
 
 def compare(engine: Engine, batch: Batch, captured: bool) -> list[Compared]:
     """Scores the batch, live and, where routes were captured, replayed.
-    In the order of the responses, on rank 0; empty elsewhere.
+    In the order of the responses, on rank 0; empty elsewhere. UserError, on every rank, where the batch holds none.
     """
     packs = [pack for minibatch in batch.minibatches for pack in minibatch]
+    if not packs:
+        raise UserError(
+            "no response is left to compare: each is bad, empty or, under batch.mask_truncated, truncated; mend the "
+            "reward, or set batch.mask_truncated=false"
+        )
     passes: list[tuple[Routes, list[WholePack]]] = []
     for routes in ("record", "replay") if captured else ("off",):
         passes.append((routes, gather_packs(engine, packs, engine.logprobs(packs, routes), FIELDS)))

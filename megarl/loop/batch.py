@@ -145,13 +145,13 @@ def build_batch(rollouts: ScoredRollouts, engine: Engine, step: int, *, to_learn
     """Lays the rollouts out for training and moves them. Collective. step: rollout steps done before this one.
 
     Groups that teach nothing stay or go (batch.equal_groups). reward/* and response/* are of everything that was
-    sampled. to_learn: leave out a batch of which nothing can be learnt. UserError for a bad sample under
-    train.on_bad_batch stop.
+    sampled. to_learn: leave out a batch of which nothing can be learnt, or in which a sample is bad; else the bad
+    samples alone are left out. UserError for a bad sample under train.on_bad_batch stop.
     """
     config, metas, parallel = rollouts.config, rollouts.metas, rollouts.parallel
-    bad = _bad_samples(metas, config, step, parallel)
+    bad = _bad_samples(metas, config, step, parallel, "no update" if to_learn else "without them")
     groups = teaching_groups(metas, config)
-    trained = [] if bad else groups.trained
+    trained = [] if bad and to_learn else groups.trained
     if not bad and to_learn and (why := _nothing_to_learn(metas, groups, config)):
         trained = []
         if parallel.is_main:
@@ -247,9 +247,12 @@ class LaidOut:
 
 
 def lay_out(metas: Sequence[Meta], groups: list[int], config: Config, layout: Layout) -> LaidOut:
-    """One deterministic assignment response -> (mini-batch, replica, pack), for the pi_old pass and all updates."""
+    """One deterministic assignment response -> (mini-batch, replica, pack), for the pi_old pass and all updates. Bad
+    samples have no place in it.
+    """
     rewards, of_group = shaped_rewards(metas, config), group_ids(metas)
-    trained = torch.isin(of_group, torch.tensor(groups, dtype=torch.long))
+    sound = torch.tensor([not meta.fault for meta in metas], dtype=torch.bool)
+    trained = torch.isin(of_group, torch.tensor(groups, dtype=torch.long)) & sound
     advantage = torch.zeros(len(metas), dtype=torch.float64)
     advantage[trained] = advantages(rewards[trained], of_group[trained], config.objective)
     masked = torch.tensor([_is_masked(meta, config) for meta in metas], dtype=torch.bool)
@@ -257,8 +260,9 @@ def lay_out(metas: Sequence[Meta], groups: list[int], config: Config, layout: La
     denominator = torch.ones(len(metas), dtype=torch.float64)
     assignment: list[list[list[int]]] = [[] for _ in range(layout.dp)]
     counts = []
-    for members in minibatches(metas, groups, config.batch.minibatches):
-        chosen = torch.tensor(members)
+    for part in minibatches(metas, groups, config.batch.minibatches):
+        members = [i for i in part if sound[i]]
+        chosen = torch.tensor(members, dtype=torch.long)
         if not lengths[chosen].any():
             continue  # an update without a token: its loss would be 0/0, and Adam would move by its momentum
         denominator[chosen] = denominators(lengths[chosen], of_group[chosen], config.objective)
@@ -312,13 +316,16 @@ def rollout_metrics(metas: Sequence[Meta], steps_done: int, pass_threshold: floa
     }
 
 
-def _bad_samples(metas: Sequence[Meta], config: Config, step: int, parallel: Parallel) -> int:
-    """How many samples cannot be used. Under train.on_bad_batch stop every rank raises UserError, naming the first."""
+def _bad_samples(metas: Sequence[Meta], config: Config, step: int, parallel: Parallel, outcome: str) -> int:
+    """How many samples cannot be used. Under train.on_bad_batch stop every rank raises UserError, naming the first.
+
+    outcome: what to say that the step does else.
+    """
     faults = [f"{response_name(metas, n, config)}: {meta.fault}" for n, meta in enumerate(metas) if meta.fault]
     if faults and config.train.on_bad_batch == "stop":
         raise UserError(f"step {step + 1}: {faults[0]}; mend it, or leave such steps out by train.on_bad_batch=skip")
     if faults and parallel.is_main:
-        print(f"step {step + 1}: no update, {len(faults)} samples are bad, the first: {faults[0]}", flush=True)
+        print(f"step {step + 1}: {outcome}, {len(faults)} samples are bad, the first: {faults[0]}", flush=True)
     return len(faults)
 
 

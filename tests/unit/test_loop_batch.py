@@ -18,6 +18,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megarl.commands.compare import compare  # noqa: E402
 from megarl.config import CANARY_TOKENS, Config, load_config  # noqa: E402
 from megarl.data import Prompt, load_tokenizer  # noqa: E402
 from megarl.engine.batch import make_packs  # noqa: E402
@@ -105,7 +106,7 @@ def build(folder: Path, answers: list[list[str]], *keys: str) -> tuple[Engine, L
     return engine, Loop(engine, config, client, tokenizer), client
 
 
-def collect(loop: Loop) -> tuple[Batch, list[int]]:
+def collect(loop: Loop, *, to_learn: bool = True) -> tuple[Batch, list[int]]:
     """The batch, and the lines of the prompts drawn for it."""
     drawn: list[int] = []
     rollouts = ScoredRollouts(loop.config, loop.engine.model.parallel, steps_done=0)
@@ -115,7 +116,7 @@ def collect(loop: Loop) -> tuple[Batch, list[int]]:
         prompts = [Prompt(loop.tokenizer.encode("12="), "3", "12=", line) for line in lines]
         sampled = loop.sampler.sample(prompts, rollouts.groups, 0)
         rollouts.add(sampled, loop.scorer.score(sampled.rollouts))
-    return build_batch(rollouts, loop.engine, 0), drawn
+    return build_batch(rollouts, loop.engine, 0, to_learn=to_learn), drawn
 
 
 MIXED, ALL, NONE = ["123", "124", "3", "4"], ["3", "13", "123", "3"], ["4", "14", "124", "4"]
@@ -215,6 +216,24 @@ def test_fault_16_failed_rewards_are_left_out_and_counted_or_stop_the_run(
         assert found["eval/mean_at_k"] == batch.metrics["reward/mean"] == pytest.approx((1.25 + 1.5 + 1.5) / 11)
         assert found["eval/pass_at_k"] == batch.metrics["reward/pass_at_g"] == 1.0  # of the prompts that have a reward
         assert np.isfinite(list(found.values())).all()
+
+
+@pytest.mark.parametrize("bad", [{5}, {4, 5, 6, 7}, set(range(16))])
+def test_compare_leaves_out_only_the_responses_that_are_bad(
+    folder: Path, bad: set[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, loop, _ = build(folder, [MIXED] * 4, "train.on_bad_batch=skip")
+    scores = [Score(np.nan, "fails") if i in bad else Score(1.0) for i in range(16)]
+    monkeypatch.setattr(loop.scorer, "score", lambda rollouts: scores)
+    batch, _ = collect(loop, to_learn=False)
+    assert f"step 1: without them, {len(bad)} samples are bad" in capsys.readouterr().out
+    if len(bad) == 16:
+        with pytest.raises(UserError, match="^no response is left to compare: "):
+            compare(engine, batch, captured=False)
+        return
+    packs = [pack for part in batch.minibatches for pack in part]
+    assert sorted(i for pack in packs for i in pack.responses) == [i for i in range(16) if i not in bad]
+    assert len(compare(engine, batch, captured=False)) == 16 - len(bad)
 
 
 def test_fault_19_a_response_passes_from_the_threshold_on(folder: Path) -> None:
