@@ -32,6 +32,15 @@ MODULES = {  # what every rank of a command runs: its main(arguments)
     "compare": "megarl.commands.compare",
 }
 
+RUN_FILES = (("data.prompts", "eval.prompts"), ("metrics.jsonl",))
+FILES = {  # the keys of what a command reads, and the files of run.dir that it writes without --output
+    "run": RUN_FILES,
+    "train": RUN_FILES,
+    "sft": (("sft.data",), ("metrics.jsonl",)),
+    "eval": (("eval.prompts",), ("eval.jsonl",)),
+    "compare": (("data.prompts",), ("compare.jsonl", "compare.json", "compare.html")),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit status: 2 for a mistake of the user's, told in one line, 130 after Ctrl-C."""
@@ -155,19 +164,23 @@ def _as_rank(args: argparse.Namespace, config: Config, options: list[str], check
 
 def _options(args: argparse.Namespace, config: Config) -> list[str]:
     """Files that a command reads and writes, judged, as options for its ranks. Prompts become data.prompts."""
+    given, output = getattr(args, "input", None), getattr(args, "output", None)
+    if given is not None and not os.path.isfile(given):
+        raise UserError(f"--input {given!r} does not exist; give a JSONL file")
+    keys, names = FILES.get(args.command, ((), ()))
+    sections = config.model_dump(include={key.partition(".")[0] for key in keys})
+    read = {key: sections[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
+    read = {"CONFIG": args.config, **(read if given is None else {"the --input": given})}
+    if output is not None:
+        _check_output(output, read)
+    for name in names if output is None else ():
+        _check_default(os.path.join(config.run.dir, name), args.command, read)
+    options = [] if given is None else ["--input", given]
     if args.command == "eval":
-        if args.output is not None:
-            _check_output(args.output, config.eval.prompts)
-        options = ["--output", args.output or os.path.join(config.run.dir, "eval.jsonl")]
-        return [*options, *(["--json"] if args.json else [])]
-    if getattr(args, "input", None) is None:
-        return []
-    if not os.path.isfile(args.input):
-        raise UserError(f"--input {args.input!r} does not exist; give a JSONL file")
-    if args.command == "compare":
-        return ["--input", args.input]
-    _check_output(args.output, args.input)
-    return ["--input", args.input, "--output", args.output]
+        output = output or os.path.join(config.run.dir, "eval.jsonl")
+    if output is not None:
+        options += ["--output", output]
+    return [*options, *(["--json"] if getattr(args, "json", False) else [])]
 
 
 @contextlib.contextmanager
@@ -191,15 +204,34 @@ def _served_model(args: argparse.Namespace, config: Config) -> Iterator[list[str
         yield [*routes, f"model.path={folder}/model"]
 
 
-def _check_output(path: str, given: str | None) -> None:
-    """Raises UserError where the file could not be written at the end of all work, or is the input."""
+def _check_output(path: str, read: dict[str, str | None]) -> None:
+    """Raises UserError where the file could not be written at the end of all work, or is one that the command reads
+    (`read`, by how the user calls it).
+    """
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
         raise UserError(f"--output {path!r} is a folder; give a file")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--output {path!r}: {folder!r} is no folder that can be written to; make it or give another")
-    if given and os.path.exists(path) and os.path.samefile(path, given):
-        raise UserError(f"--output {path!r} is the --input; give another file")
+    if name := _own_input(path, read):
+        raise UserError(f"--output {path!r} is {name}; give another file")
+
+
+def _check_default(path: str, command: str, read: dict[str, str | None]) -> None:
+    """The same of a file that nobody named."""
+    if os.path.isdir(path):
+        raise UserError(f"{path!r} is a folder, megarl {command} writes a file there; move it or give another run.dir")
+    if name := _own_input(path, read):
+        raise UserError(f"megarl {command} writes {path!r}, which is {name}; move it or give another run.dir")
+
+
+def _own_input(path: str, read: dict[str, str | None]) -> str | None:
+    """Which of `read` is written over; until it is whole the output lies in PATH.partial (commands/jsonl.py)."""
+    written = [file for file in (path, f"{path}.partial") if os.path.exists(file)]
+    for name, given in read.items():
+        if given and os.path.exists(given) and any(os.path.samefile(file, given) for file in written):
+            return name
+    return None
 
 
 def _rollout(args: argparse.Namespace) -> int:

@@ -62,6 +62,33 @@ def test_fault_03_an_output_that_cannot_be_or_is_the_input(
         assert said in capfd.readouterr().err
 
 
+def test_no_command_writes_over_a_file_that_it_reads(
+    run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run_yaml.parent)
+    Path("run").mkdir()
+    for name in ("eval.jsonl", "compare.jsonl", "metrics.jsonl", "o.jsonl.partial"):
+        Path("run", name).write_text(Path("prompts.jsonl").read_text())
+    for command, said in [
+        ("eval eval.prompts=run/eval.jsonl", "megarl eval writes '{}/run/eval.jsonl', which is eval.prompts; move it"),
+        ("eval --output valid.jsonl", "--output 'valid.jsonl' is eval.prompts; give another file"),
+        ("eval --output run.yaml", "--output 'run.yaml' is CONFIG; give another file"),
+        ("compare data.prompts=run/compare.jsonl", "compare.jsonl', which is data.prompts"),
+        ("compare --input run/compare.jsonl", "compare.jsonl', which is the --input"),
+        ("run data.prompts=run/metrics.jsonl", "metrics.jsonl', which is data.prompts"),
+        ("sft sft.data=run/metrics.jsonl", "metrics.jsonl', which is sft.data"),
+        ("generate --input run/o.jsonl.partial --output run/o.jsonl", "--output 'run/o.jsonl' is the --input"),
+    ]:
+        name, *rest = command.split()
+        assert main([name, "run.yaml", *rest, "--dry-run"]) == 2
+        assert said.format(run_yaml.parent) in capfd.readouterr().err, command
+    assert main(["eval", "run.yaml", "eval.prompts=run/eval.jsonl", "--output", "e.jsonl", "--dry-run"]) == 0
+    Path("run/eval.jsonl").unlink()
+    Path("run/eval.jsonl").mkdir()
+    assert main(["eval", "run.yaml", "--dry-run"]) == 2
+    assert "eval.jsonl' is a folder, megarl eval writes a file there" in capfd.readouterr().err
+
+
 def test_fault_16_a_wrong_row_for_score_is_named_before_anything_starts(
     run_yaml: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
