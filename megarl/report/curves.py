@@ -191,7 +191,7 @@ def text_curve(
     if not points:
         return ""
     low, high = min(v for _, v in points), max(v for _, v in points)
-    low, high = min(low, 0.0), max(high, low + 1e-9)
+    low, high = min(low, 0.0), max(high, low + max(1e-9, abs(low) * 1e-6))
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
     columns: list[list[float]] = [[] for _ in range(width)]
     for step, value in points:

@@ -62,6 +62,8 @@ def write_page(path: Path, runs: list[Run]) -> None:
 
 def write(path: Path, text: str) -> None:
     """The file, whole or not at all; folders that are missing are made."""
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; give a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)

@@ -185,6 +185,25 @@ def test_fault_16_the_page_makes_the_folder_that_is_missing(tmp_path: Path) -> N
         report([str(tmp_path)], out=str(tmp_path / "metrics.jsonl" / "x.html"))
 
 
+@pytest.mark.parametrize("where", [{"out": "."}, {"svg": "."}, {"out": ".."}, {"svg": ""}, {"out": "/"}])
+def test_a_folder_in_place_of_a_page_or_a_picture(
+    where: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    Path("metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    with pytest.raises(UserError, match="^'[./]+' is a folder; give a file$"):
+        report([str(tmp_path / "run")], **where)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("reward", [-1e8, 1e8, -1e-12, -1e300])
+def test_a_constant_reward_of_any_size_has_a_curve_and_a_page(reward: float, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "reward/mean": {reward}}}\n' for i in (1, 2, 3)))
+    assert report([str(tmp_path)], svg=str(tmp_path / "curve.svg")) == 0
+    assert curves.text_curve([1, 2, 3], [reward] * 3, mark="*").count("*") == 3
+
+
 def test_fault_22_rows_survive_whatever_a_crash_leaves(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = ['{"step": 1, "reward/mean": NaN}', '{"step": 2, "note": "a\u2028b"}', '{"step": 2, "note": "c\u2028d"}']
