@@ -162,11 +162,18 @@ def test_a_changed_source_begins_anew(folder: Path, tmp_path: Path, monkeypatch:
 def test_another_shard_size_keeps_no_file_of_the_same_name(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many files, other tensors in each."""
+    """As many files, other tensors in each; the first was finished."""
     assert to_megatron_(folder, tmp_path / "megatron") == 0
     monkeypatch.setattr(to_hf, "plan_shards", lambda specs, size: _two_files(specs, size // 2**20))
+    write = to_hf._write
+
+    def killed(reader: Any, folder: Path, shard: ShardFile, progress: Any) -> None:
+        if shard.file.startswith("model-00002"):
+            raise KeyboardInterrupt
+        write(reader, folder, shard, progress)
+
     with monkeypatch.context() as patch:
-        patch.setattr(to_hf, "write_index", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(to_hf, "_write", killed)
         assert to_hf_(tmp_path / "megatron", tmp_path / "out", f"--shard-gib {3 / 1024}") == 130
     assert to_hf_(tmp_path / "megatron", tmp_path / "out", f"--shard-gib {5 / 1024}") == 0
     assert_same(folder, tmp_path / "out")
