@@ -123,7 +123,7 @@ def load_prompts(
             tokens, text = encode_prompt(question, tokenizer)
             _check_ids(tokens, vocabulary.size, tokenizer.convert_ids_to_tokens)
             _check_length(len(tokens), max_tokens, PROMPT_LIMIT)
-            answer, where = _answer(row, columns, fault_of_answer) if needs_answer else _known_answer(row, columns)
+            answer, where = (_answer if needs_answer else _known_answer)(row, columns, fault_of_answer)
             prompts.append(Prompt(tokens, answer, text, line, row, needs_answer or where != ""))
             shapes[_shape(question, "the answer from", where, "left out")] += 1
         except BadLine as error:
@@ -303,10 +303,10 @@ def _answer(row: dict[str, Any], columns: Columns, fault_of_answer: AnswerFault 
     return answer, where
 
 
-def _known_answer(row: dict[str, Any], columns: Columns) -> tuple[str, str]:
-    """("", "") where there is none."""
+def _known_answer(row: dict[str, Any], columns: Columns, fault_of_answer: AnswerFault | None) -> tuple[str, str]:
+    """("", "") where there is none that can be used."""
     try:
-        return answer_of(row, columns)
+        return _answer(row, columns, fault_of_answer)
     except BadLine:
         return "", ""
 

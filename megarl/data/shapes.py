@@ -70,6 +70,8 @@ def answer_of(row: dict[str, Any], columns: Columns) -> tuple[str, str]:
         raise BadLine(f"key {key!r} is {value!r}; give a text or a number")
     if isinstance(value, float) and not math.isfinite(value):
         raise BadLine(f"key {key!r} is {value!r}; give a finite number")
+    if isinstance(value, float) and value.is_integer():  # a column of integers of which one is missing
+        value = int(value)
     text = str(value)
     if (marked := after_hashes(text)) is not None:
         return marked, f"{key!r} after ####"

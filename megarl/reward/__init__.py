@@ -68,7 +68,9 @@ def get_reward(name: str) -> Reward:
 
 
 def answer_fault(reward: str, answer: str) -> str:
-    """Why `reward` would give 0 to any response with this answer; "" where it would not, or nobody knows."""
+    """Why `reward` can judge no response by this answer; "" where it can, or nobody knows."""
+    if reward in FAST:  # a response without an end of its thoughts would equal a blank answer
+        return "" if answer.strip() else f"is blank; give the answer (data.reward {reward})"
     if reward != "math_verify":
         return ""
     from megarl.reward.maths import fault_of_gold

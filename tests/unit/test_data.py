@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from megarl.data import PromptStream, load_demonstrations, load_prompts
 from megarl.errors import UserError
+from megarl.reward import answer_fault
 from tools.tiny_model import make_tokenizer
 
 TEMPLATE = (
@@ -60,6 +62,21 @@ def test_chat_template(tmp_path: Path, chat) -> None:
     prompts, _ = load_prompts(path, chat, max_tokens=64, on_bad_line="error")
     assert [p.text for p in prompts] == ["s:1\nu:2\na:", "u:4\na:"]
     assert len(prompts[0].tokens) == len(prompts[0].text)
+
+
+def test_an_integer_that_a_table_holds_as_a_float_is_read_as_one(tmp_path: Path, tokenizer) -> None:
+    rows = [{"prompt": "1=", "answer": answer} for answer in (24.0, 1e22, -0.0, 0.5)]
+    prompts, _ = load_prompts(write(tmp_path, *rows), tokenizer, max_tokens=9, on_bad_line="error")
+    assert [p.answer for p in prompts] == ["24", "1" + "0" * 22, "0", "0.5"]
+
+
+def test_a_blank_answer_is_a_bad_row_or_none(tmp_path: Path, tokenizer) -> None:
+    path = write(tmp_path, {"prompt": "1=", "answer": "1"}, {"prompt": "2=", "answer": ""})
+    how = dict(max_tokens=9, on_bad_line="error", fault_of_answer=partial(answer_fault, "exact_match"))
+    with pytest.raises(UserError, match="line 2: answer '', from 'answer': is blank; give the answer"):
+        load_prompts(path, tokenizer, **how)
+    prompts, _ = load_prompts(path, tokenizer, needs_answer=False, **how)
+    assert [p.has_answer for p in prompts] == [True, False]
 
 
 BAD = [

@@ -84,7 +84,15 @@ def test_fault_07_more_math_answers(response: str, answer: str, value: float) ->
 @pytest.mark.parametrize("answer", ["", " ", "}", "$$", "\\$", "{", "\\frac{1}{2", "\\text{}}", "-"])
 def test_fault_07_an_answer_that_nothing_can_equal_has_a_fault(answer: str) -> None:
     assert "(data.reward math_verify)" in answer_fault("math_verify", answer)
-    assert answer_fault("exact_match", answer) == ""
+
+
+@pytest.mark.parametrize("reward", ["exact_match", "digit_sum"])
+def test_a_blank_answer_has_a_fault_since_thoughts_that_never_end_equal_it(reward: str) -> None:
+    assert get_reward(reward)(sample("<think>41" if reward == "exact_match" else "", " ")) == 1.0
+    for answer in ("", " ", "\n"):
+        assert answer_fault(reward, answer) == f"is blank; give the answer (data.reward {reward})"
+    for answer in ("0", "}", "$$", "-"):
+        assert answer_fault(reward, answer) == ""
 
 
 def test_thoughts_that_the_prompt_began() -> None:
