@@ -54,6 +54,10 @@ def question_of(row: dict[str, Any], columns: Columns) -> Question:
     if not isinstance(value, list) or not value:
         raise BadLine(f"key {key!r} is {value!r}; give a text, or messages [{{'role', 'content'}}]")
     _check_messages(key, value)
+    value = [  # templates ask whether the content is none, so it stays
+        {name: _without_none(part) for name, part in message.items() if part is not None or name == "content"}
+        for message in value
+    ]
     last = (value[-1].get("content") or "") if value[-1]["role"] == "assistant" else None
     messages = value[:-1] if last is not None else value
     if not messages:
@@ -126,17 +130,24 @@ def _nothing(row: dict[str, Any], what: str, names: str) -> str:
 
 def _tools(row: dict[str, Any], columns: Columns) -> list[Any] | None:
     key = columns.get("tools", "tools")
-    tools = find(row, key)
-    if isinstance(tools, str):  # a column of JSON texts
+    tools = given = find(row, key)
+    if isinstance(given, str):  # a column of JSON texts
         try:
-            tools = json.loads(tools or "null")
+            tools = json.loads(given or "null")
         except ValueError:
-            raise BadLine(f"key {key!r} is {tools[:80]!r}; give a list of tools") from None
+            raise BadLine(f"key {key!r} is {given[:80]!r}; give a list of tools") from None
     if not tools:
         return None
     if not isinstance(tools, list):
         raise BadLine(f"key {key!r} is {tools!r}; give a list of tools")
-    return tools
+    return tools if isinstance(given, str) else _without_none(tools)
+
+
+def _without_none(value: Any) -> Any:
+    """Without the keys whose value is None: an Arrow struct has them for every field that another row has."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _check_messages(key: str, messages: list[Any]) -> None:

@@ -154,6 +154,24 @@ def test_fault_09_tools_reach_the_chat_template_or_are_refused(tmp_path: Path, c
     assert [p.text for p in prompts] == ["7u:1\na:"] * 2
 
 
+def test_the_nones_of_arrow_structs_do_not_reach_the_chat_template(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "7", "arguments": {"a": "1"}}]}
+    tools = [{"function": {"name": "7", "properties": {"a": {"type": "string"}}}}]
+    others = [{"function": {"name": "8", "properties": {"b": {"type": "integer"}}}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "1"}, call, {"role": "tool", "content": "2"}], "tools": tools},
+        {"messages": [{"role": "user", "content": "3"}], "tools": others},
+    ]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([row | {"answer": "4"} for row in rows]), tmp_path / "rows.parquet"
+    )
+    made = make_tokenizer()
+    made.chat_template = '{"messages": {{ messages | tojson }}, "tools": {{ tools | tojson }}}'
+    prompts, _ = load_prompts(tmp_path / "rows.parquet", made, max_tokens=999, on_bad_line="error")
+    assert [json.loads(prompt.text) for prompt in prompts] == rows
+    assert prompts[1].row["messages"][0]["tool_calls"] is None, "the row is the reward's, as it stands"
+
+
 def test_fault_09_one_bos_and_no_eos_before_a_response_and_one_behind_it(tmp_path: Path) -> None:
     made = make_tokenizer()
     made.bos_token = "<pad>"
