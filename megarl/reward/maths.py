@@ -20,15 +20,30 @@ from typing import Any
 from megarl.reward.answers import after_hashes, last_boxed
 
 CPU_LIMIT_S = 5.0  # of one comparison, by a signal: in threads other than the main one there is no limit
-_MONEY = re.compile(r"^([-−]?)\s*(?:(?:US|C|A|HK)?\\?\$|USD|EUR|GBP|[€£¥₹])\s*|\s*(?:\\?\$|USD|EUR|GBP|[€£¥₹])$")
+# No expression looks at a run of blanks or digits from each of its places: a response may be one long run.
+_MONEY = re.compile(
+    r"^([-−]?)\s*(?:(?:US|C|A|HK)?\\?\$|USD|EUR|GBP|[€£¥₹])\s*|(?:(?<!\s)\s+)?(?:\\?\$|USD|EUR|GBP|[€£¥₹])$"
+)
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\\[!,;: ]|~|\s+")
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
-_LAST_LETTER = re.compile(r"(?i:answer|option|choice)\b[^A-Za-z]*(?:is\b)?[^A-Za-z]*\b([A-Z])\b(?!')")
+_LAST_LETTER = re.compile(r"(?i:answer|option|choice)\b[^A-Za-z]*(?:is\b[^A-Za-z]*)?\b([A-Z])\b(?!')")
+_FRACTION = re.compile(r"(?:(?<!\d)(\d{1,99})\s*|(?<!\d))([¼-¾⅐-⅞])")
 
 
 def equal_answers(response: str, answer: str) -> bool:
     """Whether the response's final expression is the answer. What takes longer than CPU_LIMIT_S counts as wrong."""
+    import math_verify  # noqa: F401 - not under the limit, which could leave a half of its modules
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit, of the wall clock, is off
+    try:
+        with _cpu_limit(CPU_LIMIT_S):
+            return _equal(response, answer)
+    except _TooLong:
+        return False
+
+
+def _equal(response: str, answer: str) -> bool:
     gold, guess = gold_of(answer), last_boxed(response)
     if guess == "" or not gold:  # cut short, or nothing to be equal to
         return False
@@ -73,8 +88,7 @@ def clean(expression: str) -> str:
     expression = re.sub(r"\\!|\{,\}", "", expression)
     expression = re.sub(r"(?<=\d)\\[,;: ](?=\d{3})", "", expression)
     expression = _MONEY.sub(lambda match: match.group(1) or "", expression.strip())
-    fraction = r"(\d*)\s*([¼-¾⅐-⅞])"
-    expression = re.sub(fraction, lambda match: _mixed(match.group(1), match.group(2)), expression)
+    expression = _FRACTION.sub(lambda match: _mixed(match.group(1), match.group(2)), expression)
     return expression.replace("−", "-").strip()
 
 
@@ -87,7 +101,7 @@ def plain(expression: str) -> str:
     return letter.group(1) if letter else re.sub(r"(?<!\w) | (?!\w)", "", text).casefold()
 
 
-def _mixed(whole: str, sign: str) -> str:
+def _mixed(whole: str | None, sign: str) -> str:
     numerator, _, denominator = unicodedata.normalize("NFKC", sign).partition("\u2044")
     top = int(whole or 0) * int(denominator) + int(numerator)
     return f"\\frac{{{top}}}{{{denominator}}}"
@@ -100,13 +114,8 @@ class _TooLong(BaseException):
 def _verified(gold: str, text: str) -> bool:
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit, of the wall clock, is off
-    try:
-        with _cpu_limit(CPU_LIMIT_S):
-            guess = parse(text, parsing_timeout=None)
-            return bool(guess) and bool(verify(_parsed(gold), guess, timeout_seconds=None))
-    except _TooLong:
-        return False
+    guess = parse(text, parsing_timeout=None)
+    return bool(guess) and bool(verify(_parsed(gold), guess, timeout_seconds=None))
 
 
 @lru_cache(maxsize=1024)

@@ -103,7 +103,8 @@ def test_thoughts_that_the_prompt_began() -> None:
     assert after_thoughts("<think>4</think>5", "", ()) == "<think>4</think>5"
 
 
-def test_math_verify_has_a_limit_of_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["math_verify.parse", "megarl.reward.maths.clean"])
+def test_math_verify_has_a_limit_of_processor_time(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     reward = get_reward("math_verify")
     assert reward(sample("\\boxed{x^2-1}", "(x-1)(x+1)")) == 1.0
     monkeypatch.setattr(maths, "CPU_LIMIT_S", 0.2)
@@ -113,9 +114,20 @@ def test_math_verify_has_a_limit_of_processor_time(monkeypatch: pytest.MonkeyPat
             with contextlib.suppress(Exception):
                 sum(range(1000))
 
-    monkeypatch.setattr("math_verify.parse", endless)
+    monkeypatch.setattr(name, endless)
     assert reward(sample("\\boxed{x^2-1}", "(x+1)(x-1)")) == 0.0
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def test_the_expressions_of_maths_read_a_long_text_once() -> None:
+    """Twice as long takes twice as long, and not four times: that would be hours of processor time here."""
+    long = 400_000
+    with maths._cpu_limit(30.0):
+        assert maths._LAST_LETTER.findall("Answer:" + "字" * long) == []
+        assert maths._LAST_LETTER.findall("Answer:" + "字" * long + " is " + "-" * long + " B") == ["B"]
+        for text in ("0." + "3" * long, "1" + " " * long + "x", "1" * long + "½"):
+            assert maths.clean(text) == text
+        assert maths.clean("2" + " " * long + "½") == "\\frac{5}{2}"
 
 
 def test_math_verify_works_in_a_thread() -> None:
