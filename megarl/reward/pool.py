@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from megarl.config import DataConfig
 from megarl.errors import UserError
+from megarl.launch.lifeline import descendants
 from megarl.reward import FAST, get_reward
 from megarl.reward.inputs import RewardInput, Wanted
 
@@ -131,13 +132,16 @@ class _Worker:
             with contextlib.suppress(ChildProcessError):
                 if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                     return True
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(0.02)
 
     def end(self) -> int:
         """Ends it and all that it started; its exit status."""
         if self.process.returncode is None:
+            for pid in descendants(self.process.pid):  # in sessions of their own, too; not to be found once it is gone
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         status = self.process.wait()
@@ -161,8 +165,9 @@ class RewardPool:
         """Raises UserError if the reward cannot even be imported."""
         todo = deque(range(len(samples)))
         scores = [Score(float("nan"))] * len(samples)
+        renewed: set[int] = set()
         while todo or any(worker.sample is not None for worker in self.workers):
-            done = self._hand_out(todo, samples) + self._wait()
+            done = self._hand_out(todo, samples, renewed) + self._wait()
             for number, score in done:
                 scores[number] = score
             if stop_at_first and any(score.fault for _, score in done):
@@ -174,10 +179,17 @@ class RewardPool:
         for worker in self.workers:
             worker.end()
 
-    def _hand_out(self, todo: deque[int], samples: Sequence[RewardInput]) -> list[tuple[int, Score]]:
-        """Gives every idle worker a sample; those for which the reward lacks an argument are done at once."""
+    def _hand_out(self, todo: deque[int], samples: Sequence[RewardInput], renewed: set[int]) -> list[tuple[int, Score]]:
+        """Gives every idle worker a sample; those for which the reward lacks an argument are done at once. A worker
+        that died while idle is replaced, once a batch (`renewed`): no sample did that.
+        """
         done = []
-        for worker in self.workers:
+        for i, worker in enumerate(self.workers):
+            idle = worker.wanted is not None and worker.sample is None
+            if todo and idle and i not in renewed and worker.has_exited(within_s=0):
+                renewed.add(i)
+                self._replace([i])
+                continue
             while todo and worker.wanted is not None and worker.sample is None:
                 number = todo.popleft()
                 try:

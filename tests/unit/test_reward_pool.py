@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,11 @@ def wild(response, prompt):
     if response == "raise": raise ValueError("no\\nsuch thing")
     if response == "read": return len(sys.stdin.read())
     if response == "child": return subprocess.Popen(["sleep", "60"]).pid
+    if response.startswith("session"):
+        pid = subprocess.Popen(["sleep", "60"], start_new_session=True).pid
+        open("pid", "w").write(str(pid))
+        if response == "session": return pid
+        time.sleep(60)
     if response == "secrets": return sum(key in os.environ for key in ("A_KEY", "A_TOKEN", "PATH"))
     return {"nan": float("nan"), "text": "much", "long": len(prompt)}.get(response, 0.5)
 def of_a_row(response, level): return level
@@ -59,6 +66,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def ends(pid: int) -> bool:
+    for _ in range(1000):
+        if not alive(pid):
+            return True
+        time.sleep(0.01)
+    return False
+
+
 def test_a_fault_belongs_to_its_sample(pool: RewardPool) -> None:
     given = samples("fine", "raise", "hang", "nan", "die", "fine", "text", "long", "read", prompt="p" * 300_000)
     found = pool.score(given)
@@ -88,11 +103,26 @@ def test_fault_16_a_worker_that_closes_its_output_is_not_waited_for(pool: Reward
     assert score.fault == "data.reward 'wild_rewards.wild' closed the output of its process"
 
 
-def test_fault_16_what_a_reward_starts_ends_with_its_worker(pool: RewardPool) -> None:
-    [score] = pool.score(samples("child"))
+@pytest.mark.parametrize("kind", ["child", "session"])
+def test_fault_16_what_a_reward_starts_ends_with_its_worker(pool: RewardPool, kind: str) -> None:
+    [score] = pool.score(samples(kind))
     assert alive(int(score.value))
     pool.close()
-    assert not alive(int(score.value))
+    assert ends(int(score.value))
+
+
+def test_what_a_reward_starts_in_a_session_of_its_own_ends_with_its_time(pool: RewardPool, tmp_path: Path) -> None:
+    [score] = pool.score(samples("session and hang"))
+    assert "took longer" in score.fault and ends(int((tmp_path / "pid").read_text()))
+
+
+def test_a_worker_that_died_while_idle_costs_no_sample() -> None:
+    pool = RewardPool("wild_rewards.wild", workers=1, timeout_s=20)
+    assert pool.score(samples("fine")) == [(0.5, "")]
+    os.kill(pool.workers[0].process.pid, signal.SIGKILL)
+    assert pool.workers[0].has_exited(within_s=20)
+    assert pool.score(samples("fine", "fine")) == [(0.5, "")] * 2
+    pool.close()
 
 
 def test_fault_16_a_reward_sees_no_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
