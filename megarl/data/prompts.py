@@ -194,7 +194,9 @@ def check_rows(
                 _answer(row, columns, partial(answer_fault, config.data.reward))
             if not template:
                 _needs_no_template(question)
-            check_tokens([message.get("content") for message in question.messages], response)
+            # Of earlier turns of the assistant a template may leave the thoughts out.
+            shown = [message.get("content") for message in question.messages if message["role"] != "assistant"]
+            check_tokens(shown, response)
             usable += 1
         except BadLine as error:
             bad += _bad_line(path, line, error, config.data.on_bad_line)

@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from megarl import refusals
 from megarl.config import Config, load_config
 from megarl.data import demonstrations_of, load_tokenizer, prompts_of, vocabulary_of
+from megarl.data.prompts import check_rows
 from megarl.errors import UserError
 from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
@@ -123,6 +124,22 @@ def test_fault_04_a_token_that_the_model_has_not_is_refused(
     with pytest.raises(UserError, match=said):
         demonstrations_of(config, loaded) if command == "sft" else prompts_of(config, config.data.prompts, loaded)
     refusals.check(of(run_yaml, rows=[good]), command)  # a token that is never used does no harm
+
+
+def test_thoughts_of_earlier_turns_that_the_template_removes_are_not_measured(run_yaml: Path, folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content.split('=')[-1] }}{% endfor %}"
+    save(folder, tokenizer)
+    turns = [("user", "1"), ("assistant", "1" * 200 + "=2"), ("user", "3")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns], "answer": "3"}
+    config = of(run_yaml, "rollout.max_prompt_tokens=9", rows=[row])
+    check_rows(config, config.data.prompts, "prompts")
+    [prompt], _ = prompts_of(config, config.data.prompts, load_tokenizer(config.model))
+    assert prompt.text == "123"
+    row["messages"][2]["content"] *= 10
+    config = of(run_yaml, "rollout.max_prompt_tokens=9", rows=[row])
+    with pytest.raises(UserError, match="line 1: 10 tokens are more than rollout.max_prompt_tokens 9"):
+        check_rows(config, config.data.prompts, "prompts")
 
 
 def test_fault_04_a_prompt_does_not_end_with_an_eos(run_yaml: Path, folder: Path) -> None:
