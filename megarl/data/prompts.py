@@ -17,7 +17,9 @@ from megarl.data.shapes import (
     DEMONSTRATION_ROW,
     PROMPT_ROW,
     Columns,
+    Kind,
     Question,
+    Unseen,
     answer_of,
     question_of,
     response_of,
@@ -110,15 +112,18 @@ def load_prompts(
     A prompt of more than `max_tokens` tokens is a bad row, and so is an answer of which `fault_of_answer` says
     something. say: is told once which keys were read, where they are not "prompt" or "messages" and "answer".
     vocabulary: the model's; None is the tokenizer's own.
-    Raises UserError, one line, for a missing or empty file, and for the first bad row if `on_bad_line` is "error".
+    Raises UserError, one line, for a missing or empty file, for the first bad row if `on_bad_line` is "error", and for
+    a column of `columns` that no row has.
     """
     vocabulary = vocabulary or _vocabulary_of(tokenizer)
     prompts: list[Prompt] = []
     shapes: Counter[str] = Counter()
     bad = 0
+    unseen = Unseen(columns, "prompts", needs_answer)
     for line, row in read_rows(path, PROMPT_ROW):
         try:
             row = _sound(row)
+            unseen.look(row)
             question = question_of(row, columns)
             tokens, text = encode_prompt(question, tokenizer)
             _check_ids(tokens, vocabulary.size, tokenizer.convert_ids_to_tokens)
@@ -129,6 +134,7 @@ def load_prompts(
         except BadLine as error:
             bad += _bad_line(path, line, error, on_bad_line)
     _refuse_nothing(path, len(prompts), bad)
+    unseen.refuse(path)
     _tell(path, shapes, say)
     return prompts, bad
 
@@ -151,9 +157,11 @@ def load_demonstrations(
     demonstrations: list[tuple[list[int], int]] = []
     shapes: Counter[str] = Counter()
     bad = 0
+    unseen = Unseen(columns, "demonstrations")
     for line, row in read_rows(path, DEMONSTRATION_ROW):
         try:
             row = _sound(row)
+            unseen.look(row)
             question = question_of(row, columns)
             response, where = response_of(row, columns, question)
             prompt, _ = encode_prompt(question, tokenizer)
@@ -165,15 +173,14 @@ def load_demonstrations(
         except BadLine as error:
             bad += _bad_line(path, line, error, on_bad_line)
     _refuse_nothing(path, len(demonstrations), bad)
+    unseen.refuse(path)
     _tell(path, shapes, say)
     if bad:
         log.warning("%s: skipped %d bad lines, kept %d", path, bad, len(demonstrations))
     return demonstrations
 
 
-def check_rows(
-    config: Config, path: str | Path, kind: Literal["prompts", "demonstrations"], *, needs_answer: bool = True
-) -> None:
+def check_rows(config: Config, path: str | Path, kind: Kind, *, needs_answer: bool = True) -> None:
     """Raises UserError as loading the file would, for what shows before any process starts: shapes, answers, a chat
     template that is missing, tokens that the model has not, and texts that are too long whatever a template adds.
     """
@@ -183,9 +190,11 @@ def check_rows(
     template = has_chat_template(config.model.path)
     check_tokens = _quick_check(config.model.path, longest, limit)
     usable = bad = 0
+    unseen = Unseen(columns, kind, needs_answer)
     for line, row in read_rows(path, shape):
         try:
             row = _sound(row)
+            unseen.look(row)
             question = question_of(row, columns)
             response = ""
             if kind == "demonstrations":
@@ -201,6 +210,7 @@ def check_rows(
         except BadLine as error:
             bad += _bad_line(path, line, error, config.data.on_bad_line)
     _refuse_nothing(path, usable, bad)
+    unseen.refuse(path)
 
 
 def _quick_check(path: str, longest: int, limit: str) -> Callable[[Sequence[Any], str], None]:

@@ -9,9 +9,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from megarl.data.rows import BadLine
+from megarl.errors import UserError
 from megarl.reward.answers import after_hashes, last_boxed
 
 PROMPT_ROW = '{"messages" | "prompt", "answer"}'
@@ -24,6 +26,7 @@ WHOLE_ANSWERS = {"question": "answer", "problem": "solution"}  # prompt's key ->
 
 Column = Literal["prompt", "answer", "response", "tools"]
 Columns = Mapping[Column, str]
+Kind = Literal["prompts", "demonstrations"]
 Messages = list[dict[str, Any]]
 
 
@@ -39,6 +42,28 @@ class Question:
     tools: list[Any] | None
     last: str | None
     key: str
+
+
+class Unseen:
+    """The named columns that no row of a file has had yet: typing errors, since other keys are read in their place."""
+
+    def __init__(self, columns: Columns, kind: Kind, needs_answer: bool = True) -> None:
+        given: Column = "response" if kind == "demonstrations" else "answer"
+        read = {"prompt", "tools", given} - (set() if needs_answer else {"answer"})
+        self._columns = {column: key for column, key in columns.items() if column in read}
+
+    def look(self, row: dict[str, Any]) -> None:
+        for column in [c for c, key in self._columns.items() if find(row, key) is not None]:
+            del self._columns[column]
+
+    def refuse(self, path: str | Path) -> None:
+        """Raises UserError where one is left."""
+        if self._columns:
+            column, key = next(iter(self._columns.items()))
+            raise UserError(
+                f"data.columns names {key!r} for the {column}, which no row of {str(path)!r} has; correct it or leave "
+                "it out"
+            )
 
 
 def question_of(row: dict[str, Any], columns: Columns) -> Question:

@@ -240,6 +240,19 @@ def test_fault_21_columns_come_first_and_what_was_read_is_told(tmp_path: Path, t
     assert (tokenizer.decode(first[0]), tokenizer.decode(second[0])) == ("1=5<eos>", "2=6<eos>")
 
 
+def test_a_named_column_that_no_row_has_is_refused(tmp_path: Path, tokenizer) -> None:
+    path = write(tmp_path, {"prompt": "1=", "answer": "2", "response": "3"}, {"prompt": "1=", "answer": "2"})
+    how = dict(max_tokens=9, on_bad_line="error")
+    for column in ("prompt", "answer", "tools"):
+        said = rf"^data.columns names 'meta.x' for the {column}, which no row of '.*rows.jsonl' has; correct it"
+        with pytest.raises(UserError, match=said):
+            load_prompts(path, tokenizer, columns={column: "meta.x"}, **how)
+    load_prompts(path, tokenizer, columns={"response": "said"}, **how)  # of the demonstrations
+    load_prompts(path, tokenizer, columns={"answer": "gold"}, needs_answer=False, **how)
+    with pytest.raises(UserError, match="data.columns names 'said' for the response"):
+        load_demonstrations(path, tokenizer, 9, "skip", {"response": "said", "answer": "gold"})
+
+
 def test_fault_21_parquet_datasets_and_gzip(tmp_path: Path, chat) -> None:
     rows = [case["row"] for case in PEERS if case.get("shape") == "verl"] * 3
     plain = write(tmp_path, *rows)

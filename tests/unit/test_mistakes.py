@@ -37,6 +37,7 @@ ROWS: list[tuple[list[Any], list[str], list[str]]] = [
     ([{"messages": [{"role": "user", "content": "1" * 40}], "answer": "2"}], [], ["line 1: ", "no chat template"]),
     ([{"prompt": USER, "reward_model": {"ground_truth": "5"}}], [], ["messages under 'prompt'", "chat_template.jinja"]),
     ([GOOD, {"question": "1+1="}], [], ["line 2: has no answer, its keys are 'question'", "data.columns"]),
+    ([GOOD], ["data.columns={answer: gold}"], ["data.columns names 'gold' for the answer, which no row of "]),
     (["", " "], [], ["holds no usable row"]),
     (["{", "}"], ["data.on_bad_line=skip"], ["holds no usable row (2 bad lines)"]),
     ([GOOD, '{"prompt": "1\\ud83d", "answer": "2"}'], [], ["line 2: key 'prompt' holds '\\ud83d'"]),
