@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
     plans = planner(
         stream.next, config.sft.batch, config.train.steps, shards, lambda rows: local_packs(rows, engine, config)
     )
-    loaded = batches(config.data.loader, plans, shards, parallel.device.device)
+    multiple = parallel.layout.packs_multiple
+    most_packs = -(-config.sft.batch // multiple) * multiple  # each demonstration in one of its own
+    loaded = batches(config.data.loader, plans, shards, parallel.device.device, most_packs)
     logger = progress = None
     if parallel.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -41,9 +41,13 @@ class StepPlan:
 Batch = tuple[StepPlan, list[list[Tensor]]]  # for each pack its demonstrations' tokens, int64, on the device
 
 
-def batches(kind: LoaderKind, plans: Iterator[StepPlan], shards: Shards, device: torch.device) -> Iterator[Batch]:
-    """In the order of `plans`, read ahead. Raises UserError where DALI is asked for and is not installed."""
-    return _dali(plans, shards, device) if kind == "dali" else _threaded(plans, shards, device)
+def batches(
+    kind: LoaderKind, plans: Iterator[StepPlan], shards: Shards, device: torch.device, most_packs: int
+) -> Iterator[Batch]:
+    """In the order of `plans`, read ahead. most_packs: of a step on this rank. Raises UserError where DALI is asked for
+    and is not installed.
+    """
+    return _dali(plans, shards, device, most_packs) if kind == "dali" else _threaded(plans, shards, device)
 
 
 def _read(plan: StepPlan, shards: Shards) -> list[np.ndarray]:
@@ -91,7 +95,7 @@ def _threaded(plans: Iterator[StepPlan], shards: Shards, device: torch.device) -
         thread.join()
 
 
-def _dali(plans: Iterator[StepPlan], shards: Shards, device: torch.device) -> Iterator[Batch]:
+def _dali(plans: Iterator[StepPlan], shards: Shards, device: torch.device, most_packs: int) -> Iterator[Batch]:
     """A DALI batch is a step, a sample the tokens of one pack. Reading,
     the cast and the copy to the device run in DALI's own threads.
     """
@@ -107,7 +111,7 @@ def _dali(plans: Iterator[StepPlan], shards: Shards, device: torch.device) -> It
 
     gpu = device.type == "cuda"
     pipe = dali.Pipeline(
-        batch_size=len(shards),
+        batch_size=most_packs,
         num_threads=1,
         device_id=device.index if gpu else None,
         prefetch_queue_depth=AHEAD,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _json_rows(path: Path, shape: str, gzipped: bool) -> Iterator[tuple[int, dic
             for line, raw in enumerate(file, 1):
                 if raw.strip():
                     yield line, _parse(raw.rstrip(b"\r\n"), shape)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"data file {str(path)!r} cannot be unpacked ({error}); copy it again") from None
 
 

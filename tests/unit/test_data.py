@@ -273,9 +273,11 @@ def test_fault_21_parquet_datasets_and_gzip(tmp_path: Path, chat) -> None:
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:200])
     with pytest.raises(UserError, match=r"cut.parquet' cannot be read as Parquet"):
         load_prompts(tmp_path / "cut.parquet", chat, max_tokens=99, on_bad_line="skip")
-    (tmp_path / "cut.gz").write_bytes((tmp_path / "rows.jsonl.gz").read_bytes()[:40])
-    with pytest.raises(UserError, match=r"cut.gz' cannot be unpacked"):
-        load_prompts(tmp_path / "cut.gz", chat, max_tokens=99, on_bad_line="skip")
+    packed = (tmp_path / "rows.jsonl.gz").read_bytes()
+    for damaged in (packed[:40], packed[:10] + b"\xff" * 20 + packed[30:], packed[:-8] + b"\0" * 8):
+        (tmp_path / "cut.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cut.gz' cannot be unpacked"):
+            load_prompts(tmp_path / "cut.gz", chat, max_tokens=99, on_bad_line="skip")
 
 
 @pytest.mark.parametrize(("name", "module"), [("rows.parquet", "pyarrow"), ("saved", "datasets")])

@@ -38,7 +38,7 @@ def plans(shards: Shards, rank: int, seed: int = 3):
 
 
 def read(kind: str, shards: Shards, rank: int, seed: int = 3):
-    return list(batches(kind, plans(shards, rank, seed), shards, CPU))
+    return list(batches(kind, plans(shards, rank, seed), shards, CPU, most_packs=6))
 
 
 def test_both_loaders_give_identical_batches(shards: Shards) -> None:
@@ -62,12 +62,21 @@ def test_both_loaders_give_identical_batches(shards: Shards) -> None:
     assert [plan for plan, _ in read("torch", shards, 0, seed=4)] != [plan for plan, _ in ours]
 
 
+@pytest.mark.parametrize("kind", ["torch", "dali"])
+def test_a_step_may_have_more_packs_than_there_are_demonstrations(tmp_path: Path, kind: str) -> None:
+    write_shards([([1, 2, 3], 1), ([4, 5, 6], 1)], tmp_path / "shards")
+    few = Shards(tmp_path / "shards")
+    steps = planner(PromptStream(2, 0).next, 3, 2, few, lambda rows: assign(rows, 1, 2, multiple=4)[0])
+    loaded = list(batches(kind, steps, few, CPU, most_packs=4))
+    assert [[len(pack) for pack in tokens] for _, tokens in loaded] == [[1, 1, 1, 0]] * 2
+
+
 def test_a_failure_while_reading_ahead_is_raised_where_the_batch_is_taken(shards: Shards) -> None:
     def broken():
         yield next(plans(shards, 0))
         raise OSError("disk")
 
-    loaded = batches("torch", broken(), shards, CPU)
+    loaded = batches("torch", broken(), shards, CPU, most_packs=6)
     next(loaded)
     with pytest.raises(OSError, match="disk"):
         next(loaded)
