@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from megarl.objective import Sums
 from megarl.observe.metrics import MetricsLogger
 from megarl.observe.progress import Progress
 
+MEET_S = 10.0
+
 
 def main(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
@@ -35,7 +38,7 @@ def main(argv: list[str]) -> int:
     parallel = engine.model.parallel
     run_dir = Path(config.run.dir)
     announce(f"tokenising {config.sft.data}")
-    shards = tokenise(config, run_dir / "shards", main=parallel.is_main)
+    shards = tokenise(config, run_dir / "shards", parallel.device.device, main=parallel.is_main)
     stream = PromptStream(len(shards), config.run.seed, config.data.shuffle)
     plans = planner(
         stream.next, config.sft.batch, config.train.steps, shards, lambda rows: local_packs(rows, engine, config)
@@ -75,11 +78,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def tokenise(config: Config, folder: Path, *, main: bool) -> Shards:
+def tokenise(config: Config, folder: Path, device: torch.device, *, main: bool) -> Shards:
     """The demonstrations as shards, written by rank 0. Collective."""
-    if main:
+
+    def write() -> None:
         write_shards(demonstrations_of(config, load_tokenizer(config.model), say=print), folder)
-    dist.barrier()
+
+    with ThreadPoolExecutor(1, "tokenise") as pool:
+        writing = pool.submit(write) if main else None
+        done = torch.zeros((), device=device)
+        while not done:  # the ranks meet often: rank 0 may need longer than a group waits
+            if writing is not None:
+                wait([writing], MEET_S)
+                done.fill_(writing.done())
+            dist.all_reduce(done)
+        if writing is not None:
+            writing.result()
     return Shards(folder)
 
 

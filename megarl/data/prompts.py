@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def prompts_of(
 
 def demonstrations_of(
     config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], object] | None = None
-) -> list[tuple[list[int], int]]:
+) -> Iterator[tuple[list[int], int]]:
     """load_demonstrations as the keys of `config` have it."""
     return load_demonstrations(
         config.sft.data,
@@ -112,18 +112,15 @@ def load_prompts(
     A prompt of more than `max_tokens` tokens is a bad row, and so is an answer of which `fault_of_answer` says
     something. say: is told once which keys were read, where they are not "prompt" or "messages" and "answer".
     vocabulary: the model's; None is the tokenizer's own.
-    Raises UserError, one line, for a missing or empty file, for the first bad row if `on_bad_line` is "error", and for
-    a column of `columns` that no row has.
+    Raises UserError, one line, for a missing or empty file, and for the first bad row if `on_bad_line` is "error".
     """
     vocabulary = vocabulary or _vocabulary_of(tokenizer)
     prompts: list[Prompt] = []
     shapes: Counter[str] = Counter()
     bad = 0
-    unseen = Unseen(columns, "prompts", needs_answer)
     for line, row in read_rows(path, PROMPT_ROW):
         try:
             row = _sound(row)
-            unseen.look(row)
             question = question_of(row, columns)
             tokens, text = encode_prompt(question, tokenizer)
             _check_ids(tokens, vocabulary.size, tokenizer.convert_ids_to_tokens)
@@ -134,7 +131,6 @@ def load_prompts(
         except BadLine as error:
             bad += _bad_line(path, line, error, on_bad_line)
     _refuse_nothing(path, len(prompts), bad)
-    unseen.refuse(path)
     _tell(path, shapes, say)
     return prompts, bad
 
@@ -147,42 +143,40 @@ def load_demonstrations(
     columns: Columns = {},
     say: Callable[[str], object] | None = None,
     vocabulary: Vocabulary | None = None,
-) -> list[tuple[list[int], int]]:
-    """(prompt + response + end, length of the prompt) from rows with a prompt and a response, as load_prompts.
+) -> Iterator[tuple[list[int], int]]:
+    """(prompt + response + end, length of the prompt) from rows with a prompt and a response, as load_prompts; each as
+    it is read.
 
     The response is a key of the row or the assistant's turn that ends its messages; earlier turns are prompt.
     `max_tokens` bounds the whole. Skipped rows are counted in one log line.
     """
     vocabulary = vocabulary or _vocabulary_of(tokenizer)
-    demonstrations: list[tuple[list[int], int]] = []
     shapes: Counter[str] = Counter()
-    bad = 0
-    unseen = Unseen(columns, "demonstrations")
+    kept = bad = 0
     for line, row in read_rows(path, DEMONSTRATION_ROW):
         try:
             row = _sound(row)
-            unseen.look(row)
             question = question_of(row, columns)
             response, where = response_of(row, columns, question)
             prompt, _ = encode_prompt(question, tokenizer)
             tokens = prompt + ended(_encode(tokenizer, response), vocabulary.ends)
             _check_ids(tokens, vocabulary.size, tokenizer.convert_ids_to_tokens)
             _check_length(len(tokens), max_tokens, WHOLE_LIMIT)
-            demonstrations.append((tokens, len(prompt)))
             shapes[_shape(question, "the response from", where, "")] += 1
+            kept += 1
+            yield tokens, len(prompt)
         except BadLine as error:
             bad += _bad_line(path, line, error, on_bad_line)
-    _refuse_nothing(path, len(demonstrations), bad)
-    unseen.refuse(path)
+    _refuse_nothing(path, kept, bad)
     _tell(path, shapes, say)
     if bad:
-        log.warning("%s: skipped %d bad lines, kept %d", path, bad, len(demonstrations))
-    return demonstrations
+        log.warning("%s: skipped %d bad lines, kept %d", path, bad, kept)
 
 
 def check_rows(config: Config, path: str | Path, kind: Kind, *, needs_answer: bool = True) -> None:
     """Raises UserError as loading the file would, for what shows before any process starts: shapes, answers, a chat
-    template that is missing, tokens that the model has not, and texts that are too long whatever a template adds.
+    template that is missing, tokens that the model has not, and texts that are too long whatever a template adds. And
+    for a named column that no row has; eval.prompts may be of another shape than what is trained on.
     """
     shape, limit = (PROMPT_ROW, PROMPT_LIMIT) if kind == "prompts" else (DEMONSTRATION_ROW, WHOLE_LIMIT)
     rollout, columns = config.rollout, config.data.columns
@@ -210,7 +204,8 @@ def check_rows(config: Config, path: str | Path, kind: Kind, *, needs_answer: bo
         except BadLine as error:
             bad += _bad_line(path, line, error, config.data.on_bad_line)
     _refuse_nothing(path, usable, bad)
-    unseen.refuse(path)
+    if str(path) != config.eval.prompts:
+        unseen.refuse(path)
 
 
 def _quick_check(path: str, longest: int, limit: str) -> Callable[[Sequence[Any], str], None]:

@@ -6,7 +6,7 @@ shard, first token, tokens, tokens of the prompt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 SHARD_TOKENS = 2**26  # 256 MiB a file
 
 
-def write_shards(data: Sequence[tuple[list[int], int]], folder: Path, shard_tokens: int = SHARD_TOKENS) -> None:
+def write_shards(data: Iterable[tuple[list[int], int]], folder: Path, shard_tokens: int = SHARD_TOKENS) -> None:
     """data: (tokens of prompt and response, length of the prompt). The
     index is written last: a folder that has one is whole.
     """

@@ -39,7 +39,7 @@ def test_the_rows_are_read(tmp_path: Path, tokenizer: Any) -> None:
     found, _ = load_prompts(path, tokenizer, **settings)
     assert [prompt.answer for prompt in found] == ["24"] * prompts.count("\n") and len(found) == 8
     path.write_text(demonstrations, "utf-8")
-    ended = load_demonstrations(path, tokenizer, 200, "error")
+    ended = [*load_demonstrations(path, tokenizer, 200, "error")]
     assert len(ended) == demonstrations.count("\n") == 5
     for tokens, length in ended:
         assert tokenizer.decode(tokens[length:]).endswith("24<eos>")

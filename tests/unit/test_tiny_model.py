@@ -69,7 +69,7 @@ def test_digit_sum_files(tmp_path: Path) -> None:
     assert all(int(p.answer) == sum(map(int, p.text[:-1])) % 10 and len(p.tokens) == 5 for p in train + valid)
 
     rows = [json.loads(line) for line in (first / "demos.jsonl").read_text().splitlines()]
-    assert len(load_demonstrations(first / "demos.jsonl", tokenizer, 16, "error")) == len(rows) == 500
+    assert len([*load_demonstrations(first / "demos.jsonl", tokenizer, 16, "error")]) == len(rows) == 500
     assert not {row["prompt"] for row in rows} & {p.text for p in valid}
     reward = get_reward("digit_sum")
     share = (

@@ -122,7 +122,7 @@ def test_fault_04_a_token_that_the_model_has_not_is_refused(
         refusals.check(config, command)
     loaded = load_tokenizer(config.model)
     with pytest.raises(UserError, match=said):
-        demonstrations_of(config, loaded) if command == "sft" else prompts_of(config, config.data.prompts, loaded)
+        [*demonstrations_of(config, loaded)] if command == "sft" else prompts_of(config, config.data.prompts, loaded)
     refusals.check(of(run_yaml, rows=[good]), command)  # a token that is never used does no harm
 
 
@@ -139,6 +139,19 @@ def test_thoughts_of_earlier_turns_that_the_template_removes_are_not_measured(ru
     row["messages"][2]["content"] *= 10
     config = of(run_yaml, "rollout.max_prompt_tokens=9", rows=[row])
     with pytest.raises(UserError, match="line 1: 10 tokens are more than rollout.max_prompt_tokens 9"):
+        check_rows(config, config.data.prompts, "prompts")
+
+
+def test_the_rows_of_an_evaluation_need_no_column_of_the_training_rows(run_yaml: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "1", "answer": "2"}), encoding="utf-8")
+    config = of(
+        run_yaml, "data.columns={answer: gold}", f"eval.prompts={held_out}", rows=[{"prompt": "1", "gold": "2"}]
+    )
+    for path in (config.data.prompts, config.eval.prompts):
+        check_rows(config, path, "prompts")
+    config = of(run_yaml, "data.columns={answer: glod}", rows=[{"prompt": "1", "answer": "2"}])
+    with pytest.raises(UserError, match="data.columns names 'glod' for the answer, which no row of "):
         check_rows(config, config.data.prompts, "prompts")
 
 
