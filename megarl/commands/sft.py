@@ -90,10 +90,10 @@ def tokenise(config: Config, folder: Path, device: torch.device, *, main: bool) 
         while not done:  # the ranks meet often: rank 0 may need longer than a group waits
             if writing is not None:
                 wait([writing], MEET_S)
-                done.fill_(writing.done())
+                if writing.done():
+                    writing.result()  # an error is told before any other rank goes on
+                    done.fill_(1)
             dist.all_reduce(done)
-        if writing is not None:
-            writing.result()
     return Shards(folder)
 
 

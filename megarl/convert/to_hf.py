@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megarl.announce import announce
 from megarl.checkpoints import STATE, damage, hf_files
 from megarl.convert.output import fingerprint, output_folder
 from megarl.convert.transfer import Transfer
@@ -20,11 +22,12 @@ from megarl.weights.files.megatron_folder import MegatronReader
 from megarl.weights.files.raw_file import Spec
 from megarl.weights.files.safetensors_file import SafetensorsWriter
 
+READERS = 8  # of files, at most
+
 
 def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = False) -> None:
     """Every tensor in the dtype the checkpoint holds it in. Memory: a small multiple of the largest tensor."""
-    if (megatron / STATE).is_file() and (fault := damage(megatron, contents=True)):
-        raise UserError(f"checkpoint {str(megatron)!r} is damaged ({fault}); copy it again, or give another")
+    _refuse_damaged(megatron)
     with MegatronReader(megatron) as reader:
         trained = reader.specs()
         specs = trained | {name: reader.spec(name) for name in reader.carried(reader.weight_map)}
@@ -43,6 +46,19 @@ def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = F
             progress.finish()
             if verify:
                 verify_hf(reader, partial, specs)
+
+
+def _refuse_damaged(megatron: Path) -> None:
+    """Of a run's checkpoint every file is read, the optimizer's part too: files hold both."""
+    if not (megatron / STATE).is_file():
+        return
+    size = sum(file.stat().st_size for file in megatron.rglob("*") if file.is_file())
+    announce(f"comparing the checksums of {megatron}, {size / 1e9:,.1f} GB")
+    readers = min(os.cpu_count() or 1, READERS)
+    with ThreadPoolExecutor(readers) as pool:
+        faults = pool.map(lambda i: damage(megatron, contents=True, share=(i, readers)), range(readers))
+        if fault := next(filter(None, faults), None):
+            raise UserError(f"checkpoint {str(megatron)!r} is damaged ({fault}); copy it again, or give another")
 
 
 def _write(reader: MegatronReader, folder: Path, shard: ShardFile, progress: Transfer) -> None:
