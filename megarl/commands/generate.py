@@ -3,7 +3,7 @@
 In:  a row of docs/your_own_data.md a line; the answer may be missing.
 Out: {"prompt", "text", "answer", "reward", "finish_reason", "tokens", "prompt_len", "logprobs", "routes",
 "weight_versions"} a line, batch.group lines a prompt, in the order of the input. answer and reward are there where the
-input has an answer; a reward that failed is null, and "reward_fault" says why.
+input has an answer that data.reward can judge by; a reward that failed is null, and "reward_fault" says why.
 """
 
 from __future__ import annotations

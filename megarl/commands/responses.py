@@ -28,6 +28,7 @@ from megarl.rollout.fleet import Fleet
 from megarl.rollout.response import Response
 
 POLL_S = 1.0
+AHEAD = {False: 8, True: 2}  # answers with routes are a hundred times as large
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,13 @@ def _asking(
     fleet: Fleet, config: Config, prompts: list[Prompt], n: int, temperature: float, stop: list[int]
 ) -> Iterator[Iterator[list[list[Response]]]]:
     """The groups in the order of the prompts, as many at a time as have come. Every server has about as many responses
-    at work as it decodes at the same time, and no more than as many again wait here: for a slow one before them, or for
-    the caller.
+    at work as it decodes at the same time, and answers to no more than AHEAD times as many wait here: for a slow one
+    before them, or for the caller.
     """
     assert fleet.client is not None
     dispatcher, done = fleet.client.dispatcher, SimpleQueue[dispatch.Answered]()
     sampling = sampling_of(n, temperature, config.rollout.max_new_tokens, stop)
-    window = 2 * len(fleet.client.servers) * max(config.rollout.max_num_seqs // n, 1)
+    window = AHEAD[config.wants_routes] * len(fleet.client.servers) * max(config.rollout.max_num_seqs // n, 1)
     asked: dict[Request, int] = {}  # -> the number of its prompt
     early: dict[int, list[Response]] = {}
 

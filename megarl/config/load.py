@@ -16,6 +16,8 @@ from megarl.folders import write_whole
 from megarl.hints import meant
 from megarl.objective.presets import resolve_objective
 
+MERGE = "tag:yaml.org,2002:merge"  # of <<, which may stand twice
+
 
 class _GivenTwice(yaml.YAMLError):
     """A key that stands twice in one mapping, on the lines `first` and `again`, counted from 1."""
@@ -32,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
                 continue
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from megarl.announce import announce
-from megarl.checkpoints import STATE, damage, hf_files
+from megarl.checkpoints import FILES, STATE, damage, hf_files, state_of
 from megarl.convert.output import fingerprint, output_folder
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
@@ -54,11 +54,14 @@ def _refuse_damaged(megatron: Path) -> None:
         return
     size = sum(file.stat().st_size for file in megatron.rglob("*") if file.is_file())
     announce(f"comparing the checksums of {megatron}, {size / 1e9:,.1f} GB")
-    readers = min(os.cpu_count() or 1, READERS)
-    with ThreadPoolExecutor(readers) as pool:
-        faults = pool.map(lambda i: damage(megatron, contents=True, share=(i, readers)), range(readers))
-        if fault := next(filter(None, faults), None):
+    count = 0 if (fault := damage(megatron)) else len(state_of(megatron).get(FILES, {}))
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, READERS))
+    try:
+        each = [pool.submit(damage, megatron, contents=True, share=(i, count)) for i in range(count)]
+        if fault := fault or next(filter(None, (future.result() for future in as_completed(each))), None):
             raise UserError(f"checkpoint {str(megatron)!r} is damaged ({fault}); copy it again, or give another")
+    finally:  # also where it is interrupted: the files that are being read are the last
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _write(reader: MegatronReader, folder: Path, shard: ShardFile, progress: Transfer) -> None:

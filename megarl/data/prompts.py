@@ -173,10 +173,12 @@ def load_demonstrations(
         log.warning("%s: skipped %d bad lines, kept %d", path, bad, kept)
 
 
-def check_rows(config: Config, path: str | Path, kind: Kind, *, needs_answer: bool = True) -> None:
+def check_rows(
+    config: Config, path: str | Path, kind: Kind, *, needs_answer: bool = True, all_columns: bool = False
+) -> None:
     """Raises UserError as loading the file would, for what shows before any process starts: shapes, answers, a chat
-    template that is missing, tokens that the model has not, and texts that are too long whatever a template adds. And
-    for a named column that no row has; eval.prompts may be of another shape than what is trained on.
+    template that is missing, tokens that the model has not, and texts that are too long whatever a template adds.
+    all_columns: refuses a named column that no row has.
     """
     shape, limit = (PROMPT_ROW, PROMPT_LIMIT) if kind == "prompts" else (DEMONSTRATION_ROW, WHOLE_LIMIT)
     rollout, columns = config.rollout, config.data.columns
@@ -204,7 +206,7 @@ def check_rows(config: Config, path: str | Path, kind: Kind, *, needs_answer: bo
         except BadLine as error:
             bad += _bad_line(path, line, error, config.data.on_bad_line)
     _refuse_nothing(path, usable, bad)
-    if str(path) != config.eval.prompts:
+    if all_columns:
         unseen.refuse(path)
 
 

@@ -86,7 +86,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         ) from None
     try:
         for batch in ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+            yield from map(_as_written, batch.to_pylist())
     except (ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"data file {str(path)!r} cannot be read as Parquet ({reason}); write it again") from None
@@ -105,4 +105,17 @@ def _dataset_rows(folder: Path) -> Iterable[dict[str, Any]]:
         raise UserError(
             f"data folder {str(folder)!r} needs the datasets extra (pip install 'megarl[datasets]'), or JSONL"
         ) from None
-    return load_from_disk(str(folder))
+    return map(_as_written, load_from_disk(str(folder)))
+
+
+def _as_written(row: dict[str, Any]) -> dict[str, Any]:
+    """An Arrow struct has every field that any row has, as None: lists, of messages or tools, are without them. What a
+    message's content is, templates ask.
+    """
+    return {key: _without_none(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(part) for key, part in value.items() if part is not None or key == "content"}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value

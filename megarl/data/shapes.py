@@ -49,11 +49,11 @@ class Unseen:
 
     def __init__(self, columns: Columns, kind: Kind, needs_answer: bool = True) -> None:
         given: Column = "response" if kind == "demonstrations" else "answer"
-        read = {"prompt", "tools", given} - (set() if needs_answer else {"answer"})
+        read = {"prompt", given} - (set() if needs_answer else {"answer"})
         self._columns = {column: key for column, key in columns.items() if column in read}
 
     def look(self, row: dict[str, Any]) -> None:
-        for column in [c for c, key in self._columns.items() if find(row, key) is not None]:
+        for column in [c for c, key in self._columns.items() if find(row, key, ...) is not ...]:
             del self._columns[column]
 
     def refuse(self, path: str | Path) -> None:
@@ -79,10 +79,6 @@ def question_of(row: dict[str, Any], columns: Columns) -> Question:
     if not isinstance(value, list) or not value:
         raise BadLine(f"key {key!r} is {value!r}; give a text, or messages [{{'role', 'content'}}]")
     _check_messages(key, value)
-    value = [  # templates ask whether the content is none, so it stays
-        {name: _without_none(part) for name, part in message.items() if part is not None or name == "content"}
-        for message in value
-    ]
     last = (value[-1].get("content") or "") if value[-1]["role"] == "assistant" else None
     messages = value[:-1] if last is not None else value
     if not messages:
@@ -130,13 +126,13 @@ def response_of(row: dict[str, Any], columns: Columns, question: Question) -> tu
     return value, repr(key)
 
 
-def find(row: dict[str, Any], dotted: str) -> Any:
-    """row["a"]["b"] for "a.b"; None where a part is missing. A key that has the dot itself comes first."""
+def find(row: dict[str, Any], dotted: str, missing: Any = None) -> Any:
+    """row["a"]["b"] for "a.b"; `missing` where a part is. A key that has the dot itself comes first."""
     if dotted in row:
         return row[dotted]
     value: Any = row
     for part in dotted.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        value = value.get(part, missing) if isinstance(value, dict) else missing
     return value
 
 
@@ -155,24 +151,17 @@ def _nothing(row: dict[str, Any], what: str, names: str) -> str:
 
 def _tools(row: dict[str, Any], columns: Columns) -> list[Any] | None:
     key = columns.get("tools", "tools")
-    tools = given = find(row, key)
-    if isinstance(given, str):  # a column of JSON texts
+    tools = find(row, key)
+    if isinstance(tools, str):  # a column of JSON texts
         try:
-            tools = json.loads(given or "null")
+            tools = json.loads(tools or "null")
         except ValueError:
-            raise BadLine(f"key {key!r} is {given[:80]!r}; give a list of tools") from None
+            raise BadLine(f"key {key!r} is {tools[:80]!r}; give a list of tools") from None
     if not tools:
         return None
     if not isinstance(tools, list):
         raise BadLine(f"key {key!r} is {tools!r}; give a list of tools")
-    return tools if isinstance(given, str) else _without_none(tools)
-
-
-def _without_none(value: Any) -> Any:
-    """Without the keys whose value is None: an Arrow struct has them for every field that another row has."""
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
+    return tools
 
 
 def _check_messages(key: str, messages: list[Any]) -> None:

@@ -27,7 +27,9 @@ def _file(key: str, path: str | None, what: str) -> str | None:
 
 def prompts(case: Case) -> str | None:
     path = case.config.data.prompts
-    return _file("data.prompts", path, "a file of prompts") or _rows(case, path, "prompts")
+    # one CONFIG is for all commands: rows of another shape are read by the keys that are known
+    trains = case.command in ("run", "train")
+    return _file("data.prompts", path, "a file of prompts") or _rows(case, path, "prompts", all_columns=trains)
 
 
 def prompts_to_answer(case: Case) -> str | None:
@@ -50,10 +52,12 @@ def demonstrations(case: Case) -> str | None:
     return _file("sft.data", path, "a file of demonstrations") or _rows(case, path, "demonstrations")
 
 
-def _rows(case: Case, path: str, kind: Literal["prompts", "demonstrations"]) -> str | None:
+def _rows(
+    case: Case, path: str, kind: Literal["prompts", "demonstrations"], *, all_columns: bool = False
+) -> str | None:
     from megarl.data.prompts import check_rows
 
-    check_rows(case.config, path, kind)  # raises UserError, naming the line
+    check_rows(case.config, path, kind, all_columns=all_columns)  # raises UserError, naming the line
     return None
 
 

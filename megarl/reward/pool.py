@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import psutil
+
 from megarl.config import DataConfig
 from megarl.errors import UserError
 from megarl.launch.lifeline import descendants
@@ -139,7 +141,11 @@ class _Worker:
     def end(self) -> int:
         """Ends it and all that it started; its exit status."""
         if self.process.returncode is None:
-            for pid in descendants(self.process.pid):  # in sessions of their own, too; not to be found once it is gone
+            below: list[int] = []  # in sessions of their own, too; not to be found once it is gone
+            with contextlib.suppress(psutil.Error, OSError):
+                os.kill(self.process.pid, signal.SIGSTOP)  # it starts nothing more
+                below = descendants(self.process.pid)
+            for pid in below:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):

@@ -82,6 +82,13 @@ def test_a_key_given_twice_in_an_override() -> None:
     assert load_config(None, ["run.dir={a: 1, a: 2}"]).run.dir == "{a: 1, a: 2}"
 
 
+def test_a_merge_may_stand_twice(tmp_path: Path) -> None:
+    """YAML's << is no key of the section that it fills."""
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  <<: {lr: 1.0}\n  <<: {steps: 7}\n", encoding="utf-8")
+    assert load_config(path).train.steps == 7
+
+
 def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("eval: {prompts: &p a.jsonl}\ndata: {<<: {prompts: b}, prompts: *p}\n")

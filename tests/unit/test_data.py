@@ -170,7 +170,10 @@ def test_the_nones_of_arrow_structs_do_not_reach_the_chat_template(tmp_path: Pat
     made.chat_template = '{"messages": {{ messages | tojson }}, "tools": {{ tools | tojson }}}'
     prompts, _ = load_prompts(tmp_path / "rows.parquet", made, max_tokens=999, on_bad_line="error")
     assert [json.loads(prompt.text) for prompt in prompts] == rows
-    assert prompts[1].row["messages"][0]["tool_calls"] is None, "the row is the reward's, as it stands"
+    nulls = [{"function": {"name": "7", "properties": {"a": {"default": None}}}}]
+    written = write(tmp_path, rows[0] | {"tools": nulls, "answer": "4"})  # in JSONL a null is meant
+    [prompt], _ = load_prompts(written, made, max_tokens=999, on_bad_line="error")
+    assert json.loads(prompt.text)["tools"] == nulls
 
 
 def test_fault_09_one_bos_and_no_eos_before_a_response_and_one_behind_it(tmp_path: Path) -> None:
@@ -243,7 +246,10 @@ def test_fault_21_columns_come_first_and_what_was_read_is_told(tmp_path: Path, t
 
 def test_a_named_column_that_no_row_has_is_refused() -> None:
     """Each file may have the columns that it needs in some of its rows; others are nobody's."""
-    rows = [{"prompt": "1=", "answer": "2", "response": "3", "meta": {"gold": 4}}, {"prompt": "1=", "answer": "2"}]
+    rows = [
+        {"prompt": "1=", "answer": "2", "response": "3", "meta": {"gold": 4, "null": None}},
+        {"prompt": "1=", "answer": "2"},
+    ]
 
     def told(columns: Columns, kind: Kind = "prompts", needs_answer: bool = True) -> str:
         unseen = Unseen(columns, kind, needs_answer)
@@ -255,7 +261,8 @@ def test_a_named_column_that_no_row_has_is_refused() -> None:
             return str(error)
         return ""
 
-    for column in ("prompt", "answer", "tools"):
+    assert told({"tools": "meta.x", "answer": "meta.null"}) == ""  # no row need have tools; one may have a null
+    for column in ("prompt", "answer"):
         said = f"data.columns names 'meta.x' for the {column}, which no row of 'rows.jsonl' has; correct it"
         assert told({column: "meta.x"}).startswith(said)  # type: ignore[dict-item]
     assert told({"answer": "meta.gold", "response": "said"}) == told({"answer": "gold"}, needs_answer=False) == ""

@@ -254,20 +254,21 @@ def test_a_server_lost_in_a_broadcast_leaves_no_trainer_rank_behind(tmp_path: Pa
             rank.join()
 
 
-def sync_of_rank(rank: int, store: str, said: Any) -> None:
-    """One of two trainer ranks; the server breaks off what rank 1 sends, when rank 0 has sent its own part."""
+def sync_of_rank(rank: int, lone: bool, store: str, said: Any) -> None:
+    """One of two trainer ranks; the server breaks off what rank 1 sends. lone: rank 0 learns of it in loaded()."""
     given = timedelta(seconds=30)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=given)
     fleet = object.__new__(Fleet)
     fleet.members, settings = [], SyncSettings("reshard", 2, True, 5.0)
 
-    def loaded() -> None:
+    def fails(*_: Any) -> None:
         raise RolloutError("server: tensor w from rank 1 differs")
 
     if rank == 0:
         fleet._sender = SimpleNamespace(send=list, close=lambda: None)  # type: ignore[assignment]
+        push = (lambda send, *_: send()) if lone else fails
         fleet._leader = SimpleNamespace(  # type: ignore[assignment]
-            settings=settings, push=lambda send, *_: send(), loaded=loaded, close=lambda: None
+            settings=settings, push=push, loaded=fails, close=lambda: None
         )
     else:
         fleet._sender = Lost()  # type: ignore[assignment]
@@ -276,19 +277,24 @@ def sync_of_rank(rank: int, store: str, said: Any) -> None:
         dist.barrier()  # the trainers' own score, in which all ranks meet
         fleet.loaded()
     except Exception as error:
-        said.put((rank, str(error)))
+        said.put((rank, str(error), fleet._told is not None))
 
 
-def test_a_part_that_fails_beside_rank_0_is_told_of_by_it(tmp_path: Path) -> None:
-    """Rank 1 does not leave the others in the middle: what the server says of it comes first, on every rank."""
+@pytest.mark.parametrize("lone", [True, False])
+def test_a_part_that_fails_beside_rank_0_is_told_of_by_it(tmp_path: Path, lone: bool) -> None:
+    """Rank 1 does not leave the others in the middle: what the server says of it comes first, on every rank. Its own
+    error stands in its log.
+    """
     context = multiprocessing.get_context("spawn")
     said = context.Queue()
-    ranks = [context.Process(target=sync_of_rank, args=(rank, str(tmp_path / "ranks"), said)) for rank in range(2)]
+    ranks = [
+        context.Process(target=sync_of_rank, args=(rank, lone, str(tmp_path / "ranks"), said)) for rank in range(2)
+    ]
     for rank in ranks:
         rank.start()
     try:
         told = "server: tensor w from rank 1 differs"
-        assert sorted(said.get(timeout=60) for _ in ranks) == [(0, told), (1, told)]
+        assert sorted(said.get(timeout=60) for _ in ranks) == [(0, told, False), (1, told, True)]
     finally:
         for rank in ranks:
             rank.kill()

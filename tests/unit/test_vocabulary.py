@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megarl.data.prompts import check_rows
 from megarl.errors import UserError
 from megarl.loop.sampler import Sampler
 from megarl.loop.scoring import RewardScorer
+from megarl.refusals import files
 from tools.tiny_model import make_tokenizer
 
 EOS, EQUALS, TWO = 1, 13, 5  # ids of <eos>, "=", "2"
@@ -142,17 +144,14 @@ def test_thoughts_of_earlier_turns_that_the_template_removes_are_not_measured(ru
         check_rows(config, config.data.prompts, "prompts")
 
 
-def test_the_rows_of_an_evaluation_need_no_column_of_the_training_rows(run_yaml: Path, tmp_path: Path) -> None:
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(json.dumps({"prompt": "1", "answer": "2"}), encoding="utf-8")
-    config = of(
-        run_yaml, "data.columns={answer: gold}", f"eval.prompts={held_out}", rows=[{"prompt": "1", "gold": "2"}]
-    )
-    for path in (config.data.prompts, config.eval.prompts):
-        check_rows(config, path, "prompts")
+def test_only_what_is_trained_on_must_have_the_named_columns(run_yaml: Path) -> None:
+    """One CONFIG is for all commands, whose rows may be of other shapes."""
     config = of(run_yaml, "data.columns={answer: glod}", rows=[{"prompt": "1", "answer": "2"}])
+    for command in ("eval", "generate", "compare"):
+        case = SimpleNamespace(config=config, command=command)
+        assert files.prompts(case) is None  # type: ignore[arg-type]
     with pytest.raises(UserError, match="data.columns names 'glod' for the answer, which no row of "):
-        check_rows(config, config.data.prompts, "prompts")
+        files.prompts(SimpleNamespace(config=config, command="run"))  # type: ignore[arg-type]
 
 
 def test_fault_04_a_prompt_does_not_end_with_an_eos(run_yaml: Path, folder: Path) -> None:
