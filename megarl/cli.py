@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,9 +169,8 @@ def _options(args: argparse.Namespace, config: Config) -> list[str]:
     if given is not None and not os.path.isfile(given):
         raise UserError(f"--input {given!r} does not exist; give a JSONL file")
     keys, names = FILES.get(args.command, ((), ()))
-    sections = config.model_dump(include={key.partition(".")[0] for key in keys})
-    read = {key: sections[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
-    read = {"CONFIG": args.config, **(read if given is None else {"the --input": given})}
+    read = {key: attrgetter(key)(config) for key in keys} if given is None else {"the --input": given}
+    read["CONFIG"] = args.config
     if output is not None:
         _check_output(output, read)
     for name in names if output is None else ():

@@ -27,8 +27,8 @@ from megarl.rollout.dispatch import Request
 from megarl.rollout.fleet import Fleet
 from megarl.rollout.response import Response
 
-POLL_S = 1.0
-AHEAD = {False: 8, True: 2}  # answers with routes are a hundred times as large
+POLL_S = 1.0  # between two looks whether more may be asked for
+AHEAD, AHEAD_WITH_ROUTES = 8, 2  # an answer's routes take a byte a layer and expert, the rest of it 8 bytes a token
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def _asking(
     assert fleet.client is not None
     dispatcher, done = fleet.client.dispatcher, SimpleQueue[dispatch.Answered]()
     sampling = sampling_of(n, temperature, config.rollout.max_new_tokens, stop)
-    window = AHEAD[config.wants_routes] * len(fleet.client.servers) * max(config.rollout.max_num_seqs // n, 1)
+    ahead = AHEAD_WITH_ROUTES if config.wants_routes else AHEAD
+    window = ahead * len(fleet.client.servers) * max(config.rollout.max_num_seqs // n, 1)
     asked: dict[Request, int] = {}  # -> the number of its prompt
     early: dict[int, list[Response]] = {}
 

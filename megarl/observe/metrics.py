@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megarl.folders import write_whole
 from megarl.observe.loggers import make_logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -83,9 +83,7 @@ class MetricsLogger:
         self._replace([row for row in read_metrics(self.path.parent) if row["step"] <= step])
 
     def _replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        whole = self.path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        os.replace(whole, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -57,7 +57,6 @@ class Fleet:
     _leader: SyncLeader | None = None
     _sender: WeightSender | None = None
     _unsent: Exception | None = None  # of this rank's part in the last push()
-    _told: Exception | None = None  # the last that this rank's log has
     _roll_call: RollCall | None = None  # rank 0
     client: RolloutClient | None = None
     _one_tp = False
@@ -177,7 +176,7 @@ class Fleet:
             except Exception as error:
                 if leader is None:  # rank 0 need not know yet: it sends its own part, and servers answer later
                     self._unsent = error
-                    self._tell_own(error)  # whoever waits for this part fails
+                    self._own_part_failed(error)
                     return
                 if leader.settings.transport == "broadcast":  # the other ranks wait until this one has taken all
                     with suppress(Exception):
@@ -297,8 +296,8 @@ class Fleet:
         except Exception as raised:  # of whatever kind: the others wait for this rank's word
             error = raised
         rank, what = dist.get_rank(), " ".join(str(error).split())
-        if error is not None and rank:
-            self._tell_own(error)
+        if error is not None and rank and error is not self._unsent:
+            self._own_part_failed(error)
         failed = self._from_rank_0((what, rank == 0 and self._one_is_gone(error)) if error is not None else None)
         if failed is None:
             if error is not None:
@@ -311,11 +310,12 @@ class Fleet:
             raise WorkersLost(what)
         raise error if rank == 0 and error is not None else RolloutError(what)
 
-    def _tell_own(self, error: Exception) -> None:
-        """In this rank's log, once: what all raise in the end is rank 0's word."""
-        if error is not self._told:
-            self._told, what = error, " ".join(str(error).split())
-            print(f"megarl: trainer rank {dist.get_rank()}: its part in a weight sync failed: {what}", file=sys.stderr)
+    def _own_part_failed(self, error: Exception) -> None:
+        """Elsewhere than on rank 0. It stands in this rank's log, since what all raise in the end is rank 0's word; and
+        whoever waits for this rank's messages fails.
+        """
+        what = " ".join(str(error).split())
+        print(f"megarl: trainer rank {dist.get_rank()}: its part in a weight sync failed: {what}", file=sys.stderr)
         if self._sender is not None:
             self._sender.close()
 
