@@ -85,9 +85,9 @@ def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: i
         for a, b in pairwise(edges)
         if max(a, span.start) < min(b, span.stop)
     ]
-    packed.positions = torch.cat([torch.arange(first - start, end - start) for first, end, start in segments])
     first, end, start = torch.tensor(segments).unbind(1)
     queries, keys = end - first, end - start
+    packed.positions = ramps(first - start, queries)
     place = queries.cumsum(0) - queries  # first row of each segment among this rank's rows
     packed.cells = torch.empty(int(queries.sum()), dtype=torch.long)
     cells = 0
@@ -106,6 +106,12 @@ def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: i
         rows = torch.cat([torch.arange(span.start, span.stop) for spans in cp_spans for span in spans])
         packed.gathered = rows.argsort()
     return packed
+
+
+def ramps(starts: Tensor, lengths: Tensor) -> Tensor:
+    """int64 [sum of lengths]: start, start + 1, ... of each length, one after the other."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
 
 
 def groups_of_segments(lengths: list[int]) -> list[list[int]]:

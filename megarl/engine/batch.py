@@ -7,12 +7,15 @@ Everything per token (labels, masks, log-probabilities, routes) lives in these r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megarl.engine.attention import PackedSequences, packed_sequences
+from megarl.engine.attention import PackedSequences, packed_sequences, ramps
 from megarl.weights.map.layout import Coord, Layout
 
 
@@ -165,23 +168,27 @@ def make_pack(
     """
     lengths = [len(t) - 1 for t in tokens]
     rows = sum(lengths)
-    padding = length - rows
-    spans = lengths + ([padding] if padding else [])
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    zeros = torch.zeros(padding, dtype=torch.long)
-    padded = zeros.to(tokens[0].device) if tokens else zeros  # tokens may lie on the device already
-    mask = torch.zeros(length)
-    for start, n, prompt_len in zip(starts, lengths, prompt_lens, strict=True):
-        mask[start + prompt_len - 1 : start + n] = 1
+    spans = lengths + ([length - rows] if length > rows else [])
+    starts = [0, *accumulate(lengths)][:-1]
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+    positions = ramps(torch.zeros(len(spans), dtype=torch.long), torch.tensor(spans, dtype=torch.long))
+    answers = positions[:rows] >= torch.tensor(prompt_lens, dtype=torch.long)[owner] - 1
+    mask, seq_ids = torch.zeros(length), torch.full((length,), -1)
+    mask[:rows], seq_ids[:rows] = answers.float(), owner
+    row = torch.arange(rows) + owner  # among all tokens: of each response the last one has no row
+    every = torch.cat(tokens) if tokens else torch.zeros(0, dtype=torch.long)
+    inputs, labels = every.new_zeros(length), every.new_zeros(length)  # they may lie on the device already
+    row = row.to(every.device)
+    inputs[:rows], labels[:rows] = every[row], every[row + 1]
     return Pack(
         responses=responses,
         starts=starts,
         rows=rows,
-        tokens=torch.cat([t[:-1] for t in tokens] + [padded]),
-        labels=torch.cat([t[1:] for t in tokens] + [padded]),
+        tokens=inputs,
+        labels=labels,
         mask=mask,
-        seq_ids=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [zeros - 1]),
-        positions=torch.cat([torch.arange(n) for n in spans]),
+        seq_ids=seq_ids,
+        positions=positions,
         sequences=packed_sequences(spans, cp_spans(length, layout.cp), coord.cp),
         rollout=RolloutRows(
             logprobs=torch.zeros(length),
@@ -205,9 +212,10 @@ def make_packs(
     ]
 
 
-def scatter_rows(pack: Pack, values: list[Tensor], prompt_lens: list[int]) -> Tensor:
+def scatter_rows(pack: Pack, values: Sequence[Tensor | np.ndarray], prompt_lens: list[int]) -> Tensor:
     """Per-response values over response tokens -> float32 [T] in rows, zero elsewhere."""
     out = torch.zeros(pack.padded)
+    rows = out.numpy()  # a view: torch's own slices cost ten times as much
     for start, prompt_len, value in zip(pack.starts, prompt_lens, values, strict=True):
-        out[start + prompt_len - 1 : start + prompt_len - 1 + len(value)] = value
+        rows[start + prompt_len - 1 : start + prompt_len - 1 + len(value)] = value
     return out

@@ -104,14 +104,15 @@ def exchange(
     incoming = _swap(outgoing, sizes, parallel)
     exchanged = _fill(local_packs, shares, metas, incoming, parallel, route_shape)
     for pack in exchanged.packs:
-        for start, i in zip(pack.starts, pack.responses, strict=True):
-            rows = slice(start, start + metas[i].rows)
-            pack.rollout.rewards[rows] = loss_inputs.rewards[i]
-            pack.rollout.advantages[rows] = loss_inputs.advantages[i]
-            pack.rollout.denominators[rows] = loss_inputs.denominators[i]
-            pack.rollout.group_ids[rows] = metas[i].group
-            if loss_inputs.masked[i]:
-                pack.mask[rows] = 0
+        members, rollout, n = torch.tensor(pack.responses, dtype=torch.long), pack.rollout, pack.rows
+        groups = torch.tensor([metas[i].group for i in pack.responses], dtype=torch.long)
+        place = pack.seq_ids[:n]
+        response = members[place]
+        rollout.rewards[:n] = loss_inputs.rewards[response].float()
+        rollout.advantages[:n] = loss_inputs.advantages[response].float()
+        rollout.denominators[:n] = loss_inputs.denominators[response].float()
+        rollout.group_ids[:n] = groups[place]
+        pack.mask[:n][loss_inputs.masked[response]] = 0
     return exchanged
 
 
@@ -128,10 +129,12 @@ def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord
         rows = rows[rows < edges[-1]]
         owner = np.searchsorted(edges, rows, side="right") - 1
         breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(owner) != 0)) + 1
-        for run in np.split(np.arange(len(rows)), breaks) if len(rows) else []:
-            place, first = owner[run[0]], rows[run[0]]
-            start = int(first - edges[place])
-            shares.append(_Share(members[place], number, start, start + len(run), int(run[0])))
+        runs = np.concatenate([[0], breaks])[: len(rows)]
+        lengths = np.diff(runs, append=len(rows))
+        places = owner[runs]
+        starts = rows[runs] - edges[places]
+        for place, start, count, row in zip(*map(np.ndarray.tolist, (places, starts, lengths, runs)), strict=True):
+            shares.append(_Share(members[place], number, start, start + count, row))
     return shares
 
 
@@ -202,42 +205,45 @@ def _fill(
 ) -> Exchanged:
     read = {owner: _Reader(data) for owner, data in incoming.items()}
     tokens: dict[int, Tensor] = {}
-    logprobs: dict[int, Tensor] = {}
+    logprobs: dict[int, np.ndarray] = {}
     for i in (i for members in packs for i in members):
-        reader = read[metas[i].owner]
-        tokens[i] = torch.from_numpy(reader.take(np.int32, metas[i].tokens).astype(np.int64))
-        logprobs[i] = torch.from_numpy(reader.take(np.float32, metas[i].tokens - metas[i].prompt_len).copy())
+        meta = metas[i]
+        tokens[i] = torch.from_numpy(read[meta.owner].take(np.dtype(np.int32), meta.tokens).astype(np.int64))
+        logprobs[i] = read[meta.owner].take(np.dtype(np.float32), meta.tokens - meta.prompt_len)
     filled = []
     for members, length in zip(packs, _lengths(packs, metas, parallel.layout), strict=True):
         prompt_lens = [metas[i].prompt_len for i in members]
         pack = make_pack(members, [tokens[i] for i in members], prompt_lens, length, parallel.layout, parallel.coord)
         pack.rollout.logprobs = scatter_rows(pack, [logprobs[i] for i in members], prompt_lens)
         filled.append(pack)
-    total = 0
-    if route_shape is not None:
-        layers = len(route_shape.layers_of_stage[parallel.coord.pp])
-        pieces = []
-        for share in shares:
-            meta = metas[share.response]
-            if meta.has_routes:
-                shape = (share.last - share.first, layers, route_shape.top_k)
-                raw = read[meta.owner].take(route_shape.dtype, int(np.prod(shape))).reshape(shape)
-                pieces.append((share, torch.from_numpy(raw.astype(np.int16))))
-                total += raw.nbytes
-        _place_routes(filled, pieces, parallel, route_shape, layers)
+    total = _fill_routes(filled, shares, metas, read, parallel, route_shape) if route_shape is not None else 0
     return Exchanged(filled, total)
 
 
-def _place_routes(
-    filled: list[Pack], pieces: list[tuple[_Share, Tensor]], parallel: Parallel, route_shape: RouteShape, layers: int
-) -> None:
+def _fill_routes(
+    filled: list[Pack],
+    shares: list[_Share],
+    metas: Sequence[Meta],
+    read: dict[int, _Reader],
+    parallel: Parallel,
+    route_shape: RouteShape,
+) -> int:
+    """Returns the bytes of the routes that came."""
+    layers, dtype, total = len(route_shape.layers_of_stage[parallel.coord.pp]), route_shape.dtype, 0
+    into = []
     for pack in filled:
         _spread(pack, parallel, route_shape, layers)
-    for share, piece in pieces:
-        pack = filled[share.pack]
         assert pack.rollout.routes is not None and pack.rollout.has_route is not None
-        pack.rollout.routes[share.row : share.row + len(piece)] = piece
-        pack.rollout.has_route[share.row : share.row + len(piece)] = True
+        into.append((pack.rollout.routes.numpy(), pack.rollout.has_route.numpy()))  # views, see scatter_rows
+    for share in shares:
+        meta, (routes, has_route) = metas[share.response], into[share.pack]
+        if meta.has_routes:
+            n = share.last - share.first
+            raw = read[meta.owner].take(dtype, n * layers * route_shape.top_k)
+            routes[share.row : share.row + n] = raw.reshape(n, layers, route_shape.top_k)
+            has_route[share.row : share.row + n] = True
+            total += raw.nbytes
+    return total
 
 
 def _spread(pack: Pack, parallel: Parallel, route_shape: RouteShape, layers: int) -> None:
@@ -263,7 +269,7 @@ class _Reader:
     def __init__(self, data: bytes) -> None:
         self._data, self._offset = data, 0
 
-    def take(self, dtype: np.dtype | type, count: int) -> np.ndarray:
+    def take(self, dtype: np.dtype, count: int) -> np.ndarray:
         out = np.frombuffer(self._data, dtype=dtype, count=count, offset=self._offset)
         self._offset += out.nbytes
         return out

@@ -123,11 +123,11 @@ class Refit:
             enter("the wait for a rollout worker")  # which is no stall: it has a limit of its own
             return stop.asked if stop else 0
 
-        changed = self.fleet.gather(asked)
+        in_flight = self._in_flight(version)
+        changed = self.fleet.gather(asked, ask_all=in_flight is None or in_flight.how == "finish")
         if changed:
             self.connect()
         values: Values = {"sync/bytes": float(self.outgoing.bytes)}
-        in_flight = self._in_flight(version)
         later = in_flight is not None and self.synced and not changed  # a new member is compared before it is asked
         main = model.parallel.is_main
         pause_s = in_flight.drain_s if in_flight and main else 0.0  # it begins with that wait for the servers
@@ -176,7 +176,8 @@ class Refit:
         rollout, timeout_s = self.config.rollout, self.config.sync.timeout_s
         if not rollout.max_lag:
             return None  # in lock-step nothing is in flight
-        drain_s = max(timeout_s, rollout.request_timeout_s) if rollout.in_flight == "finish" else timeout_s
+        # what does not drain pauses between two of its steps, which is all that ANSWER_S is for
+        drain_s = max(timeout_s, rollout.request_timeout_s) if rollout.in_flight == "finish" else ANSWER_S
         return InFlight(rollout.in_flight, version, drain_s)
 
     def check(self) -> None:

@@ -112,14 +112,15 @@ class Fleet:
         agreed = self._from_rank_0([worker.index for worker in here])
         self._ask([worker for worker in self.workers if worker.index in agreed])
 
-    def gather(self, asked: Callable[[], int] = lambda: 0) -> bool:
+    def gather(self, asked: Callable[[], int] = lambda: 0, ask_all: bool = True) -> bool:
         """Collective, before a sync: agrees on its members, all workers that are there and answer. Whether they need a
         new group. Where there is none, rank 0 waits rollout.start_timeout_s for one, then every rank raises UserError;
-        Stopped where a signal came meanwhile. asked: its number, or 0.
+        Stopped where a signal came meanwhile. asked: its number, or 0. ask_all: also workers that have answered a
+        moment ago: no for a sync that begins with a question to all, its pause.
         """
         answer: list[WorkerInfo] | str | int = self.workers
         if self._roll_call is not None:
-            answer = self._roll_call.wait(self.workers, asked)
+            answer = self._roll_call.wait(self.workers, asked, ask_all)
         answer = self._from_rank_0(answer)
         if isinstance(answer, str):
             raise UserError(answer)
@@ -227,6 +228,8 @@ class Fleet:
             self._agreeing = agreeing
         before = {worker.index for worker in self.workers}
         self._joined += sum(worker.index not in before for worker in self.members)
+        if self._roll_call is not None:
+            self._roll_call.heard(self.members)
         self._ask(self.members)
 
     def figures(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ whether they live. It is told on the terminal, once for each worker. All ranks t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from megarl.announce import plural
 from megarl.rollout.client import answering
@@ -13,6 +13,8 @@ from megarl.rollout.members import Members, Seen
 from megarl.rollout.patience import ACCOUNT_S, ENGINE_ACCOUNT_S
 from megarl.rollout.registry import Refusals, ServerSilent, WorkerInfo
 from megarl.rollout.wire import ENGINE_DIED
+
+FRESH_S = 1.0  # whoever has answered so lately is not asked again
 
 
 class RollCall:
@@ -27,22 +29,30 @@ class RollCall:
         self._roll, self._refusals, self._wait_s = roll, refusals, wait_s
         self._met = {worker.index for worker in workers}  # those of which was told
         self._silent: set[int] = set()  # workers that did not answer when a sync failed: not asked twice
+        self._heard, self._heard_at = list[WorkerInfo](), 0.0
 
     def here(self) -> list[WorkerInfo]:
         """As the store says; no server is asked."""
         return self._roll.look().here
 
-    def answer(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
-        """Those of them that are there and answer."""
-        return self._look(workers, only=workers)
+    def heard(self, workers: list[WorkerInfo]) -> None:
+        """They have answered just now."""
+        self._heard, self._heard_at = workers, time.monotonic()
 
-    def wait(self, workers: list[WorkerInfo], asked: Callable[[], int]) -> list[WorkerInfo] | str | int:
+    def answer(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
+        """Those of them that are there and answer, or have done so lately."""
+        return self._look(workers, only=workers, heard=self._lately())
+
+    def wait(
+        self, workers: list[WorkerInfo], asked: Callable[[], int], ask_all: bool = True
+    ) -> list[WorkerInfo] | str | int:
         """All that are there, answer and fit, once there is one; else why the run cannot go on, or the number of the
-        signal that asked() told meanwhile.
+        signal that asked() told meanwhile. ask_all: also who has answered lately.
         """
         deadline = time.monotonic() + self._wait_s
         while True:
-            members = [worker for worker in self._look(workers) if self._fits(worker)]
+            heard = () if ask_all else self._lately()
+            members = [worker for worker in self._look(workers, heard=heard) if self._fits(worker)]
             if members:
                 return members
             if signum := asked():
@@ -73,18 +83,28 @@ class RollCall:
         lost, self._lost = self._lost, 0
         return lost
 
+    def _lately(self) -> Collection[WorkerInfo]:
+        return self._heard if time.monotonic() - self._heard_at < FRESH_S else ()
+
     def _one_is_silent(self, members: list[WorkerInfo]) -> bool:
         alive = answering(members)
         self._silent = {worker.index for worker in members if worker not in alive}
         return bool(self._silent)
 
-    def _look(self, workers: list[WorkerInfo], only: list[WorkerInfo] | None = None) -> list[WorkerInfo]:
+    def _look(
+        self,
+        workers: list[WorkerInfo],
+        only: list[WorkerInfo] | None = None,
+        heard: Collection[WorkerInfo] = (),
+    ) -> list[WorkerInfo]:
         """Who is there and answers; tells of it. A worker whose server has died may need a moment for its own account.
-        only: nobody else is asked.
+        only: nobody else is asked. heard: who has answered already.
         """
         silent, self._silent = self._silent, set()
         seen = self._roll.look()
-        alive = answering([w for w in seen.here if (only is None or w in only) and w.index not in silent])
+        here = [w for w in seen.here if (only is None or w in only) and w.index not in silent]
+        answers = answering([worker for worker in here if worker not in heard])
+        alive = [worker for worker in here if worker in heard or worker in answers]
         deadline = time.monotonic() + ACCOUNT_S
         while time.monotonic() < deadline and any(
             worker in seen.here and worker not in alive and worker.index not in silent for worker in workers

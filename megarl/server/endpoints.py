@@ -180,7 +180,7 @@ class RolloutEndpoint:
         elif step == "pause":
             self._in_flight = request["in_flight"]
             self._serving.clear()
-            await engine.pause_generation(mode="wait" if self._in_flight == "finish" else "keep", clear_cache=False)
+            await _pause(engine, "wait" if self._in_flight == "finish" else "keep")
         elif step == "receive":
             self._dirty = self._dirty or not self._staged
             await _on_workers(engine, "sync_receive")
@@ -243,6 +243,13 @@ async def _on_workers(engine: EngineClient, method: str, *args: Any) -> None:
     for error in await engine.collective_rpc(method, args=args):
         if error is not None:
             raise RuntimeError(error)
+
+
+async def _pause(engine: Any, mode: str) -> None:
+    """As EngineClient.pause_generation, less the 20 ms that it sleeps once the engine has paused, so that what ended
+    before is told before: no order of ours, while trainers and engine wait.
+    """
+    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
 
 
 async def _run(

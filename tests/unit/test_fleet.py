@@ -77,7 +77,9 @@ def numbers(workers: list[WorkerInfo]) -> list[int]:
     return [worker.index for worker in workers]
 
 
-def test_a_step_begins_with_those_that_are_there(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_step_begins_with_those_that_are_there(
+    run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = run.join(), run.join()
     fleet = run.fleet(2)
     fleet.check()
@@ -101,8 +103,11 @@ def test_a_step_begins_with_those_that_are_there(run: Run, capfd: pytest.Capture
     registry.worker_leaves(run.store, 1)
     run.servers[2].close()  # killed, and nobody was left to report it
     fleet.check()
+    assert fleet.workers == [third], "the commit was its answer, a moment ago"
+    monkeypatch.setattr(roll_call, "FRESH_S", 0.0)
+    fleet.check()
     said = capfd.readouterr().out
-    assert f"rollout worker 1 ({second.url}) leaves; 0 workers left" in said
+    assert f"rollout worker 1 ({second.url}) leaves; 1 worker left" in said
     assert f"rollout worker 2 ({third.url}) does not answer; 0 workers left" in said
     assert fleet.workers == [] and fleet.figures()["fleet/lost"] == 1
     with pytest.raises(UserError, match=r"^no rollout worker is left, .*start_timeout_s = 1 s; .*worker 2 .* answer"):

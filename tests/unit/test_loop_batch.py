@@ -333,7 +333,7 @@ class ScoredFleet:
         self.loses = False  # one of them, before it has scored
         self.limits: list[float] = []  # of its scores, seconds
 
-    def gather(self, asked: Any) -> bool:
+    def gather(self, asked: Any, ask_all: bool) -> bool:
         lost, self.loses = self.loses, False
         return lost
 
@@ -443,7 +443,7 @@ def test_a_server_is_compared_as_it_sampled_before_another_sync_mends_it(
     fleet.loses, fleet.wrong["http://two"] = True, 0.5
     with pytest.raises(UserError, match=DIFFERS):
         if new:
-            monkeypatch.setattr(fleet, "gather", lambda asked: not fleet.loses)
+            monkeypatch.setattr(fleet, "gather", lambda asked, ask_all: not fleet.loses)
             refit.sync(2)
         refit.settle()
 

@@ -41,9 +41,9 @@ def test_a_release_never_seen_is_warned_of_in_one_line(capsys: pytest.CaptureFix
 def test_a_release_without_a_name_is_refused_with_it(stub: dict[str, Any], on_a_cpu: bool, package: str) -> None:
     assert missing_names(on_a_cpu) == []
     del stub["model_executor.model_loader.reload.layerwise"].LOADING_LAYERS
-    del stub["engine.protocol"].EngineClient.pause_generation
+    del stub["engine.protocol"].EngineClient.resume_generation
     named = r"model_executor\.model_loader\.reload\.layerwise\.LOADING_LAYERS"
-    with pytest.raises(RuntimeError, match=rf"engine\.protocol\.EngineClient\.pause_generation, {named}, which") as no:
+    with pytest.raises(RuntimeError, match=rf"engine\.protocol\.EngineClient\.resume_generation, {named}, which") as no:
         refuse_missing_names(on_a_cpu)
     assert str(no.value).endswith(f"which megarl needs; install {package} {TESTED[0]}.x")
 

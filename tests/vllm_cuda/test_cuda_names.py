@@ -119,9 +119,9 @@ def test_the_engine_answers_to_what_the_endpoints_ask() -> None:
     from vllm.inputs.engine import tokens_input
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
 
     asked: dict[str, dict[str, Any]] = {
-        "pause_generation": {"mode": "keep", "clear_cache": False},
         "resume_generation": {},
         "update_weight_version": {"new_version": "1"},
         "get_weight_version": {},
@@ -132,6 +132,7 @@ def test_the_engine_answers_to_what_the_endpoints_ask() -> None:
     }
     for name, given in asked.items():
         inspect.signature(getattr(AsyncLLM, name)).bind(None, **given)
+    inspect.signature(AsyncMPClient.pause_scheduler_async).bind(None, mode="keep", clear_cache=False)
     assert isinstance(AsyncLLM.errored, property)
     assert {"weight_versions", "routed_experts"} <= inspect.signature(CompletionOutput).parameters.keys()
     assert "num_cached_tokens" in inspect.signature(RequestOutput).parameters

@@ -3,12 +3,12 @@
     python tools/bench/peers.py [--rounds 3] [--steps 12] [--sides megarl,engines,one-off,trl,trl-mu,plain]
         [--env DIR] [--json FILE]
 
-The work is that of tools/bench/step.py in its layout dp2. Sides, which take turns in every round (without --sides
-megarl, one-off, trl and plain: three rounds take some ten minutes):
+The work is that of tools/bench/step.py, on two trainer ranks where nothing else is said. Sides, which take turns in
+every round (without --sides megarl, one-off, trl and plain: three rounds take some ten minutes):
 
     megarl    lock-step, R3, every check on
     engines   megarl with a vLLM server for each trainer rank (rollout.engines=2)
-    one-off   megarl one step off (rollout.max_lag=1)
+    one-off   megarl one step off (rollout.max_lag=1): a trainer rank beside a server, each on a core of its own
     trl       TRL's GRPOTrainer, two ranks, vLLM colocated: an engine in each rank
     trl-mu    TRL with its default, the update corrected by the engine's log-probabilities
     plain     a loop by hand over transformers and vLLM, an engine in each rank (tools/bench/peers_sides.py)
@@ -57,7 +57,7 @@ PARTS = ("rollout", "sync", "update", "step")
 LACKS = {
     "megarl": "nothing: routes replayed (R3), mu in the objective, checksums, digests, canary, finite gradients",
     "engines": "the same",
-    "one-off": "the same, with rollouts one step old",
+    "one-off": "the same, with rollouts one step old, on one trainer rank",
     "trl": "no mu in the objective, no replay of routes, no check of what the engine holds, answers or gradients",
     "trl-mu": "no replay of routes, no check of what the engine holds; mu from a second forward pass",
     "plain": "no replay of routes, no checks, no recovery, no metrics; mu in the objective",
@@ -92,7 +92,7 @@ def medians(rows: list[Figures]) -> Figures:
 
 
 def run_megarl(folder: Path, side: str, steps: int, number: int) -> Figures:
-    config = configuration(folder, "dp2", WARM_UP + steps)
+    config = configuration(folder, "1" if side == "one-off" else "dp2", WARM_UP + steps)
     config["run"]["dir"] = str(folder / f"{side}_{number}")
     config["rollout"] |= {"max_lag": int(side == "one-off"), "engines": 1 + (side == "engines")}
     path = folder / f"{side}.yaml"
