@@ -290,14 +290,14 @@ def _search(config: Config, world: int, args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from megarl.config import load_config
     from megarl.report.doctor import doctor
 
-    status = doctor()
-    if args.config is not None:
-        from megarl.config import load_config
+    config = None if args.config is None else load_config(args.config, args.overrides)
+    status = doctor((config and config.launch.rollout_python) or os.environ.get("ROLLOUT_PYTHON"))
+    if config is not None:
         from megarl.refusals import check
 
-        config = load_config(args.config, args.overrides)
         command = args.command_for or ("sft" if config.sft.data and not config.data.prompts else "run")
         check(config, command)
         print(f"{args.config}: nothing to refuse for megarl {command}")

