@@ -31,8 +31,8 @@ RUN /opt/train/bin/pip install --no-cache-dir . \
     && useradd --create-home --uid 10001 megarl \
     && mkdir /work && chown megarl /work
 
-# ROLLOUT_PYTHON: for examples/multi_node/node.sh
-ENV PATH=/opt/train/bin:$PATH ROLLOUT_PYTHON=/opt/rollout/bin/python
+# ROLLOUT_PYTHON: for examples/multi_node/node.sh and megarl doctor. MEGARL_NEEDS_GPU: no driver is an error, not a CPU.
+ENV PATH=/opt/train/bin:$PATH ROLLOUT_PYTHON=/opt/rollout/bin/python MEGARL_NEEDS_GPU=1
 USER 10001
 WORKDIR /work
 HEALTHCHECK --interval=60s --timeout=20s --start-period=120s --retries=3 CMD ["bash", "-c", "megarl --version && nvidia-smi -L"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megarl.announce import announce
 from megarl.config import Config
 from megarl.engine.device import make_deterministic, setup_device
 from megarl.engine.exchange import RouteShape
@@ -17,6 +18,7 @@ def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float
     optimizer and schedule.
     """
     device = setup_device()
+    announce(f"computing on {device.describe()}, in {str(device.dtype(config.engine.dtype)).removeprefix('torch.')}")
     if config.engine.deterministic:
         make_deterministic()
     parallel = init_parallel(config.parallel, device, config.run.seed, group_timeout(config))

@@ -37,6 +37,11 @@ class Device:
             return torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return getattr(torch, name)
 
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, CUDA {torch.version.cuda}, NCCL"
+        return "CPU, gloo"
+
 
 def setup_device() -> Device:
     """Picks the device of this process and makes megatron-core run on it. Idempotent.
@@ -51,7 +56,7 @@ def setup_device() -> Device:
         torch.cuda.set_device(device)
         float32_means_float32()
         return Device(device, "nccl")
-    refuse_lost_gpu(sees_cuda=False)
+    refuse_lost_gpu(torch.version.cuda)
     # megatron's jit_fuser is torch.compile; without a C++ toolchain it would fail
     importlib.import_module("torch._dynamo").config.disable = True
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

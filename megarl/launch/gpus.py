@@ -13,20 +13,28 @@ from megarl.errors import UserError
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 NONE = ("", "-1")  # its values that ask for none
 DRIVER = Path("/dev/nvidiactl")  # there where a driver of NVIDIA's is, in a container too
+MEANT = "MEGARL_NEEDS_GPU"  # the container sets it: without a driver it was started wrongly
+ON_THE_CPU = f"set {VISIBLE}= (empty) to compute on the CPU"
 
 
 def has_gpu() -> bool:
     """Whether torch would see a CUDA device; does not import torch.
 
-    UserError where a GPU was planned, by a driver on this host and a CUDA build of torch, and CUDA sees none.
+    UserError where a GPU was planned, by a driver on this host and a CUDA build of torch, or by the container, and
+    CUDA sees none.
     """
-    if not DRIVER.exists() or os.environ.get(VISIBLE) in NONE or not _cuda_build():
+    if os.environ.get(VISIBLE) in NONE or not _cuda_build():
+        return False
+    if not DRIVER.exists():
+        if os.environ.get(MEANT):
+            raise UserError(
+                f"this container is for GPUs and has no NVIDIA driver; start it with --gpus all, or {ON_THE_CPU}"
+            )
         return False
     count, why = driver_devices()
     if not count:
         raise UserError(
-            f"this host has an NVIDIA driver, but CUDA sees no GPU ({why}); mend it (nvidia-smi), or set {VISIBLE}= "
-            "(empty) to compute on the CPU"
+            f"this host has an NVIDIA driver, but CUDA sees no GPU ({why}); mend it (nvidia-smi), or {ON_THE_CPU}"
         )
     return True
 
@@ -40,16 +48,30 @@ def gpu_names() -> list[str]:
     return given.split(",")[:count] if given else [str(ordinal) for ordinal in range(count)]
 
 
-def refuse_lost_gpu(sees_cuda: bool) -> None:
-    """UserError where this process was started for a GPU (CUDA_VISIBLE_DEVICES names one) and torch sees none: it
-    would compute on the CPU, unsaid.
+def refuse_lost_gpu(cuda: str | None) -> None:
+    """For a process whose torch, built for this release of CUDA, sees no GPU: UserError where it was started for one
+    (CUDA_VISIBLE_DEVICES names it, or the driver has some). It would compute on the CPU, unsaid.
     """
     given = os.environ.get(VISIBLE)
-    if given is not None and given not in NONE and not sees_cuda:
-        raise UserError(
-            f"{VISIBLE}={given}, but torch {importlib.metadata.version('torch')} sees no GPU; install a CUDA build "
-            f"that the driver takes, or set {VISIBLE}= (empty) to compute on the CPU"
-        )
+    named = given is not None and given not in NONE
+    if not has_gpu() and not named:
+        return
+    torch = f"torch {importlib.metadata.version('torch')}, built for {f'CUDA {cuda}' if cuda else 'CPUs'}"
+    seen = f"{VISIBLE}={given}" if named else "this host has a GPU"
+    raise UserError(
+        f"{seen}{_driver()}, but {torch}, sees no GPU; install a build that the driver takes, or a newer driver, "
+        f"or {ON_THE_CPU}"
+    )
+
+
+def _driver() -> str:
+    """Words for the release of CUDA that it goes up to; none where there is no driver."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return ""
+    return f" and a driver for CUDA up to {version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _cuda_build() -> bool:

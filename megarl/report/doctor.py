@@ -16,6 +16,8 @@ from collections import defaultdict
 import psutil
 from packaging.requirements import Requirement
 
+from megarl.errors import UserError
+from megarl.launch.gpus import refuse_lost_gpu
 from megarl.server import vllm_release
 
 
@@ -50,7 +52,10 @@ def _here(trainer: bool, rollout: bool) -> list[str]:
     problems = _versions()
     if _release("torch") is None:
         return [*problems, "torch is not installed"]
-    problems += _machine()
+    try:
+        problems += _machine()
+    except UserError as error:  # what follows would be judged for a CPU
+        return [*problems, str(error)]
     problems += _trainer() if trainer else []
     problems += _rollout() if rollout else []
     return problems
@@ -118,6 +123,7 @@ def _machine() -> list[str]:
         _line("profile", f"CUDA, NCCL, bfloat16: {names}")
     else:
         _line("profile", "CPU, gloo, float32")
+        refuse_lost_gpu(torch.version.cuda)
     return [] if torch.distributed.is_available() else ["this torch has no torch.distributed"]
 
 

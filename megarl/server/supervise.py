@@ -115,9 +115,10 @@ def server_environment(config: Config, store_host: str) -> dict[str, str]:
     """The server's environment: no telemetry, no downloads; on a CPU
     one thread a worker, and the worker inside the engine's process.
 
-    UserError where this worker was given a GPU and torch sees none.
+    UserError where a GPU was planned for this worker and torch sees none.
     """
-    refuse_lost_gpu(torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        refuse_lost_gpu(torch.version.cuda)
     ours = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

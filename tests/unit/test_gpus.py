@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megarl import refusals
 from megarl.config import Config, load_config
-from megarl.engine import background, device, parallel, profile
+from megarl.engine import background, build, device, parallel, profile
 from megarl.engine.device import Device
 from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
@@ -68,7 +69,51 @@ def test_a_process_that_was_given_a_gpu_does_not_compute_on_the_cpu(monkeypatch:
         device.setup_device()
     for none in gpus.NONE:
         monkeypatch.setenv(gpus.VISIBLE, none)
-        gpus.refuse_lost_gpu(False)
+        gpus.refuse_lost_gpu(None)
+
+
+def test_a_rank_whose_torch_the_driver_is_too_old_for_does_not_compute_on_the_cpu(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun nothing names GPUs to the ranks; rollout workers that a person starts have none named either."""
+    host(8)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    driver = type("libcuda", (), {"cuDriverGetVersion": lambda _, version: setattr(version._obj, "value", 12040)})()
+    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: driver)
+    said = r"a GPU and a driver for CUDA up to 12\.4, but torch .*, built for CUDA 13\.0, sees no GPU; .*(empty)"
+    for start in (device.setup_device, lambda: supervise.server_environment(Config(), "127.0.0.1")):
+        with pytest.raises(UserError, match=said):
+            start()
+    host(8, "")
+    assert device.setup_device().device.type == "cpu"
+
+
+def test_a_container_for_gpus_that_has_none_was_started_wrongly(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(0)
+    monkeypatch.setattr(gpus, "DRIVER", Path("/nowhere"))
+    assert not gpus.has_gpu()
+    text = (EXAMPLES.parent / "Dockerfile").read_text()
+    assert re.search(rf"^ENV .*\b{gpus.MEANT}=1$", text, re.M)
+    monkeypatch.setenv(gpus.MEANT, "1")
+    for start in (gpus.has_gpu, device.setup_device):
+        with pytest.raises(
+            UserError, match=r"no NVIDIA driver; start it with --gpus all, or set CUDA_VISIBLE_DEVICES= "
+        ):
+            start()
+    monkeypatch.setenv(gpus.VISIBLE, "")
+    assert not gpus.has_gpu()
+
+
+def test_a_start_says_what_it_computes_on(run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Before the ranks meet, which a wrong device may keep them from."""
+
+    def meet(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(build, "init_parallel", meet)
+    with pytest.raises(InterruptedError):
+        build.build_engine(load_config(run_yaml, []))
+    assert capfd.readouterr().out == "computing on CPU, gloo, in float32\n"
 
 
 @pytest.mark.parametrize("command", processes.WITHOUT_ENGINE)
