@@ -27,6 +27,7 @@ RUN /opt/train/bin/pip install --no-cache-dir . \
     && /opt/rollout/bin/pip install --no-cache-dir . \
     && nccl="$(/opt/train/bin/python -c 'from megarl.weights.transport.nccl import nccl_version; print(nccl_version())')" \
     && /opt/rollout/bin/pip install --no-cache-dir --no-deps "nvidia-nccl-cu13==$nccl" \
+    && /opt/rollout/bin/python -c "from megarl.weights.transport.nccl import nccl_version as v; assert v() == '$nccl', v()" \
     && /opt/train/bin/python -c "import torch, transformer_engine.pytorch, apex, megarl" \
     && useradd --create-home --uid 10001 megarl \
     && mkdir /work && chown megarl /work

@@ -89,3 +89,8 @@ def test_the_release_of_nccl_is_found_as_a_run_finds_it(
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     exec(code, {})
     assert capsys.readouterr().out == "2.28.9\n"
+    [check] = re.findall(r'/opt/rollout/bin/python -c "(.*)"', text)  # torch loads with it, and it is what is loaded
+    assert text.index(check) > text.index(steps[-1])
+    exec(check.replace("$nccl", "2.28.9"), {})
+    with pytest.raises(AssertionError, match=r"2\.28\.9"):
+        exec(check.replace("$nccl", "2.29.7"), {})

@@ -162,5 +162,7 @@ def test_the_manifests_are_yaml_and_agree() -> None:
         env["HEAD"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}" and env["HEAD"] in env["OVERRIDES"]
     )
     assert int(env["TRAINERS"]) < job["spec"]["completions"]
+    user = re.findall(r"^USER (\d+)$", (MULTI_NODE.parents[1] / "Dockerfile").read_text(), re.M)[-1]
+    assert spec["securityContext"]["fsGroup"] == int(user), "it may not write /runs"
     for script in ("node.sh", "slurm.sbatch"):
         subprocess.run(["bash", "-n", str(MULTI_NODE / script)], check=True)
