@@ -18,7 +18,9 @@ files="tests/unit tests/parallel"
 if [ "${1:-}" = --quick ]; then
     shift
     files="tests/unit/test_families.py tests/unit/test_checkpoints.py tests/unit/test_replay_routers.py tests/unit/test_te_names.py
-        tests/unit/test_pipeline.py tests/unit/test_permutation.py tests/unit/test_parallel.py"
+        tests/unit/test_pipeline.py tests/unit/test_permutation.py tests/unit/test_parallel.py tests/unit/test_simulate.py
+        tests/unit/test_hybrid_adam.py tests/unit/test_experts.py tests/unit/test_save_memory.py tests/unit/test_colocate.py
+        tests/parallel/test_expert_ranks.py"
 fi
 export OMP_NUM_THREADS=1 PYTHONPATH=$beside${PYTHONPATH:+:$PYTHONPATH}
 echo "tests: with $wanted"

@@ -22,6 +22,9 @@ CORE = "megatron.core."
 NEEDED = {  # names that are no part of megatron-core's interface: module -> what device.py and its neighbours use of it
     "dist_checkpointing.strategies.filesystem_async": "FileSystemWriterAsync.write_preloaded_data",
     "dist_checkpointing.strategies.torch": "TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks",
+    "optimizer.cpu_offloading.hybrid_optimizer": "HybridDeviceOptimizer._init_sub_optimizers"
+    " HybridDeviceOptimizer._get_sub_optimizer_param_groups HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers"
+    " HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo",
     "optimizer.distrib_optimizer": "DistributedOptimizer.sharded_param_state_fully_reshardable"
     " DistributedOptimizer.load_parameter_state_from_fully_reshardable USING_TE_OPTIMIZER HAVE_APEX_OR_TE",
     "pipeline_parallel.p2p_communication": "P2PCommunicator._communicate_shapes",

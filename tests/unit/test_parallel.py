@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import pkgutil
 import re
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
+from megarl import engine
 from megarl.config import load_config
 from megarl.engine import parallel
 from megarl.engine.device import setup_device
-from megarl.engine.megatron_compat import TESTED, check_release
+from megarl.engine.megatron_compat import CORE, NEEDED, TESTED, check_release
 from megarl.engine.parallel import destroy_parallel, init_parallel
 
 
@@ -120,6 +122,22 @@ def test_megatron_core_without_a_name_that_is_needed_is_refused(monkeypatch: pyt
     )
     with pytest.raises(RuntimeError, match=wanted):
         setup_device()
+
+
+def test_a_private_method_that_is_overridden_is_looked_for() -> None:
+    """A release that calls it by another name would go on with its own."""
+    overridden, needed = set(), {f"{module}.{name}" for module, names in NEEDED.items() for name in names.split()}
+    for found in pkgutil.iter_modules(engine.__path__, f"{engine.__name__}."):
+        module = importlib.import_module(found.name)
+        for one in vars(module).values():
+            if not isinstance(one, type) or one.__module__ != found.name:
+                continue
+            private = {name for name in vars(one) if re.match("_[a-z]", name)} - {"_abc_impl"}
+            for base in one.__mro__[1:]:
+                if base.__module__.startswith(CORE):
+                    own = f"{base.__module__.removeprefix(CORE)}.{base.__name__}"
+                    overridden |= {f"{own}.{name}" for name in private & vars(base).keys()}
+    assert len(overridden) > 4 and overridden <= needed
 
 
 def test_the_groups_of_a_layout_that_is_left_are_destroyed() -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from megarl.config import load_config
 from megarl.estimate.memory import Training, stage_memory
@@ -19,6 +20,10 @@ from megarl.simulate.command import recompute_gain
 from megarl.simulate.phases import STEP
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="the simulated GPU needs torch's build for CPUs (megarl/simulate/shim.py)"
+)
 
 HIDDEN, EXPERTS, TOPK, WIDTH, TOKENS, VOCABULARY = 1024, 16, 4, 512, 2048, 32_000
 KEYS = [
