@@ -26,7 +26,6 @@ class Profile:
     fused_activation: (
         bool  # gated SiLU in one kernel forward and one backward: megatron-core's functions under torch.compile
     )
-    fused_gradients: bool  # weight gradients added to main_grad inside the product, by Apex's extension
     adam: Adam
 
     @property
@@ -66,7 +65,6 @@ def choose_profile(engine: EngineConfig, device: Device, *, latent: bool = False
         or (wanted == "auto" and on_gpu and not latent and not exact and has_transformer_engine()),
         grouped_experts=engine.experts == "grouped",
         fused_activation=on_gpu and importlib.util.find_spec("triton") is not None,
-        fused_gradients=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         adam=chosen_adam(),
     )
 

@@ -53,7 +53,7 @@ def profile_settings(profile: Profile) -> dict[str, Any]:
         moe_grouped_gemm=te and profile.grouped_experts,
         moe_permute_fusion=te,
         bias_activation_fusion=te or profile.fused_activation,
-        gradient_accumulation_fusion=profile.fused_gradients,
+        gradient_accumulation_fusion=False,  # by Apex's extension, which no run of megarl has had yet
     )
 
 

@@ -50,8 +50,8 @@ def _version(folder: Path) -> str:
     exec((folder / "version.py").read_text("utf-8"), values)
     if values["cuda"] is not None:
         raise UserError(
-            f"--trace needs torch's build for CPUs, and torch {values['__version__']} here is built for CUDA; run it "
-            "in an environment that tools/setup.sh made with Python 3.11"
+            f"--trace needs torch's build for CPUs, and torch {values['__version__']} here is built for CUDA, as in "
+            "the container; run it, on any machine, in an environment that tools/setup.sh made with Python 3.11"
         )
     return str(values["__version__"])
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megarl import refusals
 from megarl.config import Config, load_config
-from megarl.engine import background, build, device, parallel, profile
+from megarl.engine import background, build, device, parallel, profile, specs
 from megarl.engine.device import Device
 from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
@@ -141,6 +141,13 @@ def test_float32_takes_local_layers(monkeypatch: pytest.MonkeyPatch, dtype: str,
     monkeypatch.setattr(profile, "has_transformer_engine", lambda: True)
     engine = load_config(None, [f"engine.dtype={dtype}"]).engine
     assert profile.choose_profile(engine, GPU).transformer_engine == taken
+
+
+def test_a_fusion_that_has_run_nowhere_is_not_turned_on_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NGC's images hold Apex."""
+    monkeypatch.setattr(profile.importlib.util, "find_spec", lambda name: object())
+    chosen = profile.choose_profile(load_config(None, []).engine, GPU)
+    assert chosen.transformer_engine and not specs.profile_settings(chosen)["gradient_accumulation_fusion"]
 
 
 def test_float32_by_transformer_engine_is_refused(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from megarl.config import load_config
+from megarl.errors import UserError
+from megarl.simulate import shim
 from megarl.simulate.command import describe, link_bytes, recompute_gain, tables
 from megarl.simulate.page import memory_chart, write_page
 
@@ -67,3 +69,9 @@ def test_recompute_saves_of_each_layer_in_flight_and_pays_for_each(run_yaml: Pat
     gains = {how: (gain["saved"], gain["flops"]) for how, gain in found.items()}
     assert gains == {"none": (0, 0), "selective": (40, 4), "full": (4 * 90 - 100, 14)}
     assert found["full"]["share"] == pytest.approx(1 / 3)
+
+
+def test_a_torch_with_cuda_is_told_where_the_trace_runs(tmp_path: Path) -> None:
+    (tmp_path / "version.py").write_text("__version__ = '2.11.0'\ncuda = '13.0'\n")
+    with pytest.raises(UserError, match=r"2\.11\.0 here is built for CUDA, as in the container; run it, on any m"):
+        shim._version(tmp_path)
