@@ -11,12 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megarl.config import Config, ParallelConfig
 from megarl.convert.to_hf import megatron_to_hf
 from megarl.convert.to_megatron import hf_to_megatron
 from megarl.errors import UserError
-from megarl.refusals import layouts
-from megarl.refusals.case import Case
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import load_hf_config
 
@@ -99,6 +96,10 @@ def layout_for(hf_config: dict[str, Any], **sizes: int) -> Layout:
     for name, size in sizes.items():
         if size < 1:
             raise UserError(f"--{name} {size} is below 1; leave it out for 1")
+    from megarl.config import Config, ParallelConfig  # pydantic takes a while, and the other direction needs none
+    from megarl.refusals import layouts
+    from megarl.refusals.case import Case
+
     world = math.lcm(sizes["tp"], sizes["etp"] * sizes["ep"]) * sizes["pp"]
     case = Case("convert", Config(parallel=ParallelConfig(**sizes)), world, hf_config)
     for refusal in (layouts.heads, layouts.ffn, layouts.layers, layouts.experts):

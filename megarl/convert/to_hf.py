@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from megarl.announce import announce
 from megarl.checkpoints import FILES, STATE, damage, hf_files, state_of
@@ -23,6 +23,7 @@ from megarl.weights.files.raw_file import Spec
 from megarl.weights.files.safetensors_file import SafetensorsWriter
 
 READERS = 8  # of files, at most
+_Reader = HfReader | MegatronReader
 
 
 def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = False) -> None:
@@ -70,7 +71,7 @@ def _write(reader: MegatronReader, folder: Path, shard: ShardFile, progress: Tra
         return
     writer = SafetensorsWriter(folder / f".{shard.file}", shard.specs)
     try:
-        tensors = one_ahead(partial(reader.whole, name) for name in shard.specs)
+        tensors = one_ahead(partial(reader.whole_bits, name) for name in shard.specs)
         for (name, spec), tensor in zip(shard.specs.items(), tensors, strict=True):
             writer.write(name, tensor)
             progress.add(spec.nbytes)
@@ -85,22 +86,23 @@ def verify_hf(reader: MegatronReader, folder: Path, specs: dict[str, Spec]) -> N
     progress = Transfer("verifying", sum(spec.nbytes for spec in specs.values()))
     with HfReader(folder) as written:
         for name, spec in specs.items():
-            same_bits(name, reader.whole(name), written.whole(name), folder)
+            refuse_other_bits(name, reader, written, folder)
             progress.add(spec.nbytes)
     progress.finish()
 
 
-def same_bits(name: str, read: torch.Tensor, written: torch.Tensor, folder: Path) -> None:
-    """Removes `folder` and raises UserError where they differ."""
-    as_bytes = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (read, written)]
-    if read.dtype != written.dtype or read.shape != written.shape or not torch.equal(*as_bytes):
-        shutil.rmtree(folder)
+def refuse_other_bits(
+    name: str, read: HfReader | MegatronReader, written: HfReader | MegatronReader, out: Path
+) -> None:
+    """Removes `out` and raises UserError where the two differ in the tensor `name`."""
+    if read.spec(name) != written.spec(name) or not np.array_equal(read.whole_bits(name), written.whole_bits(name)):
+        shutil.rmtree(out)
         raise UserError(f"--verify: {name!r} was not written as it was read; check the disk and convert again")
 
 
-def _common_dtype(specs: dict[str, Spec]) -> torch.dtype:
+def _common_dtype(specs: dict[str, Spec]) -> str:
     """Of most of the bytes: what config.json calls the model's dtype."""
-    totals: dict[torch.dtype, int] = {}
+    totals: dict[str, int] = {}
     for spec in specs.values():
         totals[spec.dtype] = totals.get(spec.dtype, 0) + spec.nbytes
     return max(totals, key=lambda dtype: totals[dtype])

@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from megarl.checkpoints import HF_FILES, STATE
 from megarl.convert.output import fingerprint, output_folder
-from megarl.convert.to_hf import same_bits
+from megarl.convert.to_hf import refuse_other_bits
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
 from megarl.weights.buckets import fill_buckets
@@ -20,7 +18,7 @@ from megarl.weights.files.ahead import one_ahead
 from megarl.weights.files.hf_folder import carry_files, carry_tensors
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader, NewChunk, chunks_of_rank, placed_pieces, whole_params
-from megarl.weights.files.raw_file import Spec, put_together
+from megarl.weights.files.raw_file import Bits, Spec, put_together
 from megarl.weights.files.torch_dist import Chunk, TorchDistWriter, write_metadata
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
@@ -61,7 +59,7 @@ def hf_to_megatron(hf_folder: Path, out: Path, layout: Layout, file_bytes: int, 
             chunks = [chunk for file in files for chunk in _write(reader, partial, file, specs, progress)]
             (partial / HF_FILES).mkdir(exist_ok=True)
             carry_files(hf_folder, partial / HF_FILES)
-            carry_tensors(hf_folder, partial / HF_FILES, reader.carried(weight_map), reader.spec, reader.whole)
+            carry_tensors(hf_folder, partial / HF_FILES, reader.carried(weight_map), reader.spec, reader.whole_bits)
             (partial / STATE).write_text(
                 json.dumps({"converted_from": str(hf_folder.absolute()), "layout": asdict(layout)}), encoding="utf-8"
             )
@@ -76,7 +74,7 @@ def _plan_files(weight_map: WeightMap, layout: Layout, specs: dict[str, Spec], f
     placed = placed_pieces(weight_map)
 
     def nbytes(chunk: NewChunk) -> int:
-        return chunk.rect.numel * specs[chunk.pieces[0].hf_name].dtype.itemsize
+        return chunk.rect.numel * specs[chunk.pieces[0].hf_name].itemsize
 
     files: list[_File] = []
     for rank in range(layout.world):
@@ -93,10 +91,10 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
         return written
     writer = TorchDistWriter(folder, file.name)
     try:
-        tensors = one_ahead(partial(_tensor, reader, chunk) for chunk in file.chunks)
-        for chunk, tensor in zip(file.chunks, tensors, strict=True):
-            writer.write(chunk.key, chunk.rect.offset, tensor)
-            progress.add(tensor.nbytes)
+        read = one_ahead(partial(_bits, reader, chunk) for chunk in file.chunks)
+        for chunk, bits in zip(file.chunks, read, strict=True):
+            writer.write(chunk.key, chunk.rect.offset, Spec(specs[chunk.pieces[0].hf_name].dtype, bits.shape), bits)
+            progress.add(bits.nbytes)
         rows = [[c.key, c.rect.offset, c.rect.size, c.file, c.offset, c.length] for c in writer.chunks]
         journal.write_text(json.dumps(rows), encoding="utf-8")
         writer.close()
@@ -116,11 +114,11 @@ def _journalled(journal: Path, file: _File) -> list[Chunk] | None:
     return chunks if len(chunks) == len(file.chunks) else None
 
 
-def _tensor(reader: HfReader, chunk: NewChunk) -> torch.Tensor:
-    parts = ((piece.local, reader.read(piece)) for piece in chunk.pieces)
-    tensor = put_together(Rect.whole(chunk.rect.size[chunk.lead :]), parts)
-    assert tensor is not None, chunk
-    return tensor.view(chunk.rect.size)
+def _bits(reader: HfReader, chunk: NewChunk) -> Bits:
+    parts = ((piece.local, reader.bits(piece)) for piece in chunk.pieces)
+    bits = put_together(Rect.whole(chunk.rect.size[chunk.lead :]), parts)
+    assert bits is not None, chunk
+    return bits.reshape(chunk.rect.size)
 
 
 def _global_specs(weight_map: WeightMap, specs: dict[str, Spec]) -> dict[str, Spec]:
@@ -142,6 +140,6 @@ def verify_megatron(reader: HfReader, folder: Path, weight_map: WeightMap, specs
     progress = Transfer("verifying", sum(spec.nbytes for spec in specs.values()))
     with MegatronReader(folder, weight_map) as written:
         for name in [*specs, *reader.carried(weight_map)]:
-            same_bits(name, reader.whole(name), written.whole(name), folder)
+            refuse_other_bits(name, reader, written, folder)
             progress.add(reader.spec(name).nbytes)
     progress.finish()

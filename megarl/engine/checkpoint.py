@@ -221,7 +221,7 @@ def _carry(model: Model, last: list[Path], target: Path) -> None:
     carry_files(hf_files(model.source), target)
     with open_weights(model.source, model.weight_map) as reader:
         known = last[0] / HF_FILES if last else hf_files(model.source)
-        carry_tensors(known, target, reader.carried(model.weight_map), reader.spec, reader.whole)
+        carry_tensors(known, target, reader.carried(model.weight_map), reader.spec, reader.whole_bits)
 
 
 def load_checkpoint(engine: Engine, path: Path, critic: Engine | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megarl.folders import begin, finish
 from megarl.weights.files.hf_folder import SHARD_BYTES, ShardedWriter, carry_files, plan_shards
 from megarl.weights.files.megatron_folder import open_weights
 from megarl.weights.files.raw_file import Spec
+from megarl.weights.files.tensors import bits_of, name_of
 from megarl.weights.reshard.gather import gather_full, plan_gather
 
 
@@ -37,22 +38,22 @@ def export_hf(
         partial = begin("the export's folder", out)
         wide, shapes = model.weight_map.hf_float32, model.weight_map.hf_shapes
         specs = {
-            name: Spec(torch.float32, shape) for name, shape in shapes.items() if name in wide
+            name: Spec("float32", shape) for name, shape in shapes.items() if name in wide
         }  # in the order of gather_full
-        specs |= {name: Spec(dtype, shape) for name, shape in shapes.items() if name not in wide}
+        specs |= {name: Spec(name_of(dtype), shape) for name, shape in shapes.items() if name not in wide}
         with open_weights(source, model.weight_map) as reader:
             carried = reader.carried(model.weight_map)
             writer = ShardedWriter(
                 partial, plan_shards(specs | {name: reader.spec(name) for name in carried}, shard_bytes)
             )
             for name, tensor in tensors:
-                writer.write(name, tensor)
+                writer.write(name, bits_of(tensor))
                 told()
             for name in carried:
-                writer.write(name, reader.whole(name))
+                writer.write(name, reader.whole_bits(name))
                 told()
         writer.finish()
-        carry_files(hf_files(source), partial, dtype)
+        carry_files(hf_files(source), partial, name_of(dtype))
         finish("the export's folder", out)
     else:
         for _ in tensors:

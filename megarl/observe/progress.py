@@ -20,6 +20,7 @@ FIELDS = (
     ("eval/mean_at_k", "eval mean@k {:.3f}"),
     ("eval/pass_at_k", "pass@k {:.3f}"),
 )
+REDRAWN_S = 0.1  # a bar on a terminal, at most so often
 
 
 class Bar:
@@ -32,6 +33,7 @@ class Bar:
         self.total, self._every_s = total, every_s
         self._console = Console(file=stream or sys.stdout, highlight=False, markup=False, soft_wrap=True)
         self._began = self._shown = time.monotonic()
+        self._drawn = float("-inf")
         self._live: LiveBar | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             columns = BarColumn(24), TextColumn("{task.description}", markup=False)
@@ -44,6 +46,9 @@ class Bar:
         """keep: the line stays on a terminal too, whatever follows it. The last line always does."""
         last = done >= self.total
         if self._live is not None and not last:
+            if not keep and time.monotonic() - self._drawn < REDRAWN_S:
+                return
+            self._drawn = time.monotonic()
             self._live.start()
             self._console.show_cursor(True)  # a process that is killed cannot give it back
             self._live.update(self._task, completed=done, description=text, refresh=True)

@@ -20,6 +20,7 @@ from megarl.engine.build import build_engine
 from megarl.engine.checkpoint import load_checkpoint, save_checkpoint
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine
+from megarl.weights.files.tensors import tensor_of
 from megarl.weights.files.torch_dist import TorchDistReader
 from megarl.weights.rect import Rect
 
@@ -115,7 +116,8 @@ def compare(want: Path, got: Path, tolerance: float) -> None:
     assert a.tensors.keys() == b.tensors.keys(), sorted(a.tensors.keys() ^ b.tensors.keys())[:3]
     for key in a.tensors:
         shape = tuple(map(min, a.tensors[key].shape, b.tensors[key].shape))  # a padded vocabulary
-        one, other = (reader.read(key, Rect.whole(shape)) for reader in (a, b))
+        rect, dtype = Rect.whole(shape), a.tensors[key].dtype
+        one, other = (tensor_of(reader.read(key, rect), dtype) for reader in (a, b))
         if not tolerance:
             assert torch.equal(one, other), (got, key)
         else:

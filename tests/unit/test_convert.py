@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import metadata as meta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megarl.convert import commands, to_hf, to_megatron
+from megarl.weights.files.disk_file import DiskFile
 from megarl.weights.files.hf_folder import ShardFile
+from megarl.weights.files.raw_file import RawFile, Spec
 from megarl.weights.files.safetensors_file import SafetensorsWriter
+from megarl.weights.files.tensors import bits_of, tensor_of
+from megarl.weights.files.torch_archive import elements_of, write_tensor
 from megarl.weights.files.torch_dist import TorchDistReader, TorchDistWriter
+from megarl.weights.files.torch_pickles import STORAGE, metadata_pickle
 from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect
 
@@ -102,17 +113,68 @@ def test_torch_reads_what_we_write_and_we_read_what_torch_writes(folder: Path, t
     assert to_megatron_(folder, tmp_path / "megatron", "--tp 2 --etp 2 --verify") == 0
     with_reader = TorchDistReader(tmp_path / "megatron")
     want = {key: with_reader.read(key, Rect.whole(spec.shape)) for key, spec in with_reader.tensors.items()}
-    state = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in with_reader.tensors.items()}
+    state = {key: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for key, s in with_reader.tensors.items()}
     dcp.load(state, checkpoint_id=tmp_path / "megatron", no_dist=True)
-    for key, tensor in want.items():
-        assert torch.equal(tensor.view(-1).view(torch.uint8), state[key].view(-1).view(torch.uint8)), key
+    for key, bits in want.items():
+        assert np.array_equal(bits, bits_of(state[key])), key
     dcp.save(
         {"a": state["output_layer.weight"], "b": torch.tensor(3.0)}, checkpoint_id=tmp_path / "torch", no_dist=True
     )
     theirs = TorchDistReader(tmp_path / "torch")
     found = theirs.read("a", Rect((3, 0), (5, 32)))
-    assert torch.equal(found.view(torch.int16), state["output_layer.weight"][3:8].view(torch.int16))
-    assert theirs.read("b", Rect.whole(())).item() == 3
+    assert np.array_equal(found, bits_of(state["output_layer.weight"][3:8]))
+    assert tensor_of(theirs.read("b", Rect.whole(())), "float32").item() == 3
+
+
+def test_what_is_pickled_without_torch_is_what_torch_would_pickle() -> None:
+    """torch/distributed/checkpoint/metadata.py and filesystem.py; more chunks than one byte counts."""
+    specs = {f"a.{n}": Spec("bfloat16", (2, 300)) for n in range(300)} | {"b": Spec("int64", ())}
+    chunks = [(key, Rect((row, 0), (1, 300)), "f", 70_000 * row, 7) for key in specs if key != "b" for row in (0, 1)]
+    chunks.append(("b", Rect((), ()), "g", 2**33, 8))
+    want = meta.Metadata({}, {}, {}, meta.StorageMeta())
+    for key, spec in specs.items():
+        properties = meta.TensorProperties(getattr(torch, spec.dtype))
+        want.state_dict_metadata[key] = meta.TensorStorageMetadata(properties, torch.Size(spec.shape), [])
+    for key, rect, file, offset, length in chunks:
+        place = meta.ChunkStorageMetadata(torch.Size(rect.offset), torch.Size(rect.size))
+        want.state_dict_metadata[key].chunks.append(place)  # type: ignore[union-attr]
+        want.storage_data[meta.MetadataIndex(key, torch.Size(rect.offset))] = _StorageInfo(file, offset, length)
+    got = pickle.loads(metadata_pickle(specs, chunks))
+    assert got == want
+    assert type(got.state_dict_metadata["b"].size) is torch.Size and list(got.storage_data) == list(want.storage_data)
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("shape", [(), (5,), (3, 1, 7), (0, 4)])
+def test_torch_loads_an_archive_written_without_it(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    spec = Spec(dtype, shape)
+    tensor = (torch.arange(spec.numel).reshape(shape) % 2).to(getattr(torch, dtype))
+    file = DiskFile(tmp_path / "file")
+    file.write(b"x" * 77)  # of another archive
+    write_tensor(file, spec, bits_of(tensor))
+    file.close()
+    content = (tmp_path / "file").read_bytes()[77:]
+    found = torch.load(io.BytesIO(content), weights_only=True)
+    assert found.dtype == tensor.dtype and found.stride() == tensor.stride() and torch.equal(found, tensor)
+    raw = RawFile(tmp_path / "file")
+    begin = elements_of(raw, 77, len(content), shape)
+    raw.close()
+    assert content[begin - 77 :].startswith(bits_of(tensor).tobytes()) and (begin - 77) % 64 == 0
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.testzip() is None
+
+
+def test_a_conversion_needs_no_torch(folder: Path, tmp_path: Path) -> None:
+    """Its import takes about as long as the bytes of a small model."""
+    code = (
+        "import sys\nfrom megarl.convert.commands import hf_to_megatron_main, megatron_to_hf_main\n"
+        f"assert not hf_to_megatron_main(['--hf', {str(folder)!r}, '--out', 'm', '--tp', '2', '--verify'])\n"
+        "assert not megatron_to_hf_main(['--megatron', 'm', '--out', 'h', '--verify'])\n"
+        "assert 'torch' not in sys.modules, 'torch'"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
@@ -341,8 +403,8 @@ def test_a_checkpoint_deleted_meanwhile_is_named(
     assert to_megatron_(folder, tmp_path / "step_3", SHARD) == 0
     write = SafetensorsWriter.write
 
-    def deleted(self: Any, name: str, tensor: torch.Tensor) -> None:
-        write(self, name, tensor)
+    def deleted(self: Any, name: str, bits: np.ndarray) -> None:
+        write(self, name, bits)
         shutil.rmtree(tmp_path / "step_3", ignore_errors=True)
 
     monkeypatch.setattr(SafetensorsWriter, "write", deleted)
@@ -400,15 +462,15 @@ def test_too_little_space_is_told_before_anything_is_written(
 def test_verify_sees_a_flipped_bit(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = to_hf.MegatronReader.read
+    original = to_hf.MegatronReader.bits
 
-    def flipped(self: Any, piece: Any) -> torch.Tensor:
-        tensor = original(self, piece)
+    def flipped(self: Any, piece: Any) -> np.ndarray:
+        bits = original(self, piece)
         if piece.hf_name == "model.norm.weight":
-            tensor.view(torch.uint8)[5] ^= 1
-        return tensor
+            bits[5] ^= 1
+        return bits
 
-    monkeypatch.setattr(to_hf.MegatronReader, "read", flipped)
+    monkeypatch.setattr(to_hf.MegatronReader, "bits", flipped)
     assert_refused(
         capsys, lambda: to_megatron_(folder, tmp_path / "out", "--verify"), "'model.norm.weight' was not written"
     )

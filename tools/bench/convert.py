@@ -38,7 +38,7 @@ FOLDERS = 4  # the source, its copy, the Megatron checkpoint, and what came back
 
 def make_checkpoint(folder: Path, gb: float) -> tuple[int, int]:
     """Writes it; returns the bytes of all tensors and of the largest."""
-    import torch
+    import numpy as np
 
     from megarl.weights.files.hf_folder import ShardedWriter, plan_shards
     from megarl.weights.files.raw_file import Spec
@@ -51,19 +51,17 @@ def make_checkpoint(folder: Path, gb: float) -> tuple[int, int]:
         )
         tree = tiny_config("qwen3_moe", layers=layers, dtype="bfloat16", **shape).to_dict()
         (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
-        return {name: Spec(torch.bfloat16, shape) for name, shape in WeightMap(tree).hf_shapes.items()}
+        return {name: Spec("bfloat16", shape) for name, shape in WeightMap(tree).hf_shapes.items()}
 
     folder.mkdir()
     of_one_layer, of_two_layers = (sum(spec.nbytes for spec in specs(layers).values()) for layers in (1, 2))
     tensors = specs(max(1, round((gb * 1e9 - of_one_layer) / (of_two_layers - of_one_layer)) + 1))
     largest = max(spec.nbytes for spec in tensors.values())
-    bits = torch.randint(
-        0, 2**16, (largest // 2 + 4096,), dtype=torch.int32, generator=torch.Generator().manual_seed(0)
-    ).to(torch.int16)
+    bits = np.random.default_rng(0).integers(0, 2**16, largest // 2 + 4096, np.uint16)
     writer = ShardedWriter(folder, plan_shards(tensors, SHARD_GIB * 2**30))
     for number, (name, spec) in enumerate(tensors.items()):
         start = number % 4096
-        writer.write(name, bits[start : start + spec.nbytes // 2].view(torch.bfloat16).view(spec.shape))
+        writer.write(name, bits[start : start + spec.nbytes // 2].reshape(spec.shape))
     writer.finish()
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     return sum(spec.nbytes for spec in tensors.values()), largest
@@ -100,7 +98,7 @@ def timed(*command: str, source: Path | None = None, flush: Path | None = None) 
 
 def assert_same(source: Path, back: Path) -> None:
     """Both folders hold the same tensors, bit for bit."""
-    import torch
+    import numpy as np
 
     from megarl.weights.files.hf_reader import HfReader
     from megarl.weights.map.weight_map import WeightMap, load_hf_config
@@ -108,7 +106,7 @@ def assert_same(source: Path, back: Path) -> None:
     weight_map = WeightMap(load_hf_config(source))
     with HfReader(source) as a, HfReader(back) as b:
         for name in weight_map.hf_shapes:
-            if not torch.equal(a.whole(name).view(torch.int16), b.whole(name).view(torch.int16)):
+            if not np.array_equal(a.whole_bits(name), b.whole_bits(name)):
                 raise RuntimeError(f"{name} did not come back as it was")
 
 

@@ -14,6 +14,8 @@ import queue
 import threading
 from pathlib import Path
 
+import numpy as np
+
 ALIGNMENT = 4096  # bytes: a multiple of every disk's sector; offsets, sizes and addresses of what passes the cache
 BLOCK = 8 * 2**20
 BLOCKS = 4  # one is filled, one is written, two are between
@@ -71,7 +73,10 @@ class DiskFile:
                     continue
                 self._block = self._free.get()
             part = data[done : done + BLOCK - self._length]
-            self._block[self._length : self._length + len(part)] = part
+            # by numpy, which lets go of the interpreter meanwhile: others read and write
+            np.frombuffer(self._block, np.uint8)[self._length : self._length + len(part)] = np.frombuffer(
+                part, np.uint8
+            )
             self._length, done = self._length + len(part), done + len(part)
             if self._length == BLOCK:
                 self._hand_over(BLOCK)

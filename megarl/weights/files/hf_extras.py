@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megarl.weights.files.hf_index import SCALE
 from megarl.weights.map.relations import HfSlice
 from megarl.weights.rect import Rect
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+DEQUANTIZED = "bfloat16"
 
 
 def dequantized(read: Callable[[HfSlice], Tensor], piece: HfSlice, block: tuple[int, int]) -> Tensor:
@@ -19,6 +22,8 @@ def dequantized(read: Callable[[HfSlice], Tensor], piece: HfSlice, block: tuple[
 
     read: reads a rectangle as it is stored. The rectangle need not be aligned to blocks.
     """
+    import torch  # no other tensor of a folder is computed with
+
     rows, columns = (
         torch.arange(start, start + n) // size
         for start, n, size in zip(piece.rect.offset, piece.rect.size, block, strict=True)

@@ -11,13 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from megarl.weights.buckets import fill_buckets
 from megarl.weights.files.hf_extras import exported_config
 from megarl.weights.files.hf_index import INDEX
-from megarl.weights.files.raw_file import Spec
+from megarl.weights.files.raw_file import Bits, Spec
 from megarl.weights.files.safetensors_file import SafetensorsWriter
 
 SHARD_BYTES = 4 * 2**30
@@ -66,12 +63,12 @@ class ShardedWriter:
         self._left: set[str] = set()
         self._file = ""
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, bits: Bits) -> None:
         if self._writer is None:
             shard = next(self._pending)
             self._file, self._left = shard.file, set(shard.specs)
             self._writer = SafetensorsWriter(self.folder / f".{shard.file}", shard.specs)
-        self._writer.write(name, tensor)
+        self._writer.write(name, bits)
         self._left.remove(name)
         if not self._left:
             self._writer.close()
@@ -84,7 +81,7 @@ class ShardedWriter:
         write_index(self.folder, self.shards)
 
 
-def carry_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+def carry_files(source: Path, target: Path, dtype: str | None = None) -> None:
     """Config, tokenizer, licence. dtype: of the weights beside which config.json will lie; its own key follows it."""
     for pattern in CARRIED:
         for file in sorted(source.glob(pattern)):
@@ -100,13 +97,13 @@ def carry_files(source: Path, target: Path, dtype: torch.dtype | None = None) ->
     changed = exported_config(tree)
     key = "torch_dtype" if "torch_dtype" in tree else "dtype"
     if dtype is not None and tree.get(key) is not None:
-        changed[key] = str(dtype).removeprefix("torch.")
+        changed[key] = dtype
     if changed != tree:
         config.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 def carry_tensors(
-    source: str | Path, target: Path, names: list[str], spec: Callable[[str], Spec], read: Callable[[str], Tensor]
+    source: str | Path, target: Path, names: list[str], spec: Callable[[str], Spec], read: Callable[[str], Bits]
 ) -> None:
     """What belongs to the model but is not trained, into
     `target`/carried.safetensors; a link where `source` has that file already.

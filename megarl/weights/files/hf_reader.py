@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megarl.errors import UserError
-from megarl.weights.files.hf_extras import dequantized
+from megarl.weights.files.hf_extras import DEQUANTIZED, dequantized
 from megarl.weights.files.hf_index import HfIndex
-from megarl.weights.files.raw_file import Spec
+from megarl.weights.files.raw_file import Bits, Spec
 from megarl.weights.files.safetensors_file import DTYPES, SafetensorsFile
 from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HfReader:
@@ -44,7 +45,7 @@ class HfReader:
 
     def spec(self, name: str) -> Spec:
         entry = self.index.entry(name)
-        return Spec(torch.bfloat16 if self.index.scaled(name) else DTYPES[entry.dtype], entry.shape)
+        return Spec(DEQUANTIZED if self.index.scaled(name) else DTYPES[entry.dtype], entry.shape)
 
     def carried(self, weight_map: WeightMap) -> list[str]:
         """Tensors to copy to an export as they are. UserError where the map and the files differ (HfIndex.carried)."""
@@ -52,15 +53,33 @@ class HfReader:
 
     def whole(self, name: str) -> Tensor:
         """A whole tensor, its shape being the file's; dequantised as in `read`."""
-        return self.read(HfSlice(name, Rect.whole(self.index.entry(name).shape)))
+        return self.read(self._whole(name))
+
+    def whole_bits(self, name: str) -> Bits:
+        """The bits of `whole`."""
+        return self.bits(self._whole(name))
+
+    def _whole(self, name: str) -> HfSlice:
+        return HfSlice(name, Rect.whole(self.index.entry(name).shape))
 
     def read(self, piece: HfSlice) -> Tensor:
         """A rectangle in the file's dtype; bfloat16 where the file holds block-FP8."""
-        if self.index.block is not None and self.index.scaled(piece.hf_name):
-            return dequantized(self._stored, piece, self.index.block)
-        return self._stored(piece)
+        from megarl.weights.files.tensors import tensor_of
 
-    def _stored(self, piece: HfSlice) -> Tensor:
+        return tensor_of(self.bits(piece), self.spec(piece.hf_name).dtype)
+
+    def bits(self, piece: HfSlice) -> Bits:
+        """The bits of `read`."""
+        if self.index.block is None or not self.index.scaled(piece.hf_name):
+            return self._stored(piece)
+        from megarl.weights.files.tensors import bits_of, tensor_of
+
+        def stored(piece: HfSlice) -> Tensor:
+            return tensor_of(self._stored(piece), DTYPES[self.index.entry(piece.hf_name).dtype])
+
+        return bits_of(dequantized(stored, piece, self.index.block))
+
+    def _stored(self, piece: HfSlice) -> Bits:
         shape = self.index.entry(piece.hf_name).shape
         end = piece.rect.end
         if len(shape) != len(end) or any(have < want for have, want in zip(shape, end, strict=True)):

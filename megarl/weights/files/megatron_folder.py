@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from megarl.checkpoints import hf_files
 from megarl.errors import UserError
 from megarl.weights.files.hf_folder import CARRIED_TENSORS
 from megarl.weights.files.hf_reader import HfReader
-from megarl.weights.files.raw_file import Spec, put_together
+from megarl.weights.files.raw_file import Bits, Spec, put_together
 from megarl.weights.files.safetensors_file import SafetensorsFile
 from megarl.weights.files.shapes import refuse_shape
 from megarl.weights.files.torch_dist import METADATA, TorchDistReader
@@ -29,6 +27,9 @@ from megarl.weights.map.layout import Layout
 from megarl.weights.map.relations import HfSlice, Piece
 from megarl.weights.map.weight_map import Param, WeightMap, load_hf_config
 from megarl.weights.rect import Rect, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXPERT = re.compile(r"(.*\.experts\.)local_experts\.(\d+)\.(.*)")
 # megatron-core files the norms under the linear they precede, as Transformer Engine fuses them (gpt_layer_specs.py)
@@ -133,7 +134,8 @@ class MegatronReader:
         rows = stored[0] - wanted[0]
         if rows <= 0 or stored[1:] != wanted[1:]:
             return False
-        return not self._stored.read(key, Rect((wanted[0], 0), (rows, stored[1]))).any()
+        padding = self._stored.read(key, Rect((wanted[0], 0), (rows, stored[1])))
+        return not (padding << 1).any()  # without the sign
 
     def __enter__(self) -> MegatronReader:
         return self
@@ -154,11 +156,11 @@ class MegatronReader:
             return self._carried.tensors[name]
         return Spec(self._stored.tensors[self._placed[name][0].where.key].dtype, self.weight_map.hf_shapes[name])
 
-    def whole(self, name: str) -> Tensor:
+    def whole_bits(self, name: str) -> Bits:
         rect = Rect.whole(self.spec(name).shape)
         if self._carried and name in self._carried.tensors:
             return self._carried.read(name, rect)
-        return self.read(HfSlice(name, rect))
+        return self.bits(HfSlice(name, rect))
 
     def specs(self) -> dict[str, Spec]:
         """The Hugging Face tensors it holds, in the map's order, as they are stored."""
@@ -166,15 +168,21 @@ class MegatronReader:
 
     def read(self, piece: HfSlice) -> Tensor:
         """A rectangle of a Hugging Face tensor, in the dtype that the checkpoint holds it in."""
-        tensor = put_together(piece.rect, self._parts(piece))
-        assert tensor is not None, piece
-        return tensor
+        from megarl.weights.files.tensors import tensor_of
 
-    def _parts(self, piece: HfSlice) -> Iterator[tuple[Rect, Tensor]]:
+        return tensor_of(self.bits(piece), self.spec(piece.hf_name).dtype)
+
+    def bits(self, piece: HfSlice) -> Bits:
+        """The bits of `read`."""
+        bits = put_together(piece.rect, self._parts(piece))
+        assert bits is not None, piece
+        return bits
+
+    def _parts(self, piece: HfSlice) -> Iterator[tuple[Rect, Bits]]:
         for placed, where in self._placed[piece.hf_name]:
             if rect := piece.rect.intersect(placed.rect):
                 local = rect.within(placed.rect).moved(placed.offset)
-                yield rect, self._stored.read(where.key, where.rect(local)).view(rect.size)
+                yield rect, self._stored.read(where.key, where.rect(local)).reshape(rect.size)
 
 
 def open_weights(path: str | Path, weight_map: WeightMap) -> HfReader | MegatronReader:

@@ -1,4 +1,8 @@
-"""Arrays in files, read by rectangle: what both formats on disk come down to."""
+"""Arrays in files, read by rectangle: what both formats on disk come down to.
+
+No torch: its import takes longer than a checkpoint of 2 GB. Elements are bits here, unsigned integers of their size;
+tensors.py makes tensors of them.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,56 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from megarl.errors import UserError
 from megarl.weights.rect import Rect, Shape
 
+Bits = np.ndarray  # of uint8, uint16, uint32 or uint64
+ITEMSIZE = {  # bytes of an element, by torch's name of its dtype
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor is, without its content."""
+    """What a tensor is, without its content. dtype: a key of ITEMSIZE."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: Shape
 
     @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.itemsize
+
+    @property
+    def bits(self) -> np.dtype:
+        """Of the array that holds it."""
+        return np.dtype(f"u{self.itemsize}")
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+def bytes_of(bits: Bits) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(bits.reshape(-1).view(np.uint8).data)
 
 
 class RawFile:
@@ -53,7 +85,7 @@ class RawFile:
         self._fill(memoryview(data), offset)
         return bytes(data)
 
-    def read(self, offset: int, spec: Spec, rect: Rect) -> Tensor:
+    def read(self, offset: int, spec: Spec, rect: Rect) -> Bits:
         """A rectangle of the array of `spec` that begins at byte `offset`.
 
         Reads whole rows of the first axis that has more than one: of a
@@ -62,12 +94,12 @@ class RawFile:
         shape = spec.shape
         if len(shape) > 1 and shape[0] == 1:
             inner = Rect(rect.offset[1:], rect.size[1:])
-            return self.read(offset, Spec(spec.dtype, shape[1:]), inner).unsqueeze(0)
-        rows = torch.empty((*rect.size[:1], *shape[1:]), dtype=spec.dtype)
-        if rows.numel():
-            skipped = rect.offset[0] * math.prod(shape[1:]) * spec.dtype.itemsize if shape else 0
+            return self.read(offset, Spec(spec.dtype, shape[1:]), inner)[None]
+        rows = np.empty((*rect.size[:1], *shape[1:]), spec.bits)
+        if rows.size:
+            skipped = rect.offset[0] * math.prod(shape[1:]) * spec.itemsize if shape else 0
             self._fill(bytes_of(rows), offset + skipped)
-        return rows if rect.size[1:] == shape[1:] else rows[(slice(None), *rect.slices[1:])].contiguous()
+        return rows if rect.size[1:] == shape[1:] else rows[(slice(None), *rect.slices[1:])].copy()
 
     def _fill(self, target: memoryview, offset: int) -> None:
         done = 0
@@ -80,17 +112,17 @@ class RawFile:
             done += count
 
 
-def put_together(rect: Rect, parts: Iterable[tuple[Rect, Tensor]]) -> Tensor | None:
-    """The tensor of `rect` from its parts, which do not overlap, each with its rectangle; a part that is all of it as
+def put_together(rect: Rect, parts: Iterable[tuple[Rect, Bits]]) -> Bits | None:
+    """The array of `rect` from its parts, which do not overlap, each with its rectangle; a part that is all of it as
     it is. None where they do not cover it.
     """
-    whole: Tensor | None = None
+    whole: Bits | None = None
     covered = 0
     for part, values in parts:
         if part == rect:
             return values
         if whole is None:
-            whole = torch.empty(rect.size, dtype=values.dtype)
+            whole = np.empty(rect.size, values.dtype)
         whole[part.within(rect).slices] = values
         covered += part.numel
     return whole if covered == rect.numel else None

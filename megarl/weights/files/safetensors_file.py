@@ -11,27 +11,24 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from megarl.weights.files.disk_file import DiskFile
-from megarl.weights.files.raw_file import RawFile, Spec, bytes_of
+from megarl.weights.files.raw_file import Bits, RawFile, Spec, bytes_of
 from megarl.weights.files.safetensors_header import Entry, read_header
 from megarl.weights.rect import Rect
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -45,7 +42,7 @@ class SafetensorsFile:
         self.tensors = {name: Spec(DTYPES[entry.dtype], entry.shape) for name, entry in self._entries.items()}
         self._file = RawFile(path)
 
-    def read(self, name: str, rect: Rect) -> Tensor:
+    def read(self, name: str, rect: Rect) -> Bits:
         return self._file.read(self._entries[name].offset, self.tensors[name], rect)
 
     def close(self) -> None:
@@ -62,7 +59,7 @@ class SafetensorsWriter:
         self._offsets: dict[str, int] = {}
         end = 0
         for name in sorted(
-            specs, key=lambda name: -specs[name].dtype.itemsize
+            specs, key=lambda name: -specs[name].itemsize
         ):  # stable; wide types first, so that all are aligned
             self._offsets[name] = end
             end += specs[name].nbytes
@@ -77,12 +74,12 @@ class SafetensorsWriter:
         self._file = DiskFile(path)
         self._file.write(len(header).to_bytes(8, "little") + header)
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, bits: Bits) -> None:
         spec = self._specs[name]
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not {spec}")
-        if tensor.numel():
-            self._file.write_at(self._data + self._offsets[name], bytes_of(tensor.detach().cpu().contiguous()))
+        if bits.dtype != spec.bits or bits.shape != spec.shape:
+            raise ValueError(f"{name}: {bits.dtype} {bits.shape} is not {spec}")
+        if bits.size:
+            self._file.write_at(self._data + self._offsets[name], bytes_of(bits))
         self._missing.discard(name)
 
     def close(self) -> None:
