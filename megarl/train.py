@@ -54,6 +54,8 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     if state := resume(Path(config.run.dir), engine, learner.critic):
         step, done = state["step"], state["optimizer_steps"]
         stream.load_state_dict(state["stream"], force=config.run.resume == "force")
+        if "guard" in state:  # not in checkpoints of before
+            learner.guard.load_state_dict(state["guard"])
 
     turns = MemoryTurns(config, [engine, *([learner.critic] if learner.critic else [])])
     output = Output(config, step, tokenizer, LivePage(Path(config.run.dir))) if parallel.is_main else None
@@ -78,19 +80,22 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
                 while wanted := rollouts.wanted():
                     sampled = source.next(wanted, rollouts.groups, Progress(step, done), saver.stop)
                     rollouts.add(sampled, scorer.score(sampled.rollouts))
+            if rollouts.foreign():
+                refit.check()  # a server that holds other weights ends the run here
             batch = build_batch(rollouts, engine, step)
             refit.settle()
             with turns.training(fleet):
                 learned = learner.learn(batch, step)
             if learned.guarded:
-                refit.check()  # a server that holds other weights ends the run here
+                refit.check()
             step, done = step + 1, done + learned.optimizer_steps
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done), **fleet.figures()}
             seconds = time.perf_counter() - start
             metrics |= rates(metrics, seconds) | source.metrics(seconds)
             why = dull.add(step, metrics) or learner.guard.gives_up(step)
             last = bool(why) or step == config.train.steps
-            due = saver.due(step, {"optimizer_steps": done, "stream": source.state_dict()}, last=last)
+            state = {"optimizer_steps": done, "stream": source.state_dict(), "guard": learner.guard.state_dict()}
+            due = saver.due(step, state, last=last)
             if output:
                 output.write(step, metrics, batch.samples, learned.notes)
             if due:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from statistics import median
+from typing import Any
 
 MEMORY = 20  # batches
 WARM_UP = 5  # batches before the band is known
@@ -19,7 +20,7 @@ class MismatchGuard:
     """Remembers k3 and the routes' agreement of the last batches that passed, the same on every rank.
 
     factor: how many times the recent median a batch may have; 0 turns the guard off. lagged: whether tokens may be of
-    older weights than pi_old's. The band is forgotten on a resume.
+    older weights than pi_old's.
     """
 
     def __init__(self, factor: float, lagged: bool = False) -> None:
@@ -49,6 +50,17 @@ class MismatchGuard:
             if value is not None:
                 recent.append(value)
         return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint's state: who resumes judges as it would have done."""
+        recent = {"k3": list(self._k3), "disagreement": list(self._disagreement)}
+        return {**recent, "in_a_row": self._in_a_row, "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As state_dict gave it."""
+        self._k3.extend(state["k3"])
+        self._disagreement.extend(state["disagreement"])
+        self._in_a_row, self._last = state["in_a_row"], state["last"]
 
     def gives_up(self, step: int) -> str:
         """Why the run should stop after `step`; "" where it should not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -14,6 +15,15 @@ def warmed(k3: float, agreement: float | None = 1.0, factor: float = 50.0) -> Mi
     for n in range(WARM_UP):
         assert guard.judge(k3 * (1 + n / 10), agreement) == ""
     return guard
+
+
+def test_who_resumes_judges_as_it_would_have_done() -> None:
+    guard, resumed = warmed(1e-5), MismatchGuard(50.0)
+    assert guard.judge(0.1, 1.0)
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    for k3 in (1e-5, 6e-4, 1e-5, *[0.1] * MOST):
+        assert resumed.judge(k3, 1.0) == guard.judge(k3, 1.0)
+    assert resumed.gives_up(7) == guard.gives_up(7) != ""
 
 
 @pytest.mark.parametrize(
