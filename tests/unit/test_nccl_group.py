@@ -49,8 +49,11 @@ class Backend:
     def __init__(self, work: Work) -> None:
         self.work, self.calls, self.inside = work, list[Any](), threading.Event()
         self.hold = 0.0
+        self.connects = threading.Event()
+        self.connects.set()
 
     def eager_connect_single_device(self, device: torch.device) -> None:
+        self.connects.wait(30)
         self.calls.append("connect")
 
     def _start_coalescing(self) -> None:
@@ -125,6 +128,27 @@ def test_a_wait_ends_at_the_time_limit(store: dist.TCPStore, monkeypatch: pytest
     assert backend.calls[-1] == "abort" and not backend.work.waited
     with pytest.raises(RuntimeError, match="was closed"):
         group.exchange([], [(BUFFER, 1)], 1)
+
+
+def test_a_rank_that_died_before_the_communicator_was_made_holds_nobody(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks make it or none, and the call has no time limit of its own."""
+    backend = Backend(Work(True))
+    backend.connects.clear()
+    with pytest.raises(RuntimeError, match=r"NCCL was not done within 0\.05 s"):
+        group_over(backend, store, monkeypatch, timeout_s=0.05)
+    assert backend.calls == ["abort"]
+    backend.connects.set()
+
+
+def test_a_communicator_that_cannot_be_made_is_an_error(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Backend(Work(True))
+    monkeypatch.setattr(
+        backend, "eager_connect_single_device", lambda device: (_ for _ in ()).throw(RuntimeError("no"))
+    )
+    with pytest.raises(RuntimeError, match="^no$"):
+        group_over(backend, store, monkeypatch)
 
 
 def test_a_rank_that_leaves_ends_the_others_wait(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:

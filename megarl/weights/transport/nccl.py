@@ -15,7 +15,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -36,14 +36,20 @@ class NcclBackend:
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float, device: torch.device) -> None:
         """All ranks meet, compare their NCCL and make the communicator.
 
-        RuntimeError where they have not come within `timeout_s`, or run other releases of NCCL.
+        RuntimeError where they have not come within `timeout_s`, run other releases of NCCL, or have made no
+        communicator in as long again.
         """
         meet(store, rank, world_size, timeout_s, nccl_version())
         self._store, self._rank, self._timeout_s = store, rank, timeout_s
         self._lock = threading.Lock()  # held while operations are handed to NCCL: an abort would free what they use
         self._closed = False
         self._backend = _make(store, rank, world_size, timeout_s)
-        self._backend.eager_connect_single_device(device)
+        # all ranks or none: one that has died since the meeting would leave the others in it for ever
+        try:
+            Timed(self, _Call(lambda: self._backend.eager_connect_single_device(device)), timeout_s).wait()
+        except Exception:
+            self.abort()  # the others learn of it
+            raise
 
     def broadcast(self, buffer: Tensor, source: int) -> Timed:
         with self._handing_over():
@@ -97,6 +103,28 @@ class NcclBackend:
         finally:
             if idle:
                 self._lock.release()
+
+
+class _Call:
+    """A call that cannot be interrupted, as an operation's work: in a thread, which nobody waits for at the end."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call, self._error = call, list[Exception]()
+        self._thread = threading.Thread(target=self._run, name="nccl", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except Exception as error:
+            self._error.append(error)
+
+    def is_completed(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, timeout: timedelta) -> None:
+        for error in self._error:
+            raise error
 
 
 class Timed:
