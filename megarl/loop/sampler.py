@@ -147,8 +147,9 @@ class Sampler:
         raise AssertionError
 
     def _largest(self, code: int) -> int:
-        largest = torch.tensor(code, device=self.parallel.device.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        largest = torch.tensor(code)
+        # Who asks nobody waits here for all responses: not in NCCL, whose kernel would take a shared GPU's time
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.parallel.host_group)
         return int(largest)
 
     def _share(self, count: int) -> np.ndarray:

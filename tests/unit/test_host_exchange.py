@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from megarl.engine import exchange, parallel
 from megarl.engine.device import CPU, Device
 from megarl.engine.parallel import Parallel
+from megarl.loop import sampler
 from megarl.weights.map.layout import Layout
 
 GPU, WAIT = Device(torch.device("cuda", 0), "nccl"), timedelta(seconds=1)
@@ -38,6 +40,19 @@ def test_two_owners_send_in_one_operation_from_host_memory(me: int, monkeypatch:
     assert exchange._swap(messages.get(me, {}), sizes, at) == {
         owner: messages[owner][me] for owner in (0, 2) if sizes[owner] or owner == me
     }
+
+
+def test_who_asks_nobody_waits_for_rollouts_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's kernel would wait on the GPU, which a colocated server decodes on."""
+    at = Parallel(Layout(), Layout().coord(0), GPU, object())  # type: ignore[arg-type]
+
+    def all_reduce(given: Tensor, op: Any, group: Any) -> None:
+        assert group is at.host_group and given.device == CPU
+        given.fill_(7)
+
+    monkeypatch.setattr(sampler.dist, "all_reduce", all_reduce)
+    asks: Any = SimpleNamespace(parallel=at)
+    assert sampler.Sampler._largest(asks, 3) == 7
 
 
 def test_a_gpu_has_a_host_group_beside_nccl(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,7 @@ def test_servers_that_one_rank_alone_cannot_reach_end_the_run(bench: Bench, monk
 
 def sampler(recover: Any) -> Sampler:
     made = object.__new__(Sampler)
-    made.parallel = SimpleNamespace(device=SimpleNamespace(device="cpu"))  # type: ignore[assignment]
+    made.parallel = SimpleNamespace(host_group=None)  # type: ignore[assignment]
     made.recover = recover
     return made
 
