@@ -122,6 +122,16 @@ def _leave(run: Run) -> float:
     return time.monotonic()
 
 
+def _interrupt(run: Run) -> float:
+    """Of a worker that joins for it: one that a user has ended is not started again."""
+    run.join()
+    run.wait(lambda: run.last()["fleet/workers"] > run.workers, "worker that joins")
+    run.until("rollout")
+    assert run.joined is not None
+    run.joined.send_signal(signal.SIGINT)
+    return time.monotonic()
+
+
 def _cut(run: Run) -> float:
     assert run.cable is not None
     before = run.last()["fleet/workers"]
@@ -164,6 +174,7 @@ def worker_faults(cable: bool) -> list[Fault]:
     found += [struck("SIGKILL", "engine core", phase) for phase in phases]
     found += [struck("SIGKILL", "API server", phase) for phase in phases[:2]]
     found += [struck("SIGKILL", "rollout worker", "rollout")]
+    found += [struck("SIGTERM", "engine core", "rollout"), Fault("SIGINT of a worker in rollout", _interrupt, loses=1)]
     found += [struck("SIGSTOP", "engine core", "sync receive"), struck("SIGSTOP", "API server", "rollout")]
     found += [struck("SIGKILL", "engine core", "rollout", every=True)]
     return found

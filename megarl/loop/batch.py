@@ -131,7 +131,7 @@ class ScoredRollouts:
             prompt_len=response.prompt_len,
             tokens=len(response.tokens),
             reward=score.value,
-            version=min(versions, default=self.steps_done),
+            version=min(versions, default=self.steps_done),  # none: without a token
             owner=self.parallel.coord.rank,
             has_routes=response.routes is not None,
             truncated=response.truncated,

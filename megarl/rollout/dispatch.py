@@ -22,8 +22,8 @@ from typing import Any
 from megarl.door import header
 from megarl.rollout.connection import Answer, Connection, Unreachable
 from megarl.rollout.patience import TRIES
-from megarl.rollout.registry import NoServers, RolloutError, WorkerInfo
-from megarl.rollout.response import Response, responses_of
+from megarl.rollout.registry import NoServers, RolloutError, ServerLost, WorkerInfo
+from megarl.rollout.response import CutOff, Response, responses_of
 from megarl.rollout.wire import ENGINE_DIED, refusal_of
 
 GENERATE = "/megarl/generate"
@@ -247,7 +247,9 @@ class Dispatcher:
         """Where it is cancelled, whoever does so has taken the request."""
         at, its_doing = f"rollout server {link.url}{GENERATE}", True
         try:
-            answer = await self._ask(link, request)
+            answered = _answered(at, request, await self._ask(link, request))
+        except ServerLost as error:
+            lost: RolloutError = error
         except TimeoutError:
             lost = RolloutError(f"{at}: no answer within {self._timeout_s:.0f} s")
         except Unreachable as error:
@@ -255,11 +257,8 @@ class Dispatcher:
         except OSError as error:
             lost = RolloutError(f"{at}: connection lost ({type(error).__name__})")
         else:
-            refusal = "" if answer.status == 200 else refusal_of(answer.status, answer.body.tobytes())
-            if refusal != ENGINE_DIED:
-                self._finish(_answered(at, request, answer, refusal))
-                return
-            lost = RolloutError(f"{at}: {refusal}")
+            self._finish(answered)
+            return
         request.tries += its_doing
         self._mark(link, lost)  # what else it has at work is left to find out by itself
         self._again(request, lost)
@@ -323,12 +322,17 @@ class Dispatcher:
         return answer
 
 
-def _answered(at: str, request: Request, answer: Answer, refusal: str) -> Answered:
-    """at: server and route, for an error's line. refusal: "" where there is none."""
-    if refusal:
+def _answered(at: str, request: Request, answer: Answer) -> Answered:
+    """at: server and route, for an error's line. Raises ServerLost where another server may do better."""
+    if answer.status != 200:
+        refusal = refusal_of(answer.status, answer.body.tobytes())
+        if refusal == ENGINE_DIED:
+            raise ServerLost(f"{at}: {refusal}")
         return Answered(request, [], RolloutError(f"{at}: {refusal}"))
     try:
         return Answered(request, responses_of(answer.body.data, request.prompts, request.n))
+    except CutOff as error:
+        raise ServerLost(f"{at}: {error}") from None
     except Exception as error:  # whatever its bytes make of decode(): the caller waits for a word
         what = " ".join(f"{type(error).__name__}: {error}".split())
         return Answered(request, [], RolloutError(f"{at}: its answer cannot be read ({what})"))

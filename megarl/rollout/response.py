@@ -7,7 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from megarl.rollout.wire import decode
+from megarl.rollout.wire import WHOLE, decode
+
+
+class CutOff(ValueError):
+    """A response that its server did not sample to its end, or without a version of the weights for each token."""
 
 
 @dataclass
@@ -32,7 +36,9 @@ class Response:
 
 
 def responses_of(body: bytes | memoryview, prompts: list[list[int]], n: int) -> list[list[Response]]:
-    """An answer of /megarl/generate as n responses to each prompt; log-probabilities and routes are views of `body`."""
+    """An answer of /megarl/generate as n responses to each prompt; log-probabilities and routes are views of `body`.
+    Raises CutOff.
+    """
     header, arrays = decode(body)
     routes = arrays.get("routes")
     groups: list[list[Response]] = []
@@ -43,19 +49,26 @@ def responses_of(body: bytes | memoryview, prompts: list[list[int]], n: int) -> 
         for _ in range(n):
             length = header["lengths"][number]
             rows = len(prompt) + length - 1
-            spans = [
-                {"version": version, "start": start, "end": end} for version, start, end in header["versions"][number]
-            ]
+            finish, spans = header["finish"][number], header["versions"][number]
+            _refuse_cut_off(finish, spans, length)
             group.append(
                 Response(
                     tokens=np.concatenate([head, arrays["tokens"][token : token + length]]),
                     prompt_len=len(prompt),
                     logprobs=arrays["logprobs"][token : token + length],
                     routes=None if routes is None else routes[row : row + rows],
-                    weight_versions=spans,
-                    finish_reason=header["finish"][number],
+                    weight_versions=[{"version": version, "start": start, "end": end} for version, start, end in spans],
+                    finish_reason=finish,
                 )
             )
             token, row, number = token + length, row + rows, number + 1
         groups.append(group)
     return groups
+
+
+def _refuse_cut_off(finish: str, spans: list[list[int]], length: int) -> None:
+    if finish not in WHOLE:
+        raise CutOff(f"a response of {length} tokens that ended by {finish!r}, not {' or '.join(WHOLE)}")
+    ends = [0, *(end for _, _, end in spans)]
+    if [start for _, start, _ in spans] != ends[:-1] or ends[-1] != length:
+        raise CutOff(f"versions of the weights [version, first, last) {spans} of a response of {length} tokens")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 ENGINE_DIED = "vLLM's engine died; the worker's log says why"  # a server's answer while it goes down
+WHOLE = ("stop", "length")  # the finish reasons of what was sampled to its end
 
 
 def encode(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:

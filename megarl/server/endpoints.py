@@ -36,7 +36,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from megarl import door
-from megarl.rollout.wire import ENGINE_DIED, encode, encode_parts
+from megarl.rollout.wire import ENGINE_DIED, WHOLE, encode, encode_parts
 
 Parts = list[bytes | memoryview]  # of one body, sent one after the other
 
@@ -46,6 +46,7 @@ DIRTY = (
     "sync mends it"
 )
 ASLEEP = "the server is asleep while the trainer has the GPU (launch.colocate); it answers again once it was woken"
+SHUTS_DOWN = "Server shutting down"  # what vLLM's engine answers to all but a request, once it has got SIGTERM
 _numbers = itertools.count()
 
 
@@ -132,7 +133,8 @@ class RolloutEndpoint:
         except EngineDeadError:  # its own words point at a stack trace that the user does not see
             return 500, json.dumps({"error": ENGINE_DIED}).encode()
         except Exception as error:
-            return 500, json.dumps({"error": " ".join(str(error).split()) or type(error).__name__}).encode()
+            what = " ".join(str(error).split()) or type(error).__name__
+            return 500, json.dumps({"error": ENGINE_DIED if what == SHUTS_DOWN else what}).encode()
 
     async def _generate(
         self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
@@ -255,7 +257,9 @@ async def _pause(engine: Any, mode: str) -> None:
 async def _run(
     engine: EngineClient, prompt: list[int], sampling: dict[str, Any], salt: str | None = None
 ) -> RequestOutput:
-    """salt: only requests with the same share cached blocks."""
+    """salt: only requests with the same share cached blocks. Raises EngineDeadError where the engine, told to end,
+    answers with as much as it has sampled.
+    """
     params = SamplingParams(
         **sampling, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
     )
@@ -263,6 +267,8 @@ async def _run(
         output
         async for output in engine.generate(tokens_input(prompt, cache_salt=salt), params, f"megarl-{next(_numbers)}")
     ]
+    if any(choice.finish_reason not in WHOLE for choice in outputs[-1].outputs):
+        raise EngineDeadError
     return outputs[-1]
 
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from megarl.door import header
 from megarl.launch.lifeline import descendants
 from megarl.rollout import patience, registry
-from megarl.rollout.client import RolloutClient, answering
+from megarl.rollout.client import RolloutClient, Server, answering
 from megarl.rollout.members import Members
-from megarl.rollout.registry import RolloutDied, RolloutError, WorkerInfo
+from megarl.rollout.registry import RolloutDied, RolloutError, ServerLost, WorkerInfo
+from megarl.rollout.wire import decode
 from tests.engine.support import START_S, prompts, supervised
 from tests.engine.test_rollout import assert_judged
 
@@ -114,6 +115,25 @@ def test_failed_syncs_and_a_killed_supervisor(
             assert time.monotonic() < deadline
             time.sleep(0.2)
         assert re.search(r"rollout worker 0 .* has been silent for", gone[index])
+        rollout.workers = []
+
+
+def test_an_engine_that_is_told_to_end_gives_no_part_of_a_response(
+    checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """On SIGTERM vLLM answers what runs, and what comes then, with what it has sampled."""
+    with supervised(checkpoints[0], tmp_path) as rollout:
+        (worker,), (supervisor,) = rollout.workers, rollout.supervisors
+        below = descendants(supervisor.pid)
+        engine = next(pid for pid in below if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        server, sampling = Server(worker.url, 60, worker.tokens.data), {"n": 8, "max_tokens": 32, "ignore_eos": True}
+        ends = threading.Timer(1.0, os.kill, [engine, signal.SIGTERM])
+        ends.start()
+        with pytest.raises(ServerLost):
+            while True:
+                body = server.post("/megarl/generate", {"prompts": prompts(16, 8), "sampling": sampling, "seeds": None})
+                assert set(decode(body)[0]["finish"]) == {"length"}
+        assert supervisor.wait(60) == 1
         rollout.workers = []
 
 

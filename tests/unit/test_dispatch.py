@@ -304,6 +304,24 @@ def test_an_answer_that_cannot_be_read_fails_its_request_alone(body: bytes) -> N
         assert "\n" not in error
 
 
+def test_a_response_that_was_cut_off_is_sampled_by_another_server() -> None:
+    async def cut_off(asked: dict[str, Any]) -> tuple[int, list[bytes | memoryview]]:
+        return 200, generated(asked, 3, (2, 2), finish="abort")
+
+    with servers(cut_off, at_once) as (ending, living):
+        with dispatcher(ending.info(0), living.info(1)) as dispatch:
+            (asked,) = requests(1)
+            asked.url = ending.url
+            dispatch.submit(asked)
+            assert [response.finish_reason for response in wait_for([asked])[0].groups[0]] == ["stop"] * N
+            assert (ending.served, living.served, dispatch.taken_back()) == (1, 1, 1)
+        with dispatcher(ending.info()) as dispatch:
+            (asked,) = requests(1)
+            dispatch.submit(asked)
+            with pytest.raises(NoServers, match=f"{ending.url}/megarl/generate: a response .* ended by 'abort'"):
+                wait_for([asked])
+
+
 def test_what_is_abandoned_before_it_begins_takes_no_room() -> None:
     """Both in one turn of the loop: the task that asks never runs."""
     with servers(at_once) as (server,), dispatcher(server.info(), at_once=N) as dispatch:

@@ -4,6 +4,7 @@ import errno
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from megarl.rollout.client import Server
 from megarl.rollout.registry import RolloutError, ServerLost
-from megarl.rollout.response import responses_of
+from megarl.rollout.response import CutOff, responses_of
 from megarl.rollout.wire import decode, encode
 
 
@@ -56,6 +57,26 @@ def test_a_body_is_cut_into_responses_of_their_own_lengths() -> None:
         )
         assert response.weight_versions == [{"version": 7, "start": 0, "end": lengths[number]}]
         assert response.logprobs.tolist() == (-response.tokens[response.prompt_len :]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("finish", "spans", "says"),
+    [
+        ("abort", [[7, 0, 3]], "a response of 3 tokens that ended by 'abort', not stop or length"),
+        (None, [[7, 0, 3]], "ended by None"),
+        ("stop", [], "versions of the weights"),
+        ("stop", [[7, 0, 2]], "versions of the weights"),
+        ("stop", [[7, 1, 3]], "versions of the weights"),
+        ("stop", [[7, 0, 1], [8, 2, 3]], "versions of the weights"),
+        ("length", [[7, 0, 1], [8, 1, 3]], None),
+    ],
+)
+def test_a_response_that_was_cut_off_is_none(finish: str | None, spans: list[list[int]], says: str | None) -> None:
+    """A server that gets SIGTERM answers with what it has sampled."""
+    arrays = {"tokens": np.zeros(5, np.int32), "logprobs": np.zeros(5, np.float32)}
+    header = {"lengths": [2, 3], "finish": ["stop", finish], "versions": [[[7, 0, 2]], spans]}
+    with pytest.raises(CutOff, match=says) if says else nullcontext():
+        responses_of(encode(header, arrays), [[3, 4]], 2)
 
 
 class _Handler(BaseHTTPRequestHandler):

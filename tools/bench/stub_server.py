@@ -82,7 +82,11 @@ class StubServer:
 
 
 def generated(
-    request: dict[str, Any], tokens: int, routes: tuple[int, int] | None = None, version: int = 0
+    request: dict[str, Any],
+    tokens: int,
+    routes: tuple[int, int] | None = None,
+    version: int = 0,
+    finish: str = "stop",
 ) -> list[bytes | memoryview]:
     """The body for `tokens` tokens a response: of response i all are the request's seed + i. routes: layers and K."""
     n, prompts = request["sampling"]["n"], request["prompts"]
@@ -91,7 +95,7 @@ def generated(
     header = {
         "lengths": [tokens] * count,
         "cached": [0] * len(prompts),
-        "finish": ["stop"] * count,
+        "finish": [finish] * count,
         "versions": [[[version, 0, tokens]]] * count,
     }
     arrays: dict[str, list[np.ndarray]] = {
