@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megarl.errors import UserError
+
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of the largest, by the coarser of the two engines
 FIRST = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # what the median of the first sync may be
 FACTOR = 4.0  # times the usual; from one sync to the next both moved by less than 2 where all was well
@@ -35,6 +37,14 @@ def spread_of(differences_T: Tensor) -> Spread:
     """Of T differences, signed or not. NaN counts as infinite."""
     sizes = differences_T.double().abs().nan_to_num(nan=torch.inf, posinf=torch.inf).sort().values
     return Spread(float(sizes.median()), float(sizes[-max(1, len(sizes) // TAIL) :].mean()), float(sizes[-1]))
+
+
+class WrongCanary(UserError):
+    """A server's score of the canary cannot be right."""
+
+    def __init__(self, url: str, line: str) -> None:
+        super().__init__(line)
+        self.url = url
 
 
 class Excess(NamedTuple):

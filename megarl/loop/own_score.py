@@ -16,8 +16,7 @@ from megarl.engine.batch import Pack, make_packs, router_rows
 from megarl.engine.build import Engine
 from megarl.engine.exchange import RouteShape, attach_routes
 from megarl.engine.step import TokenScores
-from megarl.errors import UserError
-from megarl.loop.canary import Spread, spread_of
+from megarl.loop.canary import Spread, WrongCanary, spread_of
 from megarl.replay.routes import accept_routes
 from megarl.rollout.sync_leader import Canary
 
@@ -43,7 +42,7 @@ class OwnScore:
 
     def spreads(self, servers: list[tuple[str, Canary]]) -> list[Spread]:
         """|log pi - log mu| over the canary, of each server, given with its URL: the same on every rank. The weights
-        must be those of take(). UserError where routes cannot be those of this model.
+        must be those of take(). WrongCanary where routes cannot be those of this model.
         """
         device = self.parallel.device.device
         routes = [self._accepted(url, canary.routes) for url, canary in servers]
@@ -66,7 +65,7 @@ class OwnScore:
         try:
             routes = accept_routes(routes, rows, size.moe_layers, size.num_layers, size.num_experts, size.top_k)
         except ValueError as wrong:
-            raise UserError(f"weight sync: routes of the canary from {url}: {wrong}") from None
+            raise WrongCanary(url, f"weight sync: routes of the canary from {url}: {wrong}") from None
         return torch.from_numpy(routes.astype(np.int16))
 
     def _are_live(self, routes: Tensor) -> bool:

@@ -18,13 +18,12 @@ from megarl.checkpoints import is_hf_folder
 from megarl.config import Config
 from megarl.engine.build import Engine, route_shape
 from megarl.engine.export import export_hf
-from megarl.errors import UserError
 from megarl.launch.stop import StopRequest
-from megarl.loop.canary import CanaryLimits, Spread
+from megarl.loop.canary import CanaryLimits, Spread, WrongCanary
 from megarl.loop.own_score import OwnScore
 from megarl.loop.reduce import Values
 from megarl.observe.trace import enter, phase, waits
-from megarl.rollout.fleet import Fleet, WorkersLost
+from megarl.rollout.fleet import Fleet, LeftOut, WorkersLost
 from megarl.rollout.patience import ANSWER_S, STALE_S, reading_s
 from megarl.rollout.registry import common_tp
 from megarl.rollout.sync_leader import Canary, InFlight, Scoring, SyncSettings
@@ -92,8 +91,9 @@ class Refit:
         """Weights into every worker, checked there; digests where due;
         the canary; and only then the version. Raises where one differs.
 
-        Who is lost meanwhile is left out, and the sync done again as a whole, which also mends a worker that it had
-        left half way. stop: what may end the wait for a worker, where none is left.
+        Who is lost meanwhile is left out, as is a new worker by which it fails, and the sync done again as a whole,
+        which also mends a worker that it had left half way. stop: what may end the wait for a worker, where none is
+        left.
         Under sync.quantize all of these see the same quantised weights: the trainer's own are swapped out meanwhile.
         While requests are in flight the canary waits for its turn among them, and the trainers do not wait for it: see
         settle(). The figures of the canary are then those of the sync before.
@@ -108,6 +108,8 @@ class Refit:
                 break
             except WorkersLost as lost:
                 _tell_again(lost)
+                if isinstance(lost, LeftOut):
+                    continue  # as often as new workers come
                 if tries == TRIES:
                     raise
                 tries += 1
@@ -181,7 +183,7 @@ class Refit:
         return InFlight(rollout.in_flight, version, drain_s)
 
     def check(self) -> None:
-        """The canary of every server against the trainer, without a sync. Raises UserError where one differs: it does
+        """The canary of every server against the trainer, without a sync. Raises WrongCanary where one differs: it does
         not hold what the last sync gave it. Collective.
         """
         scoring = self._score()
@@ -248,20 +250,28 @@ class Refit:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _compare_canary(self, scores: list[tuple[str, Canary]]) -> list[Spread]:
-        """|log pi - log mu| over the canary, of each server, given with its URL. Raises where one exceeds its limit."""
+        """|log pi - log mu| over the canary, of each server, given with its URL. Raises where one exceeds its limit:
+        LeftOut where that one is new.
+        """
         answers = [scores]
         dist.broadcast_object_list(answers, src=0)
         if not answers[0]:
             return []
-        spreads = self.own.spreads(answers[0])
-        if excess := self.limits.excess(spreads):
-            raise UserError(
-                f"weight sync: the canary differs by {excess.value:.3g} ({excess.what}; limit {excess.limit:.3g}"
-                f"{excess.why}) between the trainer and {answers[0][excess.server][0]}; the worker did not load what "
-                "was sent (a coarser rollout.dtype needs sync.canary_tolerance)"
-            )
+        try:
+            spreads = self.own.spreads(answers[0])
+            if excess := self.limits.excess(spreads):
+                url = answers[0][excess.server][0]
+                raise WrongCanary(
+                    url,
+                    f"weight sync: the canary differs by {excess.value:.3g} ({excess.what}; limit {excess.limit:.3g}"
+                    f"{excess.why}) between the trainer and {url}; the worker did not load what was sent (a coarser "
+                    "rollout.dtype needs sync.canary_tolerance)",
+                )
+        except WrongCanary as wrong:
+            self.fleet.leave_out({wrong.url: str(wrong)})
+            raise
         return spreads
 
 
 def _tell_again(lost: WorkersLost) -> None:
-    announce(f"megarl: a weight sync is done again without the workers that are lost: {lost}")
+    announce(f"megarl: a weight sync is done again with the workers that are left: {lost}")

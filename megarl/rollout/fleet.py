@@ -45,6 +45,10 @@ class WorkersLost(RolloutError):
     """A sync failed because a worker is gone. On every rank alike: it can be done again with the rest."""
 
 
+class LeftOut(WorkersLost):
+    """A sync failed by a worker that has never served: it is left out from now on, and nothing is lost."""
+
+
 class Fleet:
     """Rank 0 owns the store and leads the syncs; every ingest rank has a client and eyes on the store; senders are in
     the weight group.
@@ -212,7 +216,7 @@ class Fleet:
             workers = self._roll_call.here() if self._roll_call is not None else self.members
             return [worker.url for worker in workers]
 
-        return self._settled(lambda: scoring.scores(here))
+        return self._settled(lambda: scoring.scores(here), scoring)
 
     def check_digests(self, folder: str | None) -> None:
         """Collective. Raises WorkersLost; RolloutError where a worker holds other weights."""
@@ -287,10 +291,26 @@ class Fleet:
         dist.all_reduce(ranks)
         return int(ranks)
 
-    def _settled(self, part: Callable[[], T]) -> T:
+    def leave_out(self, failed: dict[str, str]) -> None:
+        """Collective, where a sync fails by these servers, given by URL with their faults: raises LeftOut where one of
+        them has never served, and others are there to go on with.
+        """
+        new = {worker.url: worker for worker in self.members if worker not in self.workers}
+        first = next((url for url in [*failed] if url in new), None)
+        if first is None or len(self.members) == 1:
+            return
+        why = (
+            f"rollout worker {new[first].index} ({first}) is not used, since its first weight sync failed: "
+            f"{failed[first]}; mend that and start it again"
+        )
+        if self._roll_call is not None:
+            self._roll_call.leave_out(new[first], why)
+        raise LeftOut(why)
+
+    def _settled(self, part: Callable[[], T], scoring: Scoring | None = None) -> T:
         """Collective: this rank's part in a step of a sync. Where rank 0's failed, every rank raises, and no group is
-        left: WorkersLost where a member is gone, else what happened. A part that failed elsewhere is left to rank 0,
-        which knows more.
+        left: WorkersLost where a member is gone, LeftOut where a new one failed, else what happened. A part that failed
+        elsewhere is left to rank 0, which knows more. scoring: what was waited for; None: what the leader posted.
         """
         result: Any = []
         error: Exception | None = None
@@ -298,20 +318,29 @@ class Fleet:
             result = part()
         except Exception as raised:  # of whatever kind: the others wait for this rank's word
             error = raised
-        rank, what = dist.get_rank(), " ".join(str(error).split())
+        rank = dist.get_rank()
         if error is not None and rank and error is not self._unsent:
             self._own_part_failed(error)
-        failed = self._from_rank_0((what, rank == 0 and self._one_is_gone(error)) if error is not None else None)
+        verdict = self._verdict(error, scoring or self._leader) if error is not None and rank == 0 else None
+        failed = self._from_rank_0(verdict)
         if failed is None:
             if error is not None:
                 raise error
             return result
         self._leave_group()
         dist.barrier()  # no server is blamed for what a rank that stands still did not send: launch.stall_s names it
-        what, gone = failed
-        if gone:
-            raise WorkersLost(what)
-        raise error if rank == 0 and error is not None else RolloutError(what)
+        raise error if error is not None and type(verdict) is RolloutError else failed
+
+    def _verdict(self, error: Exception, asked: SyncLeader | Scoring | None) -> RolloutError:
+        """On rank 0: what every rank raises. asked: who knows which servers failed."""
+        what = " ".join(str(error).split())
+        if self._one_is_gone(error):
+            return WorkersLost(what)
+        try:
+            self.leave_out(asked.failed if asked is not None else {})
+        except LeftOut as left_out:
+            return left_out
+        return RolloutError(what)
 
     def _own_part_failed(self, error: Exception) -> None:
         """Elsewhere than on rank 0. It stands in this rank's log, since what all raise in the end is rank 0's word; and

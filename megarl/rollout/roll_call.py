@@ -29,6 +29,7 @@ class RollCall:
         self._roll, self._refusals, self._wait_s = roll, refusals, wait_s
         self._met = {worker.index for worker in workers}  # those of which was told
         self._silent: set[int] = set()  # workers that did not answer when a sync failed: not asked twice
+        self._left_out: set[int] = set()  # workers whose first sync failed
         self._heard, self._heard_at = list[WorkerInfo](), 0.0
 
     def here(self) -> list[WorkerInfo]:
@@ -78,6 +79,11 @@ class RollCall:
             time.sleep(0.2)
         return self._one_is_silent(members)
 
+    def leave_out(self, worker: WorkerInfo, why: str) -> None:
+        """From now on."""
+        self._left_out.add(worker.index)
+        self._last_words = why
+
     def newly_lost(self) -> int:
         """How many, since this was asked last. One that leaves is none."""
         lost, self._lost = self._lost, 0
@@ -102,7 +108,8 @@ class RollCall:
         """
         silent, self._silent = self._silent, set()
         seen = self._roll.look()
-        here = [w for w in seen.here if (only is None or w in only) and w.index not in silent]
+        out = silent | self._left_out
+        here = [w for w in seen.here if (only is None or w in only) and w.index not in out]
         answers = answering([worker for worker in here if worker not in heard])
         alive = [worker for worker in here if worker in heard or worker in answers]
         deadline = time.monotonic() + ACCOUNT_S

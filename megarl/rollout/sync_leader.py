@@ -63,6 +63,7 @@ class Scoring:
                 server.close()
 
         self._tokens, self._scores = len(canary), list[tuple[str, Canary]]()
+        self.failed: dict[str, str] = {}  # URLs of servers that did not answer well, and why
         self._asked = [(worker.url, Future[bytes]()) for worker in workers]
         for worker, (_, answer) in zip(workers, self._asked, strict=True):
             threading.Thread(target=ask, args=[worker, answer], name="canary", daemon=True).start()
@@ -78,6 +79,7 @@ class Scoring:
                 self._scores.append((url, self._score(url, answer, here)))
             except RolloutError as error:
                 errors.append(error)
+                self.failed[url] = str(error)
         if errors:
             raise errors[0]
         return self._scores
@@ -135,6 +137,7 @@ class SyncLeader:
         self.seconds: dict[str, float] = {}  # of the last sync: "receive", of a lone worker its sending; then "load"
         self._sent, self._scores = 0.0, False  # when push() ended, whether it sent a canary
         self._loading: list[Future[bytes]] = []  # answers that loaded() waits for
+        self.failed: dict[str, str] = {}  # URLs of servers that failed in the last step, in that order, and why
 
     def init(
         self,
@@ -251,10 +254,11 @@ class SyncLeader:
         for server, answer in zip(self._servers, answers, strict=True):
             serving = answer["version"]
             if serving != version:
-                raise RolloutError(
+                self.failed[server.url] = (
                     f"weight sync: rollout server {server.url} holds version {serving} after the commit of {version}; "
                     "does another run use it?"
                 )
+                raise RolloutError(self.failed[server.url])
         ranks = [set(parts) for answer in answers for parts in answer.get("agreeing", ())]
         return sorted(set.intersection(*ranks)) if ranks else []
 
@@ -272,6 +276,7 @@ class SyncLeader:
         self._limit_s = self.settings.timeout_s if within_s is None else within_s
         self._deadline = time.monotonic() + self._limit_s
         self._errors: list[BaseException] = []  # in the order in which they came: the first is the cause of the others
+        self.failed = {}
         return [
             self._pool.submit(self._post_one, server, step, body, self._limit_s)
             for server, body in zip(self._servers, bodies, strict=True)
@@ -282,6 +287,7 @@ class SyncLeader:
             return server.post(f"/megarl/sync/{step}", body, within_s)
         except BaseException as error:
             self._errors.append(error)
+            self.failed[server.url] = str(error)
             raise
 
     def _await(self, posts: Sequence[Future[Any]]) -> list[Any]:
@@ -293,10 +299,9 @@ class SyncLeader:
                 raise error
         if pending:
             self.close()
-            late = ", ".join(  # of an init the last post is the group's
-                server.url for server, post in zip(self._servers, posts, strict=False) if post in pending
-            )
-            raise ServerSilent(
-                f"weight sync: no answer within {self._limit_s:.0f} s from rollout server {late or '(group)'}"
-            )
+            # of an init the last post is the group's
+            late = [server.url for server, post in zip(self._servers, posts, strict=False) if post in pending]
+            what = f"weight sync: no answer within {self._limit_s:.0f} s from rollout server "
+            self.failed |= {url: what + url for url in late}
+            raise ServerSilent(what + (", ".join(late) or "(group)"))
         return [post.result() for post in posts]

@@ -22,7 +22,7 @@ from megarl.errors import Stopped, UserError
 from megarl.rollout import fleet as module
 from megarl.rollout import registry, roll_call
 from megarl.rollout.client import Server
-from megarl.rollout.fleet import Fleet, WorkersLost
+from megarl.rollout.fleet import Fleet, LeftOut, WorkersLost
 from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.sync_leader import SyncLeader, SyncSettings
 from megarl.weights.map.layout import Layout
@@ -174,6 +174,45 @@ def test_a_step_of_a_sync_fails_for_good_only_where_all_are_there(run: Run, monk
     fleet.close()
 
 
+def test_a_new_worker_by_which_a_sync_fails_is_left_out(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """One more on a GPU with too little memory ended the run. One that serves, and a failure of all, still do."""
+    first, second = run.join(), run.join()
+    fleet = run.fleet(2)
+    fleet.gather()
+    fleet.commit(1)
+
+    def load(*failing: WorkerInfo) -> None:
+        leader = fleet._leader = SyncLeader(
+            fleet.members, "127.0.0.1", run.store.port, SyncSettings("reshard", 1, True, 5.0)
+        )
+        bodies: list[dict[str, Any]] = [{"refuse": 1} if worker in failing else {} for worker in fleet.members]
+        fleet._settled(lambda: leader._await(leader._post("load", bodies)))
+        fleet._leave_group()
+
+    third = run.join()
+    assert fleet.gather() and fleet.members == [first, second, third]
+    with pytest.raises(
+        LeftOut, match=r"^rollout worker 2 \(\S+\) is not used, .* failed: \S+ .*a bit was flipped; mend"
+    ):
+        load(third)
+    again = run.join()
+    assert fleet.gather() and fleet.members == [first, second, again]
+    load()
+    fleet.commit(2)
+    with pytest.raises(RolloutError, match="a bit was flipped") as flipped:
+        load(again)
+    assert not isinstance(flipped.value, WorkersLost)
+    fleet.gather()
+    fleet._ask([])
+    fleet.leave_out({third.url: "it is no member"})
+    with pytest.raises(LeftOut, match="failed: the canary differs; mend"):
+        fleet.leave_out({third.url: "it is no member", again.url: "the canary differs"})
+    fleet.members = [second]
+    fleet.leave_out({second.url: "nobody is left to go on with"})
+    assert capfd.readouterr().out.count(" has come; ") == 2
+    fleet.close()
+
+
 def test_a_server_that_hangs_in_a_sync_is_asked_once_more_and_left_out(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,7 +276,7 @@ def push_of_rank(rank: int, store: str, hf_config: dict[str, Any], said: Any) ->
     fleet = object.__new__(Fleet)
     fleet.members, settings = [], SyncSettings("broadcast", 1, False, 5.0)
     if rank == 0:
-        leader: Any = SimpleNamespace(settings=settings, push=lambda send, *_: send(), close=lambda: None)
+        leader: Any = SimpleNamespace(settings=settings, failed={}, push=lambda send, *_: send(), close=lambda: None)
         fleet._leader, fleet._sender = leader, Lost()  # type: ignore[assignment]
     try:
         fleet.push(outgoing.WholeTensors(weight_map, layout, torch.float32, rank).buckets(params), [])
@@ -275,7 +314,7 @@ def sync_of_rank(rank: int, lone: bool, store: str, said: Any) -> None:
         fleet._sender = SimpleNamespace(send=list, close=lambda: None)  # type: ignore[assignment]
         push = (lambda send, *_: send()) if lone else fails
         fleet._leader = SimpleNamespace(  # type: ignore[assignment]
-            settings=settings, push=push, loaded=fails, close=lambda: None
+            settings=settings, failed={}, push=push, loaded=fails, close=lambda: None
         )
     else:
         fleet._sender = Lost()  # type: ignore[assignment]

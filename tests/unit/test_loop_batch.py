@@ -37,7 +37,7 @@ from megarl.loop.sampler import Sampler  # noqa: E402
 from megarl.loop.scoring import RewardScorer  # noqa: E402
 from megarl.observe import trace  # noqa: E402
 from megarl.reward.pool import Score  # noqa: E402
-from megarl.rollout.fleet import WorkersLost  # noqa: E402
+from megarl.rollout.fleet import LeftOut, WorkersLost  # noqa: E402
 from megarl.rollout.patience import longest_wait_s  # noqa: E402
 from megarl.rollout.response import Response  # noqa: E402
 from megarl.rollout.sync_leader import Canary  # noqa: E402
@@ -331,6 +331,7 @@ class ScoredFleet:
         self.wrong = {"http://one": 0.0, "http://two": 0.0}
         self.members = [SimpleNamespace(url=url) for url in self.wrong]
         self.loses = False  # one of them, before it has scored
+        self.new = ""  # a URL
         self.limits: list[float] = []  # of its scores, seconds
 
     def gather(self, asked: Any, ask_all: bool) -> bool:
@@ -345,6 +346,12 @@ class ScoredFleet:
 
     def commit(self, version: int) -> None:
         pass
+
+    def leave_out(self, failed: dict[str, str]) -> None:
+        if self.new in failed:
+            del self.wrong[self.new]
+            self.members = [SimpleNamespace(url=url) for url in self.wrong]
+            raise LeftOut
 
     def score(self, canary: list[int], timeout_s: float) -> ScoredFleet:
         self.limits.append(timeout_s)
@@ -383,6 +390,14 @@ def test_the_canary_tells_a_wrong_server_from_a_hard_batch(folder: Path) -> None
     fleet.wrong["http://two"] = 0.5
     with pytest.raises(UserError, match=DIFFERS):
         refit.check()
+
+
+@pytest.mark.parametrize("max_lag", [0, 1])
+def test_a_new_worker_whose_canary_differs_is_left_out(folder: Path, max_lag: int) -> None:
+    refit, fleet = refitted(folder, f"rollout.max_lag={max_lag}", "sync.digests=off")
+    refit.synced = False
+    fleet.new, fleet.wrong["http://two"] = "http://two", 0.5
+    assert refit.sync(1)["sync/canary_max_diff"] == 0 and [*fleet.wrong] == ["http://one"]
 
 
 def test_with_requests_in_flight_the_canary_is_compared_before_the_next_update(folder: Path) -> None:
