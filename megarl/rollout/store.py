@@ -22,7 +22,7 @@ from megarl.rollout.registry import OPEN, STRANGERS, claim, open_store, tell_ref
 from megarl.weights.map.weight_map import load_hf_config
 
 KNOWN_WITHIN_S = 5.0  # from a store's opening to rank 0's word in it
-VLLM = "run/vllm"  # the release of the first worker, signed
+VLLM = "run/vllm"  # the release of the first worker that fits, signed
 UNUSED = ("_name_or_path", "transformers_version")  # keys of config.json that make no other model
 
 
@@ -82,14 +82,14 @@ def refuse_foreign(store: dist.Store, name: str) -> dict[str, Any]:
 
 def refuse_other(store: dist.Store, theirs: dict[str, Any], facts: dict[str, Any], vllm: str, worker: str) -> None:
     """UserError where `worker`, described for a reader, does not fit the trainers; they are told too. theirs: facts of
-    the trainers; facts: the worker's. vllm: its release, which that of the first worker decides.
+    the trainers; facts: the worker's. vllm: its release, which that of the first worker that fits decides.
     """
-    first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm))) if vllm else None
     wrong = [
         f"its {what} is {facts.get(what)}, the trainers' is {value}"
         for what, value in theirs.items()
         if facts.get(what) != value and not (value is False and facts.get(what) is True)
     ]
+    first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm))) if vllm and not wrong else None
     if first not in (None, vllm):
         wrong.append(f"its vLLM release is {vllm}, that of the first worker is {first}")
     if wrong:

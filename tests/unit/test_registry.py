@@ -130,7 +130,9 @@ def test_a_worker_that_does_not_fit_the_run_is_refused_by_name(
     mine = facts(config)
     store, _ = open_run_store(config, spans_hosts=False)
     theirs = refuse_foreign(store, "here:1")
-    for name in ("one", "two"):
+    with pytest.raises(UserError, match="^worker zero does not fit the run: its dtype is bfloat16"):
+        refuse_other(store, theirs, mine | {"dtype": "bfloat16"}, "0.9", "worker zero")
+    for name in ("one", "two"):  # whose release is the run's: not that of one that was refused
         refuse_other(store, theirs, mine, "1.0", f"worker {name}")
     for change, vllm, why in (
         ({"vocabulary size": 7}, "1.0", f"vocabulary size is 7, the trainers' is {mine['vocabulary size']}"),
@@ -144,7 +146,7 @@ def test_a_worker_that_does_not_fit_the_run_is_refused_by_name(
             refuse_other(store, theirs, mine | change, vllm, "worker three")
     without = theirs | {"recording of routes": False}
     refuse_other(store, without, mine, "1.0", "a worker that could record them")
-    with pytest.raises(UserError, match="0 of 1 rollout workers came within 0 s, 6 were refused"):
+    with pytest.raises(UserError, match="0 of 1 rollout workers came within 0 s, 7 were refused"):
         wait_for_workers(store, 1, 0.0)
     assert capsys.readouterr().out.count("worker three does not fit the run") == 6
 
