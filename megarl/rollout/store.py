@@ -23,6 +23,8 @@ from megarl.weights.map.weight_map import load_hf_config
 
 KNOWN_WITHIN_S = 5.0  # from a store's opening to rank 0's word in it
 VLLM = "run/vllm"  # the release of the first worker that fits, signed
+CONTEXT, ROUTES = "context in tokens", "recording of routes"
+MAY_BE_MORE = (CONTEXT, ROUTES)  # of a worker than the trainers need
 UNUSED = ("_name_or_path", "transformers_version")  # keys of config.json that make no other model
 
 
@@ -49,15 +51,21 @@ def open_run_store(config: Config, *, spans_hosts: bool) -> tuple[dist.TCPStore,
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """What trainers and servers must have alike, by the name under which a difference is told."""
-    hf = load_hf_config(config.model.path)
+    """What trainers and servers must have alike, by the name under which a difference is told: else a server samples
+    otherwise, and nobody sees it.
+    """
+    rollout, hf = config.rollout, load_hf_config(config.model.path)
     text = json.dumps({key: value for key, value in hf.items() if key not in UNUSED}, sort_keys=True)
     return {
         "megarl release": megarl.__version__,
         "vocabulary size": hf.get("vocab_size"),
         "config.json (its digest)": hashlib.sha256(text.encode()).hexdigest()[:12],
         "dtype": config.rollout_dtype(on_gpu=torch.cuda.is_available()),
-        "recording of routes": config.wants_routes,
+        "rollout.quantization": rollout.quantization,
+        "rollout.kv_cache_dtype": rollout.kv_cache_dtype,
+        "rollout.batch_invariant": rollout.batch_invariant,
+        CONTEXT: config.server_context,  # of a shorter one responses end early, as if at rollout.max_new_tokens
+        ROUTES: config.wants_routes,
     }
 
 
@@ -87,7 +95,7 @@ def refuse_other(store: dist.Store, theirs: dict[str, Any], facts: dict[str, Any
     wrong = [
         f"its {what} is {facts.get(what)}, the trainers' is {value}"
         for what, value in theirs.items()
-        if facts.get(what) != value and not (value is False and facts.get(what) is True)
+        if facts.get(what) != value and not (what in MAY_BE_MORE and facts.get(what, 0) > value)
     ]
     first = verified(VLLM, store.compare_set(VLLM, "", signed(VLLM, vllm))) if vllm and not wrong else None
     if first not in (None, vllm):

@@ -140,15 +140,19 @@ def test_a_worker_that_does_not_fit_the_run_is_refused_by_name(
         ({"megarl release": "0.0"}, "1.0", "megarl release is 0.0"),
         ({"dtype": "bfloat16"}, "1.0", "dtype is bfloat16, the trainers' is float32"),
         ({"recording of routes": False}, "1.0", "recording of routes is False, the trainers' is True"),
+        ({"rollout.quantization": "fp8"}, "1.0", "rollout.quantization is fp8, the trainers' is none"),
+        ({"rollout.kv_cache_dtype": "fp8"}, "1.0", "rollout.kv_cache_dtype is fp8"),
+        ({"rollout.batch_invariant": True}, "1.0", "rollout.batch_invariant is True, the trainers' is False"),
+        ({"context in tokens": 5}, "1.0", f"context in tokens is 5, the trainers' is {mine['context in tokens']}"),
         ({}, "2.0", "vLLM release is 2.0, that of the first worker is 1.0"),
     ):
         with pytest.raises(UserError, match=f"^worker three does not fit the run: its {why}.*start it with the CONFIG"):
             refuse_other(store, theirs, mine | change, vllm, "worker three")
-    without = theirs | {"recording of routes": False}
-    refuse_other(store, without, mine, "1.0", "a worker that could record them")
-    with pytest.raises(UserError, match="0 of 1 rollout workers came within 0 s, 7 were refused"):
+    needs_less = theirs | {"recording of routes": False, "context in tokens": 5}
+    refuse_other(store, needs_less, mine, "1.0", "a worker that could do more")
+    with pytest.raises(UserError, match="0 of 1 rollout workers came within 0 s, 11 were refused"):
         wait_for_workers(store, 1, 0.0)
-    assert capsys.readouterr().out.count("worker three does not fit the run") == 6
+    assert capsys.readouterr().out.count("worker three does not fit the run") == 10
 
 
 def test_the_model_of_a_run_is_known_by_its_config(run_yaml: Path) -> None:
@@ -159,6 +163,15 @@ def test_the_model_of_a_run_is_known_by_its_config(run_yaml: Path) -> None:
     assert facts(load_config(run_yaml)) == before
     path.write_text(json.dumps(hf | {"rms_norm_eps": 0.5}))
     assert facts(load_config(run_yaml)) != before
+
+
+def test_a_worker_with_an_older_config_is_known_by_what_it_changes(run_yaml: Path) -> None:
+    now = facts(load_config(run_yaml, ["rollout.max_new_tokens=4096"]))
+    for key in ("max_new_tokens=2048", "quantization=fp8", "kv_cache_dtype=fp8", "batch_invariant=true"):
+        before = facts(load_config(run_yaml, ["rollout.max_new_tokens=4096", f"rollout.{key}"]))
+        assert [what for what in now if now[what] != before[what]] == [
+            f"rollout.{key.partition('=')[0]}" if "max_new" not in key else "context in tokens"
+        ]
 
 
 def test_one_server_that_registers_twice_is_one() -> None:
