@@ -39,7 +39,7 @@ MOST_CP, MOST_PP, MOST_VPP = 8, 64, 8
 class Found:
     """memory: of the fullest stage. packs: of a replica in a mini-batch."""
 
-    parallel: dict[str, int]
+    parallel: dict[str, int | None]
     recompute: str
     tokens: int
     memory: Memory
@@ -50,10 +50,15 @@ class Found:
 
     @property
     def overrides(self) -> list[str]:
-        layout = [f"parallel.{key}={value}" for key, value in self.parallel.items()]
-        host = ["engine.distributed_optimizer=true", f"engine.optimizer_offload_fraction={self.offload:g}"]
-        rest = [f"engine.recompute={self.recompute}", f"engine.micro_batch_tokens={self.tokens}"]
-        return [*layout, *rest, *(host if self.offload else ())]
+        """All that was rated, so that nothing of it is left to the configuration that they are given with."""
+        layout = [f"parallel.{key}={'null' if value is None else value}" for key, value in self.parallel.items()]
+        return [
+            *layout,
+            f"engine.recompute={self.recompute}",
+            f"engine.micro_batch_tokens={self.tokens}",
+            "engine.distributed_optimizer=true",
+            f"engine.optimizer_offload_fraction={self.offload:g}",
+        ]
 
 
 class Cuts:
@@ -113,21 +118,20 @@ class Search:
         mean = max(1, self.longest // 2)
         self.work = Work(batch.prompts * batch.group * mean, batch.minibatches, mean)
         self.itemsize = 4 if config.engine.dtype == "float32" else 2
+        self.offloads = OFFLOAD if self.itemsize == 2 else OFFLOAD[:1]  # as refusals/work.py has it
         self.tried = 0
 
     def fitting(self, world: int) -> list[Found]:
         """All that fit on `world` GPUs, the fastest first; of the kinds of recompute the least that fits, and with the
         optimizer in host memory only where that spares some.
         """
-        found = [self._rate(*case) for case in self._cases(world)]
+        found = [self._rate(*case) for case in self._cases(world, self.offloads)]
         return sorted(found, key=lambda one: -one.tokens_per_s)
 
     def fits(self, world: int, offload: float = 0.0) -> bool:
-        return next(self._cases(world, (offload,)), None) is not None
+        return offload in self.offloads and next(self._cases(world, (offload,)), None) is not None
 
-    def _cases(
-        self, world: int, offloads: tuple[float, ...] = OFFLOAD
-    ) -> Iterator[tuple[Training, Memory, list[Held]]]:
+    def _cases(self, world: int, offloads: tuple[float, ...]) -> Iterator[tuple[Training, Memory, list[Held]]]:
         limit = self.machine.card.memory * (1 - FREE)
         for layout in self._layouts(world):
             self.tried += len(PACKS) * len(offloads)
@@ -151,7 +155,7 @@ class Search:
         return max(every, key=lambda one: one.total)
 
     def _layouts(self, world: int) -> Iterator[Layout]:
-        """Those that the engine takes."""
+        """Those that the engine takes, and that the batch can feed."""
         for layout in self._sizes(world):
             sizes = {key: value for key, value in vars(layout).items() if key != "world"}
             parallel = ParallelConfig.model_construct(**sizes)
@@ -177,7 +181,7 @@ class Search:
         }
         seconds = step_seconds(self.weight_map, training, stages, self.work, self.machine)
         flops = model_flops(self.weight_map, self.work.tokens, self.work.sequence)
-        sizes = {key: value for key, value in asdict(layout).items() if key != "world" and value not in (None, 1)}
+        sizes = {key: value for key, value in asdict(layout).items() if key != "world"}
         mfu = flops / (seconds.total * layout.world * self.machine.card.peak)
         speed = self.work.tokens / seconds.total
         return Found(sizes, training.recompute, training.tokens, memory, seconds, speed, mfu, training.offload)

@@ -55,6 +55,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (work.objective, (*LOOP, "compare")),
     (work.schedule, (*LOOP, "sft")),
     (work.minibatches, LOOP),
+    (work.fed, LOOP),
     (work.optimizer_offload, (*LOOP, "sft", *PLAN)),
     (work.group, LOOP),
     (work.sft_batch, ("sft",)),
@@ -83,11 +84,13 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
 )
 
 
-LAYOUTS = (layouts.world, layouts.expert_world, layouts.heads, layouts.ffn, layouts.layers, layouts.experts)
+LAYOUTS = (layouts.world, layouts.expert_world, layouts.heads, layouts.ffn, layouts.layers, layouts.experts, work.fed)
 
 
 def layout_refusal(config: Config, parallel: ParallelConfig, world_size: int, weight_map: WeightMap) -> str | None:
-    """Why a model cannot be cut so over so many trainer ranks; None where it can. config: whose layout is another."""
+    """Why a model cannot be cut so over so many trainer ranks, or its batch be divided among them; None where they can.
+    config: whose layout is another.
+    """
     case = Case("plan", config.model_copy(update={"parallel": parallel}), world_size, weight_map.hf_config)
     case.__dict__["weight_map"] = weight_map  # as cached_property keeps it
     return next((sentence for refusal in LAYOUTS if (sentence := refusal(case))), None)

@@ -45,6 +45,11 @@ def minibatches(case: Case) -> str | None:
             f"batch.prompts {batch.prompts} is not a multiple of batch.minibatches {batch.minibatches}; a mini-batch "
             "is whole groups"
         )
+    return None
+
+
+def fed(case: Case) -> str | None:
+    batch = case.config.batch
     responses = batch.prompts // batch.minibatches * batch.group
     if responses < case.dp:
         return (

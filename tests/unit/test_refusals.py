@@ -232,7 +232,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ),
     ("minibatches", "run", ["batch.prompts=6"], {}, ["batch.prompts 6 is not a multiple of batch.minibatches 4"]),
     (
-        "minibatches",
+        "fed",
         "run",
         ["batch.prompts=1", "batch.minibatches=1", "batch.group=2", "parallel.tp=1", "parallel.pp=1"],
         {},

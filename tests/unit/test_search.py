@@ -10,7 +10,8 @@ import pytest
 
 from megarl.cli import main
 from megarl.config import load_config
-from megarl.estimate.memory import Training, stage_held, stage_memory
+from megarl.estimate.cluster import Hosts, plan_run
+from megarl.estimate.memory import stage_held
 from megarl.estimate.roofline import model_flops
 from megarl.estimate.search import Cuts, Search, machine_of
 from megarl.refusals import check
@@ -37,19 +38,25 @@ def test_what_a_stage_holds_by_layers_is_what_the_map_lists(hf_config: dict[str,
             assert Cuts(weight_map).stage(layout, stage) == stage_held(weight_map, layout, stage)
 
 
-def test_every_layout_that_is_found_is_taken_and_fits(run_yaml: Path) -> None:
-    config = load_config(run_yaml, ["engine.dtype=bfloat16"])
-    search = Search(config, machine_of(0.002, 4, 50.0))
+def test_every_layout_that_is_found_is_taken_and_fits_where_it_is_pasted(run_yaml: Path) -> None:
+    given = ["engine.dtype=bfloat16", "batch.prompts=4", "batch.group=4"]  # mini-batches for at most 4 replicas
+    search = Search(load_config(run_yaml, given), machine_of(0.002, 4, 50.0))
     found = search.fitting(8)
     assert 10 < len(found) < search.tried and len({tuple(one.overrides) for one in found}) == len(found)
     assert {one.recompute for one in found} > {"none"} and search.fewest(8) in (1, 2, 4, 8)
+    sizes = [one.parallel for one in found]
+    assert all(8 // (size["tp"] * size["pp"] * size["cp"]) <= 4 for size in sizes)
     for one in found[:20]:
-        taken = load_config(run_yaml, ["parallel={}", "engine.dtype=bfloat16", *one.overrides])
-        check(taken, "plan", world_size=8)
-        layout = Layout(**taken.parallel.model_dump(), world=8)
-        training = Training(layout, 2, True, one.recompute, one.tokens, one.offload)
-        totals = [stage_memory(search.weight_map, training, stage).total for stage in range(layout.pp)]
-        assert max(totals) == one.memory.total <= 0.9 * 0.002 * 2**30
+        taken = load_config(run_yaml, [*given, *one.overrides])  # on top of another layout
+        check(taken, "run", world_size=8)
+        stages = plan_run(taken, 8, 1, Hosts(4, 50.0))["train"]["stages"]
+        assert max(stage["total"] - stage["sync"] for stage in stages) == one.memory.total <= 0.9 * 0.002 * 2**30
+
+
+def test_a_float32_optimizer_is_not_offered_in_host_memory(run_yaml: Path) -> None:
+    search = Search(load_config(run_yaml, ["engine.dtype=float32"]), machine_of(0.0035, 4, 50.0))
+    found = search.fitting(4)
+    assert found and not any(one.offload for one in found) and search.fewest(8, offload=1.0) is None
 
 
 def test_with_the_optimizer_in_host_memory_less_is_enough(run_yaml: Path) -> None:
