@@ -58,7 +58,14 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
             "parameters": sum(int(np.prod(shape)) for shape in weight_map.hf_shapes.values()),
             "tensors": len(weight_map.hf_shapes),
         },
-        "train": {"ranks": world, "dp": layout.dp, "edp": layout.edp, "itemsize": trained, "stages": stages},
+        "train": {
+            "ranks": world,
+            "dp": layout.dp,
+            "edp": layout.edp,
+            "itemsize": trained,
+            "critic": training.critic,
+            "stages": stages,
+        },
         "rollout": {"ranks": rollout.world, "engines": rollout.engines, "itemsize": itemsize, "weights": rank_weights},
         "sync": sync,
     }
@@ -73,6 +80,8 @@ def training_of(config: Config, layout: Layout, itemsize: int) -> Training:
         engine.recompute,
         engine.micro_batch_tokens,
         engine.optimizer_offload_fraction,
+        config.objective.advantage == "gae",
+        bool(config.objective.kl_coef),
     )
 
 
@@ -107,14 +116,16 @@ def _sync(plan: Plan, hosts: Hosts) -> tuple[dict[str, Any], int]:
 def describe(plan: dict[str, Any]) -> str:
     """The figures as tables."""
     train, rollout, sync = plan["train"], plan["rollout"], plan["sync"]
+    both = ", policy and critic together" if train["critic"] else ""
     columns = "parameters gradients optimizer sync activations logits temporaries save total host".split()
     lines = [
         f"{plan['model']['parameters'] / 1e9:,.2f} billion parameters in {plan['model']['tensors']:,} tensors",
         "",
-        f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank; activations, "
-        "logits and temporaries are estimates, and a step takes the larger of the last two; the total is that of a "
-        "step, or of a checkpoint, which needs save in their place; sync: messages that the "
-        "stage's fullest rank keeps from one weight sync to the next; host: the optimizer's share of host memory",
+        f"trainer: {train['ranks']:,} ranks (dp {train['dp']}, expert dp {train['edp']}), GiB a rank{both}; "
+        "activations, logits and temporaries are estimates, and a step takes the larger of the last two; the total "
+        "is that of a step, or of a checkpoint, which needs save in their place; sync: messages that the "
+        "stage's fullest rank keeps from one weight sync to the next; host: host memory of the optimizer and of the "
+        "reference model",
         f"{'stage':>5} {'layers':>6} " + " ".join(f"{name:>11}" for name in columns),
     ]
     for stage in train["stages"]:

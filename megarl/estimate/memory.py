@@ -6,8 +6,10 @@ against the peak of a simulated GPU (tests/unit/test_simulate.py).
 States are what megatron-core allocates for the parameters of the weight map: gradients in float32,
 Adam with float32 moments and, in bfloat16, a float32 copy of the parameters. The distributed
 optimizer divides moments and copy by the replicas of a parameter; what of them lies in host memory
-(engine.optimizer_offload_fraction) has its gradients there too. Activations count what the modules of megarl/engine
-keep for the backward pass. What a sync keeps is the plan's (megarl/weights/reshard/plan.py). Fragmentation is in none.
+(engine.optimizer_offload_fraction) has its gradients there too. PPO's critic has states of its own beside the policy's,
+and the two take turns; the reference of the KL term lies in host memory. Activations count what the modules of
+megarl/engine keep for the backward pass. What a sync keeps is the plan's (megarl/weights/reshard/plan.py).
+Fragmentation is in none.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ ON_HOST = 16  # bytes of host memory a parameter: master weight, two moments, gr
 class Memory:
     """Bytes of one rank of a pipeline stage. logits, temporaries: of the backward pass, the former at its start, the
     latter in a layer, when the logits are gone. save: of a checkpoint, between steps. sync: messages of a weight sync,
-    kept for the next. host: of host memory, for the optimizer.
+    kept for the next. host: of host memory, for the optimizer and the reference.
     """
 
     parameters: int
@@ -60,6 +62,7 @@ class Memory:
 class Training:
     """itemsize: bytes of a parameter (4 or 2). tokens: of a micro-batch,
     of which as many as the schedule asks for are in flight. offload: share of the optimizer in host memory.
+    critic, reference: whether there is one beside the policy.
     """
 
     layout: Layout
@@ -68,6 +71,8 @@ class Training:
     recompute: str
     tokens: int
     offload: float = 0.0
+    critic: bool = False
+    reference: bool = False
 
 
 class Held(NamedTuple):
@@ -109,21 +114,37 @@ def stage_memory(weight_map: WeightMap, training: Training, stage: int, held: He
     """All ranks of a stage hold the same shapes. held: what it holds, where that is known already."""
     layout = training.layout
     held = held or stage_held(weight_map, layout, stage)
-    trained = held.dense + held.expert
+    models = [held, critic_held(weight_map, layout, stage, held)] if training.critic else [held]
+    trained = sum(one.dense + one.expert for one in models)
     moments = 8 + (4 if training.itemsize == 2 else 0)  # bytes a parameter
-    stepped = stepped_params(held, training)
+    stepped = sum(stepped_params(one, training) for one in models)
     hosted = round(training.offload * stepped)
     last = stage == layout.pp - 1
     return Memory(
-        parameters=training.itemsize * trained + 4 * held.buffers,
+        parameters=sum(_parameter_bytes(one, training) for one in models),
         gradients=4 * trained,
         optimizer=moments * (stepped - hosted),
         activations=_activations(weight_map, training, stage),
         logits=_logits(weight_map, training) if last else 0,
         temporaries=_temporaries(weight_map, training, stage),
-        save=_save(held, layout) if training.distributed_optimizer else 0,
-        host=ON_HOST * hosted,
+        save=max(_save(one, layout) for one in models) if training.distributed_optimizer else 0,
+        host=ON_HOST * hosted + (_parameter_bytes(held, training) if training.reference else 0),
     )
+
+
+def critic_held(weight_map: WeightMap, layout: Layout, stage: int, held: Held) -> Held:
+    """The policy's trunk, with one number a row in place of the output layer (megarl/engine/critic.py)."""
+    if stage < layout.pp - 1:
+        return held
+    (output,) = (entry for entry in weight_map.entries if entry.name == "output_layer.weight")
+    there = layout.pp > 1 or not output.copy  # else the embedding is the output layer
+    cut = held_of(weight_map.params_of(output, layout, layout.coord(0))).dense if there else 0
+    hidden: int = weight_map.model["hidden_size"]
+    return held._replace(dense=held.dense - cut + hidden, whole=held.whole + hidden)
+
+
+def _parameter_bytes(held: Held, training: Training) -> int:
+    return training.itemsize * (held.dense + held.expert) + 4 * held.buffers
 
 
 def _save(held: Held, layout: Layout) -> int:

@@ -275,5 +275,6 @@ def assumptions(machine: Machine, work: Work) -> list[str]:
         "between hosts; rings, latency left out; nothing overlaps",
         f"an optimizer in host memory: {HOST_COPY / 1e9:g} GB/s a GPU of it, {HOST_LINK / 1e9:g} GB/s to it and back",
         f"a step: {work.tokens:,} tokens in {work.minibatches} mini-batches, sequences of {work.sequence:,}, packs "
-        "full, routes even; its training part alone: pi_old, updates, gradients summed, Adam",
+        "full, routes even; its training part alone: pi_old, the policy's updates, gradients summed, Adam; without "
+        "what a critic or a reference computes",
     ]

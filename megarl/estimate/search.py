@@ -11,6 +11,7 @@ from functools import cached_property
 
 from megarl.config import Config, ParallelConfig
 from megarl.errors import UserError
+from megarl.estimate.cluster import training_of
 from megarl.estimate.memory import (
     RECOMPUTE,
     Held,
@@ -139,11 +140,12 @@ class Search:
             if max(_least(self.itemsize, one) for one in held) > limit:
                 continue
             stages = _telling_stages(held)
+            base = replace(training_of(self.config, layout, self.itemsize), distributed_optimizer=True)
             for times in PACKS:
                 tries = len(RECOMPUTE)
                 for offload in offloads:
                     for place, recompute in enumerate(RECOMPUTE[:tries]):
-                        training = Training(layout, self.itemsize, True, recompute, times * self.longest, offload)
+                        training = replace(base, recompute=recompute, tokens=times * self.longest, offload=offload)
                         memory = self._fullest(training, stages, held)
                         if memory.total <= limit:
                             yield training, memory, held
@@ -267,7 +269,7 @@ def describe(search: Search, world: int, found: list[Found], fewest: int | None,
         lines.append(
             f"{one.tokens_per_s / world:>14,.0f} {one.mfu:>5.1%} {one.memory.total / GIB:>6.1f} {shares}  "
             f"{' '.join(one.overrides)}"
-            + (f" ({one.memory.host / GIB:,.0f} GiB of host memory)" if one.offload else "")
+            + (f" ({one.memory.host / GIB:,.0f} GiB of host memory)" if one.memory.host else "")
         )
     most = max(world, search.machine.gpus)
     few, host = (f"fits on {count:,} GPUs" if count else f"does not fit on {most:,}" for count in (fewest, hosted))

@@ -33,7 +33,8 @@ READS = {
     "compare": f"{ENGINE} -engine.distributed_optimizer -engine.optimizer_offload_fraction {SERVERS} sync batch"
     " -batch.equal_groups -batch.max_refills replay data.prompts objective.is_cap train.on_bad_batch",
     "plan": "model parallel engine rollout.engines rollout.tp rollout.dtype rollout.max_prompt_tokens"
-    " rollout.max_new_tokens batch.prompts batch.group batch.minibatches replay.mode launch.trainers",
+    " rollout.max_new_tokens rollout.max_lag batch.prompts batch.group batch.minibatches replay objective"
+    " sync.transport launch.trainers",
 }
 
 

@@ -1,5 +1,5 @@
 """One rank of N takes a step: the engine is built, its optimizer has been through a step, and a batch of two
-mini-batches is learnt from, with a pi_old pass.
+mini-batches is learnt from, with a pi_old pass and with all that the objective asks for: a critic, a reference.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megarl.config import Config
+from megarl.engine import critic as critics
 from megarl.engine.batch import Pack, make_packs, router_rows
 from megarl.engine.build import Engine, route_shape
 from megarl.engine.device import setup_device
 from megarl.engine.model import build_model, wrap_for_training
 from megarl.engine.optim import build_optimizer
 from megarl.engine.parallel import destroy_parallel, init_parallel
-from megarl.loop.batch import Batch
+from megarl.loop.batch import Batch, Span
 from megarl.loop.learn import Learner
 from megarl.simulate.cuda import simulated
 from megarl.simulate.ledger import Ledger
@@ -60,9 +61,10 @@ def simulate(
         ledger.phase = "packs"
         batches = [packs_of(config, engine, count) for _ in range(minibatches)]
         responses = [f"response {i}" for i in range(1 + max((r for p in batches[0] for r in p.responses), default=0))]
+        spans = [_spans(config, i) for i in range(len(responses))]
+        learner = learner_of(config, engine, ledger)
         ledger.phase = "metrics"
-        learner = Learner(config, engine)
-        learner.learn(Batch(batches, responses, {}, [], [], [[] for _ in responses]), 0)
+        learner.learn(Batch(batches, responses, {}, [], [], spans), config.critic.warmup_steps)
         ledger.phase = "end"
         layers = len(engine.model.routers())
     return Simulated(
@@ -91,9 +93,24 @@ def built(config: Config, ledger: Ledger, hf: dict[str, Any]) -> Engine:
     ledger.phase = "optimizer"
     engine.set_optimizer(*build_optimizer(config, model, config.optimizer_steps))
     engine.step()  # Adam's moments come with the first one
-    for name, phase in (("logprobs", "pi_old pass"), ("gradients", "gradients"), ("step", "optimizer step")):
-        setattr(engine, name, _in_phase(ledger, phase, getattr(engine, name)))
+    _name_phases(engine, ledger, logprobs="pi_old pass", gradients="gradients", step="optimizer step")
     return engine
+
+
+def learner_of(config: Config, engine: Engine, ledger: Ledger) -> Learner:
+    """With the critic and the reference that the objective asks for; the critic's weights are not read either."""
+    ledger.phase = "critic"
+    critics.load_weights = lambda *args, **kwargs: None
+    learner = Learner(config, engine)
+    if learner.critic:
+        learner.critic.step()
+        _name_phases(learner.critic, ledger, values="values", gradients="critic gradients", step="critic step")
+    return learner
+
+
+def _name_phases(engine: Engine, ledger: Ledger, **phases: str) -> None:
+    for name, phase in phases.items():
+        setattr(engine, name, _in_phase(ledger, phase, getattr(engine, name)))
 
 
 def _in_phase(ledger: Ledger, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +134,7 @@ def packs_of(config: Config, engine: Engine, count: int) -> list[Pack]:
     for pack in packs:
         given = pack.rollout
         given.logprobs = torch.full_like(given.logprobs, -1.0)
+        given.rewards = torch.where(pack.seq_ids % 2 == 0, 1.0, 0.0)
         given.advantages = torch.where(pack.seq_ids % 2 == 0, 1.0, -1.0)
         given.group_ids, given.denominators = pack.seq_ids // 2, torch.full_like(given.denominators, float(len(drawn)))
         if layers and weight_map.num_experts:
@@ -124,6 +142,12 @@ def packs_of(config: Config, engine: Engine, count: int) -> list[Pack]:
             given.routes = _even_routes(own, layers, weight_map.top_k, weight_map.num_experts)
             given.has_route = torch.ones(own, dtype=torch.bool)
     return packs
+
+
+def _spans(config: Config, response: int) -> list[Span]:
+    """Its first half of weights as old as rollout.max_lag allows, in turn, its second half of those of now."""
+    lag, rows = response % (config.rollout.max_lag + 1), config.rollout.max_new_tokens
+    return [Span(lag, 0, rows // 2, False), Span(0, rows // 2, rows, lag > 0)]
 
 
 def _even_routes(rows: int, layers: int, topk: int, experts: int) -> torch.Tensor:

@@ -6,15 +6,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from megarl.config import load_config
 from megarl.engine.batch import make_packs
 from megarl.engine.build import build_engine
+from megarl.engine.critic import value_map
 from megarl.engine.parallel import destroy_parallel
+from megarl.estimate.memory import critic_held, held_of, stage_held
 from megarl.loop.critic_step import CriticStep, explained
 from megarl.objective import finish
+from megarl.weights.map.layout import Layout
+from megarl.weights.map.weight_map import WeightMap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.tiny_model import make_tiny_model
@@ -48,3 +54,13 @@ def test_the_critic_comes_to_explain_a_batch_it_sees_again_and_again(tmp_path: P
             torch.testing.assert_close(values, torch.full((RESPONSES[i],), REWARDS[i]), atol=0.1, rtol=0)
     assert found[0] < 0.1 and found[-1] > 0.95
     destroy_parallel()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", [Layout(world=2), Layout(tp=2, pp=2, ep=2, world=4)], ids=str)
+def test_what_a_critic_holds_is_planned(hf_config: dict[str, Any], layout: Layout, tied: bool) -> None:
+    hf = {**hf_config, "tie_word_embeddings": tied}
+    policy, critic = WeightMap(hf), value_map(hf)
+    for stage in range(layout.pp):
+        held = held_of(critic.params(layout, layout.coord(stage * (layout.world // layout.pp))))
+        assert critic_held(policy, layout, stage, stage_held(policy, layout, stage)) == held

@@ -33,7 +33,7 @@ def test_the_table_names_what_exists_and_every_key_has_a_reader() -> None:
         ("generate", ["batch={group: 2, prompts: 3}"], "does not read batch.prompts"),
         ("generate", ["sync.quantize=none", "batch.group=3"], ""),
         ("compare", ["sync.quantize=int4", "objective=grpo", "objective.is_cap=3", "batch.prompts=3"], ""),
-        ("compare", ["objective.eps_low=0.1"], "does not read objective.eps_low, megarl run does"),
+        ("compare", ["objective.eps_low=0.1"], "does not read objective.eps_low, megarl run and plan does"),
         ("compare", ["engine.distributed_optimizer=true"], "does not read engine.distributed_optimizer"),
         ("eval", ["eval.samples=2", "eval.prompts=p.jsonl", "rollout.engines=2", "data.reward=digit_sum"], ""),
         ("eval", ["rollout.temperature=0.5"], "does not read rollout.temperature"),
@@ -43,7 +43,7 @@ def test_the_table_names_what_exists_and_every_key_has_a_reader() -> None:
         ("sft", ["train.min_lr=1e-6"], "train.min_lr is read only with a train.lr_decay_style other than constant"),
         ("run", ["batch.max_refills=3"], "batch.equal_groups=refill"),
         ("compare", ["sync.quantize_also=[router]"], "sync.quantize_also is read only with a sync.quantize"),
-        ("plan", ["engine.recompute=full", "parallel.tp=2"], ""),
+        ("plan", ["engine.recompute=full", "parallel.tp=2", "objective=ppo", "sync.transport=broadcast"], ""),
         ("plan", ["rollout.temperature=1"], "does not read rollout.temperature"),
     ],
 )

@@ -39,6 +39,18 @@ def test_figures_of_a_layout(run_yaml: Path, capsys: pytest.CaptureFixture[str])
     assert "weight sync" in capsys.readouterr().out
 
 
+def test_a_critic_is_counted_on_the_card_and_a_reference_in_host_memory(run_yaml: Path) -> None:
+    def stage(*overrides: str) -> dict[str, int]:
+        config = load_config(run_yaml, ["engine.dtype=bfloat16", *overrides])
+        return plan_run(config, 4, 1, Hosts(8, 50.0))["train"]["stages"][0]  # whose critic is the policy's trunk
+
+    policy, ppo, kl = stage(), stage("objective=ppo"), stage("objective.kl_coef=0.1")
+    states = ("parameters", "gradients", "optimizer")
+    assert [ppo[part] for part in states] == [2 * policy[part] for part in states]
+    assert ppo["total"] == policy["total"] + sum(policy[part] for part in states)
+    assert (kl["total"], kl["host"]) == (policy["total"], policy["host"] + policy["parameters"])
+
+
 def test_an_impossible_layout_is_refused(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(run_yaml), "--world", "6"]) == 2
     assert "trainer ranks" in capsys.readouterr().err

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from megarl.config import load_config
+from megarl.estimate.cluster import training_of
 from megarl.estimate.memory import Training, stage_memory
 from megarl.estimate.traffic import Sent, stage_traffic
 from megarl.simulate.command import recompute_gain
-from megarl.simulate.phases import STEP
+from megarl.simulate.phases import POLICY, STEP
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap
 
@@ -52,14 +53,15 @@ LAYOUTS: dict[str, tuple[int, int, int, list[str]]] = {  # layers, world, rank, 
         15,
         ["parallel.tp=2", "parallel.pp=2", "parallel.ep=4", "parallel.cp=2", SHARDED, "engine.recompute=full"],
     ),
+    "ppo": (2, 2, 0, ["objective=ppo"]),
 }
 
 DEEP, LAYERS = "deep", "single layers"
-MINIBATCHES = {"ep": 2}  # one is enough elsewhere; with two there is a pi_old pass
+MINIBATCHES = {"ep": 2, "ppo": 2}  # one is enough elsewhere; with two there is a pi_old pass
 
 # Where the host waits for the device, and how often: in each layer of a pass with experts, in each pack, pass, update
-# and batch, for each parameter that is stepped on the host; old: in a pi_old pass. The list only shrinks: what is not
-# here fails, and so does what no layout reaches.
+# and batch, for each parameter that is stepped on the host; old: in a pi_old pass; critic: in each of its updates. The
+# list only shrinks: what is not here fails, and so does what no layout reaches.
 WAITS: dict[str, dict[str, int]] = {
     "event megatron/core/transformer/moe/token_dispatcher.py MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": {
         "layer": 1
@@ -70,6 +72,10 @@ WAITS: dict[str, dict[str, int]] = {
     "item megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": {"update": 2},
     "event megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py HybridDeviceOptimizer.step": {"hosted": 1},
     "item megarl/loop/learn.py Learner._sound": {"update": 1, "batch": 1},
+    "copy to the host megarl/loop/critic_step.py CriticStep.value": {"critic": 1},
+    "copy to the device megarl/loop/critic_step.py CriticStep.gradients": {"critic": 1},
+    "item megarl/loop/critic_step.py CriticStep.gradients": {"critic": 1},
+    "copy to the device megarl/objective/aggregate.py divisors": {"critic": 1},
     "copy to the host megarl/loop/reduce.py reduce_sums": {"batch": 4},
     "copy to the host megarl/loop/reduce.py _on_host": {"batch": 1},
     "copy to the host megarl/loop/reduce.py routing_values": {"batch": 2},
@@ -149,10 +155,13 @@ def trained(name: str) -> tuple[WeightMap, Training, int]:
     layers, world, rank, keys = LAYOUTS[name]
     config = load_config(None, [*KEYS, *keys])
     layout = Layout(**config.parallel.model_dump(), world=world)
-    engine = config.engine
-    fraction = engine.optimizer_offload_fraction
-    training = Training(layout, 2, engine.distributed_optimizer, engine.recompute, TOKENS, fraction)
-    return WeightMap(model(layers)), training, layout.coord(rank).pp
+    return WeightMap(model(layers)), training_of(config, layout, 2), layout.coord(rank).pp
+
+
+def test_states_of_a_critic_are_counted(found: dict[str, dict[str, Any]]) -> None:
+    planned = stage_memory(*trained("ppo"))
+    states = planned.parameters + planned.gradients + planned.optimizer
+    assert found["ppo"]["peaks"]["end"]["bytes"] == pytest.approx(states, rel=0.001)
 
 
 def test_recompute_saves_and_costs_what_single_layers_say(found: dict[str, dict[str, Any]]) -> None:
@@ -170,12 +179,14 @@ def test_the_host_waits_as_it_is_listed(found: dict[str, dict[str, Any]]) -> Non
     for name, rank in ((name, found[name]) for name in LAYOUTS):
         batches, packs = rank["minibatches"], rank["minibatches"] * rank["packs"]
         passes = 1 + (batches > 1) + ("engine.recompute=full" in LAYOUTS[name][-1])
+        models = 1 + ("objective=ppo" in LAYOUTS[name][-1])
         units = {
-            "layer": rank["moe_layers"] * packs * passes,
-            "pack": packs,
+            "layer": rank["moe_layers"] * packs * passes * models,
+            "pack": packs * models,
             "pass": batches + (batches > 1),
             "old": int(batches > 1),
-            "update": batches,
+            "update": batches * models,
+            "critic": batches * (models - 1),
             "batch": 1,
             "hosted": sum(n for at, *_, to, n in rank["copies"] if at in STEP and "param_copy_back_gpu" in to),
         }
@@ -194,11 +205,11 @@ def test_the_host_waits_as_it_is_listed(found: dict[str, dict[str, Any]]) -> Non
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_collectives_send_what_is_computed(found: dict[str, dict[str, Any]], name: str) -> None:
     rank = found[name]
-    sent: dict[str, Sent] = {phase: Counter() for phase in STEP}
+    sent: dict[str, Sent] = {phase: Counter() for phase in POLICY}
     for phase, group, ranks, what, place, _, size in rank["sent"]:
         kind = next(kind for kind in KINDS if what.startswith(kind))
         alone = len(ranks) == 1 and kind not in ("send", "recv")
-        if phase not in ("metrics", *sent) or phase == "metrics" or alone:
+        if phase not in sent or alone:
             continue
         if "get_grad_norm" in place:
             assert size <= NORM * rank["minibatches"]
