@@ -263,19 +263,23 @@ def _plan(args: argparse.Namespace) -> int:
             raise UserError(f"{name} {value} is not a number of ranks; give 1 or more")
     if not args.link_gbs > 0:
         raise UserError(f"--link-gbs {args.link_gbs:g} is not a speed; give GB/s above 0")
+    if not args.gpu_gib > 0:
+        raise UserError(f"--gpu-gib {args.gpu_gib:g} is no memory; give GiB above 0")
     if args.search:
         return _search(config, world, args)
     check(config, "plan", world_size=world)
+    from megarl.estimate.cluster import Hosts, run
+    from megarl.estimate.memory import GIB
+
+    hosts, gpu = Hosts(args.gpus_per_host, args.link_gbs), args.gpu_gib * GIB
     if args.trace:
         if not 0 <= args.rank < world:
             raise UserError(f"--rank {args.rank} is no rank of {world}; give 0 to {world - 1}")
         from megarl.simulate import command
 
-        host, gpu = args.gpus_per_host, args.gpu_gib
-        return command.run(args.config, args.overrides, world, args.rank, host, gpu, args.json, args.out)
-    from megarl.estimate.cluster import Hosts, run
-
-    return run(config, world, args.rollout_ep, Hosts(args.gpus_per_host, args.link_gbs), args.json)
+        config_of = (args.config, args.overrides)
+        return command.run(*config_of, world, args.rank, args.rollout_ep, hosts, gpu, args.json, args.out)
+    return run(config, world, args.rollout_ep, hosts, gpu, args.json)
 
 
 def _search(config: Config, world: int, args: argparse.Namespace) -> int:
@@ -286,7 +290,8 @@ def _search(config: Config, world: int, args: argparse.Namespace) -> int:
 
     config.parallel = ParallelConfig()
     check(config, "plan", world_size=world)
-    return search.run(config, world, search.machine_of(args.gpu_gib, args.gpus_per_host, args.link_gbs), args.json)
+    machine = search.machine_of(args.gpu_gib, args.gpus_per_host, args.link_gbs)
+    return search.run(config, world, args.rollout_ep, machine, args.json)
 
 
 def _doctor(args: argparse.Namespace) -> int:

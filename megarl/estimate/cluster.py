@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from megarl.config import Config
-from megarl.estimate.memory import Training, stage_memory
+from megarl.estimate.memory import GIB, Training, room, stage_memory, verdict
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 from megarl.weights.reshard.plan import Plan, make_plan
 from megarl.weights.reshard.rollout_layout import RolloutLayout
 
 ITEMSIZE = {"auto": 2, "bfloat16": 2, "float32": 4}  # a plan is for a cluster: auto is bfloat16 there
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,13 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
     """
     weight_map = WeightMap(load_hf_config(config.model.path))
     layout = Layout(**config.parallel.model_dump(), world=world)
-    rollout = RolloutLayout(config.rollout.engines, config.rollout.tp, rollout_ep)
     trained = ITEMSIZE[config.engine.dtype]
     training = training_of(config, layout, trained)
-    itemsize = ITEMSIZE[config.rollout_dtype(on_gpu=True)]
-    plan = make_plan(layout, rollout, weight_map, itemsize=itemsize)
-    sync, rank_weights = _sync(plan, hosts)
-    kept = plan.kept_bytes().reshape(layout.pp, -1).max(1) if config.sync.transport == "reshard" else [0] * layout.pp
+    plan = sync_plan(config, layout, weight_map, rollout_ep)
+    rollout, (sync, rank_weights) = plan.rollout, _sync(plan, hosts)
     stages = []
-    for stage in range(layout.pp):
-        memory = replace(stage_memory(weight_map, training, stage), sync=int(kept[stage]))
+    for stage, kept in enumerate(kept_by_stage(config, plan)):
+        memory = replace(stage_memory(weight_map, training, stage), sync=kept)
         layers = (
             layout.stage_sizes(weight_map.num_layers)[stage] if layout.vpp == 1 else weight_map.num_layers // layout.pp
         )
@@ -66,9 +62,30 @@ def plan_run(config: Config, world: int, rollout_ep: int, hosts: Hosts) -> dict[
             "critic": training.critic,
             "stages": stages,
         },
-        "rollout": {"ranks": rollout.world, "engines": rollout.engines, "itemsize": itemsize, "weights": rank_weights},
+        "rollout": {
+            "ranks": rollout.world,
+            "engines": rollout.engines,
+            "itemsize": _rollout_itemsize(config),
+            "weights": rank_weights,
+        },
         "sync": sync,
     }
+
+
+def sync_plan(config: Config, layout: Layout, weight_map: WeightMap, rollout_ep: int) -> Plan:
+    rollout = RolloutLayout(config.rollout.engines, config.rollout.tp, rollout_ep)
+    return make_plan(layout, rollout, weight_map, itemsize=_rollout_itemsize(config))
+
+
+def _rollout_itemsize(config: Config) -> int:
+    return ITEMSIZE[config.rollout_dtype(on_gpu=True)]
+
+
+def kept_by_stage(config: Config, plan: Plan) -> list[int]:
+    """Bytes of messages that the fullest rank of each stage keeps from one weight sync to the next."""
+    if config.sync.transport != "reshard":
+        return [0] * plan.train.pp
+    return [int(most) for most in plan.kept_bytes().reshape(plan.train.pp, -1).max(1)]
 
 
 def training_of(config: Config, layout: Layout, itemsize: int) -> Training:
@@ -113,8 +130,13 @@ def _sync(plan: Plan, hosts: Hosts) -> tuple[dict[str, Any], int]:
     return sync, int(held_bytes.max())
 
 
-def describe(plan: dict[str, Any]) -> str:
-    """The figures as tables."""
+def needed(plan: dict[str, Any]) -> int:
+    """Bytes of the fullest stage's ranks."""
+    return max(stage["total"] for stage in plan["train"]["stages"])
+
+
+def describe(plan: dict[str, Any], gpu: float) -> str:
+    """The figures as tables. gpu: bytes."""
     train, rollout, sync = plan["train"], plan["rollout"], plan["sync"]
     both = ", policy and critic together" if train["critic"] else ""
     columns = "parameters gradients optimizer sync activations logits temporaries save total host".split()
@@ -133,6 +155,8 @@ def describe(plan: dict[str, Any]) -> str:
             f"{stage['stage']:>5} {stage['layers']:>6} " + " ".join(f"{stage[name] / GIB:>11.3f}" for name in columns)
         )
     lines += [
+        "",
+        verdict(needed(plan), gpu),
         "",
         f"rollout: {rollout['ranks']:,} ranks in {rollout['engines']:,} engines, {rollout['weights'] / GIB:.3f} GiB "
         "of weights a rank",
@@ -153,7 +177,9 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(config: Config, world: int, rollout_ep: int, hosts: Hosts, as_json: bool) -> int:
+def run(config: Config, world: int, rollout_ep: int, hosts: Hosts, gpu: float, as_json: bool) -> int:
+    """0 where it fits a GPU of so many bytes, 1 where it does not."""
     plan = plan_run(config, world, rollout_ep, hosts)
-    print(json.dumps(plan) if as_json else describe(plan))
-    return 0
+    fits = needed(plan) <= room(gpu)
+    print(json.dumps(plan | {"fits": fits}) if as_json else describe(plan, gpu))
+    return 0 if fits else 1

@@ -24,7 +24,20 @@ from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import Param, WeightMap
 
 RECOMPUTE = ("none", "selective", "full")  # engine.recompute
+GIB = 2**30
+FREE = 0.1  # of a GPU: CUDA, buffers of NCCL and fragmentation, which no plan and no trace has
 ON_HOST = 16  # bytes of host memory a parameter: master weight, two moments, gradient
+
+
+def room(gpu: float) -> float:
+    """Bytes of a GPU that a rank may take: the one rule of plan, search and trace."""
+    return gpu * (1 - FREE)
+
+
+def verdict(needed: float, gpu: float) -> str:
+    """In words. needed: bytes at the worst moment, checkpoint and weight sync among them."""
+    word = "fits" if needed <= room(gpu) else "does not fit"
+    return f"{word}: {needed / GIB:.3f} of {room(gpu) / GIB:g} GiB ({gpu / GIB:g}, of which {FREE:.0%} stay free)"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from megarl.config import Config, ParallelConfig
-from megarl.errors import UserError
-from megarl.estimate.cluster import training_of
+from megarl.estimate.cluster import kept_by_stage, sync_plan, training_of
 from megarl.estimate.memory import (
+    FREE,
+    GIB,
     RECOMPUTE,
     Held,
     Memory,
@@ -20,6 +21,7 @@ from megarl.estimate.memory import (
     held_of,
     layer_kinds,
     one_of_each_kind,
+    room,
     stage_memory,
 )
 from megarl.estimate.roofline import CARDS, Machine, Seconds, Work, assumptions, model_flops, step_seconds
@@ -28,9 +30,7 @@ from megarl.refusals import layout_refusal
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
-GIB = 2**30
-SHOWN = 10
-FREE = 0.1  # of a GPU, for CUDA, buffers of NCCL and of a weight sync, and fragmentation, which a search leaves out
+SHOWN, LOOKED_AT = 10, 40  # rows, and of how many a weight sync is planned at most, which takes seconds a layout
 OFFLOAD = (0.0, 1.0)  # of the optimizer
 PACKS = (1, 2, 4)  # micro-batches to try, in lengths of the longest response
 MOST_CP, MOST_PP, MOST_VPP = 8, 64, 8
@@ -110,8 +110,8 @@ class Cuts:
 
 
 class Search:
-    def __init__(self, config: Config, machine: Machine) -> None:
-        self.config, self.machine = config, machine
+    def __init__(self, config: Config, machine: Machine, rollout_ep: int = 1) -> None:
+        self.config, self.machine, self.rollout_ep = config, machine, rollout_ep
         self.weight_map = WeightMap(load_hf_config(config.model.path))
         self.cuts = Cuts(self.weight_map)
         rollout, batch = config.rollout, config.batch
@@ -129,23 +129,49 @@ class Search:
         found = [self._rate(*case) for case in self._cases(world, self.offloads)]
         return sorted(found, key=lambda one: -one.tokens_per_s)
 
+    def shown(self, found: list[Found], world: int) -> list[Found]:
+        """The first of them, with the messages that a weight sync keeps, which are left out of what is tried."""
+        kept: dict[Layout, list[int]] = {}
+        rows: list[Found] = []
+        for one in found[:LOOKED_AT]:
+            layout = Layout(**one.parallel, world=world)  # type: ignore[arg-type]
+            if layout not in kept:
+                plan = sync_plan(self.config, layout, self.weight_map, self.rollout_ep)
+                kept[layout] = kept_by_stage(self.config, plan)
+            memory = self._with_sync(self._training(layout, one.recompute, one.tokens, one.offload), kept[layout])
+            if memory.total <= room(self.machine.card.memory):
+                rows.append(replace(one, memory=memory))
+            if len(rows) == SHOWN:
+                break
+        return rows
+
+    def _with_sync(self, training: Training, kept: list[int]) -> Memory:
+        every = (
+            replace(stage_memory(self.weight_map, training, stage, self.cuts.stage(training.layout, stage)), sync=size)
+            for stage, size in enumerate(kept)
+        )
+        return max(every, key=lambda one: one.total)
+
+    def _training(self, layout: Layout, recompute: str, tokens: int, offload: float) -> Training:
+        base = training_of(self.config, layout, self.itemsize)
+        return replace(base, distributed_optimizer=True, recompute=recompute, tokens=tokens, offload=offload)
+
     def fits(self, world: int, offload: float = 0.0) -> bool:
         return offload in self.offloads and next(self._cases(world, (offload,)), None) is not None
 
     def _cases(self, world: int, offloads: tuple[float, ...]) -> Iterator[tuple[Training, Memory, list[Held]]]:
-        limit = self.machine.card.memory * (1 - FREE)
+        limit = room(self.machine.card.memory)
         for layout in self._layouts(world):
             self.tried += len(PACKS) * len(offloads)
             held = [self.cuts.stage(layout, stage) for stage in range(layout.pp)]
             if max(_least(self.itemsize, one) for one in held) > limit:
                 continue
             stages = _telling_stages(held)
-            base = replace(training_of(self.config, layout, self.itemsize), distributed_optimizer=True)
             for times in PACKS:
                 tries = len(RECOMPUTE)
                 for offload in offloads:
                     for place, recompute in enumerate(RECOMPUTE[:tries]):
-                        training = replace(base, recompute=recompute, tokens=times * self.longest, offload=offload)
+                        training = self._training(layout, recompute, times * self.longest, offload)
                         memory = self._fullest(training, stages, held)
                         if memory.total <= limit:
                             yield training, memory, held
@@ -222,37 +248,39 @@ def _cuts_of(layers: int, pp: int) -> Iterator[tuple[int, int | None]]:
         yield 1, min(ends, key=lambda n: (abs(n - even), n))
 
 
-def run(config: Config, world: int, machine: Machine, as_json: bool) -> int:
+def run(config: Config, world: int, rollout_ep: int, machine: Machine, as_json: bool) -> int:
     """0 where some layout fits, 1 where none does."""
-    search = Search(config, machine)
+    search = Search(config, machine, rollout_ep)
     most = max(world, machine.gpus)
     fewest = search.fewest(most)
     hosted = search.fewest(fewest or most, offload=1.0)
     search.tried = 0
     found = search.fitting(world)
+    shown = search.shown(found, world)
     if as_json:
         few = {"fewest_gpus": fewest, "fewest_gpus_offloaded": hosted}
-        rows = [asdict(one) | {"overrides": one.overrides, "total": one.memory.total} for one in found[:SHOWN]]
+        rows = [asdict(one) | {"overrides": one.overrides, "total": one.memory.total} for one in shown]
         print(json.dumps({"tried": search.tried, "fit": len(found), **few, "best": rows}))
     else:
-        print(describe(search, world, found, fewest, hosted))
-    return 0 if found else 1
+        print(describe(search, world, len(found), shown, fewest, hosted))
+    return 0 if shown else 1
 
 
 def machine_of(gpu_gib: float, gpus: int, link_gbs: float) -> Machine:
-    """UserError where no card is known that is like it: rates are those of the smallest that holds as much."""
+    """Rates are those of the smallest card that holds as much, or of the largest."""
     cards = sorted(CARDS.values(), key=lambda card: card.memory)
     like = next((card for card in cards if gpu_gib <= 1.03 * card.memory / GIB), cards[-1])
-    if gpu_gib <= 0:
-        raise UserError(f"--gpu-gib {gpu_gib:g} is no memory; give GiB above 0")
     return Machine(replace(like, memory=gpu_gib * GIB), gpus, link_gbs * 1e9)
 
 
-def describe(search: Search, world: int, found: list[Found], fewest: int | None, hosted: int | None) -> str:
+def describe(
+    search: Search, world: int, fitting: int, shown: list[Found], fewest: int | None, hosted: int | None
+) -> str:
     lines = [
         f"{world:,} GPUs of {search.machine.card.memory / GIB:g} GiB, of which {FREE:.0%} stay free; optimizer "
-        f"sharded: {len(found):,} of {search.tried:,} layouts with their micro-batches fit, the optimizer on the "
-        "card or in host memory"
+        f"sharded: {fitting:,} of {search.tried:,} layouts with their micro-batches fit, the optimizer on the "
+        "card or in host memory; GiB: at the worst moment of the fullest stage, a checkpoint or a weight sync among "
+        "them (the sync's messages are planned for the rows below alone)"
     ]
     lines += [
         "",
@@ -264,7 +292,7 @@ def describe(search: Search, world: int, found: list[Found], fewest: int | None,
         "",
         f"{'tokens/s a GPU':>14} {'MFU':>5} {'GiB':>6} " + " ".join(f"{p[:9]:>9}" for p in parts) + "  layout",
     ]
-    for one in found[:SHOWN]:
+    for one in shown:
         shares = " ".join(f"{getattr(one.seconds, p) / one.seconds.total:>9.0%}" for p in parts)
         lines.append(
             f"{one.tokens_per_s / world:>14,.0f} {one.mfu:>5.1%} {one.memory.total / GIB:>6.1f} {shares}  "

@@ -8,13 +8,16 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megarl.config import Config, load_config
 from megarl.errors import UserError
+from megarl.estimate.memory import GIB, room, verdict
 from megarl.simulate.phases import BUILD, STEP
 
-GIB = 2**30
+if TYPE_CHECKING:
+    from megarl.estimate.cluster import Hosts
+
 BAR = 40  # columns
 LARGEST = 10
 BACKWARD = 2  # forward passes that a backward pass costs
@@ -25,22 +28,28 @@ def run(
     overrides: list[str],
     world: int,
     rank: int,
-    gpus_per_host: int,
-    gpu_gib: float,
+    rollout_ep: int,
+    hosts: Hosts,
+    gpu: float,
     as_json: bool,
     out: str | None,
 ) -> int:
-    """0 where the step fits gpu_gib, 1 where it does not. out: of the page, or none."""
+    """0 where the rank fits a GPU of so many bytes, 1 where it does not. out: of the page, or none."""
+    from megarl.estimate.cluster import plan_run
+
+    loaded = load_config(config, overrides)
+    stages = plan_run(loaded, world, rollout_ep, hosts)["train"]["stages"]
     request = {"config": config, "keys": overrides, "world": world, "rank": rank}
     found, layers = simulated_ranks([request, {**request, "recompute": True}])
-    found["link_bytes"] = link_bytes(found, gpus_per_host)
-    found["recompute"] = recompute_gain(load_config(config, overrides), world, rank, layers)
-    fits = step_peak(found) <= gpu_gib * GIB
+    found["planned"] = stages[rank // (world // len(stages))]
+    found["link_bytes"] = link_bytes(found, hosts.gpus)
+    found["recompute"] = recompute_gain(loaded, world, rank, layers)
+    fits = needed(found) <= room(gpu)
     if out is not None:
         from megarl.simulate.page import write_page
 
-        write_page(Path(out), config, found, tables(found), f"{'yes' if fits else 'no'}, of {gpu_gib:g} GiB")
-    print(json.dumps(found | {"fits": fits}) if as_json else describe(found, gpu_gib))
+        write_page(Path(out), config, found, tables(found), verdict(needed(found), gpu))
+    print(json.dumps(found | {"needed": needed(found), "fits": fits}) if as_json else describe(found, gpu))
     return 0 if fits else 1
 
 
@@ -63,6 +72,11 @@ def simulated_ranks(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def step_peak(found: dict[str, Any]) -> int:
     """Bytes, at the worst moment of the whole."""
     return max(peak["bytes"] for peak in found["peaks"].values())
+
+
+def needed(found: dict[str, Any]) -> int:
+    """Bytes, with what the trace holds none of: messages kept for the next weight sync, and a checkpoint."""
+    return max(step_peak(found) + found["planned"]["sync"], found["planned"]["total"])
 
 
 def link_bytes(found: dict[str, Any], gpus_per_host: int) -> dict[str, int]:
@@ -151,8 +165,9 @@ def tables(found: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def describe(found: dict[str, Any], gpu_gib: float) -> str:
-    peak = step_peak(found)
+def describe(found: dict[str, Any], gpu: float) -> str:
+    """gpu: bytes."""
+    peak, planned = step_peak(found), found["planned"]
     batch = f"{found['minibatches']} mini-batches of {found['packs']} packs"
     lines = [
         f"rank {found['rank']} of {found['world']:,}, {batch}, simulated in {found['seconds']:.0f} s "
@@ -166,8 +181,12 @@ def describe(found: dict[str, Any], gpu_gib: float) -> str:
             lines.append(f"{phase:<18} {at['bytes'] / GIB:>9.3f} {bar}")
     for title, rows in tables(found).items():
         lines += ["", title, *(f"{value:>9} {what}" for value, what in rows)]
-    verdict = "fits" if peak <= gpu_gib * GIB else "does not fit"
-    lines += ["", f"{verdict}: {peak / GIB:.3f} of {gpu_gib:g} GiB"]
+    lines += [
+        "",
+        f"traced: {peak / GIB:.3f} GiB, and {planned['sync'] / GIB:.3f} of messages kept for the next weight sync; "
+        f"planned with these: {planned['total'] / GIB:.3f}, of a step or of a checkpoint",
+        verdict(needed(found), gpu),
+    ]
     return "\n".join(lines)
 
 

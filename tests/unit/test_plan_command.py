@@ -36,7 +36,12 @@ def test_figures_of_a_layout(run_yaml: Path, capsys: pytest.CaptureFixture[str])
     sharded = json.loads(capsys.readouterr().out)["train"]["stages"]
     assert all(a["optimizer"] < b["optimizer"] for a, b in zip(sharded, stages))
     assert main(options) == 0
-    assert "weight sync" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "weight sync" in text and "\nfits: " in text
+    most = max(stage["total"] for stage in stages)
+    assert main([*options, "--gpu-gib", str(most / 0.91 / 2**30)]) == 1  # a tenth stays free
+    assert "\ndoes not fit: " in capsys.readouterr().out
+    assert main([*options, "--gpu-gib", str(most / 0.89 / 2**30)]) == 0
 
 
 def test_a_critic_is_counted_on_the_card_and_a_reference_in_host_memory(run_yaml: Path) -> None:

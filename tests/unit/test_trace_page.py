@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from megarl.cli import main
 from megarl.config import load_config
 from megarl.errors import UserError
-from megarl.simulate import shim
+from megarl.simulate import command, shim
 from megarl.simulate.command import describe, link_bytes, recompute_gain, tables
 from megarl.simulate.page import memory_chart, write_page
 
@@ -35,6 +36,7 @@ def found() -> dict[str, Any]:
     record = rank | {"peaks": peaks, "curve": curve, "sent": sent, "waits": waits}
     nothing = {"planned": 3 * GIB, "saved": 0, "flops": 0, "share": 0.0}
     record["recompute"] = {"none": nothing, "full": {"planned": GIB, "saved": GIB, "flops": 5e12, "share": 1 / 3}}
+    record["planned"] = {"sync": GIB // 4, "total": 5 * GIB // 2}
     record["link_bytes"] = link_bytes(record, 8)
     return record
 
@@ -46,8 +48,11 @@ def test_bytes_go_over_the_slowest_link_of_a_ring_and_evenly_to_all(found: dict[
 
 
 def test_tables_and_page(found: dict[str, Any], tmp_path: Path) -> None:
-    text = describe(found, 2.0)
-    assert "does not fit: 3.000 of 2 GiB" in text and "3 gradients: item, megarl/a.py f" in text
+    text = describe(found, 3.6 * GIB)
+    assert (
+        "does not fit: 3.250 of 3.24 GiB (3.6, of which 10% stay free)" in text
+        and "3 gradients: item, megarl/a.py f" in text
+    )
     assert "megarl/b.py" not in text  # the step's waits alone
     write_page(tmp_path / "page.html", "examples/a_model.yaml", found, tables(found), "no, of 2 GiB")
     page = (tmp_path / "page.html").read_text()
@@ -58,6 +63,29 @@ def test_tables_and_page(found: dict[str, Any], tmp_path: Path) -> None:
     assert "peak by engine.recompute" in page and "gradients.py:1 f" in page
     assert "full: 1.000 GiB less, 5.0 TFLOP more a pack (33% of the layers" in page
     assert memory_chart(found["curve"]).low == 0.0
+
+
+def test_a_step_that_fits_does_not_where_its_checkpoint_does_not(found: dict[str, Any]) -> None:
+    assert "\nfits: 3.250 of 3.6 GiB" in describe(found, 4.0 * GIB)
+    found["planned"]["total"] = 4 * GIB  # with what a save gathers
+    text = describe(found, 4.0 * GIB)
+    assert "does not fit: 4.000 of 3.6 GiB" in text and "traced: 3.000 GiB" in text
+
+
+def test_the_command_judges_by_the_plan_where_that_is_more(
+    found: dict[str, Any], run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = {how: {"moe": 1} for how in ("none", "selective", "full")}
+    layers = {"layers": {"moe": 1}, "kept": kinds, "forward": {"moe": 1}, "update": {"none": 1, "selective": 1}}
+    for at in found["peaks"].values():
+        at["bytes"] = 1000
+    monkeypatch.setattr(command, "simulated_ranks", lambda requests: [found, layers])
+    options = ["plan", str(run_yaml), "--world", "4", "--trace", "--json", "--gpu-gib"]
+    assert main([*options, "1"]) == 0
+    traced = json.loads(capsys.readouterr().out)
+    assert traced["fits"] and traced["needed"] == traced["planned"]["total"] > 1000 and traced["planned"]["sync"]
+    assert main([*options, str(traced["needed"] / 0.91 / GIB)]) == 1
+    assert not json.loads(capsys.readouterr().out)["fits"]
 
 
 def test_recompute_saves_of_each_layer_in_flight_and_pays_for_each(run_yaml: Path) -> None:
