@@ -34,6 +34,7 @@ SHOWN, LOOKED_AT = 10, 40  # rows, and of how many a weight sync is planned at m
 OFFLOAD = (0.0, 1.0)  # of the optimizer
 PACKS = (1, 2, 4)  # micro-batches to try, in lengths of the longest response
 MOST_CP, MOST_PP, MOST_VPP = 8, 64, 8
+MOST_GPUS, STEPS = 4096, 32  # of the fewest that fit; how many counts between one power of two and the next
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,21 @@ class Search:
         speed = self.work.tokens / seconds.total
         return Found(sizes, training.recompute, training.tokens, memory, seconds, speed, mfu, training.offload)
 
-    def fewest(self, most: int, offload: float = 0.0) -> int | None:
-        """GPUs on which something fits, of 1, 2, 4 ... a host and then whole hosts; None if not on `most` of them."""
+    def fewest(self, offload: float = 0.0) -> int | None:
+        """GPUs on which something fits, of the divisors of a host and then whole hosts; None if not on MOST_GPUS. By
+        doubling, and then upwards from the half: more hosts do not always fit (a prime number is hardly cut), so that
+        bisecting could miss some.
+        """
         gpus = self.machine.gpus
-        counts = [n for n in range(1, gpus) if gpus % n == 0] + list(range(gpus, most + 1, gpus))
-        return next((count for count in counts if count <= most and self.fits(count, offload)), None)
+        for count in _divisors(gpus, gpus):
+            if self.fits(count, offload):
+                return count
+        low = gpus
+        while 2 * low <= MOST_GPUS and not self.fits(2 * low, offload):
+            low *= 2
+        step = gpus * max(1, low // gpus // STEPS)
+        counts = range(low + step, min(2 * low, MOST_GPUS) + 1, step)
+        return next((count for count in counts if self.fits(count, offload)), None)
 
 
 def _least(itemsize: int, held: Held) -> int:
@@ -251,9 +262,7 @@ def _cuts_of(layers: int, pp: int) -> Iterator[tuple[int, int | None]]:
 def run(config: Config, world: int, rollout_ep: int, machine: Machine, as_json: bool) -> int:
     """0 where some layout fits, 1 where none does."""
     search = Search(config, machine, rollout_ep)
-    most = max(world, machine.gpus)
-    fewest = search.fewest(most)
-    hosted = search.fewest(fewest or most, offload=1.0)
+    fewest, hosted = search.fewest(), search.fewest(offload=1.0)
     search.tried = 0
     found = search.fitting(world)
     shown = search.shown(found, world)
@@ -299,8 +308,7 @@ def describe(
             f"{' '.join(one.overrides)}"
             + (f" ({one.memory.host / GIB:,.0f} GiB of host memory)" if one.memory.host else "")
         )
-    most = max(world, search.machine.gpus)
-    few, host = (f"fits on {count:,} GPUs" if count else f"does not fit on {most:,}" for count in (fewest, hosted))
+    few, host = (f"fits on {count:,} GPUs" if count else f"does not fit on {MOST_GPUS:,}" for count in (fewest, hosted))
     lines += [
         "",
         f"on how few GPUs: {few}, with the optimizer in host memory (engine.optimizer_offload_fraction=1) {host}, "

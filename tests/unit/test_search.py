@@ -43,7 +43,7 @@ def test_every_layout_that_is_found_is_taken_and_fits_where_it_is_pasted(run_yam
     search = Search(load_config(run_yaml, given), machine_of(0.002, 4, 50.0))
     found = search.fitting(8)
     assert 10 < len(found) < search.tried and len({tuple(one.overrides) for one in found}) == len(found)
-    assert {one.recompute for one in found} > {"none"} and search.fewest(8) in (1, 2, 4, 8)
+    assert {one.recompute for one in found} > {"none"} and search.fewest() in (1, 2, 4, 8)
     sizes = [one.parallel for one in found]
     assert all(8 // (size["tp"] * size["pp"] * size["cp"]) <= 4 for size in sizes)
     shown = search.shown(found, 8)
@@ -57,7 +57,7 @@ def test_every_layout_that_is_found_is_taken_and_fits_where_it_is_pasted(run_yam
 def test_a_float32_optimizer_is_not_offered_in_host_memory(run_yaml: Path) -> None:
     search = Search(load_config(run_yaml, ["engine.dtype=float32"]), machine_of(0.0035, 4, 50.0))
     found = search.fitting(4)
-    assert found and not any(one.offload for one in found) and search.fewest(8, offload=1.0) is None
+    assert found and not any(one.offload for one in found) and search.fewest(offload=1.0) is None
 
 
 def test_with_the_optimizer_in_host_memory_less_is_enough(run_yaml: Path) -> None:
@@ -66,8 +66,28 @@ def test_with_the_optimizer_in_host_memory_less_is_enough(run_yaml: Path) -> Non
     hosted = [one for one in found if one.offload]
     assert hosted and all(one.memory.host > 0 == one.memory.optimizer and one.seconds.optimizer > 0 for one in hosted)
     assert all(one.memory.host == 0 for one in found if not one.offload)
-    fewest, with_host = search.fewest(64), search.fewest(64, offload=1.0)
+    fewest, with_host = search.fewest(), search.fewest(offload=1.0)
     assert fewest and with_host and with_host < fewest
+
+
+def test_the_fewest_gpus_are_found_beyond_those_asked_for(
+    run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", str(run_yaml), "--search", "--world", "1", "--gpus-per-host", "1", "--json"]
+    assert main([*command, "--gpu-gib", "0.002"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fit"] == 0 and found["fewest_gpus"] >= found["fewest_gpus_offloaded"] > 1
+
+    search, tried = Search(load_config(run_yaml), machine_of(80.0, 8, 50.0)), list[int]()
+
+    def fewest(*fits: int) -> int | None:
+        monkeypatch.setattr(search, "fits", lambda count, offload: tried.append(count) or count in fits)
+        tried.clear()
+        return search.fewest()
+
+    assert fewest(4, 8) == 4 and fewest(24, 32) == 24
+    assert fewest(40, 64) == 40  # though 48 and 56, between the two, do not fit
+    assert fewest(2112, 4096) == 2112 and fewest() is None and fewest(4096) == 4096 and len(tried) < 50
 
 
 def test_the_command(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
