@@ -36,10 +36,11 @@ class Reference:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        """In the device's order: the host waits for none of the copies, and looks at none of what is stored."""
         for stored, (_, tensor) in zip(self._stored, self._model.params(), strict=True):
             live = tensor.detach().clone()
-            tensor.copy_(stored)
-            stored.copy_(live)
+            tensor.copy_(stored, non_blocking=True)
+            stored.copy_(live, non_blocking=True)
 
 
 def _host_copy(tensor: torch.Tensor, pin: bool) -> torch.Tensor:

@@ -10,7 +10,7 @@ from megarl.config import Config
 from megarl.engine.batch import Pack
 from megarl.engine.build import Engine
 from megarl.engine.critic import build_critic
-from megarl.engine.device import to_device
+from megarl.engine.device import to_device, to_host
 from megarl.objective import Sums, gae, value_loss
 from megarl.objective.metrics import mean, unmasked
 
@@ -24,12 +24,13 @@ class CriticStep:
 
     def value(self, packs: list[Pack]) -> None:
         """Values before the first update, and from them and the rewards GAE's advantages and returns, one a token."""
-        values = self.critic.values(packs)
+        values = to_host(self.critic.values(packs))
         if not self.critic.model.parallel.is_last_stage:
             return
         gamma, lam = self.settings.gamma, self.settings.gae_lambda
-        for pack, values_T in zip(packs, values, strict=True):
-            passes, old = pack.passes, values_T.cpu()
+        for pack, old in zip(packs, values, strict=True):
+            assert old is not None
+            passes = pack.passes
             passes.old_values = old
             passes.advantages, passes.returns = gae(
                 pack.rollout.rewards, old, pack.mask, pack.seq_ids, gamma=gamma, lam=lam
@@ -40,10 +41,10 @@ class CriticStep:
         replica and pack they lie in.
         """
         parallel = self.critic.model.parallel
-        tokens = torch.stack([pack.mask.sum() for pack in packs]).sum().to(parallel.device.device)
+        tokens = to_device(torch.stack([pack.mask.sum() for pack in packs]).sum(), parallel.device.device)
         if parallel.layout.dp > 1:
             dist.all_reduce(tokens, group=parallel.dp_group)
-        count = max(float(tokens), 1.0)
+        count = tokens.clamp(min=1)  # stays where it is: to know it the host would wait for the policy's update
 
         def loss(pack: Pack, values: Tensor) -> tuple[Tensor, Sums]:
             passes = pack.passes

@@ -65,7 +65,7 @@ def divisors(
     Responses without a single unmasked token count; padding does not.
     """
     if config.denominator == "tokens":
-        return Divisors(1.0, torch.tensor(len(rows), device=rows.device))
+        return Divisors(1.0, rows.new_full((), len(rows)))
     if config.denominator == "group_tokens":
         if group_ids is None:
             raise ValueError("denominator group_tokens needs group_ids")

@@ -53,30 +53,26 @@ LAYOUTS: dict[str, tuple[int, int, int, list[str]]] = {  # layers, world, rank, 
         15,
         ["parallel.tp=2", "parallel.pp=2", "parallel.ep=4", "parallel.cp=2", SHARDED, "engine.recompute=full"],
     ),
-    "ppo": (2, 2, 0, ["objective=ppo"]),
+    "ppo": (2, 2, 0, ["objective=ppo", "objective.kl_coef=0.1", "rollout.max_lag=2", "batch.minibatches=2"]),
 }
 
 DEEP, LAYERS = "deep", "single layers"
 MINIBATCHES = {"ep": 2, "ppo": 2}  # one is enough elsewhere; with two there is a pi_old pass
 
 # Where the host waits for the device, and how often: in each layer of a pass with experts, in each pack, pass, update
-# and batch, for each parameter that is stepped on the host; old: in a pi_old pass; critic: in each of its updates. The
-# list only shrinks: what is not here fails, and so does what no layout reaches.
+# and batch, for each parameter that is stepped on the host; old, values, lags: in a pi_old pass, in a critic's pass,
+# for the figures by lag. The list only shrinks: what is not here fails, and so does what no layout reaches.
 WAITS: dict[str, dict[str, int]] = {
     "event megatron/core/transformer/moe/token_dispatcher.py MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": {
         "layer": 1
     },
     "nonzero megarl/objective/metrics.py unmasked": {"pack": 1},
-    "stream megarl/engine/device.py to_host": {"pass": 1, "old": 1, "batch": 3},
+    "stream megarl/engine/device.py to_host": {"pass": 1, "old": 1, "values": 1, "lags": 1, "batch": 3},
     "item megarl/engine/step.py Engine.finite_gradients": {"update": 1},
     "item megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": {"update": 2},
     "event megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py HybridDeviceOptimizer.step": {"hosted": 1},
     "item megarl/loop/learn.py Learner._sound": {"update": 1, "batch": 1},
-    "copy to the host megarl/loop/critic_step.py CriticStep.value": {"critic": 1},
-    "copy to the device megarl/loop/critic_step.py CriticStep.gradients": {"critic": 1},
-    "item megarl/loop/critic_step.py CriticStep.gradients": {"critic": 1},
-    "copy to the device megarl/objective/aggregate.py divisors": {"critic": 1},
-    "copy to the host megarl/loop/reduce.py reduce_sums": {"batch": 4},
+    "copy to the host megarl/loop/reduce.py reduce_sums": {"batch": 4, "lags": 2},
     "copy to the host megarl/loop/reduce.py _on_host": {"batch": 1},
     "copy to the host megarl/loop/reduce.py routing_values": {"batch": 2},
     "item megarl/loop/reduce.py routing_values": {"batch": 4},
@@ -178,15 +174,17 @@ def test_the_host_waits_as_it_is_listed(found: dict[str, dict[str, Any]]) -> Non
     reached = set()
     for name, rank in ((name, found[name]) for name in LAYOUTS):
         batches, packs = rank["minibatches"], rank["minibatches"] * rank["packs"]
-        passes = 1 + (batches > 1) + ("engine.recompute=full" in LAYOUTS[name][-1])
-        models = 1 + ("objective=ppo" in LAYOUTS[name][-1])
+        keys = " ".join(LAYOUTS[name][-1])
+        old, full, critic, reference = batches > 1, "recompute=full" in keys, "=ppo" in keys, "kl_coef" in keys
+        passes = (1 + old + full + reference) + critic * (2 + full)
         units = {
-            "layer": rank["moe_layers"] * packs * passes * models,
-            "pack": packs * models,
-            "pass": batches + (batches > 1),
-            "old": int(batches > 1),
-            "update": batches * models,
-            "critic": batches * (models - 1),
+            "layer": rank["moe_layers"] * packs * passes,
+            "pack": packs * (1 + critic),
+            "pass": batches + old,
+            "old": int(old),
+            "values": int(critic),
+            "lags": int("max_lag" in keys),
+            "update": batches * (1 + critic),
             "batch": 1,
             "hosted": sum(n for at, *_, to, n in rank["copies"] if at in STEP and "param_copy_back_gpu" in to),
         }
@@ -217,7 +215,8 @@ def test_collectives_send_what_is_computed(found: dict[str, dict[str, Any]], nam
             sent[phase][GROUPS[group], kind] += size
     traffic, updates = stage_traffic(*trained(name)), rank["minibatches"]
     packs = updates * rank["packs"]
-    assert sent["pi_old pass"] == times(packs if updates > 1 else 0, traffic.forward)
+    passes = (updates > 1) + ("objective.kl_coef=0.1" in LAYOUTS[name][-1])
+    assert sent["pi_old pass"] == times(passes * packs, traffic.forward)
     once = times(packs, traffic.forward) + times(packs, traffic.backward)
     assert sent["gradients"] == once + times(updates, traffic.reduced)
     assert sent["optimizer step"] == times(updates, traffic.gathered)
