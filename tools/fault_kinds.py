@@ -180,6 +180,18 @@ def worker_faults(cable: bool) -> list[Fault]:
     return found
 
 
+def ahead_faults() -> list[Fault]:
+    """Two servers whose requests go on through every sync, and two trainer ranks."""
+    phases = ("rollout", "pi_old", "update", "sync receive", "sync load", "checkpoint")
+    found = [slow("engine core", "sync load"), slow("API server", "sync load")]
+    found += [struck("SIGKILL", "engine core", phase) for phase in phases]
+    found += [struck("SIGKILL", "API server", phase) for phase in ("sync receive", "sync load")]
+    found += [struck("SIGKILL", "rollout worker", "sync receive")]
+    found += [struck("SIGSTOP", "engine core", "sync receive"), struck("SIGSTOP", "engine core", "sync load")]
+    found += [struck("SIGKILL", "rank 1", phase, True) for phase in ("rollout", "pi_old", "checkpoint")]
+    return [replace(fault, name=f"{fault.name}, requests in flight") for fault in found]
+
+
 def trainer_faults(small_disk: bool) -> list[Fault]:
     """One server, and two trainer ranks."""
     phases = ("rollout", "pi_old", "update", "sync", "checkpoint")

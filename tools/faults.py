@@ -2,12 +2,12 @@
 
     python tools/faults.py [--short] [--run NAME] [--json FILE] [--table FILE] [--only WORD] [--folder DIR]
 
-`megarl run` of a tiny model, twice: trainers that fail, one step off under TP2, one server, a checkpoint every other
-step, in a small file system where the user may mount one; then two servers whose processes fail, in lock-step under
-DP2. Where the user may make networks, a third run by the commands of many nodes: two torchruns with --max-restarts, and
-`megarl rollout` on another host. A fault is injected when its phase begins, by trace.json. Where the command itself
-ends, the same command is given again. With --folder, this one goes on where it has ended; SIGUSR1 ends a run before its
-next fault. The last line of the output is one JSON object.
+`megarl run` of a tiny model, three times: trainers that fail, one step off under TP2, one server, a checkpoint every
+other step, in a small file system where the user may mount one; then two servers whose processes fail, in lock-step
+under DP2, and again two steps off. Where the user may make networks, a run by the commands of many nodes: two torchruns
+with --max-restarts, and `megarl rollout` on another host. A fault is injected when its phase begins, by trace.json.
+Where the command itself ends, the same command is given again. With --folder, this one goes on where it has ended;
+SIGUSR1 ends a run before its next fault. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tools.digit_sum import write_task
 from tools.fault_kinds import (
     Cable,
     Fault,
+    ahead_faults,
     may_make_networks,
     outer_faults,
     slow,
@@ -46,9 +47,10 @@ from tools.tiny_model import make_tiny_model
 
 TRAIN = 40_000  # prompts: more than the steps of a run take, so that each comes once
 DISK_MIB = 96
-RUNS = ("trainers", "workers", "torchrun")
+RUNS = ("trainers", "workers", "ahead", "torchrun")
 # a server is missed after 15 silent seconds and a question of 10: ranks that wait for it meanwhile are no stall
 WORKERS: dict[str, Any] = {"rollout": {"engines": 2}, "sync": {"timeout_s": 30}, "launch": {"stall_s": 60}}
+AHEAD = WORKERS | {"rollout": {"engines": 2, "max_lag": 2}, "run": {"save_every": 2, "keep": 4}}
 TRAINERS: dict[str, Any] = {
     "parallel": {"tp": 2},
     "rollout": {"engines": 1, "max_lag": 2},
@@ -194,6 +196,8 @@ def all_runs(folder: Path, runs: list[str], only: str, outcomes: Outcomes) -> It
     if "trainers" in runs:
         with small_disk(folder / "trainers") as mounted:
             yield run_of("trainers", TRAINERS, trainer_faults(mounted), None)
+    if "ahead" in runs:
+        yield run_of("ahead", AHEAD, ahead_faults(), None)
     with contextlib.ExitStack() as stack:
         wanted = {"workers", "torchrun"} & {*runs} and may_make_networks()
         cable = stack.enter_context(contextlib.closing(Cable())) if wanted else None
