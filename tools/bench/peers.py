@@ -36,7 +36,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import yaml
 
@@ -45,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from megarl.launch.malloc import huge_pages  # noqa: E402
 from megarl.observe.metrics import METRICS_FILE, read_metrics  # noqa: E402
+from megarl.observe.trace import read_trace  # noqa: E402
 from tools.bench.cpu_seconds import CpuWatch, a_step  # noqa: E402
 from tools.bench.step import WARM_UP, configuration  # noqa: E402
 from tools.digit_sum import write_task  # noqa: E402
@@ -102,6 +105,10 @@ def run_megarl(folder: Path, side: str, steps: int, number: int) -> Figures:
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     taken = read_metrics(config["run"]["dir"])
     rows = [{part: row[f"time/{part}_s"] for part in PARTS} | {"off": row["sync/canary_max_diff"]} for row in taken]
+    # from sync to sync, as the other sides count: time/step_s ends before its own figures are written
+    syncs = [cast(float, event["ts"]) / 1e6 for event in read_trace(config["run"]["dir"]) if event["name"] == "sync"]
+    for row, (began, after) in zip(rows, pairwise(syncs), strict=True):
+        row["step"] = after - began
     return medians(rows) | {"cpu": a_step(watch.samples, WARM_UP)}
 
 
