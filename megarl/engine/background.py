@@ -26,6 +26,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megarl.engine.megatron_compat import own_asynchronous_save
 
 FORMAT = ("torch_dist", 1)
+# Beside groups, whose waits are bounded by what they wait for: a rank that has written waits for the one whose share of
+# the disk is the slowest. Where that one hangs the stall watch ends the run.
+WRITERS_TIMEOUT = timedelta(days=7)
 FILES_A_RANK = 2  # on every release of megatron-core: its own default went from two to one
 _group: tuple[Any, Any] = (None, None)  # the world, and the writers' group in it
 
@@ -46,6 +49,10 @@ class Parts:
     writer: filesystem_async.FileSystemWriterAsync
     metadata: Metadata | None  # of all ranks' shares, on rank 0
     buckets: list[filesystem_async.WriteBucket]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, _, (_, tensors) in self.buckets for _, tensor in tensors)
 
     def write(self) -> list[WriteResult]:
         """Raises what the disk says."""
@@ -85,18 +92,19 @@ def copied(sharded: dict[str, Any], folder: Path) -> Parts:
     return Parts(folder, strategy.writer, strategy.metadata, buckets)
 
 
-def writers_group(timeout: timedelta) -> dist.ProcessGroup:
+def writers_group() -> dist.ProcessGroup:
     """A gloo group of all ranks for the threads that write; the rank itself uses the others meanwhile. Collective."""
     global _group
     if _group[0] is not dist.group.WORLD:
-        _group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout)
+        _group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=WRITERS_TIMEOUT)
     return _group[1]
 
 
 class Background:
-    """Runs `work(group)` in a thread. finish() waits for it and raises what it raised."""
+    """Runs `work(group)` in a thread. finish() waits for it and raises what it raised. within_s: what it may take."""
 
-    def __init__(self, work: Callable[[dist.ProcessGroup], None], group: dist.ProcessGroup) -> None:
+    def __init__(self, work: Callable[[dist.ProcessGroup], None], group: dist.ProcessGroup, within_s: float) -> None:
+        self.within_s = within_s
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=[work, group], name="checkpoint", daemon=True)
         self._thread.start()

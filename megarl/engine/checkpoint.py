@@ -38,6 +38,7 @@ from megarl.engine.background import Background, Parts, copied, writers_group
 from megarl.engine.model import Model
 from megarl.engine.step import Engine
 from megarl.errors import UserError
+from megarl.rollout.patience import checkpoint_s
 from megarl.weights.files.hf_folder import carry_files, carry_tensors
 from megarl.weights.files.megatron_folder import open_weights
 from megarl.weights.files.torch_dist import TorchDistReader, foreign_names_refused
@@ -65,7 +66,7 @@ def begin_checkpoint(
     checkpoints before it stay. Collective; one at a time.
     """
     partial, whole = folder / f".step_{step}.partial", folder / f"step_{step}"
-    group = writers_group(engine.model.parallel.timeout)
+    group = writers_group()
     try:
         if dist.get_rank() == 0:
             remove_leftovers(folder)
@@ -86,9 +87,8 @@ def begin_checkpoint(
         "rng": torch.get_rng_state().tolist(),
     }
     model, last = engine.model, whole_checkpoints(folder)[-1:]
-    return Background(
-        _Writing(parts, partial, whole, state, keep, lambda: _carry(model, last, partial / HF_FILES)).run, group
-    )
+    writing = _Writing(parts, partial, whole, state, keep, lambda: _carry(model, last, partial / HF_FILES))
+    return Background(writing.run, group, checkpoint_s(sum(part.nbytes for part in parts)))
 
 
 @dataclass

@@ -62,7 +62,7 @@ class Saver:
     def finish(self) -> None:
         """Waits until what was begun is whole. UserError, on every rank, where it cannot be written. Collective."""
         if self._writing is not None:
-            with phase("checkpoint_end"):
+            with phase("checkpoint_end", self._writing.within_s):
                 self._writing.finish()
             self._writing = None
 

@@ -16,11 +16,19 @@ ENGINE_ACCOUNT_S = 60.0  # the same where its engine died
 # watch or a sync takes out, or that leaves, does not count.
 TRIES = 3
 READ_BYTES_S = 100e6  # a server reads an export at least so fast
+CHECKPOINT_BYTES_S = 10e6  # a rank writes and reads its share of a checkpoint at least so fast
 
 
 def longest_wait_s(request_timeout_s: float) -> float:
     """For one answer, where each server that has the request falls silent; a minute more for what follows."""
     return TRIES * request_timeout_s + 60
+
+
+def checkpoint_s(share: float) -> float:
+    """How long a rank may take for its share of a checkpoint, in bytes: written and read back for its checksums, or
+    read for those and then loaded.
+    """
+    return 2 * share / CHECKPOINT_BYTES_S
 
 
 def reading_s(folder: Path) -> float:

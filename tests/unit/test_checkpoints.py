@@ -30,6 +30,7 @@ from megarl.config import load_config
 from megarl.convert.commands import megatron_to_hf_main
 from megarl.engine.build import Engine, build_engine
 from megarl.errors import UserError
+from megarl.rollout.patience import checkpoint_s
 from megarl.weights.files.torch_dist import TorchDistReader, foreign_names_refused
 from tools.bench.gpu.common import packs_of
 from tools.bench.gpu.correctness import _loss
@@ -115,6 +116,8 @@ def test_a_checkpoint_that_is_written_while_the_run_goes_on_is_that_of_its_momen
         {name: is_ for name, is_ in state_of(path)["files"].items() if ".distcp" in name} for path in (want, got)
     ]
     assert tensors[0] == tensors[1] and len(tensors[0]) == 2
+    written = sum(path.stat().st_size for path in got.glob("*.distcp"))
+    assert writing.within_s == pytest.approx(checkpoint_s(written), rel=0.2)
     assert not any(thread.name == "checkpoint" for thread in threading.enumerate())
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megarl.config import load_config
 from megarl.loop import saving
+from megarl.observe import trace
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_by_steps_by_minutes_and_at_the_end(
 
     def begin(engine: object, folder: Path, step: int, *rest: object) -> Any:
         began.append(step)
-        return SimpleNamespace(failed=False, running=False, finish=lambda: None, wait=lambda seconds: None)
+        return SimpleNamespace(failed=False, running=False, finish=lambda: None, wait=lambda _: None, within_s=0.0)
 
     monkeypatch.setattr(saving, "begin_checkpoint", begin)
     config = load_config(None, ["run.save_every_minutes=1", f"run.dir={tmp_path}", *keys])
@@ -46,3 +47,13 @@ def test_by_steps_by_minutes_and_at_the_end(
             saver.save()
     saver.close()
     assert began == saved
+
+
+def test_the_wait_for_a_checkpoint_is_no_stall_while_its_bytes_may_take_it(clock: SimpleNamespace) -> None:
+    """3.3 TB at 1.5 GB/s took longer than launch.stall_s: the run was killed while it wrote, again and again."""
+    waited: list[tuple[str, float]] = []
+    saver = saving.Saver(load_config(None, []), SimpleNamespace(), None)  # type: ignore[arg-type]
+    saver._writing = SimpleNamespace(within_s=7200.0, finish=lambda: waited.append(trace.entered()[::2]))  # type: ignore
+    saver.finish()
+    saver.close()
+    assert waited == [("checkpoint_end", 7200.0)]
