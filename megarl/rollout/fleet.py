@@ -69,8 +69,8 @@ class Fleet:
     _joined = 0  # since the last figures()
 
     def __init__(self, config: Config, device: torch.device, *, is_ingest: bool) -> None:
-        """Collective: waits, on rank 0, until rollout.engines workers
-        have registered; raises UserError, named, if they do not.
+        """Collective: waits, on rank 0, until rollout.engines workers have registered, or those that a run which was
+        under way still has; raises UserError, named, if they do not.
         """
         self._device, wait_s = device, config.rollout.start_timeout_s
         self._one_tp = config.sync.transport == "reshard"
@@ -80,9 +80,8 @@ class Fleet:
         if main:
             self._store, where = open_run_store(config, spans_hosts=spans_hosts())
             refusals = Refusals(self._store)
-            # a run that has lost a worker for good goes on without, also after its trainers were started again
-            least = 1 if newest(Path(config.run.dir) / "checkpoints") else None
-            workers = wait_for_workers(self._store, config.rollout.engines, wait_s, refusals, least)
+            resumed = newest(Path(config.run.dir) / "checkpoints") is not None
+            workers = wait_for_workers(self._store, config.rollout.engines, wait_s, refusals, resumed)
             came = workers, where
         self.workers, self._address = self._from_rank_0(came)
         self.members, (host, port) = self.workers, self._address

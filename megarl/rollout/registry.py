@@ -31,6 +31,7 @@ WORKERS, NEWS = "rollout", "rollout/news"
 REFUSED = "run/refused"  # those that did not fit, and why
 STRANGERS = "run/strangers"  # workers that came with another MEGARL_TOKEN
 BEAT_S = 1.0
+BACK_S = 30.0  # servers that lost their trainers come back together: who comes so long after the last joins at a sync
 
 
 class RolloutError(UserError):
@@ -64,6 +65,7 @@ class WorkerInfo:
     host: str
     log: str
     tokens: Tokens = field(default=Tokens("", ""), compare=False)
+    back: bool = field(default=False, compare=False)  # it served trainers that are gone
 
 
 def open_store(
@@ -227,18 +229,28 @@ def shutdown_requested(store: dist.Store) -> bool:
 
 
 def wait_for_workers(
-    store: dist.Store, n: int, timeout_s: float, refusals: Refusals | None = None, least: int | None = None
+    store: dist.Store, n: int, timeout_s: float, refusals: Refusals | None = None, resumed: bool = False
 ) -> list[WorkerInfo]:
-    """The `n` workers that came first; those that came within timeout_s, where these are `least` (n if unset). Raises
-    RolloutDied if one fails meanwhile, UserError when too few come.
+    """The `n` workers that came first. Raises RolloutDied if one fails meanwhile, UserError when too few come.
+
+    A run that was under way before, since it is `resumed` or workers come back to it, may have lost some for good: it
+    goes on without those that failed, and with one or more BACK_S after the last that came back, or after timeout_s.
     """
     workers: dict[int, WorkerInfo] = {}
+    failed, back_until = set[int](), 0.0
     refusals = refusals or Refusals(store)
     announce(f"waiting for {plural(n, 'rollout server')}")
     deadline = time.monotonic() + timeout_s
     while True:
         for index in range(claimed(store)):
+            if index in failed:
+                continue
             if any(read(store, index, what) is not None for what in ("again", "leaving", "gone")):
+                workers.pop(index, None)
+                continue
+            if resumed and (text := read(store, index, "failed")) is not None:
+                announce(f"{text.partition('; last lines of ')[0]}; going on without it")
+                failed.add(index)
                 workers.pop(index, None)
                 continue
             _raise_if_failed(store, index)
@@ -247,15 +259,18 @@ def wait_for_workers(
                 for other in [i for i in workers if workers[i].url == worker.url]:  # it had lost the store
                     del workers[other]
                 workers[index] = worker
+                resumed = resumed or worker.back
+                back_until = time.monotonic() + BACK_S if worker.back or back_until else 0.0
                 announce(f"rollout server {worker.url} answers, {len(workers)} of {n}")
         refusals.announce_new()
         if len(workers) >= n:
             return [workers[index] for index in sorted(workers)][:n]
-        if time.monotonic() > deadline:
+        late = time.monotonic() > deadline
+        if workers and resumed and (late or (back_until and time.monotonic() > back_until)):
+            announce(f"{len(workers)} of {plural(n, 'rollout worker')} came: going on with these; others may join")
+            return [workers[index] for index in sorted(workers)]
+        if late:
             came = f"{len(workers)} of {n} rollout workers came within {timeout_s:.0f} s{refusals.in_words()}"
-            if len(workers) >= (n if least is None else least):
-                announce(f"{came}: going on with these; others may join")
-                return [workers[index] for index in sorted(workers)]
             raise UserError(
                 f"{came}: start `megarl rollout` with the same launch.store, or raise rollout.start_timeout_s"
             )

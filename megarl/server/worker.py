@@ -178,7 +178,7 @@ class _Worker:
                 print(f"megarl: {lost}; it may come back for {wait_s:g} s", file=sys.stderr, flush=True)
                 self._lost_store = True
                 registered, self.serves = self.serves, False
-                info = self._join(info)
+                info = replace(self._join(info), back=info.back or registered)
                 if registered:
                     self._register(info)
             time.sleep(0.1)

@@ -65,7 +65,25 @@ def test_trainers_that_begin_wait_for_a_server_that_is_started_again() -> None:
     assert wait_for_workers(store, 1, 5) == [worker(2)]
     with pytest.raises(UserError, match="1 of 2 rollout workers came"):
         wait_for_workers(store, 2, 0.2)
-    assert wait_for_workers(store, 2, 0.2, least=1) == [worker(2)], "where the run has lost one for good"
+    assert wait_for_workers(store, 2, 0.2, resumed=True) == [worker(2)], "where the run has lost one for good"
+
+
+def test_trainers_that_are_started_again_wait_for_no_worker_that_is_lost_for_good(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first checkpoint, too: those that come back say that the run was under way. They waited
+    rollout.start_timeout_s for it at every restart, and one that had failed ended the run.
+    """
+    monkeypatch.setattr(registry, "BACK_S", 0.2)
+    store = open_store("127.0.0.1", 0, is_master=True, timeout_s=5)
+    assert [registry.claim_index(store) for _ in range(3)] == [0, 1, 2]
+    registry.register_worker(store, worker(0))
+    registry.register_worker(store, dataclasses.replace(worker(1), back=True))
+    registry.report_failure(store, 2, "rollout worker 2: ended; last lines of /log:\nTraceback")
+    assert wait_for_workers(store, 3, 3600) == [worker(0), worker(1)]
+    said = capsys.readouterr().out
+    assert "rollout worker 2: ended; going on without it\n" in said
+    assert "2 of 3 rollout workers came: going on with these; others may join\n" in said
 
 
 def test_workers_that_are_cut_differently_are_named() -> None:

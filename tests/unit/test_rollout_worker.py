@@ -140,6 +140,7 @@ def test_a_store_that_comes_back_gets_the_same_server(start: Callable[..., Start
     store = store_at(port)
     [after] = worker.until(lambda: Members(store).look().here)
     assert (after.url, after.pid) == (before.url, before.pid)
+    assert (before.back, after.back) == (False, True)
     worker.popen.send_signal(signal.SIGTERM)
     worker.popen.send_signal(signal.SIGINT)  # it does not wait for the drain
     assert worker.popen.wait(60) == 128 + signal.SIGINT, worker.err
