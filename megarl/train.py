@@ -15,6 +15,7 @@ from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import Stopped, UserError
 from megarl.launch.processes import log_dir_of
+from megarl.launch.starts import is_over
 from megarl.loop.batch import ScoredRollouts, build_batch
 from megarl.loop.colocate import MemoryTurns
 from megarl.loop.dull import DullSteps
@@ -113,8 +114,8 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             saver.interrupted(stopped)
     finally:
         scorer.close()
-        failed = sys.exception()  # by a lost peer, say: who starts the trainers again finds the workers as they are
-        fleet.close(run_is_over=failed is None or isinstance(failed, UserError))
+        # who starts the trainers again finds the workers as they are
+        fleet.close(run_is_over=is_over(sys.exception(), gave_up=bool(why)))
         saver.close()
         stall.close()
     if output:

@@ -22,6 +22,7 @@ from megarl.errors import UserError
 from megarl.launch import processes, rank
 from megarl.launch.local import Restarts, explain_trainer, first_failure, launch
 from megarl.launch.lock import owned
+from megarl.launch.starts import is_over
 from tests.unit.test_supervisor import left_behind, wait_for
 
 RANKS = """
@@ -329,3 +330,30 @@ def test_a_rank_leaves_wandb_to_its_logger(monkeypatch: pytest.MonkeyPatch) -> N
     with rank.without_wandb(), pytest.raises(ImportError):
         importlib.import_module("wandb")
     assert "wandb" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("error", "gave_up", "starts", "over"),
+    [
+        (None, False, ("0", "3"), True),
+        (None, True, ("0", "3"), False),
+        (None, True, ("3", "3"), True),
+        (UserError("the disk is full"), False, ("2", "3"), False),
+        (UserError("the disk is full"), False, ("3", "3"), True),
+        (UserError("the disk is full"), False, (None, None), True),  # megarl run starts no such again
+        (RuntimeError("a lost peer"), False, ("0", "0"), False),
+    ],
+)
+def test_workers_are_told_that_the_run_is_over_where_nobody_starts_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+    gave_up: bool,
+    starts: tuple[str | None, str | None],
+    over: bool,
+) -> None:
+    """Trainers that torchrun started again after a failed save waited for workers that had gone."""
+    for name, value in zip(("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"), starts, strict=True):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert is_over(error, gave_up) == over
