@@ -11,7 +11,7 @@ from megarl.announce import announce
 from megarl.config import Config, load_config
 from megarl.data import PromptStream, load_tokenizer
 from megarl.data.stream import content_digest
-from megarl.engine.build import build_engine
+from megarl.engine.build import build_engine, join_ranks
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import Stopped, UserError
 from megarl.launch.processes import log_dir_of
@@ -31,8 +31,12 @@ from megarl.loop.scoring import RewardScorer
 from megarl.loop.source import Progress, open_source
 from megarl.observe.output import Output
 from megarl.observe.stall import StallWatch
+from megarl.observe.trace import enter
 from megarl.report.live import LivePage
 from megarl.rollout.fleet import Fleet
+from megarl.rollout.patience import reading_s
+
+MODELS = 3  # that are read at the start, at most: policy, reference, critic
 
 
 def main(argv: list[str]) -> int:
@@ -44,8 +48,11 @@ def main(argv: list[str]) -> int:
 def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     """One run, from its beginning or its last whole checkpoint. `connect`: how the rollout workers are found."""
     announce(f"loading the weights of {config.model.path}")
-    engine = build_engine(config, optimizer_steps=config.optimizer_steps, temperature=config.rollout.temperature)
-    parallel = engine.model.parallel
+    parallel = join_ranks(config)
+    stall = StallWatch(log_dir_of("train", config), parallel.coord.rank, parallel.layout.world, config.launch.stall_s)
+    enter("the load of the weights", MODELS * reading_s(Path(config.model.path)))
+    temperature = config.rollout.temperature
+    engine = build_engine(config, parallel, optimizer_steps=config.optimizer_steps, temperature=temperature)
     tokenizer = load_tokenizer(config.model)
     prompts = load_run_prompts(config, tokenizer)
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content_digest(config.data.prompts))
@@ -60,6 +67,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
 
     turns = MemoryTurns(config, [engine, *([learner.critic] if learner.critic else [])])
     output = Output(config, step, tokenizer, LivePage(Path(config.run.dir))) if parallel.is_main else None
+    enter("the wait for rollout workers", 2 * config.rollout.start_timeout_s)  # for the store's host, then for them
     fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest)
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     source = open_source(config, sampler, prompts.train, stream)
@@ -67,7 +75,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     refit = Refit(config, engine, fleet)
     saver = Saver(config, engine, learner.critic)
     evaluation = Evaluation(config, sampler, scorer, prompts.validation, output, fleet.watched, saver.stop)
-    stall = StallWatch(log_dir_of("train", config), parallel.coord.rank, parallel.layout.world, config.launch.stall_s)
+    enter("the first step")
     sampler.recover = lambda: refit.ready(done, saver.stop)
     try:
         announce("sending the weights to the rollout servers for the first time")

@@ -13,15 +13,23 @@ from megarl.engine.step import Engine
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 
 
-def build_engine(config: Config, *, optimizer_steps: int = 0, temperature: float = 1.0) -> Engine:
-    """Device, process groups, model filled from model.path, and, with optimizer_steps > 0, gradient buffers,
-    optimizer and schedule.
-    """
+def join_ranks(config: Config) -> Parallel:
+    """Device and process groups. Collective."""
     device = setup_device()
     announce(f"computing on {device.describe()}, in {str(device.dtype(config.engine.dtype)).removeprefix('torch.')}")
     if config.engine.deterministic:
         make_deterministic()
-    parallel = init_parallel(config.parallel, device, config.run.seed, group_timeout(config))
+    return init_parallel(config.parallel, device, config.run.seed, group_timeout(config))
+
+
+def build_engine(
+    config: Config, parallel: Parallel | None = None, *, optimizer_steps: int = 0, temperature: float = 1.0
+) -> Engine:
+    """Model filled from model.path, and, with optimizer_steps > 0, gradient buffers, optimizer and schedule.
+
+    parallel: of join_ranks(), which is called here where it was not.
+    """
+    parallel = parallel or join_ranks(config)
     weight_map = WeightMap(load_hf_config(config.model.path))
     model = build_model(config, weight_map, parallel)
     load_weights(model, config.model.path)
@@ -48,4 +56,4 @@ def route_shape(model: Model) -> RouteShape:
     return RouteShape(stages, model.weight_map.num_experts, model.weight_map.top_k)
 
 
-__all__ = ["Engine", "Parallel", "build_engine", "route_shape"]
+__all__ = ["Engine", "Parallel", "build_engine", "join_ranks", "route_shape"]

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megarl.checkpoints import newest
 from megarl.config import Config, ParallelConfig
 from megarl.engine.device import Device
 from megarl.engine.megatron_compat import groups_of_layout
 from megarl.launch.peers import connecting
-from megarl.rollout.patience import longest_wait_s, reading_s
+from megarl.rollout.patience import longest_wait_s, reading_s, resuming_s
 from megarl.weights.map.layout import Coord, Layout
 
 GROUP_TIMEOUT = timedelta(minutes=30)  # at least
@@ -80,11 +81,16 @@ class Parallel:
 
 def group_timeout(config: Config) -> timedelta:
     """For a rank that waits in a group for another: longer than any wait of that one for the rollout workers, who read
-    an export of the model among others, and than it takes to name a stall, whose line says more.
+    an export of the model among others, and for a checkpoint to resume from, and than it takes to name a stall, whose
+    line says more.
     """
     rollout, launch = config.rollout, config.launch
     checked_s = config.sync.timeout_s + reading_s(Path(config.model.path))
-    longest = max(longest_wait_s(rollout.request_timeout_s), rollout.start_timeout_s, checked_s, launch.stall_s)
+    ranks, last = int(os.environ.get("WORLD_SIZE", "1")), newest(Path(config.run.dir) / "checkpoints")
+    resumed_s = resuming_s(last, ranks) if last else 0.0
+    longest = max(
+        longest_wait_s(rollout.request_timeout_s), 2 * rollout.start_timeout_s, checked_s, resumed_s, launch.stall_s
+    )
     return max(GROUP_TIMEOUT, timedelta(seconds=longest) + MARGIN)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from megarl.errors import Stopped, UserError
 from megarl.launch.lock import owned
 from megarl.launch.peers import WORDS_S, Peers, ended, joined
-from megarl.launch.rank import log_path, redirect
+from megarl.launch.rank import log_path, redirect, stacks_when_asked
 from megarl.launch.scratch import scratch
 from megarl.launch.stop import leave
 
@@ -30,6 +30,7 @@ def run_joined(
     """check(), on all ranks, then run() with its output in LOG_DIR/trainer_RANK.log; rank 0 keeps the terminal for its
     standard output. Returns run()'s status, or raises Stopped; a failure ends the process here, with 2 for a UserError.
     """
+    stacks_when_asked()
     rank = int(os.environ["RANK"])
     if not sys.warnoptions:  # megatron-core's, of what it imports: a dozen lines; `megarl run` ignores them too
         warnings.simplefilter("ignore")

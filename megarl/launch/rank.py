@@ -10,9 +10,11 @@ from which the supervisor tells the first cause from its echoes on the other ran
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -31,6 +33,7 @@ def log_path(log_dir: Path, rank: int) -> Path:
 
 
 def main(argv: list[str]) -> int:
+    stacks_when_asked()
     die_with_parent(os.getppid())
     supervised()
     log_dir, module, arguments = Path(argv[0]), argv[1], argv[2:]
@@ -59,6 +62,11 @@ def main(argv: list[str]) -> int:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
+
+
+def stacks_when_asked() -> None:
+    """SIGUSR2 writes the stacks of all threads to standard error, wherever that goes then, and ends nothing."""
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # a handler in C: it needs no lock of Python's
 
 
 @contextlib.contextmanager

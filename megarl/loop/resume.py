@@ -17,13 +17,18 @@ from megarl.engine.checkpoint import load_checkpoint
 from megarl.engine.soundness import damage_on_any_rank
 from megarl.engine.step import Engine
 from megarl.errors import UserError
+from megarl.observe.trace import enter
+from megarl.rollout.patience import resuming_s
 
 
 def resume(run_dir: Path, engine: Engine, critic: Engine | None = None) -> dict[str, Any] | None:
     """Fills the engines from the newest sound checkpoint; returns its state, None where the run begins. Collective."""
     check_shared(run_dir)
     path = agree(run_dir / "checkpoints")
-    return load_checkpoint(engine, path, critic) if path else None
+    if path is None:
+        return None
+    enter(f"the load of {path.name}", resuming_s(path, dist.get_world_size()))
+    return load_checkpoint(engine, path, critic)
 
 
 def check_shared(run_dir: Path) -> None:
@@ -79,6 +84,7 @@ def agree(folder: Path) -> Path | None:
     faults: dict[str, str] = {}
     for name in names[0]:
         _all_see(folder, name)
+        enter(f"the checksums of {name}", resuming_s(folder / name, dist.get_world_size()))
         fault = damage_on_any_rank(folder / name)
         if fault is None:
             if rank == 0:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.launch import peers
-from megarl.launch.rank import FAILURES
+from megarl.launch.rank import FAILURES, stacks_when_asked
 from megarl.launch.stop import leave
 from megarl.observe import trace
 
@@ -46,9 +46,8 @@ class StallWatch:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._mark = self._marked()
-        # a handler in C: it needs no lock of Python's
-        faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
-        trace.enter("the first step")
+        stacks_when_asked()
+        trace.enter("the start")
         threading.Thread(target=self._watch, name="stall", daemon=True).start()
 
     def close(self) -> None:

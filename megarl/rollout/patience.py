@@ -31,6 +31,11 @@ def checkpoint_s(share: float) -> float:
     return 2 * share / CHECKPOINT_BYTES_S
 
 
+def resuming_s(checkpoint: Path, ranks: int) -> float:
+    """How long `ranks` may take to read a checkpoint for its checksums and to load it."""
+    return checkpoint_s(sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) / ranks)
+
+
 def reading_s(folder: Path) -> float:
     """How long a server may take to read the files in `folder`."""
     files = folder.iterdir() if folder.is_dir() else ()

@@ -30,7 +30,8 @@ from megarl.config import load_config
 from megarl.convert.commands import megatron_to_hf_main
 from megarl.engine.build import Engine, build_engine
 from megarl.errors import UserError
-from megarl.rollout.patience import checkpoint_s
+from megarl.observe.trace import entered
+from megarl.rollout.patience import checkpoint_s, resuming_s
 from megarl.weights.files.torch_dist import TorchDistReader, foreign_names_refused
 from tools.bench.gpu.common import packs_of
 from tools.bench.gpu.correctness import _loss
@@ -233,6 +234,17 @@ def test_fault_12_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     flip(run_dir / "checkpoints" / "step_2" / "__0_1.distcp")
     with pytest.raises(UserError, match=r"step_2' is damaged \(.*\), and there is no whole one before it"):
         resume(run_dir, engine)
+
+
+def test_a_resume_is_no_stall_while_its_bytes_may_take_it(
+    engine: Engine, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, float]] = []
+    monkeypatch.setattr("megarl.loop.resume.damage_on_any_rank", lambda path: seen.append(entered()[::2]))
+    assert resume(run_dir, engine) is not None
+    within_s = resuming_s(run_dir / "checkpoints" / "step_4", ranks=1)
+    assert within_s > 0 and seen == [("the checksums of step_4", within_s)]
+    assert entered()[::2] == ("the load of step_4", within_s)
 
 
 def test_fault_12_a_flipped_bit_in_a_model_path_and_in_a_conversion_is_named(

@@ -23,7 +23,7 @@ from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
 from megarl.launch import gpus, kv_cache, processes
 from megarl.loop import reduce
-from megarl.rollout.patience import longest_wait_s
+from megarl.rollout.patience import longest_wait_s, resuming_s
 from megarl.server import supervise
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
@@ -163,7 +163,7 @@ def test_a_group_outlasts_the_longest_wait_for_rollouts(path: Path | None) -> No
     config = load_config(path, [])
     timeout = parallel.group_timeout(config)
     assert timeout >= timedelta(minutes=30)
-    longest = max(longest_wait_s(config.rollout.request_timeout_s), config.rollout.start_timeout_s)
+    longest = max(longest_wait_s(config.rollout.request_timeout_s), 2 * config.rollout.start_timeout_s)
     assert timeout > timedelta(seconds=longest)
     assert timeout >= timedelta(seconds=config.launch.stall_s + 300)  # a stall's line comes before
 
@@ -174,6 +174,15 @@ def test_a_group_outlasts_what_servers_may_take_to_read_an_export(tmp_path: Path
         file.truncate(470 * 10**9)
     timeout = parallel.group_timeout(load_config(None, [f"model.path={tmp_path}", "sync.timeout_s=120"]))
     assert timeout > timedelta(seconds=4700 + 120)
+
+
+def test_a_group_outlasts_what_ranks_may_take_to_read_a_checkpoint(tmp_path: Path) -> None:
+    (folder := tmp_path / "checkpoints" / "step_5").mkdir(parents=True)
+    (folder / "megarl.json").write_text("{}")
+    with (folder / "__0_0.distcp").open("wb") as file:
+        file.truncate(10**11)
+    timeout = parallel.group_timeout(load_config(None, [f"run.dir={tmp_path}"]))
+    assert timeout > timedelta(seconds=resuming_s(folder, 1)) > timedelta(hours=5)
 
 
 def test_the_writers_of_a_checkpoint_wait_for_the_slowest_disk(monkeypatch: pytest.MonkeyPatch) -> None:

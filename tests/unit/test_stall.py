@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megarl import train as module
+from megarl.config import load_config
 from megarl.observe import trace
 from megarl.observe.stall import StallWatch, described
 
@@ -105,8 +108,69 @@ def test_in_a_sync_every_wait_may_take_as_long_as_a_server_that_hangs() -> None:
     assert trace.entered()[::2] == ("what follows canary", 0.0)
 
 
+def test_a_rank_is_not_late_before_its_first_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had waited since the host's start, and the watch looked for who is missing."""
+    monkeypatch.setattr(trace, "_entered", ("", 0.0, 0.0))
+    watch = StallWatch(tmp_path, 0, 1, stall_s=0.1 + time.monotonic() / 2)
+    watch.close()
+    assert not watch._late() and trace.entered()[0] == "the start"
+
+
 def test_a_process_id_of_another_container_is_nobodys_here(tmp_path: Path) -> None:
     """Two containers of one host may share its name and the run's folder; a kill would reach some other process."""
     watch = StallWatch(tmp_path, 0, 3, stall_s=0)
     here = {"host": os.uname().nodename, "pid": 7, "pids": os.readlink("/proc/self/ns/pid")}
     assert watch._here({0: here, 1: here, 2: {**here, "pids": "pid:[1]"}}) == {1}
+
+
+def test_the_start_of_a_run_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that hung in the load of the weights, on a file system that is away, ended with the groups' time-out."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(10**11)
+    seen: list[object] = []
+    parallel = SimpleNamespace(coord=SimpleNamespace(rank=1), layout=SimpleNamespace(world=2))
+    monkeypatch.setattr(module, "join_ranks", lambda config: parallel)
+    monkeypatch.setattr(module, "StallWatch", lambda *watched: seen.append(watched))
+
+    def builds(*args: object, **kwargs: object) -> None:
+        seen.append(trace.entered()[::2])
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "build_engine", builds)
+    with pytest.raises(InterruptedError):
+        module.train(load_config(None, [f"model.path={tmp_path}", f"run.dir={tmp_path}", "launch.stall_s=60"]))
+    assert seen == [(tmp_path / "logs", 1, 2, 60), ("the load of the weights", 3000.0)]
+
+
+SLEEPS = "import time\nprint('ready', flush=True)\ntime.sleep(600)\n"
+JOINED = """
+import sys
+from pathlib import Path
+from megarl.launch.joined import run_joined
+
+def sleeps():
+    import slow
+
+run_joined(Path(sys.argv[1]), None, "127.0.0.1", sleeps, lambda: 0)
+"""
+
+
+@pytest.mark.parametrize("start", [["-m", "megarl.launch.rank"], ["-c", JOINED]], ids=["megarl run", "torchrun"])
+def test_a_rank_that_only_begins_writes_its_stacks_when_it_is_asked(tmp_path: Path, start: list[str]) -> None:
+    """While it imported, loaded or waited for workers, and always with launch.stall_s 0, the signal ended it."""
+    (tmp_path / "slow.py").write_text(SLEEPS)
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, *start, str(tmp_path / "logs"), "slow"]
+    with (
+        (tmp_path / "err").open("wb") as err,
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=err, text=True) as rank,
+    ):
+        try:
+            assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+            rank.send_signal(signal.SIGUSR2)
+            outs, until = (tmp_path / "err", tmp_path / "logs" / "trainer_0.log"), time.monotonic() + 60
+            while not any("slow.py" in out.read_text() for out in outs if out.exists()):
+                assert time.monotonic() < until and rank.poll() is None
+                time.sleep(0.02)
+        finally:
+            rank.kill()
