@@ -2,7 +2,7 @@
 # What one node of a job does. From the environment: CONFIG; OVERRIDES (key=value ..., launch.store among them); TRAINERS, the number of
 # nodes that train; HEAD, the host of rank 0; this node's number as SLURM_NODEID or JOB_COMPLETION_INDEX (a Kubernetes indexed job);
 # ROLLOUT_PYTHON, the Python that holds vLLM, where it is not the trainers'; RESTARTS (3), how often a rollout worker that was killed
-# or crashed is started again.
+# or crashed is started again; TRAINER_RESTARTS (3), how often in the whole job torchrun starts the trainers again, the same on all nodes.
 set -euo pipefail
 node=${SLURM_NODEID:-${JOB_COMPLETION_INDEX:?neither SLURM_NODEID nor JOB_COMPLETION_INDEX is set}}
 gpus=${GPUS_PER_NODE:-8} restarts=${RESTARTS:-3}
@@ -11,7 +11,7 @@ read -r -a overrides <<<"$OVERRIDES"
 # python -m torch.distributed.run: a torchrun of an outer environment would start that one's Python
 if [ "$node" -lt "$TRAINERS" ]; then
     exec python -m torch.distributed.run --nnodes "$TRAINERS" --node-rank "$node" --nproc-per-node "$gpus" --master-addr "$HEAD" --master-port 29500 \
-        -m megarl.train "$CONFIG" "${overrides[@]}"
+        --max-restarts "${TRAINER_RESTARTS:-3}" -m megarl.train "$CONFIG" "${overrides[@]}"
 fi
 
 read -r engines tp < <(python -c 'import sys; from megarl.config import load_config

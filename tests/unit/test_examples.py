@@ -95,11 +95,12 @@ def node(tmp_path: Path) -> Any:
 def test_what_a_node_starts(node: Any, tmp_path: Path) -> None:
     rest = f"{tmp_path}/run.yaml launch.store=first:29600 train.lr=1e-5"
     trainer = node(1)
-    where = "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 29500"
+    where = "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 29500 --max-restarts 3"
     assert (
         trainer.stdout == f"python GPUS=none -m torch.distributed.run {where} -m megarl.train {rest}\n"
         and trainer.returncode == 0
     )
+    assert "--master-port 29500 --max-restarts 0 -m" in node(1, TRAINER_RESTARTS="0").stdout
     servers = node(2)
     assert sorted(servers.stdout.splitlines()) == [
         f"rollout-python GPUS={gpus} -m megarl rollout {rest}" for gpus in ("0,1", "2,3", "4,5", "6,7")
