@@ -74,6 +74,20 @@ def own_address(towards: str | None = None, interface: str | None = None) -> str
     return next(iter(outer.values()))
 
 
+def listen_at(host: str, port: int) -> socket.socket:
+    """A listening socket at `host` alone, for a store: c10d's own would take every address of this machine."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(4096)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
 def interfaces() -> list[str]:
     """Those of this host that have an IPv4 address, by name."""
     return [

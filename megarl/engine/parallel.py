@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megarl.addresses import listen_at
 from megarl.checkpoints import newest
 from megarl.config import Config, ParallelConfig
 from megarl.engine.device import Device
@@ -107,7 +108,8 @@ def init_parallel(config: ParallelConfig, device: Device, seed: int, timeout: ti
             if "RANK" in os.environ:
                 _join_torchrun(device.backend, timeout)
             else:
-                store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+                port = (listening := listen_at("127.0.0.1", 0)).getsockname()[1]
+                store = dist.TCPStore("127.0.0.1", port, 1, is_master=True, master_listen_fd=listening.detach())
                 dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
             host_group = _host_group(device, timeout)
     parallel_state.initialize_model_parallel(

@@ -12,13 +12,17 @@ import logging
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 from torch.distributed.run import parse_args, run
 
+from megarl.addresses import listen_at
 from megarl.launch.rank import FAILURES
 
 
@@ -26,6 +30,9 @@ def main(argv: list[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     log_dir = Path(argv[0])
     signal.signal(signal.SIGUSR1, _pass_on)
+    if not hasattr(static_tcp_rendezvous, "TCPStore"):
+        print("megarl: warning: the store of this torch's torchrun may listen at every address", file=sys.stderr)
+    static_tcp_rendezvous.TCPStore = _store  # type: ignore[misc, assignment]
     try:
         run(parse_args(argv[1:]))
     except SignalException as stopped:
@@ -33,6 +40,14 @@ def main(argv: list[str]) -> int:
     except ChildFailedError as error:
         return _record(log_dir, {rank: failure.exitcode for rank, failure in error.failures.items()})
     return 0
+
+
+def _store(
+    host: str, port: int, nodes: int, is_master: bool, timeout: timedelta, *, multi_tenant: bool
+) -> dist.TCPStore:
+    """torchrun's own, of this host alone: at its address, where c10d would take every one of this machine."""
+    descriptor = listen_at(host, port).detach()
+    return dist.TCPStore(host, port, nodes, is_master, timeout, multi_tenant=multi_tenant, master_listen_fd=descriptor)
 
 
 def _pass_on(number: int, frame: object) -> None:

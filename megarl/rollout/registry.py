@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megarl.addresses import listen_at
 from megarl.announce import announce, plural
 from megarl.door import Tokens, run_secret, server_tokens, signed, verified
 from megarl.errors import UserError
@@ -75,7 +76,7 @@ def open_store(
     tells). Raises UserError when it cannot be opened or reached.
     """
     try:
-        listening = _listen(host, port) if is_master else None
+        listening = listen_at(host, port) if is_master else None
         store = dist.TCPStore(
             host,
             listening.getsockname()[1] if listening else port,
@@ -93,20 +94,6 @@ def open_store(
     if is_master:
         _tell(store, OPEN, json.dumps(facts or {}))
     return store
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket at `host` alone; c10d's own would take every address of this machine."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(4096)
-    except OSError:
-        listening.close()
-        raise
-    return listening
 
 
 def _tell(store: dist.Store, key: str, value: str) -> None:

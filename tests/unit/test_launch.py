@@ -26,7 +26,7 @@ from megarl.launch.starts import is_over
 from tests.unit.test_supervisor import left_behind, wait_for
 
 RANKS = """
-import os, sys, time
+import errno, os, socket, sys, time
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from megarl.errors import UserError
@@ -36,6 +36,8 @@ def main(argv):
     rank, what = dist.get_rank(), next(word for word in argv if word.startswith("sft.out=")).removeprefix("sft.out=")
     print("rank", rank, flush=True)
     dist.barrier()
+    with socket.socket() as stranger:  # another address of this host: torchrun's store is not there
+        assert stranger.connect_ex(("127.0.0.2", int(os.environ["MASTER_PORT"]))) == errno.ECONNREFUSED
     if rank == 1:
         if what == "raise":
             raise CheckpointException("boom", {0: (ValueError("boom"), None)})
