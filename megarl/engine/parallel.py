@@ -20,6 +20,7 @@ from megarl.config import Config, ParallelConfig
 from megarl.engine.device import Device
 from megarl.engine.megatron_compat import groups_of_layout
 from megarl.launch.peers import connecting
+from megarl.launch.starts import start_number
 from megarl.rollout.patience import longest_wait_s, reading_s, resuming_s
 from megarl.weights.map.layout import Coord, Layout
 
@@ -144,7 +145,7 @@ def _join_torchrun(backend: str, timeout: timedelta) -> None:
     """By torchrun's environment. Its static rendezvous keeps one store for all its restarts: each start has names of
     its own in it, or ranks would look for each other where those before them were.
     """
-    starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    starts = start_number()
     if not starts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, timeout=timeout)
         return

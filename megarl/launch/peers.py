@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -23,12 +24,15 @@ import torch.distributed as dist
 from megarl.addresses import SILENT_S, own_address, set_interface, spans_hosts, watch
 from megarl.door import signed, verified
 from megarl.errors import UserError
+from megarl.launch.starts import keep_up, start_number
 
 JOIN_S = 300.0  # from the first rank's coming to the last one's
 REACH_S = 20.0  # for a connection to rank 0, once it listens
 WORDS_S = 5.0
 CONNECTED_S, A_RANK_S = 45.0, 0.25  # for process groups, once all ranks make them
+STORE_S = 60.0  # for torchrun's store, which has answered torchrun itself
 MOST_BYTES = 2**16  # of one line
+COMES = "comes"  # what the selector knows a rank's connection by before it is one
 
 
 class Peers:
@@ -46,13 +50,16 @@ class Peers:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._woken, selectors.EVENT_READ)
 
-    def join(self, store: dist.Store, address: str) -> None:
-        """Connects all ranks, by way of torchrun's store. UserError where one does not come, or is not reached."""
+    def join(self, whole: dist.Store, address: str, start: int = 0) -> None:
+        """Connects all ranks of one start, by way of torchrun's store. UserError where one does not come, or is not
+        reached, or its host has started its ranks more often.
+        """
+        store, look = dist.PrefixStore(f"{start}", whole), partial(keep_up, whole, start)
         try:
             if self.rank == 0:
-                self._gather(store, address)
+                self._gather(store, address, look)
             else:
-                self._reach(store, address)
+                self._reach(store, address, look)
         except dist.DistError:
             raise UserError("rank 0's torchrun has ended; its terminal says why") from None
         self._listens = True
@@ -117,20 +124,37 @@ class Peers:
         words = ", ".join(f"rank {rank} (host {hosts.get(rank)})" for rank in late)
         return f"; missing: {words}; look at their logs" if late else ""
 
-    def _gather(self, store: dist.Store, address: str) -> None:
+    def _gather(self, store: dist.Store, address: str, look: Callable[[], None]) -> None:
         with socket.create_server((address, 0), backlog=self.world) as listening:
             host, port = listening.getsockname()[:2]
             store.set("address", signed("peers", json.dumps([host, port, socket.gethostname()])))
             listening.settimeout(1.0)
+            self._selector.register(listening, selectors.EVENT_READ, COMES)
             until = time.monotonic() + JOIN_S
             while len(self._links) < self.world - 1:
                 if time.monotonic() > until:
-                    missing = sorted(set(range(1, self.world)) - self._links.keys())
-                    raise UserError(f"trainer ranks {missing} did not come within {JOIN_S:.0f} s of rank 0")
+                    raise UserError(self._not_come(address))
+                look()
                 if store.check(["failed"]) and (why := verified("peers", store.get("failed"))):
                     raise UserError(why)
-                with contextlib.suppress(TimeoutError):
-                    self._welcome(*listening.accept())
+                for key, _ in self._selector.select(timeout=1.0):
+                    if key.data == COMES:
+                        with contextlib.suppress(TimeoutError):
+                            self._welcome(*listening.accept())
+                    elif key.data is not None and (why := self._read(key.data)):
+                        raise UserError(why.removeprefix("megarl: error: "))
+                if self.line:
+                    raise UserError("another rank ended the run")
+            self._selector.unregister(listening)
+
+    def _not_come(self, address: str) -> str:
+        missing = sorted(set(range(1, self.world)) - self._links.keys())
+        nodes = sorted({rank // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) for rank in missing})
+        return (
+            f"trainer ranks {missing} did not come within {JOIN_S:.0f} s of rank 0 on host {socket.gethostname()} "
+            f"({address}): start torchrun with --node-rank {', '.join(map(str, nodes))} too, with the same "
+            f"--master-addr and --master-port; where it runs, its terminal says why"
+        )
 
     def _welcome(self, connection: socket.socket, source: Any) -> None:
         link = _Link(connection, source[0])
@@ -144,12 +168,16 @@ class Peers:
                 return
         connection.close()  # a stranger
 
-    def _reach(self, store: dist.Store, address: str) -> None:
+    def _reach(self, store: dist.Store, address: str, look: Callable[[], None]) -> None:
         until = time.monotonic() + JOIN_S
         reach_until = 0.0
         while True:
             if time.monotonic() > until:
-                raise UserError(f"rank 0 did not come within {JOIN_S:.0f} s")
+                raise UserError(
+                    f"rank 0 did not come within {JOIN_S:.0f} s of rank {self.rank} on host {socket.gethostname()} "
+                    f"({address}): the terminal of torchrun with --node-rank 0 says why"
+                )
+            look()
             if not store.check(["address"]) or (where := verified("peers", store.get("address"))) is None:
                 time.sleep(0.2)
                 continue
@@ -290,20 +318,34 @@ def joined(on_word: Callable[[str], None], end: Callable[[], None], interface: s
     if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         os.environ |= set_interface(interface, towards)
         return peers
-    start = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    whole = dist.TCPStore(master, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60))
-    store = dist.PrefixStore(f"megarl/peers/{start}", whole)
+    port = int(os.environ["MASTER_PORT"])
     try:
+        whole = dist.TCPStore(master, port, is_master=False, timeout=timedelta(seconds=STORE_S))
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {rank} on host {socket.gethostname()} does not reach torchrun's store at {master}:{port}, of "
+            f"--node-rank 0 ({' '.join(str(error).split())[:160]}): is torchrun running there, and that network up?"
+        ) from None
+    store = dist.PrefixStore(f"megarl/peers/{os.environ.get('TORCHELASTIC_RUN_ID')}", whole)
+    with _told(store, start_number()):
         os.environ |= set_interface(interface, towards)
-        peers.join(store, own_address(master, interface) if spans_hosts() else "127.0.0.1")
-    except UserError as error:  # to rank 0, which waits for this one
-        with contextlib.suppress(dist.DistError):
-            store.set("failed", signed("peers", str(error)))
-            store.check(["failed"])  # set() does not wait for the store
-        raise
+        peers.join(store, own_address(master, interface) if spans_hosts() else "127.0.0.1", start_number())
     global _current
     _current = peers
     return peers
+
+
+@contextlib.contextmanager
+def _told(whole: dist.Store, start: int) -> Iterator[None]:
+    """A UserError inside is told to rank 0, which waits for this one."""
+    try:
+        yield
+    except UserError as error:
+        with contextlib.suppress(dist.DistError):
+            store = dist.PrefixStore(f"{start}", whole)
+            store.set("failed", signed("peers", str(error)))
+            store.check(["failed"])  # set() does not wait for the store
+        raise
 
 
 _current: Peers | None = None

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
+from megarl.door import signed, verified
 from megarl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+NEWEST = "newest"
 
 
 def start_number() -> int:
@@ -22,3 +29,20 @@ def is_over(error: BaseException | None, gave_up: bool) -> bool:
         return True
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - start_number()
     return left <= 0 and (gave_up or isinstance(error, UserError))
+
+
+def keep_up(store: dist.Store, mine: int) -> None:
+    """For a rank that waits for those of other nodes, now and then. UserError where they were started more often.
+
+    Under torchrun's static rendezvous each node counts its own starts. A rank that ends before it has met the others is
+    known to its own node alone, whose next start would wait for ranks that wait for the one before.
+    """
+    told = verified(NEWEST, store.get(NEWEST)) if store.check([NEWEST]) else None
+    newest = int(told) if told else -1
+    if newest > mine:
+        raise UserError(
+            f"the trainer ranks of another host were started again (restart {newest}, here {mine}): these end, so that "
+            "torchrun starts them with those"
+        )
+    if newest < mine:
+        store.set(NEWEST, signed(NEWEST, str(mine)))  # again the next time, where a lower one came after it

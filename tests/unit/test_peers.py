@@ -16,6 +16,7 @@ from megarl.door import signed
 from megarl.errors import UserError
 from megarl.launch import peers
 from megarl.launch.peers import Peers
+from megarl.launch.starts import keep_up
 
 HERE = "127.0.0.1"
 
@@ -102,15 +103,52 @@ def test_who_does_not_come_to_a_meeting_is_named(
 def test_rank_0_where_it_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "REACH_S", 0.0)
     store = dist.HashStore()
-    store.set("address", signed("peers", json.dumps([HERE, 9, "node0"])))
+    store.set("0/address", signed("peers", json.dumps([HERE, 9, "node0"])))
     with pytest.raises(UserError, match="rank 1 on host .* cannot reach rank 0 at 127.0.0.1 on host node0 .*interface"):
         Rank(1, 2).peers.join(store, HERE)
-    store.set("failed", signed("peers", "rank 1 cannot reach rank 0"))
+    store.set("0/failed", signed("peers", "rank 1 cannot reach rank 0"))
     with pytest.raises(UserError, match="rank 1 cannot reach rank 0"):
         Rank(0, 2).peers.join(store, HERE)
     monkeypatch.setattr(peers, "JOIN_S", 0.0)
-    with pytest.raises(UserError, match=r"trainer ranks \[1, 2\] did not come within 0 s of rank 0"):
+    with pytest.raises(UserError, match=r"ranks \[1, 2\] did not come within 0 s of rank 0 on host .*--node-rank 1, 2"):
         Rank(0, 3).peers.join(dist.HashStore(), HERE)
+    with pytest.raises(UserError, match=r"rank 0 did not come within 0 s of rank 1 on host .*--node-rank 0 says why"):
+        Rank(1, 3).peers.join(dist.HashStore(), HERE)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_a_start_of_which_another_node_is_beyond_ends(rank: int) -> None:
+    """Its node starts it again, and the counts meet. Each node waited 300 s for what the other had left, in turns."""
+    store = dist.HashStore()
+    keep_up(store, 0)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(Rank(rank, 2).peers.join, store, HERE)
+        keep_up(store, 2)
+        with pytest.raises(UserError, match=r"another host were started again \(restart 2, here 0\)"):
+            waits.result(30)
+    with pytest.raises(UserError, match=r"\(restart 2, here 1\)"):
+        Rank(rank, 2).peers.join(store, HERE, 1)
+
+
+def test_rank_0_waits_for_nobody_once_one_that_came_has_ended() -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(Rank(0, 3).peers.join, store, HERE)
+        one = Rank(1, 3)
+        one.peers.join(store, HERE)
+        one.peers._links[0].connection.shutdown(socket.SHUT_RDWR)  # as the kernel does for a killed process
+        with pytest.raises(UserError, match=f"^trainer rank 1 on host {socket.gethostname()} ended without a word"):
+            waits.result(30)
+    one.peers.close()
+
+
+def test_a_store_of_torchrun_that_nobody_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "STORE_S", 0.5)
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**env, "MASTER_ADDR": HERE, "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^rank 1 on host \S+ does not reach torchrun's store at 127.0.0.1:9, of"):
+        peers.joined(print, lambda: None, None, HERE)
 
 
 def listening_rank_0(
@@ -121,9 +159,9 @@ def listening_rank_0(
     store, zero = dist.HashStore(), Rank(0, 2)
     joining = threading.Thread(target=zero.peers.join, args=(store, HERE))
     joining.start()
-    while not store.check(["address"]):
+    while not store.check(["0/address"]):
         time.sleep(0.01)
-    host, port, _ = json.loads(store.get("address").decode().partition(" ")[2])
+    host, port, _ = json.loads(store.get("0/address").decode().partition(" ")[2])
     return store, zero, joining, (host, port)
 
 
