@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def test_a_store_that_cannot_be_had_is_one_line() -> None:
     with pytest.raises(UserError, match=rf"^run store 127.0.0.1:{store.port}: the port is in use") as caught:
         open_store("127.0.0.1", store.port, is_master=True, timeout_s=5)
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"^run store 192.0.2.1:0: .* or this is not host {socket.gethostname()}: give"):
+        open_store("192.0.2.1", 0, is_master=True, timeout_s=5)
     with pytest.raises(UserError, match="run store 127.0.0.1:9: nothing answered within 1 s"):
         open_store("127.0.0.1", 9, is_master=False, timeout_s=1)
 
