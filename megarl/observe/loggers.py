@@ -19,6 +19,7 @@ from megarl.dotted import import_dotted
 from megarl.errors import UserError
 
 Scalars = Mapping[str, float]
+FLUSH_S = 10  # how often TensorBoard's own thread writes what it has: as much a run that is killed may lose of it
 
 
 class Logger(Protocol):
@@ -38,14 +39,16 @@ class TensorBoard:
     """run_dir/tensorboard."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter  # over a second to import
 
-        self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._summary = Summary
+        self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=FLUSH_S)
 
     def log(self, step: int, scalars: Scalars) -> None:
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        """One record, whatever the number of scalars: the writer's queue takes ten, then it keeps the step waiting."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._board.file_writer.add_summary(self._summary(value=values), step)
 
     def close(self) -> None:
         self._board.close()

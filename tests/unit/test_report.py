@@ -13,6 +13,7 @@ import pytest
 from megarl.errors import UserError
 from megarl.loop.reduce import rates
 from megarl.observe import progress
+from megarl.observe.loggers import TensorBoard
 from megarl.observe.metrics import MetricsLogger, read_metrics
 from megarl.observe.progress import Progress, count, duration
 from megarl.observe.samples import Sample, write_samples
@@ -61,6 +62,20 @@ def test_tensorboard_gets_the_same_scalars(tmp_path: Path) -> None:
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("reward/mean")] == [(1, 0.25), (2, 0.75)]
     assert set(board.Tags()["scalars"]) == {"reward/mean", "routing/layer_agreement/0", "routing/layer_agreement/1"}
+
+
+def test_tensorboard_takes_a_step_in_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the step does not wait until it is written."""
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    calls: list[str] = []
+    logger = TensorBoard(tmp_path, {}, 0)
+    with monkeypatch.context() as patched:
+        for name in ("add_event", "flush"):
+            patched.setattr(EventFileWriter, name, lambda *args, name=name: calls.append(name))
+        logger.log(1, {f"scalar/{i}": float(i) for i in range(30)})
+    logger.close()
+    assert calls == ["add_event"]
 
 
 def test_the_live_line_rewrites_itself_on_a_terminal_only() -> None:
