@@ -52,7 +52,8 @@ class PackedSequences(PackedSeqParams):
     """Megatron's packed parameters, and where each row lies in the padded rectangles."""
 
     rectangles: list[Rectangle] = field(default_factory=list)
-    cells: Tensor | None = None  # [rows of this rank] -> cell of the query rectangles, one after the other
+    # [rows of this rank] -> cell of the query rectangles, one after the other; None where the rows are the cells
+    cells: Tensor | None = None
     positions: Tensor | None = None  # int64 [rows of this rank]: of each row in its sequence
     gathered: Tensor | None = None  # row of the pack -> place in the concatenation of all context-parallel ranks' rows
 
@@ -102,6 +103,8 @@ def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: i
         packed.rectangles.append(rectangle)
         packed.cells[query_index[inside]] = cells + inside.flatten().nonzero().flatten()
         cells += inside.numel()
+    if len(cp_spans) == 1 and len(set(lengths)) == 1:
+        packed.cells = None
     if len(cp_spans) > 1:
         rows = torch.cat([torch.arange(span.start, span.stop) for spans in cp_spans for span in spans])
         packed.gathered = rows.argsort()
@@ -179,7 +182,8 @@ class PackedCausalAttention(torch.nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         packed, width = packed_seq_params, value.shape[-1]
-        value = F.pad(value, (0, query.shape[-1] - width))
+        if width < query.shape[-1]:  # padding by nothing would copy too
+            value = F.pad(value, (0, query.shape[-1] - width))
         if packed.gathered is not None:
             group = parallel_state.get_context_parallel_group()
             both = torch.cat([key, value], dim=-1)
@@ -201,7 +205,9 @@ class PackedCausalAttention(torch.nn.Module):
             )
 
         def rectangle(x: Tensor, index: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [segments, heads, longest, dim]
-            return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]).transpose(1, 2)
+            # index_select of what lies in one piece costs less, the copy included
+            cells = x if packed.cells is None else x.contiguous().index_select(0, index.flatten())
+            return cells.view(*index.shape, *x.shape[2:]).transpose(1, 2)
 
         outs = []
         for part in packed.rectangles:
@@ -215,9 +221,10 @@ class PackedCausalAttention(torch.nn.Module):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
             outs.append(out[..., :width].transpose(1, 2).flatten(0, 1))
-        assert packed.cells is not None  # beside the rectangles
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out.index_select(0, packed.cells).flatten(1).unsqueeze(1)
+        if packed.cells is not None:
+            out = out.index_select(0, packed.cells)
+        return out.flatten(1).unsqueeze(1)
 
 
 @cache

@@ -9,7 +9,13 @@ import random
 import pytest
 import torch
 
-from megarl.engine.attention import SHORTEST, PackedCausalAttention, groups_of_segments, packed_sequences
+from megarl.engine.attention import (
+    SHORTEST,
+    PackedCausalAttention,
+    PackedSequences,
+    groups_of_segments,
+    packed_sequences,
+)
 
 LENGTHS = [3, 300, 1, 280, 40, 150, 41, 39, 2, 149]
 
@@ -35,6 +41,25 @@ def test_a_pack_attends_as_each_sequence_alone(lengths: list[int]) -> None:
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
     for one, other in zip(got, torch.autograd.grad(want, (query, key, value), upstream)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def gradients(packed: PackedSequences, rows: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(rows, 1, 2, 4, 8, generator=generator, requires_grad=True)  # two groups: 2 queries, key, value
+    query, key, value = fused[..., :2, :].flatten(2, 3), fused[..., 2, :], fused[..., 3, :]
+    out = PackedCausalAttention(None, 1)(query, key, value, None, packed_seq_params=packed)
+    return [out, *torch.autograd.grad(out, [fused], torch.randn(out.shape, generator=generator))]
+
+
+def test_segments_of_one_length_are_not_moved() -> None:
+    """And the gradients are those of the index, to the bit."""
+    rows = 5 * 70
+    packed = packed_sequences([70] * 5, [[range(rows)]], 0)
+    assert packed.cells is None
+    got = gradients(packed, rows)
+    packed.cells = torch.arange(rows)
+    for one, other in zip(got, gradients(packed, rows), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_rectangles_hold_every_segment_once_and_pad_little() -> None:
