@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ def pieces(tokens: Sequence[int], decode: Decode) -> tuple[list[str], list[int]]
     start = 0
     while start < len(tokens):
         for size in range(1, JOINED + 1):
-            part = list(tokens[start : start + size])
-            text = decode(part + part)[len(decode(part)) :]
+            text = _after_itself(tuple(tokens[start : start + size]), decode)
             if "\ufffd" not in text or start + size >= len(tokens):
                 break
         else:
@@ -37,6 +37,11 @@ def pieces(tokens: Sequence[int], decode: Decode) -> tuple[list[str], list[int]]
         sizes.append(size)
         start += size
     return texts, sizes
+
+
+@lru_cache(maxsize=2**15)  # the same pieces come in every step
+def _after_itself(part: tuple[int, ...], decode: Decode) -> str:
+    return decode([*part, *part])[len(decode([*part])) :]
 
 
 def write_token_samples(

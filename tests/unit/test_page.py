@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,19 @@ def test_fault_22_samples_come_token_by_token(tmp_path: Path) -> None:
     assert second["difference"] is None and second["step"] == 7
     page = page_of(write_rows(tmp_path, [{"step": 7, "reward/mean": 1.0}]))
     assert page.data["samples"][0]["pieces"][:5] == first["pieces"][:5] and "samples" in page.ids("div")
+
+
+def test_a_piece_is_decoded_once_a_run(tmp_path: Path) -> None:
+    asked = Counter[tuple[int, ...]]()
+
+    def decode(tokens: list[int]) -> str:
+        asked[tuple(tokens)] += 1
+        return "".join(map(str, tokens))
+
+    for step in (1, 2):
+        sampled = Sample("p", [3, 4, 3], "x", 1.0, "stop", 0, [-1.0] * 3, number=0)
+        write_token_samples(tmp_path, step, [sampled], {}, decode)
+    assert asked == Counter([(3,), (3, 3), (4,), (4, 4)])
 
 
 def test_samples_of_a_page_are_spread_over_the_run(tmp_path: Path) -> None:
