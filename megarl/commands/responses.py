@@ -78,7 +78,9 @@ def respond(config: Config, tokenizer: Any, prompts: list[Prompt], n: int, tempe
                 batch = [*islice(left, len(groups))]
                 given = [
                     [
-                        texts.input(r.tokens, r.prompt_len, prompt.text, prompt.answer, prompt.row, r.truncated)
+                        texts.input(
+                            r.tokens.tolist(), r.prompt_len, prompt.text, prompt.answer, prompt.row, r.truncated
+                        )
                         for r in group
                     ]
                     for prompt, group in zip(batch, groups, strict=True)

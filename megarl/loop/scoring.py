@@ -30,7 +30,7 @@ class RewardScorer:
     def _input(self, rollout: Rollout) -> RewardInput:
         response, prompt = rollout.response, rollout.prompt
         return self._texts.input(
-            response.tokens, response.prompt_len, prompt.text, prompt.answer, prompt.row, response.truncated
+            response.tokens.tolist(), response.prompt_len, prompt.text, prompt.answer, prompt.row, response.truncated
         )
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,18 +33,23 @@ class RewardInput:
     response: its text without special tokens and the token that ended it, but with the tags of data.thinking_tags.
     final_response: what follows the
     thoughts, "" where they never end. row: the prompt's row of the data file. tokens: ids of the response, the end
-    included. truncated: whether rollout.max_new_tokens cut it.
+    included. truncated: whether rollout.max_new_tokens cut it. decode: tokens, special ones too, into text; only few
+    rewards want it.
     """
 
     response: str
     answer: str
     prompt: str
     final_response: str | None = None  # None: the whole response
-    response_with_special_tokens: str | None = None  # None: as response
     row: Mapping[str, Any] = field(default_factory=dict)
     tokens: Sequence[int] = ()
     prompt_tokens: Sequence[int] = ()
     truncated: bool = False
+    decode: Callable[[Sequence[int]], str] | None = None
+
+    @property
+    def response_with_special_tokens(self) -> str:
+        return self.decode(self.tokens) if self.decode else self.response
 
     def get(self, name: str) -> Any:
         """The value of a parameter of that name; KeyError where there is none. Ours come before columns of the row."""
@@ -121,11 +126,10 @@ class Texts:
         self._hidden = special - shown if special & shown else None
 
     def input(
-        self, tokens: Iterable[int], prompt_len: int, prompt: str, answer: str, row: Mapping[str, Any], truncated: bool
+        self, tokens: Sequence[int], prompt_len: int, prompt: str, answer: str, row: Mapping[str, Any], truncated: bool
     ) -> RewardInput:
         """tokens: prompt and response."""
-        everything = [int(token) for token in tokens]
-        prompt_tokens, ids = everything[:prompt_len], everything[prompt_len:]
+        prompt_tokens, ids = tokens[:prompt_len], tokens[prompt_len:]
         said = ids[:-1] if ids and not truncated and ids[-1] in self.ends else ids
         if self._hidden is None:
             text = self.tokenizer.decode(said, skip_special_tokens=True)
@@ -136,9 +140,9 @@ class Texts:
             answer=answer,
             prompt=prompt,
             final_response=after_thoughts(text, prompt, self.tags),
-            response_with_special_tokens=self.tokenizer.decode(ids),
             row=row,
             tokens=ids,
             prompt_tokens=prompt_tokens,
             truncated=truncated,
+            decode=self.tokenizer.decode,
         )

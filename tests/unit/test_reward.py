@@ -15,7 +15,7 @@ import pytest
 from megarl.errors import UserError
 from megarl.reward import RewardInput, answer_fault, get_reward, maths
 from megarl.reward.answers import after_thoughts
-from megarl.reward.inputs import Texts
+from megarl.reward.inputs import Texts, Wanted
 from tools.tiny_model import make_tokenizer
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
@@ -148,6 +148,17 @@ def test_fault_09_tags_that_are_special_tokens_reach_the_reward() -> None:
     assert given.response_with_special_tokens == "<think>4</think>5<eos>"
     assert given.get("tokens") == tokens[4:] and given.get("prompt_tokens") == tokens[:4]
     assert Texts(tokenizer, []).input(tokens, 4, "2+3=", "5", {}, False).response == "45"
+
+
+def test_special_tokens_are_decoded_for_rewards_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, decoded = make_tokenizer(), list[list[int]]()
+    tokens = tokenizer.encode("2+3=") + tokenizer.encode("5<eos>")
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: decoded.append(ids) or decode(ids, **how))
+    given = Texts(tokenizer, TAGS, tokens[-1:]).input(tokens, 4, "2+3=", "5", {}, False)
+    assert Wanted(("response", "answer")).of(given, "mine") == {"response": "5", "answer": "5"}
+    assert decoded == [tokens[4:-1]]
+    assert Wanted(("response_with_special_tokens",)).of(given, "mine") == {"response_with_special_tokens": "5<eos>"}
 
 
 def test_an_unknown_token_is_no_text_where_the_tokenizer_has_no_tags() -> None:
