@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megarl.config import Config
@@ -19,7 +18,7 @@ from megarl.engine.build import Engine, route_shape
 from megarl.engine.exchange import LossInputs, exchange, gather_metas, minibatches
 from megarl.engine.parallel import Parallel
 from megarl.errors import UserError
-from megarl.loop.reduce import Values
+from megarl.loop.reduce import Values, over_ranks
 from megarl.loop.sampler import Rollout, Sampled
 from megarl.objective import advantages, denominators, informative, overlong_penalty
 from megarl.observe.samples import Sample
@@ -332,13 +331,10 @@ def _bad_samples(metas: Sequence[Meta], config: Config, step: int, parallel: Par
 def _route_metrics(rollouts: ScoredRollouts, received: int) -> Values:
     """received: bytes of routes that came to this rank. Collective."""
     fetched = sum(r.response.routes.nbytes for r in rollouts.rollouts if r.response.routes is not None)
-    device = rollouts.parallel.device.device
-    total = torch.tensor([fetched, received], dtype=torch.float64, device=device)
-    most = total[1:].clone()
-    dist.all_reduce(total)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    one = torch.tensor([fetched, received], dtype=torch.float64)
+    ingested, most = over_ranks(rollouts.parallel, one[:1], one[1:])
     return {
-        "routing/bytes_ingested": float(total[0]),
+        "routing/bytes_ingested": float(ingested),
         "routing/bytes_received_per_rank": float(most),
         "routing/missing_rows": float(sum(meta.rows for meta in rollouts.metas if not meta.has_routes)),
     }

@@ -19,7 +19,7 @@ from megarl.loop.batch import Batch
 from megarl.loop.by_lag import by_lag
 from megarl.loop.critic_step import CriticStep, explained
 from megarl.loop.guard import MismatchGuard
-from megarl.loop.reduce import Times, Values, merge_all, reduce_sums, routing_values
+from megarl.loop.reduce import Times, Values, merge_all, reduce_sums, rollout_routing, update_routing
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
 from megarl.observe.trace import phase
 from megarl.observe.worst import TokenNotes, gather_notes, take_notes
@@ -84,6 +84,7 @@ class Learner:
         self.unreplayed: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
         self.guard = MismatchGuard(config.train.mismatch_guard, config.rollout.max_lag > 0)
         self._step, self._names, self._guarded = 0, [""], ""
+        self._judged: Values | None = None  # what the guard has measured of this batch
 
     @property
     def critic(self) -> Engine | None:
@@ -95,7 +96,7 @@ class Learner:
         step: rollout steps done before this one. A batch without mini-batches has nothing to learn from.
         """
         times = Times()
-        self.critic_norm = {}  # a step without an update of the critic has none
+        self.critic_norm, self._judged = {}, None  # a step without an update of the critic has none
         self._step, self._names, self._guarded = step + 1, batch.names, batch.foreign
         packs = [pack for minibatch in batch.minibatches for pack in minibatch]
         routing = _Routing(self.moe_layers, self.columns)
@@ -108,7 +109,9 @@ class Learner:
                 self._old_pass(packs, routing)
         times.lap("time/old_logprob_s")
         self._reference_and_values(packs, times)
-        sound = self._sound(self._first_bad(packs)) and not (has_old_pass and self._out_of_line(packs, routing))
+        computed = has_old_pass or self.reference is not None or self.critic_step is not None
+        sound = not computed or self._sound(self._first_bad(packs))
+        sound = sound and not (has_old_pass and self._out_of_line(packs, routing))
         sums: Sums = {}
         optimizer_steps: list[dict[str, float]] = []
         for minibatch in batch.minibatches if sound else []:
@@ -123,12 +126,17 @@ class Learner:
             if self.critic_step and not self._guarded:
                 with phase("critic_update"):
                     sums = merge_all(sums, self._critic_update(minibatch))
-        sums = merge(sums, self._mismatch(packs))
+        judged = self._judged
+        if judged is None:
+            sums = merge(sums, self._mismatch(packs))
         times.lap("time/update_s")
         values: Values = dict(explained(finish(reduce_sums(self.parallel, sums))))
+        values |= judged or {}
         values |= by_lag(self.config, self.parallel, packs, batch.spans)
         if packs and (self.unreplayed != "off" or self.replay_mode != "none"):
-            values |= routing_values(self.parallel, routing.old, routing.new)
+            if judged is None or self.unreplayed == "off":
+                values |= rollout_routing(self.parallel, routing.old)
+            values |= update_routing(self.parallel, routing.new)
         if optimizer_steps:
             values["optim/grad_norm"] = max(optimizer["optim/grad_norm"] for optimizer in optimizer_steps)
             values["optim/lr"] = optimizer_steps[-1]["optim/lr"]
@@ -183,12 +191,15 @@ class Learner:
         return sums
 
     def _out_of_line(self, packs: list[Pack], routing: _Routing) -> bool:
-        """Whether the mismatch of pi_old and mu on these packs leaves its band (train.mismatch_guard). Collective."""
+        """Whether the mismatch of pi_old and mu on these packs leaves its band (train.mismatch_guard). They are all
+        packs of the batch: what is measured here stands in its row. Collective.
+        """
         if not self.guard.factor or not packs:
             return False
         values: Values = dict(finish(reduce_sums(self.parallel, self._mismatch(packs))))
         if self.unreplayed != "off":
-            values |= routing_values(self.parallel, routing.old, routing.new)
+            values |= rollout_routing(self.parallel, routing.old)
+        self._judged = values
         k3, agreement = values.get("mismatch/kl_k3"), values.get("routing/agree_rollout_old")
         assert not isinstance(k3, list) and not isinstance(agreement, list)
         self._guarded = self.guard.judge(k3, agreement)

@@ -6,6 +6,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megarl.engine.device import to_device
 from megarl.engine.parallel import Parallel
@@ -21,10 +22,10 @@ def reduce_sums(parallel: Parallel, sums: Sums) -> Sums:
         sums = {key: value if key.endswith(":max") else torch.zeros_like(value) for key, value in sums.items()}
     sums = _on_host(sums)
     if parallel.is_last_stage and parallel.layout.dp * parallel.layout.cp > 1:
-        for op, keys in _by_operation(sums):
-            joined = to_device(torch.stack([sums[key].double() for key in keys]), parallel.device.device)
-            dist.all_reduce(joined, op=op, group=parallel.replica_group)
-            sums |= dict(zip(keys, joined.cpu(), strict=True))
+        maxima = sorted(key for key in sums if key.endswith(":max"))
+        added = sorted(sums.keys() - maxima)
+        both = over_ranks(parallel, _stacked(sums, added), _stacked(sums, maxima), parallel.replica_group)
+        sums |= dict(zip(added, both[0], strict=True)) | dict(zip(maxima, both[1], strict=True))
     reduced = [sums]  # pickled, a CUDA tensor would make a context on its rank's GPU in every other rank
     if parallel.layout.pp > 1:
         dist.broadcast_object_list(reduced, src=parallel.layout.rank_of(tp=0, cp=0, dp=0, pp=parallel.layout.pp - 1))
@@ -36,34 +37,55 @@ def _on_host(sums: Sums) -> Sums:
     there = [key for key, value in sums.items() if value.device.type != "cpu"]
     if not there:
         return sums
-    return sums | dict(zip(there, torch.stack([sums[key].double() for key in there]).cpu(), strict=True))
+    return sums | dict(zip(there, _stacked(sums, there).cpu(), strict=True))
 
 
-def routing_values(parallel: Parallel, old: RoutingSums, new: RoutingSums) -> Values:
-    """routing/* over all ranks, whose routers saw other rows or other
-    layers. old: rollout and pi_old; new: pi_old and pi_theta.
-    """
-    device, layers = parallel.device.device, len(old.agree)
+def _stacked(sums: Sums, keys: list[str]) -> Tensor:
+    return torch.stack([sums[key].double() for key in keys]) if keys else torch.zeros(0, dtype=torch.float64)
+
+
+def rollout_routing(parallel: Parallel, old: RoutingSums) -> Values:
+    """Of the rollout's routes with pi_old's, over all ranks, whose routers saw other rows or other layers."""
     differs = torch.cat(old.differs).double() if old.differs else torch.zeros(0, dtype=torch.float64)
-    differs = to_device(differs, device)
+    differs = to_device(differs, parallel.device.device)
     if parallel.layout.pp > 1:  # the stages hold different layers of the same rows
         dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=parallel.pp_group)
     differing = torch.tensor([float(differs.sum()), float(len(differs))], dtype=torch.float64)
-    sums = to_device(torch.cat([old.agree, old.rows, new.agree, new.rows, differing]), device)
-    worst = to_device(torch.tensor(old.worst_gap, dtype=torch.float64), device)
+    sums, worst = torch.cat([old.agree, old.rows, differing]), torch.tensor([old.worst_gap], dtype=torch.float64)
     if parallel.layout.world > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    agree, rows, agree_new, rows_new, pair = sums.cpu().split([layers] * 4 + [2])
-    values: Values = {}
-    if rows.sum():
-        values["routing/agree_rollout_old"] = float(agree.sum() / rows.sum())
-        values["routing/layer_agreement"] = (agree / rows.clamp(min=1)).tolist()
-        values["routing/any_layer_differs_frac"] = float(pair[0] / pair[1].clamp(min=1))
-        values["routing/worst_gap"] = float(worst)
-    if rows_new.sum():
-        values["routing/agree_old_current"] = float(agree_new.sum() / rows_new.sum())
-    return values
+        sums, worst = over_ranks(parallel, sums, worst)
+    agree, rows, pair = sums.split([len(old.agree), len(old.rows), 2])
+    if not rows.sum():
+        return {}
+    return {
+        "routing/agree_rollout_old": float(agree.sum() / rows.sum()),
+        "routing/layer_agreement": (agree / rows.clamp(min=1)).tolist(),
+        "routing/any_layer_differs_frac": float(pair[0] / pair[1].clamp(min=1)),
+        "routing/worst_gap": float(worst),
+    }
+
+
+def update_routing(parallel: Parallel, new: RoutingSums) -> Values:
+    """Of pi_old's routes with pi_theta's, over all ranks."""
+    sums = torch.cat([new.agree, new.rows])
+    if parallel.layout.world > 1:
+        sums, _ = over_ranks(parallel, sums, sums[:0])
+    agree, rows = sums.chunk(2)
+    return {"routing/agree_old_current": float(agree.sum() / rows.sum())} if rows.sum() else {}
+
+
+def over_ranks(
+    parallel: Parallel, sums: Tensor, maxima: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """float64 [n] and [m] of each rank of a group (None: all) -> their sums and maxima, by one all-reduce: each rank's
+    maxima have places of their own in it.
+    """
+    places = torch.zeros(dist.get_world_size(group), len(maxima), dtype=torch.float64)
+    places[dist.get_rank(group)] = maxima
+    joined = to_device(torch.cat([sums, places.flatten()]), parallel.device.device)
+    dist.all_reduce(joined, group=group)
+    summed, everyones = joined.cpu().split([len(sums), places.numel()])
+    return summed, everyones.view_as(places).amax(0)
 
 
 def rates(metrics: Values, seconds: float) -> Values:
@@ -92,10 +114,3 @@ def merge_all(sums: Sums, parts: list[Sums]) -> Sums:
     for part in parts:
         sums = merge(sums, part)
     return sums
-
-
-def _by_operation(sums: Sums) -> list[tuple[dist.ReduceOp.RedOpType, list[str]]]:
-    keys = sorted(sums)
-    maxima = [key for key in keys if key.endswith(":max")]
-    both = [(dist.ReduceOp.MAX, maxima), (dist.ReduceOp.SUM, [key for key in keys if key not in maxima])]
-    return [(op, chosen) for op, chosen in both if chosen]

@@ -24,7 +24,8 @@ class RoutingSums:
 
     def add(self, live: Tensor, other: Tensor, rows: Tensor, gap: Tensor | None = None) -> None:
         """live, other: [rows of the pack here, layers here, K]; rows: bool, the ones that count."""
-        agree = agreement(live[rows], other[rows])
+        same = live is other  # pi_old's routes, where it had no pass of its own
+        agree = torch.ones(int(rows.sum()), live.shape[1]) if same else agreement(live[rows], other[rows])
         self.agree[self.columns] += agree.double().sum(0)
         self.rows[self.columns] += float(rows.sum())
         self.differs.append((agree < 1).any(1))

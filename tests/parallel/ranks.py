@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Engine, Routes, TokenScores
 from megarl.errors import Stopped, UserError
 from megarl.loop.own_score import OwnScore
+from megarl.loop.reduce import reduce_sums
 from megarl.rollout.response import Response
 from megarl.rollout.sync_leader import Canary
 from megarl.weights.files.hf_reader import HfReader
@@ -167,6 +169,17 @@ def _check_pack(pack: Pack, everything: dict[int, Response], engine: Engine) -> 
     padding = pack.rollout.routes[rows >= pack.rows]
     assert (padding.sort(-1).values.diff(dim=-1) > 0).all()  # distinct experts
     return count * len(layers) * shape.top_k * shape.dtype.itemsize
+
+
+def reduced_figures(model: str) -> None:
+    """Sums and maxima of all ranks, negative ones too, by one all-reduce."""
+    parallel = build_engine(load_config(None, [f"model.path={model}", "parallel.ep=4"])).model.parallel
+    rank = dist.get_rank()
+    given = {"a:sum": rank + 0.5, "a:count": 2.0, "b:max": -1.0 - rank, "c:max": float(rank)}
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as spy:
+        reduced = reduce_sums(parallel, {key: torch.tensor(value) for key, value in given.items()})
+    assert spy.call_count == 1
+    assert {key: float(reduced[key]) for key in given} == {"a:sum": 8.0, "a:count": 8.0, "b:max": -1.0, "c:max": 3.0}
 
 
 def replay_is_a_no_op(model: str) -> None:
@@ -449,6 +462,7 @@ CHECKS = {check.__name__: check for check in (layout_of_megatron, gathered_weigh
 CHECKS |= {
     check.__name__: check
     for check in (
+        reduced_figures,
         replay_is_a_no_op,
         sums_over_micro_batches,
         interleaved_packs,

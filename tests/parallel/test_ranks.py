@@ -19,6 +19,7 @@ LAUNCHES = {
         "gathered_weights",
         "quantized_shards",
         "exchanged_rows",
+        "reduced_figures",
         "interleaved_packs",
         "resume_is_exact",
         "converted_checkpoints",

@@ -8,6 +8,7 @@ server cannot be asked for a NaN or for chosen rewards.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,32 @@ def test_fault_10_a_batch_without_a_token_to_train_on_is_said_and_counted(
         learned = Learner(loop.config, engine).learn(batch, 0)
         assert learned.optimizer_steps == 1 and learned.metrics["optim/grad_norm"] > 0
         assert all(np.isfinite(value).all() for value in {**batch.metrics, **learned.metrics}.values())
+
+
+@pytest.mark.parametrize(("key", "checks"), [("batch.minibatches=1", 1), ("batch.minibatches=2", 3)])
+def test_what_the_guard_has_measured_is_not_measured_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, key: str, checks: int
+) -> None:
+    """And ranks agree that numbers are sound only where there are new ones."""
+    calls = Counter[str]()
+
+    def counted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: calls.update([name]) or real(*given))
+
+    found = []
+    for factor in (0, 50):
+        engine, loop, _ = build(folder, [MIXED] * 4, key, "replay.metrics=true", f"train.mismatch_guard={factor}")
+        batch, _ = collect(loop)
+        calls.clear()
+        with monkeypatch.context():
+            counted(Learner, "_mismatch")
+            counted(Learner, "_sound")
+            found.append(Learner(loop.config, engine).learn(batch, 0).metrics)
+            monkeypatch.undo()
+        assert calls == {"_mismatch": 1, "_sound": checks}
+    of_batch = [{name: value for name, value in row.items() if not name.startswith("time/")} for row in found]
+    assert of_batch[0] == of_batch[1] and "mismatch/kl_k3" in of_batch[0] and "routing/agree_old_current" in of_batch[0]
 
 
 def test_fault_16_failed_rewards_are_left_out_and_counted_or_stop_the_run(

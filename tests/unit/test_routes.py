@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megarl.replay import metrics
 from megarl.replay.metrics import RoutingSums
 from megarl.replay.routes import accept_routes, check_routes, spread_routes
 from tests.unit.routers import EXPERTS, ROWS, TOP_K, random_routes
@@ -60,6 +61,16 @@ def test_trap_08_padding_rows_are_distinct_and_spread(experts, top_k):
     assert load.max() - load.min() <= 1
     in_two = [spread_routes(4, 1, experts, top_k), spread_routes(3, 1, experts, top_k, start=4)]
     assert torch.equal(torch.cat(in_two), spread_routes(7, 1, experts, top_k))
+
+
+def test_routes_compared_with_themselves_agree_without_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    live, rows = random_routes(1)[:, None], torch.arange(ROWS) % 3 > 0
+    compared, alike = RoutingSums(1, [0]), RoutingSums(1, [0])
+    compared.add(live, live.clone(), rows)
+    monkeypatch.setattr(metrics, "agreement", None)
+    alike.add(live, live, rows)
+    assert torch.equal(compared.agree, alike.agree) and torch.equal(compared.rows, alike.rows)
+    assert torch.equal(compared.differs[0], alike.differs[0])
 
 
 def test_trap_08_padding_rows_count_in_no_statistic():

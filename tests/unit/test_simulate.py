@@ -67,15 +67,14 @@ WAITS: dict[str, dict[str, int]] = {
         "layer": 1
     },
     "nonzero megarl/objective/metrics.py unmasked": {"pack": 1},
-    "stream megarl/engine/device.py to_host": {"pass": 1, "old": 1, "values": 1, "lags": 1, "batch": 3},
+    "stream megarl/engine/device.py to_host": {"pass": 1, "old": 1, "values": 1, "lags": 1, "batch": 2},
     "item megarl/engine/step.py Engine.finite_gradients": {"update": 1},
     "item megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": {"update": 2},
     "event megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py HybridDeviceOptimizer.step": {"hosted": 1},
     "item megarl/loop/learn.py Learner._sound": {"update": 1, "batch": 1},
-    "copy to the host megarl/loop/reduce.py reduce_sums": {"batch": 4, "lags": 2},
+    "copy to the host megarl/loop/reduce.py over_ranks": {"batch": 4, "lags": 1},
     "copy to the host megarl/loop/reduce.py _on_host": {"batch": 1},
-    "copy to the host megarl/loop/reduce.py routing_values": {"batch": 2},
-    "item megarl/loop/reduce.py routing_values": {"batch": 4},
+    "item megarl/loop/reduce.py rollout_routing": {"batch": 1},
     "broadcast_object_list megarl/loop/reduce.py reduce_sums": {"batch": 2},
     "gather_object megarl/observe/worst.py gather_notes": {"batch": 1},
 }
