@@ -9,8 +9,9 @@ same byte layout and nothing but payload travels: one message from each owner to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +52,14 @@ class _Share:
     row: int
 
 
+class _Placed(NamedTuple):
+    """A pack of a replica: its number, its responses, its padded length."""
+
+    number: int
+    members: list[int]
+    length: int
+
+
 @dataclass(frozen=True)
 class LossInputs:
     """What the loss takes of each response, the same on all its tokens: tensors [responses of the batch].
@@ -87,15 +96,8 @@ def exchange(
     """
     layout, me = parallel.layout, parallel.coord
     local_packs = assignment[me.dp]
-    shares = _shares(local_packs, metas, layout, me) if route_shape else []
-    outgoing = {}
-    same_rows: dict[tuple[int, int, int], list[_Share]] = {(me.dp, me.cp, me.tp): shares}
-    for rank in range(layout.world) if responses else []:
-        there = layout.coord(rank)
-        packs, key = assignment[there.dp], (there.dp, there.cp, there.tp)
-        if route_shape and key not in same_rows:  # stages of a pipeline see the same rows
-            same_rows[key] = _shares(packs, metas, layout, there)
-        outgoing[rank] = _encode(packs, same_rows.get(key, []), responses, there, route_shape)
+    shares = _shares(_placed(local_packs, metas, layout), metas, layout, me) if route_shape else []
+    outgoing = _outgoing(assignment, metas, responses, layout, route_shape) if responses else {}
     sizes = dict.fromkeys(sorted({meta.owner for meta in metas}), 0)
     for i in (i for pack in local_packs for i in pack):
         sizes[metas[i].owner] += 4 * metas[i].tokens + 4 * (metas[i].tokens - metas[i].prompt_len)
@@ -120,10 +122,29 @@ def _lengths(packs: list[list[int]], metas: Sequence[Meta], layout: Layout) -> l
     return pack_lengths([sum(metas[i].rows for i in members) for members in packs], layout)
 
 
-def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord: Coord) -> list[_Share]:
-    """What the routers of the rank at `coord` see, as runs of consecutive rows of one response."""
+def _placed(
+    packs: list[list[int]], metas: Sequence[Meta], layout: Layout, wanted: Collection[int] | None = None
+) -> list[_Placed]:
+    """wanted: only the packs that hold one of these responses."""
+    return [
+        _Placed(number, members, length)
+        for number, (members, length) in enumerate(zip(packs, _lengths(packs, metas, layout), strict=True))
+        if wanted is None or any(i in wanted for i in members)
+    ]
+
+
+def _shares(
+    placed: list[_Placed],
+    metas: Sequence[Meta],
+    layout: Layout,
+    coord: Coord,
+    wanted: Collection[int] | None = None,
+) -> list[_Share]:
+    """What the routers of the rank at `coord` see, as runs of consecutive rows of one response. wanted: of
+    these alone.
+    """
     shares = []
-    for number, (members, length) in enumerate(zip(packs, _lengths(packs, metas, layout), strict=True)):
+    for number, members, length in placed:
         edges = np.cumsum([0] + [metas[i].rows for i in members])
         rows = router_rows(length, layout, coord).numpy()
         rows = rows[rows < edges[-1]]
@@ -134,34 +155,52 @@ def _shares(packs: list[list[int]], metas: Sequence[Meta], layout: Layout, coord
         places = owner[runs]
         starts = rows[runs] - edges[places]
         for place, start, count, row in zip(*map(np.ndarray.tolist, (places, starts, lengths, runs)), strict=True):
-            shares.append(_Share(members[place], number, start, start + count, row))
+            if wanted is None or members[place] in wanted:
+                shares.append(_Share(members[place], number, start, start + count, row))
     return shares
 
 
-def _encode(
-    packs: list[list[int]],
-    shares: list[_Share],
+def _outgoing(
+    assignment: list[list[list[int]]],
+    metas: Sequence[Meta],
     responses: dict[int, Response],
-    coord: Coord,
+    layout: Layout,
     route_shape: RouteShape | None,
-) -> bytes:
-    """The message to the rank at `coord`: tokens and log-probabilities
-    of its responses, then its shares of their routes.
+) -> dict[int, bytes]:
+    """The message to each rank: tokens and log-probabilities of those `responses` that it trains, then its shares of
+    their routes.
     """
-    parts = []
-    for i in (i for pack in packs for i in pack if i in responses):
-        parts += [responses[i].tokens.astype(np.int32).tobytes(), responses[i].logprobs.astype(np.float32).tobytes()]
-    if route_shape is not None:
-        layers = list(route_shape.layers_of_stage[coord.pp])
-        for share in shares:
-            response_routes = responses[share.response].routes if share.response in responses else None
-            if response_routes is not None:
-                parts.append(
-                    np.ascontiguousarray(
-                        response_routes[share.first : share.last][:, layers], dtype=route_shape.dtype
-                    ).tobytes()
-                )
-    return b"".join(parts)
+    placed = [_placed(packs, metas, layout, responses) for packs in assignment]
+    tokens = [_tokens([i for pack in packs for i in pack.members if i in responses], responses) for packs in placed]
+    shares: dict[tuple[int, int, int], list[_Share]] = {}
+    outgoing = {}
+    for rank in range(layout.world):
+        there = layout.coord(rank)
+        key = (there.dp, there.cp, there.tp)
+        if route_shape and key not in shares:  # stages of a pipeline see the same rows
+            shares[key] = _shares(placed[there.dp], metas, layout, there, responses)
+        routes = _routes(shares[key], responses, there, route_shape) if route_shape else []
+        outgoing[rank] = b"".join([tokens[there.dp], *routes])
+    return outgoing
+
+
+def _tokens(numbers: list[int], responses: dict[int, Response]) -> bytes:
+    """And log-probabilities."""
+    return b"".join(
+        part
+        for i in numbers
+        for part in (responses[i].tokens.astype(np.int32).tobytes(), responses[i].logprobs.astype(np.float32).tobytes())
+    )
+
+
+def _routes(shares: list[_Share], responses: dict[int, Response], coord: Coord, route_shape: RouteShape) -> list[bytes]:
+    layers = list(route_shape.layers_of_stage[coord.pp])
+    found = ((share, responses[share.response].routes) for share in shares)
+    return [
+        np.ascontiguousarray(routes[share.first : share.last][:, layers], dtype=route_shape.dtype).tobytes()
+        for share, routes in found
+        if routes is not None
+    ]
 
 
 def _route_bytes(share: _Share, meta: Meta, coord: Coord, route_shape: RouteShape | None) -> int:

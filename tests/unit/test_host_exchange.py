@@ -6,14 +6,18 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megarl.engine import exchange, parallel
+from megarl.engine.batch import Meta, assign
 from megarl.engine.device import CPU, Device
+from megarl.engine.exchange import RouteShape
 from megarl.engine.parallel import Parallel
 from megarl.loop import sampler
+from megarl.rollout.response import Response
 from megarl.weights.map.layout import Layout
 
 GPU, WAIT = Device(torch.device("cuda", 0), "nccl"), timedelta(seconds=1)
@@ -53,6 +57,34 @@ def test_who_asks_nobody_waits_for_rollouts_in_host_memory(monkeypatch: pytest.M
     monkeypatch.setattr(sampler.dist, "all_reduce", all_reduce)
     asks: Any = SimpleNamespace(parallel=at)
     assert sampler.Sampler._largest(asks, 3) == 7
+
+
+def test_an_owner_looks_only_for_what_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 ranks in a layout of a 235B model, 1024 responses, 32 of them here: a share is two runs of rows at most, one
+    for each rank of a replica that sees other rows.
+    """
+    layout, rows = Layout(tp=4, pp=4, vpp=1, ep=16, etp=1, cp=2, world=256), 24
+    metas = [Meta(i, 4, rows + 1, 0.0, 0, i // 32 * 8, has_routes=True, truncated=False) for i in range(1024)]
+    at = Parallel(layout, layout.coord(0), Device(CPU, "gloo"), None)
+    shape = RouteShape(tuple((2 * stage, 2 * stage + 1) for stage in range(4)), num_experts=16, top_k=2)
+    routes = np.zeros((rows, 8, 2), np.uint8)
+    tokens, logprobs = np.zeros(rows + 1, np.int32), np.zeros(rows - 3, np.float32)
+    mine = {i: Response(tokens, 4, logprobs, routes, [], "stop") for i, meta in enumerate(metas) if not meta.owner}
+    packs = assign([meta.rows for meta in metas], layout.dp, 4 * rows)
+    made, messages, share = [], dict[int, bytes](), exchange._Share
+
+    def swap(outgoing: dict[int, bytes], *given: Any) -> dict[int, bytes]:
+        messages.update(outgoing)
+        raise StopIteration
+
+    monkeypatch.setattr(exchange, "_Share", lambda *given: made.append(given) or share(*given))
+    monkeypatch.setattr(exchange, "_swap", swap)
+    with pytest.raises(StopIteration):
+        exchange.exchange(packs, metas, None, mine, at, shape)  # type: ignore[arg-type]
+    in_replica = sum(map(len, packs[0]))
+    assert len(made) <= 2 * (in_replica + len(mine) * layout.tp * layout.cp)
+    sent = len(mine) * (4 * layout.tp * layout.cp * layout.pp * (2 * rows - 2) + routes.nbytes)
+    assert sum(map(len, messages.values())) == sent
 
 
 def test_a_gpu_has_a_host_group_beside_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
