@@ -117,7 +117,10 @@ class Dispatcher:
         """Whom to ask from now on. A server that was lost and is named again is tried again; what a server has at work
         that is named no more goes to the others.
         """
-        self._call(self._set_servers, list(workers))
+        # elsewhere than in the loop's thread, which may be busy with an answer: only this method adds or removes links
+        whole = not any(link.lost or link.leaves for link in self._links.values())
+        if not whole or self._links.keys() != {worker.url for worker in workers}:
+            self._call(self._set_servers, list(workers))
 
     def submit(self, request: Request) -> None:
         """Its Answered comes to request.done."""

@@ -422,6 +422,22 @@ def test_a_server_that_leaves_finishes_what_it_has_and_gets_nothing_new() -> Non
         assert take(first.done, 20.0)[0].request is first and answered == [1, 1]
 
 
+def test_the_same_servers_are_named_again_only_where_one_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with servers(at_once, at_once) as (one, two), dispatcher(one.info(0), two.info(1)) as made:
+        calls, real = list[str](), made._call
+        monkeypatch.setattr(made, "_call", lambda what, *given: calls.append(what.__name__) or real(what, *given))
+        made.set_servers([two.info(1), one.info(0)])
+        assert not calls
+        for lose in (lambda: made.drop({one.url: "is gone"}), lambda: made.retire(one.url)):
+            lose()
+            calls.clear()
+            made.set_servers([one.info(0), two.info(1)])
+            made.set_servers([one.info(0), two.info(1)])
+            assert calls == ["_set_servers"]
+        made.set_servers([two.info(1)])
+        assert [*made._links] == [two.url]
+
+
 def test_where_no_server_is_left_the_error_says_so() -> None:
     with servers(at_once) as (server,), dispatcher(server.info()) as dispatch:
         server.close()
