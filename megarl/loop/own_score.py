@@ -6,13 +6,15 @@ compared along those, in a pass that replays them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megarl.config import CANARY_TOKENS
-from megarl.engine.batch import Pack, make_packs, router_rows
+from megarl.engine.batch import Pack, PassRows, make_packs, router_rows
 from megarl.engine.build import Engine
 from megarl.engine.exchange import RouteShape, attach_routes
 from megarl.engine.step import TokenScores
@@ -30,6 +32,7 @@ class OwnScore:
         self.at_once = max(micro_batch_tokens // CANARY_TOKENS, 1)  # in one pack
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(self.weight_map.vocab_size, (CANARY_TOKENS,), generator=generator)
+        self._laid_out: dict[tuple[int, ...], list[Pack]] = {}
         self._logprobs: Tensor | None = None  # float32 [T-1], on the last stage
         self._live_routes: Tensor | None = None  # int16 [R, L, K]: of this rank's rows and layers
 
@@ -98,9 +101,13 @@ class OwnScore:
 
     def _packs(self, counts: list[int]) -> list[Pack]:
         """One of so many copies of the canary each, all of whose tokens are predicted but the first."""
-        most = max(counts)
-        assigned = [[*range(count)] for count in counts]
-        return make_packs(assigned, [self.tokens] * most, [1] * most, self.parallel.layout, self.parallel.coord)
+        most, key = max(counts), tuple(counts)
+        if key not in self._laid_out:
+            assigned = [[*range(count)] for count in counts]
+            self._laid_out[key] = make_packs(
+                assigned, [self.tokens] * most, [1] * most, self.parallel.layout, self.parallel.coord
+            )
+        return [replace(pack, rollout=replace(pack.rollout), passes=PassRows()) for pack in self._laid_out[key]]
 
     def _of(self, pack: Pack, score: TokenScores) -> list[Tensor]:
         """float32 [T-1] of each copy."""

@@ -26,6 +26,7 @@ from megarl.engine.exchange import attach_routes
 from megarl.engine.parallel import destroy_parallel
 from megarl.engine.step import Routes, TokenScores
 from megarl.errors import UserError
+from megarl.loop import own_score
 from megarl.loop.canary import FACTOR, CanaryLimits, Spread, spread_of
 from megarl.loop.own_score import OwnScore
 from megarl.rollout.sync_leader import Canary
@@ -196,6 +197,9 @@ def test_the_own_score_serves_all_servers_that_took_its_routes(
     found = own.spreads(servers)
     assert [round(spread.largest, 5) for spread in found] == [0, 0, 0.5, 0, 0] and passes == ["record", "replay"]
     assert found[2].median == pytest.approx(0.5, abs=1e-5)
+    monkeypatch.setattr(own_score, "make_packs", None)  # of a layout that is known
+    own.take()
+    assert [spread.largest for spread in own.spreads(servers)] == [spread.largest for spread in found]
     wrong = Canary(same.logprobs, same.routes * 0)
     with pytest.raises(UserError, match="routes of the canary from http://f: .*nothing was captured"):
         own.spreads([("http://f", wrong)])
