@@ -140,17 +140,15 @@ class Engine:
         """log pi and entropy of all rows of the pack, 0 where a row predicts nothing that is learnt from. logits: this
         rank's [1, rows, columns], of the rows that its output layer has computed.
         """
-        parallel, device = self.model.parallel, logits.device
-        local_rows = cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)
-        computed = self._computed(pack)
-        labels = pack.labels[local_rows]
+        parallel, device, computed = self.model.parallel, logits.device, self._head_rows
+        labels, mask = self._local(pack.labels, pack.mask)
         group, vocab_size = parallel.tp_group if parallel.layout.tp > 1 else None, self.model.weight_map.vocab_size
         labels = to_device(labels if computed is None else labels[computed], device)
         local: tuple[Tensor, ...] = vocab_parallel_logprobs(logits.squeeze(0), labels, temperature, group, vocab_size)
         if computed is not None:
             computed = to_device(computed, device)
-            local = tuple(values.new_zeros(len(local_rows)).index_copy(0, computed, values) for values in local)
-        others = to_device(pack.mask[local_rows] == 0, device)
+            local = tuple(values.new_zeros(len(mask)).index_copy(0, computed, values) for values in local)
+        others = to_device(mask == 0, device)
         return self._whole(pack, *(values.masked_fill(others, 0.0) for values in local))
 
     def _computed(self, pack: Pack) -> Tensor | None:
@@ -158,11 +156,19 @@ class Engine:
         where none does, it is the first. None with TP, which is all of them: each rank's last layer has a slice of the
         rows, and the whole comes together in the output layer itself.
         """
-        layout, coord = self.model.parallel.layout, self.model.parallel.coord
-        if layout.tp > 1:
+        if self.model.parallel.layout.tp > 1:
             return None
-        rows = pack.mask[cp_rows(pack.padded, layout.cp, coord.cp)].nonzero().flatten()
+        (mask,) = self._local(pack.mask)
+        rows = mask.nonzero().flatten()
         return rows if len(rows) else torch.zeros(1, dtype=torch.long)
+
+    def _local(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Of all rows of a pack those that this rank computes."""
+        layout, coord = self.model.parallel.layout, self.model.parallel.coord
+        if layout.cp == 1:
+            return values
+        rows = cp_rows(len(values[0]), layout.cp, coord.cp)
+        return tuple(each[rows] for each in values)
 
     def _take_head_rows(self, layer: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Before the output layer: of hidden states [rows, 1, H] those that it computes."""
@@ -244,9 +250,7 @@ class Engine:
             target = None if given is None else to_device(given[:, self._layers[index]], device)
             has_route = None if has_route is None or has_route.all() else to_device(has_route, device)
             context = replay.forward(index, target, has_route, replay=routes in ("replay", "replay_old"))
-        parallel = self.model.parallel
-        local_rows = cp_rows(pack.padded, parallel.layout.cp, parallel.coord.cp)
-        tokens, positions = (to_device(rows[local_rows], device) for rows in (pack.tokens, pack.positions))
+        tokens, positions = (to_device(rows, device) for rows in self._local(pack.tokens, pack.positions))
         # bf16 logits stay bf16: megatron-core would copy all of them to float32, 20 GB for 32k tokens, and their
         # gradient too.
         half = {"fp32_output": False} if self.model.config.bf16 else {}

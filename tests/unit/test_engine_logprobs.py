@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def test_the_output_layer_computes_the_rows_of_responses_alone(tmp_path):
     [every] = make_packs([[0, 1, 2]], tokens, [1, 1, 1], at.layout, at.coord)
     responses, empty = make_packs([[0, 1, 2], []], tokens, [20, 9, 4], at.layout, at.coord)
     wanted = responses.mask.bool()
-    scores = engine.logprobs([every, responses, empty], "off")
+    with mock.patch.object(engine, "_computed", wraps=engine._computed) as looked_for:
+        scores = engine.logprobs([every, responses, empty], "off")
+    assert looked_for.call_count == 3
     assert computed == [69, 3 + 0 + 36, 1] and int(wanted.sum()) == 39
     for of_all, of_responses in zip(scores[0], scores[1]):
         torch.testing.assert_close(of_responses[wanted], of_all[wanted], rtol=1e-5, atol=1e-6)
