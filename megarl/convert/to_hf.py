@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from megarl.checkpoints import FILES, STATE, damage, hf_files, state_of
 from megarl.convert.output import fingerprint, output_folder
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
-from megarl.weights.files.ahead import one_ahead
 from megarl.weights.files.hf_folder import ShardFile, carry_files, plan_shards, write_index
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader
@@ -71,9 +69,8 @@ def _write(reader: MegatronReader, folder: Path, shard: ShardFile, progress: Tra
         return
     writer = SafetensorsWriter(folder / f".{shard.file}", shard.specs)
     try:
-        tensors = one_ahead(partial(reader.whole_bits, name) for name in shard.specs)
-        for (name, spec), tensor in zip(shard.specs.items(), tensors, strict=True):
-            writer.write(name, tensor)
+        for name, spec in shard.specs.items():
+            writer.write_pieces(name, reader.pieces(name))
             progress.add(spec.nbytes)
         writer.close()
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from megarl.checkpoints import HF_FILES, STATE
@@ -14,11 +13,10 @@ from megarl.convert.to_hf import refuse_other_bits
 from megarl.convert.transfer import Transfer
 from megarl.errors import UserError
 from megarl.weights.buckets import fill_buckets
-from megarl.weights.files.ahead import one_ahead
 from megarl.weights.files.hf_folder import carry_files, carry_tensors
 from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader, NewChunk, chunks_of_rank, placed_pieces, whole_params
-from megarl.weights.files.raw_file import Bits, Spec, put_together
+from megarl.weights.files.raw_file import Spec
 from megarl.weights.files.torch_dist import Chunk, TorchDistWriter, write_metadata
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
@@ -91,10 +89,12 @@ def _write(reader: HfReader, folder: Path, file: _File, specs: dict[str, Spec], 
         return written
     writer = TorchDistWriter(folder, file.name)
     try:
-        read = one_ahead(partial(_bits, reader, chunk) for chunk in file.chunks)
-        for chunk, bits in zip(file.chunks, read, strict=True):
-            writer.write(chunk.key, chunk.rect.offset, Spec(specs[chunk.pieces[0].hf_name].dtype, bits.shape), bits)
-            progress.add(bits.nbytes)
+        for chunk in file.chunks:
+            spec = Spec(specs[chunk.pieces[0].hf_name].dtype, chunk.rect.size)
+            places = ((piece.local, piece) for piece in chunk.pieces)
+            pieces = reader.pieces(Rect.whole(chunk.rect.size[chunk.lead :]), places)
+            writer.write(chunk.key, chunk.rect.offset, spec, pieces)
+            progress.add(spec.nbytes)
         rows = [[c.key, c.rect.offset, c.rect.size, c.file, c.offset, c.length] for c in writer.chunks]
         journal.write_text(json.dumps(rows), encoding="utf-8")
         writer.close()
@@ -112,13 +112,6 @@ def _journalled(journal: Path, file: _File) -> list[Chunk] | None:
     except (OSError, ValueError, TypeError):
         return None
     return chunks if len(chunks) == len(file.chunks) else None
-
-
-def _bits(reader: HfReader, chunk: NewChunk) -> Bits:
-    parts = ((piece.local, reader.bits(piece)) for piece in chunk.pieces)
-    bits = put_together(Rect.whole(chunk.rect.size[chunk.lead :]), parts)
-    assert bits is not None, chunk
-    return bits.reshape(chunk.rect.size)
 
 
 def _global_specs(weight_map: WeightMap, specs: dict[str, Spec]) -> dict[str, Spec]:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from megarl.convert import commands, to_hf, to_megatron
 from megarl.weights.files.disk_file import DiskFile
 from megarl.weights.files.hf_folder import ShardFile
-from megarl.weights.files.raw_file import RawFile, Spec
+from megarl.weights.files.raw_file import RawFile, Spec, bytes_of
 from megarl.weights.files.safetensors_file import SafetensorsWriter
 from megarl.weights.files.tensors import bits_of, tensor_of
 from megarl.weights.files.torch_archive import elements_of, write_tensor
@@ -151,7 +151,7 @@ def test_torch_loads_an_archive_written_without_it(dtype: str, shape: tuple[int,
     tensor = (torch.arange(spec.numel).reshape(shape) % 2).to(getattr(torch, dtype))
     file = DiskFile(tmp_path / "file")
     file.write(b"x" * 77)  # of another archive
-    write_tensor(file, spec, bits_of(tensor))
+    write_tensor(file, spec, [bytes_of(bits_of(tensor))])
     file.close()
     content = (tmp_path / "file").read_bytes()[77:]
     found = torch.load(io.BytesIO(content), weights_only=True)
@@ -401,13 +401,13 @@ def test_a_checkpoint_deleted_meanwhile_is_named(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert to_megatron_(folder, tmp_path / "step_3", SHARD) == 0
-    write = SafetensorsWriter.write
+    write = SafetensorsWriter.write_pieces
 
-    def deleted(self: Any, name: str, bits: np.ndarray) -> None:
-        write(self, name, bits)
+    def deleted(self: Any, name: str, pieces: Any) -> None:
+        write(self, name, pieces)
         shutil.rmtree(tmp_path / "step_3", ignore_errors=True)
 
-    monkeypatch.setattr(SafetensorsWriter, "write", deleted)
+    monkeypatch.setattr(SafetensorsWriter, "write_pieces", deleted)
     assert_refused(
         capsys, lambda: to_hf_(tmp_path / "step_3", tmp_path / "out", SHARD), "was deleted while it was read"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 from megarl.errors import UserError
 from megarl.weights.files.hf_extras import DEQUANTIZED, dequantized
 from megarl.weights.files.hf_index import HfIndex
-from megarl.weights.files.raw_file import Bits, Spec
+from megarl.weights.files.raw_file import Bits, Part, Spec, bytes_of, pieces_of, put_together
 from megarl.weights.files.safetensors_file import DTYPES, SafetensorsFile
 from megarl.weights.map.relations import HfSlice
 from megarl.weights.map.weight_map import WeightMap
@@ -79,7 +81,23 @@ class HfReader:
 
         return bits_of(dequantized(stored, piece, self.index.block))
 
+    def pieces(self, rect: Rect, parts: Iterable[tuple[Rect, HfSlice]]) -> Iterator[memoryview]:
+        """The bytes of the array of `rect`, in order, from slices of tensors, each with its place in it; each piece is
+        gone with the next.
+        """
+        parts = list(parts)
+        if any(self.index.scaled(piece.hf_name) for _, piece in parts):
+            bits = put_together(rect, ((place, self.bits(piece)) for place, piece in parts))
+            assert bits is not None, parts
+            return iter([bytes_of(bits)])
+        pieces = pieces_of(rect, [replace(self._part(piece), rect=place) for place, piece in parts])
+        assert pieces is not None, parts
+        return pieces
+
     def _stored(self, piece: HfSlice) -> Bits:
+        return self._part(piece).read()
+
+    def _part(self, piece: HfSlice) -> Part:
         shape = self.index.entry(piece.hf_name).shape
         end = piece.rect.end
         if len(shape) != len(end) or any(have < want for have, want in zip(shape, end, strict=True)):
@@ -90,4 +108,4 @@ class HfReader:
         file = self.index.where[piece.hf_name]
         if file not in self._files:
             self._files[file] = SafetensorsFile(self.path / file, self.index.header(file))
-        return self._files[file].read(piece.hf_name, piece.rect)
+        return self._files[file].part(piece.hf_name, piece.rect)

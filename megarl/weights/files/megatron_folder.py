@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +19,7 @@ from megarl.checkpoints import hf_files
 from megarl.errors import UserError
 from megarl.weights.files.hf_folder import CARRIED_TENSORS
 from megarl.weights.files.hf_reader import HfReader
-from megarl.weights.files.raw_file import Bits, Spec, put_together
+from megarl.weights.files.raw_file import Bits, Part, Spec, bytes_of, pieces_of, read_parts
 from megarl.weights.files.safetensors_file import SafetensorsFile
 from megarl.weights.files.shapes import refuse_shape
 from megarl.weights.files.torch_dist import METADATA, TorchDistReader
@@ -174,15 +174,35 @@ class MegatronReader:
 
     def bits(self, piece: HfSlice) -> Bits:
         """The bits of `read`."""
-        bits = put_together(piece.rect, self._parts(piece))
-        assert bits is not None, piece
+        with self._stored.deletion_named():
+            bits = read_parts(piece.rect, self._parts(piece))
+        if bits is None:
+            raise self._incomplete(piece.hf_name)
         return bits
 
-    def _parts(self, piece: HfSlice) -> Iterator[tuple[Rect, Bits]]:
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of whole_bits(), in order; each piece is gone with the next."""
+        if self._carried and name in self._carried.tensors:
+            yield bytes_of(self.whole_bits(name))
+            return
+        rect = Rect.whole(self.weight_map.hf_shapes[name])
+        with self._stored.deletion_named():
+            pieces = pieces_of(rect, self._parts(HfSlice(name, rect)))
+            if pieces is None:
+                raise self._incomplete(name)
+            yield from pieces
+
+    def _incomplete(self, name: str) -> UserError:
+        return UserError(f"checkpoint {str(self.path)!r} holds only a part of {name!r}; it is damaged")
+
+    def _parts(self, piece: HfSlice) -> Iterator[Part]:
+        """Of all chunks, as rectangles of the Hugging Face tensor."""
         for placed, where in self._placed[piece.hf_name]:
             if rect := piece.rect.intersect(placed.rect):
-                local = rect.within(placed.rect).moved(placed.offset)
-                yield rect, self._stored.read(where.key, where.rect(local)).reshape(rect.size)
+                there = where.rect(rect.within(placed.rect).moved(placed.offset))
+                for part in self._stored.parts(where.key, there):
+                    local, lead = part.rect.within(there), len(where.lead)
+                    yield replace(part, rect=Rect(local.offset[lead:], local.size[lead:]).moved(rect.offset))
 
 
 def open_weights(path: str | Path, weight_map: WeightMap) -> HfReader | MegatronReader:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import mul
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from megarl.errors import UserError
 from megarl.weights.rect import Rect, Shape
 
+PIECE = 2**19  # bytes
 Bits = np.ndarray  # of uint8, uint16, uint32 or uint64
 ITEMSIZE = {  # bytes of an element, by torch's name of its dtype
     "float64": 8,
@@ -76,6 +79,7 @@ class RawFile:
         except OSError as error:
             raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
         self.size = os.fstat(self._handle).st_size
+        self._piece: memoryview | None = None
 
     def close(self) -> None:
         os.close(self._handle)
@@ -101,6 +105,17 @@ class RawFile:
             self._fill(bytes_of(rows), offset + skipped)
         return rows if rect.size[1:] == shape[1:] else rows[(slice(None), *rect.slices[1:])].copy()
 
+    def pieces(self, offset: int, count: int) -> Iterator[memoryview]:
+        """`count` bytes from `offset` on, in order. Each piece is overwritten by the next: it stays in the processor's
+        cache, and is no memory that the kernel has to find and fill.
+        """
+        if self._piece is None:
+            self._piece = memoryview(bytearray(PIECE))
+        for begin in range(offset, offset + count, PIECE):
+            piece = self._piece[: min(PIECE, offset + count - begin)]
+            self._fill(piece, begin)
+            yield piece
+
     def _fill(self, target: memoryview, offset: int) -> None:
         done = 0
         while done < len(target):
@@ -110,6 +125,61 @@ class RawFile:
                     f"{str(self.path)!r} is truncated: it ends at byte {offset + done}; copy the checkpoint again"
                 )
             done += count
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rectangle `inside` of an array of `spec`, which begins at byte `offset` of a file: what is yet to be read.
+
+    rect: where it lies in what is asked for, which may have fewer axes of size 1. open: gives the file.
+    """
+
+    rect: Rect
+    open: Callable[[], RawFile]
+    offset: int
+    spec: Spec
+    inside: Rect
+
+    def read(self) -> Bits:
+        return self.open().read(self.offset, self.spec, self.inside).reshape(self.rect.size)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Of a part that is a run."""
+        place = sum(map(mul, self.inside.offset, row_strides(self.spec.shape)))
+        yield from self.open().pieces(self.offset + place * self.spec.itemsize, self.rect.numel * self.spec.itemsize)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether its elements lie one after the other."""
+        return _whole_rows(self.inside, self.spec.shape)
+
+
+def _whole_rows(rect: Rect, shape: Shape) -> bool:
+    """Whether it takes all of every axis after the first one of which it takes more than one element."""
+    first = next((axis for axis, size in enumerate(rect.size) if size > 1), len(shape))
+    return rect.size[first + 1 :] == shape[first + 1 :]
+
+
+def row_strides(shape: Shape) -> Shape:
+    """In elements, of an array that lies row after row, as torch has them."""
+    return tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def read_parts(rect: Rect, parts: Iterable[Part]) -> Bits | None:
+    """The array of `rect`, put together from its parts."""
+    return put_together(rect, ((part.rect, part.read()) for part in parts))
+
+
+def pieces_of(rect: Rect, parts: Iterable[Part]) -> Iterator[memoryview] | None:
+    """The bytes of read_parts() in order, without the array where its parts are runs of it."""
+    parts = sorted(parts, key=lambda part: part.rect.offset)
+    inside = [part.rect.within(rect) for part in parts]
+    if all(part.is_run and _whole_rows(there, rect.size) for part, there in zip(parts, inside, strict=True)):
+        if sum(part.rect.numel for part in parts) != rect.numel:
+            return None
+        return chain.from_iterable(part.pieces() for part in parts)
+    bits = read_parts(rect, parts)
+    return None if bits is None else iter([bytes_of(bits)])
 
 
 def put_together(rect: Rect, parts: Iterable[tuple[Rect, Bits]]) -> Bits | None:

@@ -8,11 +8,11 @@ safetensors_header.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megarl.weights.files.disk_file import DiskFile
-from megarl.weights.files.raw_file import Bits, RawFile, Spec, bytes_of
+from megarl.weights.files.raw_file import Bits, Part, RawFile, Spec, bytes_of
 from megarl.weights.files.safetensors_header import Entry, read_header
 from megarl.weights.rect import Rect
 
@@ -43,7 +43,11 @@ class SafetensorsFile:
         self._file = RawFile(path)
 
     def read(self, name: str, rect: Rect) -> Bits:
-        return self._file.read(self._entries[name].offset, self.tensors[name], rect)
+        return self.part(name, rect).read()
+
+    def part(self, name: str, inside: Rect) -> Part:
+        """What read() reads."""
+        return Part(inside, lambda: self._file, self._entries[name].offset, self.tensors[name], inside)
 
     def close(self) -> None:
         self._file.close()
@@ -78,8 +82,16 @@ class SafetensorsWriter:
         spec = self._specs[name]
         if bits.dtype != spec.bits or bits.shape != spec.shape:
             raise ValueError(f"{name}: {bits.dtype} {bits.shape} is not {spec}")
-        if bits.size:
-            self._file.write_at(self._data + self._offsets[name], bytes_of(bits))
+        self.write_pieces(name, [bytes_of(bits)] if bits.size else [])
+
+    def write_pieces(self, name: str, pieces: Iterable[memoryview]) -> None:
+        """The bytes of tensor `name`, in order. Raises ValueError where they are more or fewer."""
+        begin = at = self._data + self._offsets[name]
+        for piece in pieces:
+            self._file.write_at(at, piece)
+            at += len(piece)
+        if at - begin != self._specs[name].nbytes:
+            raise ValueError(f"{name}: {at - begin} bytes came, it has {self._specs[name].nbytes}")
         self._missing.discard(name)
 
     def close(self) -> None:

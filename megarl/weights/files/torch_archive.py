@@ -10,12 +10,13 @@ import os
 import pickle
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, cast
 
 from megarl.weights.files.disk_file import DiskFile
-from megarl.weights.files.raw_file import Bits, RawFile, Spec, bytes_of
-from megarl.weights.files.torch_pickles import TensorPickle, row_strides, tensor_pickle
+from megarl.weights.files.raw_file import RawFile, Spec, row_strides
+from megarl.weights.files.torch_pickles import TensorPickle, tensor_pickle
 from megarl.weights.rect import Shape
 
 FOLDER = "archive"  # any name does: of all records it is the same
@@ -87,8 +88,8 @@ class _Stream:
         return self._file.tell() - self._begin
 
 
-def write_tensor(file: DiskFile, spec: Spec, bits: Bits) -> None:
-    """At file.tell()."""
+def write_tensor(file: DiskFile, spec: Spec, pieces: Iterable[memoryview]) -> None:
+    """At file.tell(). pieces: the bytes of its elements, row after row."""
     with zipfile.ZipFile(cast(IO[bytes], _Stream(file)), "w") as archive:
         _add_small(archive, tensor_pickle(spec))
         record = zipfile.ZipInfo(f"{FOLDER}/{ELEMENTS}")
@@ -97,7 +98,8 @@ def write_tensor(file: DiskFile, spec: Spec, bits: Bits) -> None:
         fill = -begin % ALIGNED
         record.extra = PADDING + fill.to_bytes(2, "little") + bytes(fill)
         with archive.open(record, "w", force_zip64=large) as stream:
-            stream.write(bytes_of(bits))
+            for piece in pieces:
+                stream.write(piece)
 
 
 def write_empty(path: Path) -> None:

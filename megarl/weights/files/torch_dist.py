@@ -13,15 +13,16 @@ import bisect
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
 from megarl.weights.files.disk_file import DiskFile
-from megarl.weights.files.raw_file import Bits, RawFile, Spec, put_together
+from megarl.weights.files.raw_file import Bits, Part, RawFile, Spec, read_parts
 from megarl.weights.files.torch_archive import elements_of, write_empty, write_tensor
 from megarl.weights.files.torch_pickles import (
     MetadataPickle,
@@ -106,21 +107,30 @@ class TorchDistReader:
 
     def read(self, key: str, rect: Rect) -> Bits:
         """A rectangle of a global tensor, put together from the chunks that it meets."""
-        stored = self._stored[key]
-        shared = ((chunk, rect.intersect(chunk.rect)) for chunk in stored.near(rect))
-        parts = ((part, self._read_chunk(chunk, stored.spec.dtype, part)) for chunk, part in shared if part)
-        bits = put_together(rect, parts)
+        with self.deletion_named():
+            bits = read_parts(rect, self.parts(key, rect))
         if bits is None:
             raise UserError(f"checkpoint {str(self.path)!r} holds only a part of {key!r}; it is damaged")
         return bits
 
-    def _read_chunk(self, chunk: Chunk, dtype: str, rect: Rect) -> Bits:
-        """rect: within the global tensor."""
+    def parts(self, key: str, rect: Rect) -> Iterator[Part]:
+        """What read() reads, of each chunk."""
+        stored = self._stored[key]
+        for chunk in stored.near(rect):
+            if shared := rect.intersect(chunk.rect):
+                yield self._part(chunk, stored.spec.dtype, shared)
+
+    def _part(self, chunk: Chunk, dtype: str, rect: Rect) -> Part:
+        open_ = partial(self._open, chunk.file)
+        if chunk not in self._begins:
+            self._begins[chunk] = _elements(open_(), chunk)
+        return Part(rect, open_, self._begins[chunk], Spec(dtype, chunk.rect.size), rect.within(chunk.rect))
+
+    @contextmanager
+    def deletion_named(self) -> Iterator[None]:
+        """In which parts are read: what fails by a checkpoint that is gone says so."""
         try:
-            file = self._open(chunk.file)
-            if chunk not in self._begins:
-                self._begins[chunk] = _elements(file, chunk)
-            return file.read(self._begins[chunk], Spec(dtype, chunk.rect.size), rect.within(chunk.rect))
+            yield
         except UserError:
             if not (self.path / METADATA).is_file():
                 raise UserError(
@@ -217,10 +227,10 @@ class TorchDistWriter:
         self._file = DiskFile(self._path)
         self.chunks: list[Chunk] = []
 
-    def write(self, key: str, offset: Shape, spec: Spec, bits: Bits) -> None:
-        """The rectangle of `key` that begins at `offset`, which is what `spec` says."""
+    def write(self, key: str, offset: Shape, spec: Spec, pieces: Iterable[memoryview]) -> None:
+        """The rectangle of `key` that begins at `offset`, which is what `spec` says. pieces: its bytes, in order."""
         begin = self._file.tell()
-        write_tensor(self._file, spec, bits)
+        write_tensor(self._file, spec, pieces)
         self.chunks.append(Chunk(key, Rect(offset, spec.shape), self._name, begin, self._file.tell() - begin))
 
     def close(self) -> None:

@@ -9,14 +9,13 @@ what torch writes.
 from __future__ import annotations
 
 import io
-import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from megarl.errors import UserError
-from megarl.weights.files.raw_file import ITEMSIZE, Spec
+from megarl.weights.files.raw_file import ITEMSIZE, Spec, row_strides
 from megarl.weights.rect import Rect, Shape
 
 CHECKPOINT = "torch.distributed.checkpoint"
@@ -114,11 +113,6 @@ class TensorPickle(pickle.Unpickler):
         if name == "_rebuild_parameter":
             return lambda data, *rest: data
         return type(name, (), {}) if name.endswith("Storage") else OrderedDict if name == "OrderedDict" else None
-
-
-def row_strides(shape: Shape) -> Shape:
-    """In elements, of a tensor that lies row after row, as torch has them."""
-    return tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def tensor_pickle(spec: Spec) -> bytes:
