@@ -73,6 +73,14 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{str(checkpoint / STATE)!r} cannot be read ({error}); the checkpoint is damaged") from None
 
 
+def size_of(checkpoint: Path) -> int:
+    """Bytes of its files, as megarl.json has them: no file is looked at. 0 of one that does not say."""
+    try:
+        return sum(int(size) for size, _ in state_of(checkpoint).get(FILES, {}).values())
+    except (UserError, AttributeError, TypeError, ValueError):  # who loads it says what is wrong with it
+        return 0
+
+
 def seal(path: Path) -> list[int | str]:
     """[bytes, checksum] of a file, as FILES holds them."""
     digest, size = xxhash.xxh3_128(), 0

@@ -298,8 +298,13 @@ def _doctor(args: argparse.Namespace) -> int:
     from megarl.config import load_config
     from megarl.report.doctor import doctor
 
-    config = None if args.config is None else load_config(args.config, args.overrides)
-    status = doctor((config and config.launch.rollout_python) or os.environ.get("ROLLOUT_PYTHON"))
+    other = os.environ.get("ROLLOUT_PYTHON")
+    try:
+        config = None if args.config is None else load_config(args.config, args.overrides)
+    except UserError:
+        doctor(other)  # what the machine has is told all the same
+        raise
+    status = doctor((config and config.launch.rollout_python) or other)
     if config is not None:
         from megarl.refusals import check
 

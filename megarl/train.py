@@ -53,9 +53,11 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     enter("the load of the weights", MODELS * reading_s(Path(config.model.path)))
     temperature = config.rollout.temperature
     engine = build_engine(config, parallel, optimizer_steps=config.optimizer_steps, temperature=temperature)
+    enter("the reading of prompts")
     tokenizer = load_tokenizer(config.model)
     prompts = load_run_prompts(config, tokenizer)
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content_digest(config.data.prompts))
+    enter("the load of reference and critic", MODELS * reading_s(Path(config.model.path)))
     learner = Learner(config, engine)
     dull, why = DullSteps(config), ""  # why the run ends early; empty: it goes on
     step = done = 0  # rollout steps, optimizer steps
@@ -95,7 +97,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             refit.settle()
             with turns.training(fleet):
                 learned = learner.learn(batch, step)
-            if learned.guarded:
+            if learned.guarded and not batch.foreign:
                 refit.check()
             step, done = step + 1, done + learned.optimizer_steps
             metrics: Values = {**batch.metrics, **learned.metrics, **refit.sync(done), **fleet.figures()}

@@ -355,8 +355,8 @@ class LaunchConfig(Section):
         ge=0,
         description=(
             "Where no rank goes on for so many seconds, all write their stacks to their logs, the missing one is named "
-            "and the trainers end; above the longest phase of a step, the wait for rollouts left out: that has "
-            "rollout.request_timeout_s on each of 3 servers. 0 is never."
+            "and the trainers end; above the longest phase of a step or of the start, the wait for rollouts left out: "
+            "that has rollout.request_timeout_s on each of 3 servers. 0 is never."
         ),
     )
     interface: str | None = Field(

@@ -21,7 +21,6 @@ from megarl.weights.files.raw_file import Spec
 from megarl.weights.files.safetensors_file import SafetensorsWriter
 
 READERS = 8  # of files, at most
-_Reader = HfReader | MegatronReader
 
 
 def megatron_to_hf(megatron: Path, out: Path, shard_bytes: int, verify: bool = False) -> None:

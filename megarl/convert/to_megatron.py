@@ -18,6 +18,7 @@ from megarl.weights.files.hf_reader import HfReader
 from megarl.weights.files.megatron_folder import MegatronReader, NewChunk, chunks_of_rank, placed_pieces, whole_params
 from megarl.weights.files.raw_file import Spec
 from megarl.weights.files.torch_dist import Chunk, TorchDistWriter, write_metadata
+from megarl.weights.files.torch_pickles import STORAGE
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 from megarl.weights.rect import Rect
@@ -115,8 +116,14 @@ def _journalled(journal: Path, file: _File) -> list[Chunk] | None:
 
 
 def _global_specs(weight_map: WeightMap, specs: dict[str, Spec]) -> dict[str, Spec]:
-    """UserError where tensors that make one parameter differ in dtype."""
+    """UserError where tensors that make one parameter differ in dtype, or have one that no parameter can have."""
     by_key: dict[str, Spec] = {}
+    for name, spec in specs.items():
+        if spec.dtype not in STORAGE:
+            raise UserError(
+                f"tensor {name!r} is {spec.dtype} and has no scale beside it; copy the checkpoint again, or convert "
+                "it to bfloat16"
+            )
     for param, where in whole_params(weight_map):
         for piece in param.pieces:
             spec = by_key.setdefault(where.key, Spec(specs[piece.hf_name].dtype, where.shape))

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megarl.addresses import listen_at
-from megarl.checkpoints import newest
+from megarl.checkpoints import whole_checkpoints
 from megarl.config import Config, ParallelConfig
 from megarl.engine.device import Device
 from megarl.engine.megatron_compat import groups_of_layout
@@ -88,8 +88,8 @@ def group_timeout(config: Config) -> timedelta:
     """
     rollout, launch = config.rollout, config.launch
     checked_s = config.sync.timeout_s + reading_s(Path(config.model.path))
-    ranks, last = int(os.environ.get("WORLD_SIZE", "1")), newest(Path(config.run.dir) / "checkpoints")
-    resumed_s = resuming_s(last, ranks) if last else 0.0
+    ranks, whole = int(os.environ.get("WORLD_SIZE", "1")), whole_checkpoints(Path(config.run.dir) / "checkpoints")
+    resumed_s = resuming_s(whole[-1], ranks) if whole else 0.0
     longest = max(
         longest_wait_s(rollout.request_timeout_s), 2 * rollout.start_timeout_s, checked_s, resumed_s, launch.stall_s
     )

@@ -134,9 +134,11 @@ class Search:
         """The first of them, with the messages that a weight sync keeps, which are left out of what is tried."""
         kept: dict[Layout, list[int]] = {}
         rows: list[Found] = []
-        for one in found[:LOOKED_AT]:
+        for one in found:
             layout = Layout(**one.parallel, world=world)  # type: ignore[arg-type]
             if layout not in kept:
+                if len(kept) == LOOKED_AT:
+                    break
                 plan = sync_plan(self.config, layout, self.weight_map, self.rollout_ep)
                 kept[layout] = kept_by_stage(self.config, plan)
             memory = self._with_sync(self._training(layout, one.recompute, one.tokens, one.offload), kept[layout])
@@ -266,6 +268,10 @@ def run(config: Config, world: int, rollout_ep: int, machine: Machine, as_json: 
     search.tried = 0
     found = search.fitting(world)
     shown = search.shown(found, world)
+    if any(not one.offload for one in found):  # a number between those that fewest() tries
+        fewest = min(fewest or world, world)
+    if found:
+        hosted = min(hosted or world, world)
     if as_json:
         few = {"fewest_gpus": fewest, "fewest_gpus_offloaded": hosted}
         rows = [asdict(one) | {"overrides": one.overrides, "total": one.memory.total} for one in shown]
@@ -308,6 +314,8 @@ def describe(
             f"{' '.join(one.overrides)}"
             + (f" ({one.memory.host / GIB:,.0f} GiB of host memory)" if one.memory.host else "")
         )
+    if fitting and not shown:
+        lines.append(f"none, of the first {LOOKED_AT} layouts, once a weight sync's messages are counted")
     few, host = (f"fits on {count:,} GPUs" if count else f"does not fit on {MOST_GPUS:,}" for count in (fewest, hosted))
     lines += [
         "",

@@ -26,11 +26,11 @@ def has_gpu() -> bool:
     if os.environ.get(VISIBLE) in NONE or not _cuda_build():
         return False
     if not DRIVER.exists():
-        if os.environ.get(MEANT):
+        if os.environ.get(MEANT) and not driver_devices()[0]:  # WSL has a driver without that file
             raise UserError(
                 f"this container is for GPUs and has no NVIDIA driver; start it with --gpus all, or {ON_THE_CPU}"
             )
-        return False
+        return bool(os.environ.get(MEANT))
     count, why = driver_devices()
     if not count:
         raise UserError(

@@ -20,11 +20,11 @@ class MismatchGuard:
     """Remembers k3 and the routes' agreement of the last batches that passed, the same on every rank.
 
     factor: how many times the recent median a batch may have; 0 turns the guard off. lagged: whether tokens may be of
-    older weights than pi_old's.
+    older weights than pi_old's. of: what the engines are, on which the band depends.
     """
 
-    def __init__(self, factor: float, lagged: bool = False) -> None:
-        self.factor, self._least_k3 = factor, LEAST_LAGGED_K3 if lagged else LEAST_K3
+    def __init__(self, factor: float, lagged: bool = False, of: str = "") -> None:
+        self.factor, self._least_k3, self._of = factor, LEAST_LAGGED_K3 if lagged else LEAST_K3, of
         self._k3: deque[float] = deque(maxlen=MEMORY)
         self._disagreement: deque[float] = deque(maxlen=MEMORY)
         self._in_a_row, self._last = 0, ""
@@ -54,17 +54,22 @@ class MismatchGuard:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint's state: who resumes judges as it would have done."""
         recent = {"k3": list(self._k3), "disagreement": list(self._disagreement)}
-        return {**recent, "in_a_row": self._in_a_row, "last": self._last}
+        return {**recent, "in_a_row": self._in_a_row, "last": self._last, "of": self._of}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As state_dict gave it."""
+        """As state_dict gave it. Between other engines there is no band yet; a run that had given up begins to count
+        anew.
+        """
+        if state["of"] != self._of:
+            return
         self._k3.extend(state["k3"])
         self._disagreement.extend(state["disagreement"])
-        self._in_a_row, self._last = state["in_a_row"], state["last"]
+        if state["in_a_row"] < MOST:
+            self._in_a_row, self._last = state["in_a_row"], state["last"]
 
     def gives_up(self, step: int) -> str:
         """Why the run should stop after `step`; "" where it should not."""
-        if self._in_a_row < MOST:
+        if not self.factor or self._in_a_row < MOST:
             return ""
         return (
             f"the last {MOST} batches, to step {step}, were not trained on (train.mismatch_guard {self.factor:g}): "

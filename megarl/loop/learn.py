@@ -82,7 +82,8 @@ class Learner:
         self.critic_norm: dict[str, float] = {}
         self.reference = Reference(engine.model) if config.objective.kl_coef else None
         self.unreplayed: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
-        self.guard = MismatchGuard(config.train.mismatch_guard, config.rollout.max_lag > 0)
+        engines = [part.model_dump_json() for part in (config.engine, config.parallel, config.rollout, config.replay)]
+        self.guard = MismatchGuard(config.train.mismatch_guard, config.rollout.max_lag > 0, "".join(engines))
         self._step, self._names, self._guarded = 0, [""], ""
         self._judged: Values | None = None  # what the guard has measured of this batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from megarl.errors import UserError
@@ -41,6 +41,7 @@ class RewardInput:
     answer: str
     prompt: str
     final_response: str | None = None  # None: the whole response
+    _: KW_ONLY
     row: Mapping[str, Any] = field(default_factory=dict)
     tokens: Sequence[int] = ()
     prompt_tokens: Sequence[int] = ()

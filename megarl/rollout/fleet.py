@@ -298,9 +298,11 @@ class Fleet:
         first = next((url for url in [*failed] if url in new), None)
         if first is None or len(self.members) == 1:
             return
+        cause = next(iter(failed.values()))  # a failure ends what others do, and theirs may be told before it
+        before = f" (before it: {cause})" if cause != failed[first] else ""
         why = (
             f"rollout worker {new[first].index} ({first}) is not used, since its first weight sync failed: "
-            f"{failed[first]}; mend that and start it again"
+            f"{failed[first]}{before}; mend that and start it again"
         )
         if self._roll_call is not None:
             self._roll_call.leave_out(new[first], why)

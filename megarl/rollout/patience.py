@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megarl.checkpoints import size_of
+
 STALE_S = 15.0  # a worker that has not beaten for so long is taken for dead
 ANSWER_S = 10.0  # a server that takes longer to say its version is left out of a step and of a sync
 ACCOUNT_S = 5.0  # how long a failure waits for the worker's own account of it
@@ -33,7 +35,7 @@ def checkpoint_s(share: float) -> float:
 
 def resuming_s(checkpoint: Path, ranks: int) -> float:
     """How long `ranks` may take to read a checkpoint for its checksums and to load it."""
-    return checkpoint_s(sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) / ranks)
+    return checkpoint_s(size_of(checkpoint) / ranks)
 
 
 def reading_s(folder: Path) -> float:

@@ -224,7 +224,7 @@ def wait_for_workers(
     goes on without those that failed, and with one or more BACK_S after the last that came back, or after timeout_s.
     """
     workers: dict[int, WorkerInfo] = {}
-    failed, back_until = set[int](), 0.0
+    failed, back_until = dict[int, str](), 0.0
     refusals = refusals or Refusals(store)
     announce(f"waiting for {plural(n, 'rollout server')}")
     deadline = time.monotonic() + timeout_s
@@ -236,8 +236,8 @@ def wait_for_workers(
                 workers.pop(index, None)
                 continue
             if resumed and (text := read(store, index, "failed")) is not None:
-                announce(f"{text.partition('; last lines of ')[0]}; going on without it")
-                failed.add(index)
+                failed[index] = text.partition("; last lines of ")[0]
+                announce(f"{failed[index]}; going on without it")
                 workers.pop(index, None)
                 continue
             _raise_if_failed(store, index)
@@ -258,6 +258,8 @@ def wait_for_workers(
             return [workers[index] for index in sorted(workers)]
         if late:
             came = f"{len(workers)} of {n} rollout workers came within {timeout_s:.0f} s{refusals.in_words()}"
+            if failed:
+                raise UserError(f"{came}. The last that failed: {list(failed.values())[-1]}")
             raise UserError(
                 f"{came}: start `megarl rollout` with the same launch.store, or raise rollout.start_timeout_s"
             )

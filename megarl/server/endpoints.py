@@ -36,7 +36,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from megarl import door
-from megarl.rollout.wire import ENGINE_DIED, WHOLE, encode, encode_parts
+from megarl.rollout.wire import ENGINE_DIED, encode, encode_parts
 
 Parts = list[bytes | memoryview]  # of one body, sent one after the other
 
@@ -267,7 +267,7 @@ async def _run(
         output
         async for output in engine.generate(tokens_input(prompt, cache_salt=salt), params, f"megarl-{next(_numbers)}")
     ]
-    if any(choice.finish_reason not in WHOLE for choice in outputs[-1].outputs):
+    if any(choice.finish_reason == "abort" for choice in outputs[-1].outputs):
         raise EngineDeadError
     return outputs[-1]
 

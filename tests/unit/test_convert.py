@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint import metadata as meta
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megarl.convert import commands, to_hf, to_megatron
+from megarl.errors import UserError
 from megarl.weights.files.disk_file import DiskFile
 from megarl.weights.files.hf_folder import ShardFile
 from megarl.weights.files.raw_file import RawFile, Spec, bytes_of
@@ -162,6 +164,35 @@ def test_torch_loads_an_archive_written_without_it(dtype: str, shape: tuple[int,
     assert content[begin - 77 :].startswith(bits_of(tensor).tobytes()) and (begin - 77) % 64 == 0
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert archive.testzip() is None
+
+
+def test_an_archive_with_a_changed_byte_is_named_in_one_line(tmp_path: Path) -> None:
+    """Nothing but a ValueError, or a UserError where the file ends too early, whatever the byte."""
+    file = DiskFile(tmp_path / "whole")
+    write_tensor(file, Spec("bfloat16", (2, 3)), [memoryview(bytes(12))])
+    file.close()
+    content = (tmp_path / "whole").read_bytes()
+    for place in range(len(content)):
+        for mask in (0x01, 0x80):
+            changed = bytearray(content)
+            changed[place] ^= mask
+            (tmp_path / "changed").write_bytes(changed)
+            raw = RawFile(tmp_path / "changed")
+            with contextlib.suppress(ValueError, UserError):
+                elements_of(raw, 0, len(changed), (2, 3))
+            raw.close()
+
+
+def test_an_fp8_tensor_without_its_scale_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "fp8")
+    [file] = copy.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
+    assert_refused(capsys, lambda: to_megatron_(copy, tmp_path / "out"), f"'{name}' is float8_e4m3fn and has no scale")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_conversion_needs_no_torch(folder: Path, tmp_path: Path) -> None:

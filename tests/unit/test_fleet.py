@@ -205,7 +205,7 @@ def test_a_new_worker_by_which_a_sync_fails_is_left_out(run: Run, capfd: pytest.
     fleet.gather()
     fleet._ask([])
     fleet.leave_out({third.url: "it is no member"})
-    with pytest.raises(LeftOut, match="failed: the canary differs; mend"):
+    with pytest.raises(LeftOut, match="failed: the canary differs .before it: it is no member.; mend"):
         fleet.leave_out({third.url: "it is no member", again.url: "the canary differs"})
     fleet.members = [second]
     fleet.leave_out({second.url: "nobody is left to go on with"})

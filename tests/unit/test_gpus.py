@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -178,9 +179,7 @@ def test_a_group_outlasts_what_servers_may_take_to_read_an_export(tmp_path: Path
 
 def test_a_group_outlasts_what_ranks_may_take_to_read_a_checkpoint(tmp_path: Path) -> None:
     (folder := tmp_path / "checkpoints" / "step_5").mkdir(parents=True)
-    (folder / "megarl.json").write_text("{}")
-    with (folder / "__0_0.distcp").open("wb") as file:
-        file.truncate(10**11)
+    (folder / "megarl.json").write_text(json.dumps({"files": {"__0_0.distcp": [10**11, "a checksum"]}}))
     timeout = parallel.group_timeout(load_config(None, [f"run.dir={tmp_path}"]))
     assert timeout > timedelta(seconds=resuming_s(folder, 1)) > timedelta(hours=5)
 

@@ -26,6 +26,20 @@ def test_who_resumes_judges_as_it_would_have_done() -> None:
     assert resumed.gives_up(7) == guard.gives_up(7) != ""
 
 
+def test_a_run_that_gave_up_may_go_on() -> None:
+    """Its message says how: with the guard at 0, or another factor, or other engines."""
+    guard = warmed(1e-5)
+    for _ in range(MOST):
+        assert guard.judge(0.1, 1.0)
+    assert guard.gives_up(7)
+    for resumed in (MismatchGuard(0.0), MismatchGuard(50.0)):
+        resumed.load_state_dict(guard.state_dict())
+        assert not resumed.gives_up(8), "a step without an update judges nothing"
+    other = MismatchGuard(50.0, of="bfloat16")
+    other.load_state_dict(guard.state_dict())
+    assert not other.judge(0.1, 1.0), "between other engines the band is not known"
+
+
 @pytest.mark.parametrize(
     ("usual", "now", "word"),
     [

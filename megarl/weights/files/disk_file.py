@@ -53,7 +53,7 @@ class DiskFile:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing: torch.save asks for it. close() brings everything to the disk."""
+        """Nothing: zipfile asks for it. close() brings everything to the disk."""
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """data: is free again when this returns."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, cast
 
+from megarl.errors import UserError
 from megarl.weights.files.disk_file import DiskFile
 from megarl.weights.files.raw_file import RawFile, Spec, row_strides
 from megarl.weights.files.torch_pickles import TensorPickle, tensor_pickle
@@ -63,7 +64,9 @@ def elements_of(file: RawFile, offset: int, length: int, shape: Shape) -> int:
             raise ValueError("its records are compressed")
         data = file.read_bytes(offset + _begin(file, offset, pickled), pickled.file_size)
         strides = TensorPickle(data).strides
-    except (zipfile.BadZipFile, KeyError, pickle.UnpicklingError) as error:
+    except UserError:  # the file ends too early
+        raise
+    except Exception as error:  # whatever a changed byte makes of it
         raise ValueError(f"no archive of a tensor: {error}") from None
     if strides != row_strides(shape):
         raise ValueError("it is not stored row after row")
