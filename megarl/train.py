@@ -85,7 +85,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
         evaluation.catch_up(step)
         while step < config.train.steps and not (why or saver.ending):
             start = time.perf_counter()
-            refit.ready(done, saver.stop)
+            refit.ready(done, saver.stop, ask_all=False)
             rollouts = ScoredRollouts(config, parallel, done, refit.committed)
             with fleet.watched():
                 while wanted := rollouts.wanted():

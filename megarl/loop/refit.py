@@ -61,11 +61,11 @@ class Refit:
         # the last versions that were committed, as many as a response may have lived through
         self.committed: deque[int] = deque(maxlen=config.rollout.max_lag + 1)
 
-    def ready(self, version: int, stop: StopRequest | None = None) -> None:
+    def ready(self, version: int, stop: StopRequest | None = None, ask_all: bool = True) -> None:
         """Before responses are asked for: who is lost is told, and where nobody is left, whoever comes gets the weights
-        first. stop: what may end the wait for one. Collective.
+        first. stop: what may end the wait for one. ask_all: also servers that have answered a moment ago. Collective.
         """
-        self.fleet.check()
+        self.fleet.check(ask_all)
         if not self.fleet.workers:
             self._scoring = None  # of workers that are gone
             self.sync(version, stop)

@@ -107,11 +107,11 @@ class Fleet:
                 check_workers(self._store, self.workers, wait_s=wait_s)
             raise
 
-    def check(self) -> None:
-        """Collective, before a step: whom to ask. What was lost and what has come is told on rank 0. `workers` may be
-        empty then: whoever comes must have the weights first.
+    def check(self, ask_all: bool = True) -> None:
+        """Collective: whom to ask from now on. What was lost and what has come is told on rank 0. `workers` may be
+        empty then: whoever comes must have the weights first. ask_all: as of gather().
         """
-        here = self._roll_call.answer(self.workers) if self._roll_call is not None else []
+        here = self._roll_call.answer(self.workers, ask_all) if self._roll_call is not None else []
         agreed = self._from_rank_0([worker.index for worker in here])
         self._ask([worker for worker in self.workers if worker.index in agreed])
 

@@ -40,8 +40,12 @@ class RollCall:
         """They have answered just now."""
         self._heard, self._heard_at = workers, time.monotonic()
 
-    def answer(self, workers: list[WorkerInfo]) -> list[WorkerInfo]:
-        """Those of them that are there and answer, or have done so lately."""
+    def answer(self, workers: list[WorkerInfo], ask_all: bool = True) -> list[WorkerInfo]:
+        """Those of them that are there and answer. ask_all: also who has answered lately, since when one may have died:
+        what was heard of them is forgotten.
+        """
+        if ask_all:
+            self._heard = []
         return self._look(workers, only=workers, heard=self._lately())
 
     def wait(

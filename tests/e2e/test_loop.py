@@ -57,7 +57,7 @@ def whole(bench: Bench, cold: Path) -> list[dict[str, Any]]:
     """R3 replayed under TP2 x PP2 x EP2, 4 mini-batches, temperature 0.7, from the first step to the last."""
     command = bench.finish("run", "whole", r3(bench, cold))
     started = [line.split()[0] for line in command.out.split("step  1/")[0].splitlines()]
-    assert started == ["starting", "loading", "waiting", "rollout", "sending"], command.out
+    assert started == ["starting", "loading", "computing", "waiting", "rollout", "sending"], command.out
     return bench.rows("whole")
 
 
