@@ -15,8 +15,11 @@ STEPS, PROMPTS, GROUP = 8, 8, 4
 
 
 def prompts_of(run_dir: Path, steps: range) -> Counter[str]:
-    """How often each prompt was learnt from, by the samples that rank 0 keeps: those of its replica."""
+    """How often each prompt was learnt from, by the samples that rank 0 keeps, of its replica, which may have none:
+    the first groups that end make a batch.
+    """
     files = [run_dir / "rollouts" / f"step_{step:06}.json" for step in steps]
+    files = [file for file in files if file.exists()]
     return Counter(sample["prompt"] for file in files for sample in json.loads(file.read_text())["samples"])
 
 
