@@ -131,22 +131,22 @@ class RawFile:
 class Part:
     """The rectangle `inside` of an array of `spec`, which begins at byte `offset` of a file: what is yet to be read.
 
-    rect: where it lies in what is asked for, which may have fewer axes of size 1. open: gives the file.
+    rect: where it lies in what is asked for, which may have fewer axes of size 1. file: gives it, open.
     """
 
     rect: Rect
-    open: Callable[[], RawFile]
+    file: Callable[[], RawFile]
     offset: int
     spec: Spec
     inside: Rect
 
     def read(self) -> Bits:
-        return self.open().read(self.offset, self.spec, self.inside).reshape(self.rect.size)
+        return self.file().read(self.offset, self.spec, self.inside).reshape(self.rect.size)
 
     def pieces(self) -> Iterator[memoryview]:
         """Of a part that is a run."""
         place = sum(map(mul, self.inside.offset, row_strides(self.spec.shape)))
-        yield from self.open().pieces(self.offset + place * self.spec.itemsize, self.rect.numel * self.spec.itemsize)
+        yield from self.file().pieces(self.offset + place * self.spec.itemsize, self.rect.numel * self.spec.itemsize)
 
     @property
     def is_run(self) -> bool:
