@@ -36,8 +36,6 @@ from megarl.report.live import LivePage
 from megarl.rollout.fleet import Fleet
 from megarl.rollout.patience import reading_s
 
-MODELS = 3  # that are read at the start, at most: policy, reference, critic
-
 
 def main(argv: list[str]) -> int:
     train(load_config(argv[0], argv[1:]))
@@ -50,14 +48,12 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     announce(f"loading the weights of {config.model.path}")
     parallel = join_ranks(config)
     stall = StallWatch(log_dir_of("train", config), parallel.coord.rank, parallel.layout.world, config.launch.stall_s)
-    enter("the load of the weights", MODELS * reading_s(Path(config.model.path)))
+    enter("the load of the weights", reading_s(Path(config.model.path)))
     temperature = config.rollout.temperature
     engine = build_engine(config, parallel, optimizer_steps=config.optimizer_steps, temperature=temperature)
-    enter("the reading of prompts")
     tokenizer = load_tokenizer(config.model)
     prompts = load_run_prompts(config, tokenizer)
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content_digest(config.data.prompts))
-    enter("the load of reference and critic", MODELS * reading_s(Path(config.model.path)))
     learner = Learner(config, engine)
     dull, why = DullSteps(config), ""  # why the run ends early; empty: it goes on
     step = done = 0  # rollout steps, optimizer steps

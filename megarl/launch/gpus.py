@@ -25,13 +25,13 @@ def has_gpu() -> bool:
     """
     if os.environ.get(VISIBLE) in NONE or not _cuda_build():
         return False
-    if not DRIVER.exists():
-        if os.environ.get(MEANT) and not driver_devices()[0]:  # WSL has a driver without that file
-            raise UserError(
-                f"this container is for GPUs and has no NVIDIA driver; start it with --gpus all, or {ON_THE_CPU}"
-            )
-        return bool(os.environ.get(MEANT))
-    count, why = driver_devices()
+    if not DRIVER.exists() and not os.environ.get(MEANT):
+        return False
+    count, why = driver_devices()  # WSL has a driver without that file
+    if not count and not DRIVER.exists():
+        raise UserError(
+            f"this container is for GPUs and has no NVIDIA driver; start it with --gpus all, or {ON_THE_CPU}"
+        )
     if not count:
         raise UserError(
             f"this host has an NVIDIA driver, but CUDA sees no GPU ({why}); mend it (nvidia-smi), or {ON_THE_CPU}"

@@ -20,7 +20,7 @@ class MismatchGuard:
     """Remembers k3 and the routes' agreement of the last batches that passed, the same on every rank.
 
     factor: how many times the recent median a batch may have; 0 turns the guard off. lagged: whether tokens may be of
-    older weights than pi_old's. of: what the engines are, on which the band depends.
+    older weights than pi_old's. of: a digest of the settings on which the band depends.
     """
 
     def __init__(self, factor: float, lagged: bool = False, of: str = "") -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 
 from megarl.config import Config
@@ -21,9 +23,10 @@ from megarl.loop.critic_step import CriticStep, explained
 from megarl.loop.guard import MismatchGuard
 from megarl.loop.reduce import Times, Values, merge_all, reduce_sums, rollout_routing, update_routing
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
-from megarl.observe.trace import phase
+from megarl.observe.trace import enter, phase
 from megarl.observe.worst import TokenNotes, gather_notes, take_notes
 from megarl.replay.metrics import RoutingSums
+from megarl.rollout.patience import reading_s
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,14 @@ class Learner:
         self.replay_mode = config.replay_mode if engine.model.weight_map.moe_layers else "none"
         self.moe_layers = len(engine.model.weight_map.moe_layers)
         self.columns = list(route_shape(engine.model).layers_of_stage[self.parallel.coord.pp])
+        enter("the load of reference and critic", 2 * reading_s(Path(config.model.path)))
         self.critic_step = CriticStep(config, engine) if config.objective.advantage == "gae" else None
         self.critic_norm: dict[str, float] = {}
         self.reference = Reference(engine.model) if config.objective.kl_coef else None
         self.unreplayed: Routes = "record" if config.replay.metrics and self.moe_layers else "off"
         engines = [part.model_dump_json() for part in (config.engine, config.parallel, config.rollout, config.replay)]
-        self.guard = MismatchGuard(config.train.mismatch_guard, config.rollout.max_lag > 0, "".join(engines))
+        of = xxhash.xxh3_64_hexdigest("".join(engines).encode())
+        self.guard = MismatchGuard(config.train.mismatch_guard, config.rollout.max_lag > 0, of)
         self._step, self._names, self._guarded = 0, [""], ""
         self._judged: Values | None = None  # what the guard has measured of this batch
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megarl.config import Config
 from megarl.data import Prompt, prompts_of
+from megarl.observe.trace import enter
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class RunPrompts:
 
 def load_run_prompts(config: Config, tokenizer: Any) -> RunPrompts:
     """data.prompts and eval.prompts. UserError as prompts_of; rank 0 says how rows were read and which were skipped."""
+    enter("the reading of prompts")
 
     def say(line: str) -> None:
         if dist.get_rank() == 0:

@@ -139,7 +139,7 @@ def test_the_start_of_a_run_is_watched(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "build_engine", builds)
     with pytest.raises(InterruptedError):
         module.train(load_config(None, [f"model.path={tmp_path}", f"run.dir={tmp_path}", "launch.stall_s=60"]))
-    assert seen == [(tmp_path / "logs", 1, 2, 60), ("the load of the weights", 3000.0)]
+    assert seen == [(tmp_path / "logs", 1, 2, 60), ("the load of the weights", 1000.0)]
 
 
 SLEEPS = "import time\nprint('ready', flush=True)\ntime.sleep(600)\n"
