@@ -21,6 +21,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[3]
 # In order of importance; limits in seconds, together below a quarter of an hour.
 LIMITS = {
@@ -107,8 +109,7 @@ def start(name: str, smoke: bool, out: Path, limit: float) -> bool:
         status = process.wait(limit)
         error = f"ended with status {status}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _kill(process)
         status, error = 1, f"over its limit of {limit:.0f} s"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"part": name, "unfinished": True}
     if "unfinished" in result and "error" not in result:
@@ -117,6 +118,14 @@ def start(name: str, smoke: bool, out: Path, limit: float) -> bool:
     print(f"{name:14} {'FAILED' if status else 'ok'} in {time.perf_counter() - begun:.0f} s -> {file}", flush=True)
     print(headline(result), flush=True)
     return not status
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills the process and its group, and waits until what it started is gone too: the next part needs its memory."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(started, timeout=60)
 
 
 def headline(result: dict[str, Any]) -> str:
