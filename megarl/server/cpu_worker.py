@@ -8,7 +8,7 @@ from vllm.v1.worker import cpu_worker  # first: vLLM asks for it
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from megarl.server.plugin import end_with_parent
-from megarl.server.vllm_patches import RouteCapture
+from megarl.server.vllm_capture import RouteCapture
 
 
 class RolloutRunner(CPUModelRunner):

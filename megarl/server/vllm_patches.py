@@ -6,7 +6,7 @@ wrong experts.
 2. The CPU's rotary kernel rotates nothing but the first head where a query has an axis of heads (DeepSeek-V3's models):
 silently wrong.
 3. Routes (AuxOutput connector) are wired to Model Runner V2 only, which needs Triton: we drive vLLM's own connector
-from the CPU runner.
+from the CPU runner (vllm_capture.py).
 4. On a CPU an output layer that is the embedding (tie_word_embeddings) keeps the old weights in oneDNN's memory when
 the embedding is updated in place: silently wrong.
 5. The CPU platform starts the engine by spawn, which imports everything once more: 15 s of CPU. Our servers of one
@@ -26,11 +26,9 @@ from __future__ import annotations
 import os
 import queue
 import time
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -277,63 +275,3 @@ def _draw_ahead() -> None:
     forward_cpu._megarl = True  # type: ignore[attr-defined]
     forward_cpu._original = original  # type: ignore[attr-defined]
     ops.TopKTopPSampler.forward_cpu = forward_cpu
-
-
-class RouteCapture:
-    """vLLM's AuxOutput connector as its CPU model runner needs it: one begin() and one end() around each step."""
-
-    def __init__(self, model: Any, vllm_config: VllmConfig) -> None:
-        """Binds the capture hooks. Must come before warm-up: a compiled graph keeps what
-        was bound when it was traced.
-        """
-        from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
-            RoutedExpertsCapturer,
-            bind_routed_experts_capturer,
-        )
-
-        self._model, self._config = model, vllm_config
-        self._bind = bind_routed_experts_capturer
-        self._capturer = RoutedExpertsCapturer(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config)
-        self._bind(model, self._capturer)
-        self._connector: Any = None
-        self._batch: Any = None
-
-    def connect(self, kv_cache_config: Any) -> None:
-        """Makes the connector once the KV cache is laid out. It binds a
-        capturer of its own, which ours then replaces again.
-        """
-        from vllm.distributed.aux_output_connector.worker import get_aux_output_connector
-
-        self._connector = get_aux_output_connector(self._model, self._config, kv_cache_config)
-        self._connector._capturer = self._capturer
-        self._bind(self._model, self._capturer)
-
-    def begin(self, scheduler_output: Any) -> None:
-        self._batch = None
-        if self._connector is not None:
-            self._connector.begin_step(scheduler_output.aux_output_connector_metadata)
-
-    def ran(self, scheduler_output: Any, input_batch: Any) -> None:
-        """Notes which rows of the capture belong to which request, between the forward pass and sampling."""
-        if self._connector is None or not scheduler_output.total_num_scheduled_tokens:
-            return
-        ids = list(input_batch.req_ids)
-        counts = [scheduler_output.num_scheduled_tokens[request] for request in ids]
-        self._batch = SimpleNamespace(
-            req_ids=ids,
-            query_start_loc_np=np.concatenate([[0], np.cumsum(counts)]),
-            num_computed_tokens_np=input_batch.num_computed_tokens_cpu[: len(ids)].copy(),
-        )
-
-    def end(self, output: Any) -> None:
-        """Attaches this step's routes to the model runner's output."""
-        batch, self._batch = self._batch, None
-        if batch is None or output is None:
-            return
-        pending = self._connector.prepare_output(batch)
-        if pending is not None:  # None on all tensor-parallel ranks but the first
-            sampled = np.array(
-                [len(output.sampled_token_ids[output.req_id_to_index[request]]) for request in pending.request_ids]
-            )
-            pending.enqueue_cpu_copy(sampled, np.zeros_like(sampled))
-            output.aux_output_connector_output = pending.process_output()

@@ -45,7 +45,9 @@ ON_A_CPU = {  # and of its CPU build
     "model_executor.layers.rotary_embedding.base": "RotaryEmbedding.forward_cpu RotaryEmbedding.forward_native",
     "model_executor.layers.vocab_parallel_embedding": "ParallelLMHead VocabParallelEmbedding",
     "config": "VllmConfig._verify_aux_output_compatibility VllmConfig.aux_output_config",
-    "distributed.aux_output_connector.worker": "get_aux_output_connector",
+    "distributed.aux_output_connector.connector": "AuxRequestOutput",
+    "distributed.aux_output_connector.worker": "get_aux_output_connector PendingAuxOutput.process_output"
+    " PendingAuxOutput.enqueue_cpu_copy AuxOutputWorkerConnector.begin_step AuxOutputWorkerConnector.prepare_output",
     "platforms.cpu": "CpuPlatform.check_and_update_config",
     "v1.engine": "EngineCoreOutput.finish_reason EngineCoreOutput.new_logprobs EngineCoreOutput.routed_experts"
     " EngineCoreOutput.prefill_stats EngineCoreOutputs.weight_version EngineCoreOutputs.finished_requests",

@@ -63,6 +63,27 @@ def test_trap_16_routes_survive_prefix_cache_hits(rollout: Rollout, checkpoints:
     assert_judged(second, checkpoints[0])
 
 
+def test_routes_of_a_response_serve_the_prompt_that_it_becomes(
+    rollout: Rollout, checkpoints: tuple[Path, Path]
+) -> None:
+    """Blocks that filled up while several requests were decoded side by side, some of which ended before others."""
+    rollout.load(checkpoints[0])
+    batch = prompts(4, 20)
+    for prompt, longer in zip(batch, (0, 3, 7, 11), strict=True):
+        prompt += [3] * longer
+    first = [group[0] for group in rollout.client.generate(batch, 1, 1.0, 60, [])]
+    again = [response.tokens.tolist()[:70] for response in first]
+    header, _ = decode(
+        rollout.client.servers[0].post(
+            "/megarl/generate",
+            {"prompts": again, "sampling": {"n": 1, "temperature": 1.0, "max_tokens": 1}, "seeds": None},
+        )
+    )
+    assert header["cached"] == [64] * 4
+    assert_judged([first], checkpoints[0])
+    assert_judged(rollout.client.generate(again, 2, 1.0, 8, []), checkpoints[0])
+
+
 def test_stop_tokens_end_a_response_and_belong_to_it(rollout: Rollout) -> None:
     stop = [EOS, 5, 9, 12]
     responses = [r for group in rollout.client.generate(prompts(8, 8), 4, 1.0, 8, stop, seed=1) for r in group]
