@@ -4,9 +4,10 @@ scaled_dot_product_attention.
 The rows of a pack are cut into segments, each of one sequence; segments of about equal length are
 right-padded into a rectangle, attended causally, and what the padding computes is dropped. So there is
 no mask of [tokens, tokens] and nothing attends across a border. Without context parallelism a segment
-is a sequence and the flash kernels of torch apply; on a GPU in half precision torch's varlen_attn then
-takes the pack as it is, without rectangles. With it a rank has the queries of its own
-rows, gathers keys and values of the whole pack, and attends with a mask of its segments.
+is a sequence and the flash kernels of torch apply. With it a rank has the queries of its own rows, gathers
+keys and values of the whole pack, and attends with a mask of its segments.
+On a GPU in half precision torch's varlen_attn takes the pack without rectangles and masks: each segment
+against the rows of its sequence up to its own last one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megarl.engine.device import to_device
+
+Varlen = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int], float | None], Tensor]
 
 # A segment shorter than SHORTEST of its rectangle's longest starts a rectangle of its own, unless all that this saves
 # is fewer pairs of
@@ -40,11 +43,36 @@ class Rectangle:
 
     query_index: Tensor  # [segments, longest query] -> row of this rank
     key_index: Tensor  # [segments, longest key] -> row of the pack
-    mask: Tensor | None = None  # bool [segments, 1, longest query, longest key]; None is causal
+    positions: Tensor | None = None  # [segments, longest query]: in their sequences; None where keys are the queries
 
     def to(self, device: torch.device) -> Rectangle:
-        parts = (self.query_index, self.key_index, self.mask)
+        parts = (self.query_index, self.key_index, self.positions)
         return Rectangle(*(None if x is None else to_device(x, device) for x in parts))  # type: ignore[arg-type]
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """bool [segments, 1, longest query, longest key]; None is causal. What padding sees is dropped."""
+        if self.positions is None:
+            return None
+        columns = torch.arange(self.key_index.shape[1], device=self.positions.device)
+        return (columns <= self.positions[:, :, None])[:, None]
+
+
+@dataclass
+class Prefixes:
+    """For each segment of this rank's rows the rows of its sequence up to its last one, one prefix after the other."""
+
+    gathered: Tensor  # [sum of prefixes] -> place in the concatenation of all context-parallel ranks' rows
+    query_edges: Tensor  # int32 [segments + 1]
+    key_edges: Tensor
+    longest_query: int
+    longest_key: int
+
+    def to(self, device: torch.device) -> Prefixes:
+        gathered, query_edges, key_edges = (
+            to_device(x, device) for x in (self.gathered, self.query_edges, self.key_edges)
+        )
+        return Prefixes(gathered, query_edges, key_edges, self.longest_query, self.longest_key)
 
 
 @dataclass
@@ -56,12 +84,18 @@ class PackedSequences(PackedSeqParams):
     cells: Tensor | None = None
     positions: Tensor | None = None  # int64 [rows of this rank]: of each row in its sequence
     gathered: Tensor | None = None  # row of the pack -> place in the concatenation of all context-parallel ranks' rows
+    prefixes: Prefixes | None = None  # under context parallelism
 
     def to(self, device: torch.device) -> PackedSequences:
         moved: dict[str, Any] = {
             f.name: to_device(value, device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, rectangles=[rectangle.to(device) for rectangle in self.rectangles], **moved)
+        return replace(
+            self,
+            rectangles=[rectangle.to(device) for rectangle in self.rectangles],
+            prefixes=self.prefixes and self.prefixes.to(device),
+            **moved,
+        )
 
 
 def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: int) -> PackedSequences:
@@ -97,9 +131,7 @@ def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: i
         rectangle = Rectangle(query_index, query_index)
         if len(cp_spans) > 1:
             rectangle.key_index, _ = _rectangle(start[group], keys[group])
-            position = (first - start)[group][:, None] + torch.arange(query_index.shape[1])
-            # padding queries see more than they should, and are dropped
-            rectangle.mask = (torch.arange(rectangle.key_index.shape[1]) <= position[:, :, None])[:, None]
+            rectangle.positions = (first - start)[group][:, None] + torch.arange(query_index.shape[1])
         packed.rectangles.append(rectangle)
         packed.cells[query_index[inside]] = cells + inside.flatten().nonzero().flatten()
         cells += inside.numel()
@@ -108,7 +140,14 @@ def packed_sequences(lengths: list[int], cp_spans: list[list[range]], cp_rank: i
     if len(cp_spans) > 1:
         rows = torch.cat([torch.arange(span.start, span.stop) for spans in cp_spans for span in spans])
         packed.gathered = rows.argsort()
+        packed.prefixes = Prefixes(
+            packed.gathered[ramps(start, keys)], _edges(queries), _edges(keys), int(queries.max()), int(keys.max())
+        )
     return packed
+
+
+def _edges(lengths: Tensor) -> Tensor:
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def ramps(starts: Tensor, lengths: Tensor) -> Tensor:
@@ -181,28 +220,25 @@ class PackedCausalAttention(torch.nn.Module):
         packed_seq_params: PackedSequences,
         **kwargs: Any,
     ) -> Tensor:
-        packed, width = packed_seq_params, value.shape[-1]
+        packed, width, prefixes = packed_seq_params, value.shape[-1], packed_seq_params.prefixes
+        varlen = _flash(query)
         if width < query.shape[-1]:  # padding by nothing would copy too
             value = F.pad(value, (0, query.shape[-1] - width))
         if packed.gathered is not None:
             group = parallel_state.get_context_parallel_group()
             both = torch.cat([key, value], dim=-1)
             # forward all-gather, backward reduce-scatter: each rank's queries attend to all keys, so gradients add up
-            both = gather_from_sequence_parallel_region(
-                both, tensor_parallel_output_grad=True, group=group
-            ).index_select(0, packed.gathered)
+            both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=group)
+            both = both.index_select(0, packed.gathered if varlen is None or prefixes is None else prefixes.gathered)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
 
-        varlen = (
-            varlen_attention() if query.is_cuda and query.dtype != torch.float32 and packed.gathered is None else None
-        )
         if varlen is not None:
-            longest, edges = packed.max_seqlen_q, packed.cu_seqlens_q
-            return (
-                varlen(query[:, 0], key[:, 0], value[:, 0], edges, longest, self.scale)[..., :width]
-                .flatten(1)
-                .unsqueeze(1)
-            )
+            edges, longest = (packed.cu_seqlens_q,) * 2, (packed.max_seqlen_q,) * 2
+            if prefixes is not None:
+                edges = prefixes.query_edges, prefixes.key_edges
+                longest = prefixes.longest_query, prefixes.longest_key
+            out = varlen(query[:, 0], key[:, 0], value[:, 0], edges, longest, self.scale)
+            return out[..., :width].flatten(1).unsqueeze(1)
 
         def rectangle(x: Tensor, index: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [segments, heads, longest, dim]
             # index_select of what lies in one piece costs less, the copy included
@@ -227,14 +263,19 @@ class PackedCausalAttention(torch.nn.Module):
         return out.flatten(1).unsqueeze(1)
 
 
-@cache
-def varlen_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor] | None:
-    """torch's causal attention over a pack: (q [T, heads, dim], k, v,
-    cu_seqlens, longest, scale) -> [T, heads, dim]; None if it has none.
+def _flash(query: Tensor) -> Varlen | None:
+    return varlen_attention() if query.is_cuda and query.dtype != torch.float32 else None
 
-    Its flash kernels take fewer key heads than query heads; from torch 2.12 on it wants to
-    be told so (`enable_gqa`). Where it may be told not to split the keys (`num_splits`),
-    deterministic mode does: the result of a sequence then does not depend on its pack.
+
+@cache
+def varlen_attention() -> Varlen | None:
+    """torch's causal attention over a pack: (q [T, heads, dim], k, v, edges of the segments of queries and of those of
+    keys, the longest of each, scale) -> [T, heads, dim]; None if it has none.
+
+    Where a segment has more keys than queries, its last query sees its last key (flash attention's mask since 2.1).
+    The flash kernels take fewer key heads than query heads; from torch 2.12 on varlen_attn wants to be told so
+    (`enable_gqa`). Where it may be told not to split the keys (`num_splits`), deterministic mode does: the result of a
+    sequence then does not depend on its pack.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -242,13 +283,18 @@ def varlen_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float |
         return None
     known = inspect.signature(varlen_attn).parameters
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, longest: int, scale: float | None) -> Tensor:
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        edges: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        scale: float | None,
+    ) -> Tensor:
         more: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in known else {}
         if "num_splits" in known and torch.are_deterministic_algorithms_enabled():
             more["num_splits"] = 1
-        out: Any = varlen_attn(
-            query, key, value, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), **more
-        )
+        out: Any = varlen_attn(query, key, value, *edges, *longest, scale=scale, window_size=(-1, 0), **more)
         return out
 
     return attend

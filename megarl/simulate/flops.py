@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from megarl.simulate.numbers import known
+
 aten = torch.ops.aten
 Formula = Callable[..., int]
 _known: dict[Any, Formula | None] = {}
@@ -28,13 +30,13 @@ def _formula(func: Any) -> Formula | None:
     if name.endswith("::_grouped_mm"):
         return _grouped
     if name == "torch_attn::_varlen_attn":
-        return lambda q, k, v, edges, key_edges, longest, *rest, **more: _packed(q, longest, 2)
+        return lambda q, k, v, *edges, **more: _packed(q, *edges[:3], products=2)
     if name == "torch_attn::_varlen_attn_backward":
-        return lambda grad, q, k, v, out, lse, edges, key_edges, longest, *rest, **more: _packed(q, longest, 5)
-    known = flop_registry.get(func._overloadpacket)
-    if known is None or "attention" not in name:
-        return known
-    return lambda *args, **kwargs: known(*args, **kwargs) // 2
+        return lambda grad, q, k, v, out, lse, *edges, **more: _packed(q, *edges[:3], products=5)
+    theirs = flop_registry.get(func._overloadpacket)
+    if theirs is None or "attention" not in name:
+        return theirs
+    return lambda *args, **kwargs: theirs(*args, **kwargs) // 2
 
 
 def _grouped(a: Any, b: Any, *rest: Any, **more: Any) -> int:
@@ -42,7 +44,12 @@ def _grouped(a: Any, b: Any, *rest: Any, **more: Any) -> int:
     return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
 
 
-def _packed(query_THD: Any, longest: int, products: int) -> int:
-    """Over sequences of one length, as the simulation's are."""
+def _packed(query_THD: Any, edges: Any, key_edges: Any, longest: int, *, products: int) -> int:
+    """The last query of a segment sees all of its keys. Where nobody knows the edges the segments are of one length."""
     rows, heads, width = query_THD.shape
-    return 2 * products * rows * (longest // 2) * heads * width
+    at, keys_at = known(edges), known(key_edges)
+    pairs = rows * longest / 2
+    if at is not None and keys_at is not None:
+        queries, keys = at.diff(), keys_at.diff()
+        pairs = float((queries * (keys - queries / 2)).sum())
+    return int(2 * products * pairs * heads * width)

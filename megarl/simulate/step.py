@@ -122,13 +122,15 @@ def _in_phase(ledger: Ledger, phase: str, call: Callable[..., Any]) -> Callable[
 
 
 def packs_of(config: Config, engine: Engine, count: int) -> list[Pack]:
-    """Full packs, of responses as long as the longest may be, with everything that rollouts bring."""
+    """Full packs, of responses as long as the longest may be and a shorter one for the rest, with everything that
+    rollouts bring.
+    """
     model, tokens = engine.model, config.engine.micro_batch_tokens
     at, weight_map = model.parallel, model.weight_map
     rows = min(tokens, config.rollout.max_new_tokens + config.rollout.max_prompt_tokens)
-    each = tokens // rows
-    drawn = [torch.randint(weight_map.vocab_size, (rows + 1,)) for _ in range(each * count)]
-    assigned = [list(range(i * each, (i + 1) * each)) for i in range(count)]
+    lengths = [rows] * (tokens // rows) + [tokens % rows] * (tokens % rows > 0)
+    drawn = [torch.randint(weight_map.vocab_size, (length + 1,)) for _ in range(count) for length in lengths]
+    assigned = [list(range(i * len(lengths), (i + 1) * len(lengths))) for i in range(count)]
     packs = make_packs(assigned, drawn, [1] * len(drawn), at.layout, at.coord)
     layers = len(route_shape(model).layers_of_stage[at.coord.pp])
     for pack in packs:

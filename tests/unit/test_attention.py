@@ -5,10 +5,13 @@ of very different lengths in one pack, forward and backward.
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from megarl.engine import attention
 from megarl.engine.attention import (
     SHORTEST,
     PackedCausalAttention,
@@ -16,6 +19,7 @@ from megarl.engine.attention import (
     groups_of_segments,
     packed_sequences,
 )
+from megarl.engine.batch import cp_spans
 
 LENGTHS = [3, 300, 1, 280, 40, 150, 41, 39, 2, 149]
 
@@ -41,6 +45,48 @@ def test_a_pack_attends_as_each_sequence_alone(lengths: list[int]) -> None:
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
     for one, other in zip(got, torch.autograd.grad(want, (query, key, value), upstream)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def lower_right(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    edges: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+) -> torch.Tensor:
+    """As flash attention says of its causal mask over segments with more keys than queries."""
+    outs = []
+    assert longest == tuple(int(part.diff().max()) for part in edges) and edges[1][-1] == len(key) == len(value)
+    for (a, b), (c, d) in zip(*(pairwise(part.tolist()) for part in edges), strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
+    return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_flash_kernels_see_under_context_parallelism_what_the_mask_lets_see(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no mask of queries by keys is made for them."""
+    lengths, heads, groups, dim = [24, 136, 8, 56], 4, 2, 8
+    spans = cp_spans(sum(lengths), ranks)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(2 * groups + heads, sum(map(len, own)), 1, dim, generator=generator) for own in spans]
+    everyone = torch.cat([torch.cat(tuple(x[heads:].split(groups)), dim=-1) for x in rows], dim=1).permute(1, 2, 0, 3)
+    monkeypatch.setattr(attention.parallel_state, "get_context_parallel_group", lambda: None)
+    monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda *_, **__: everyone)
+    for rank, own in enumerate(rows):
+        query, key, value = (x.permute(1, 2, 0, 3) for x in own.split([heads, groups, groups]))
+        packed = packed_sequences(lengths, spans, rank)
+        layer = PackedCausalAttention(None, 1)
+        want = layer(query, key, value, None, packed_seq_params=packed)
+        flash = packed_sequences(lengths, spans, rank)
+        with monkeypatch.context() as patched:
+            patched.setattr(attention, "_flash", lambda _: lower_right)
+            torch.testing.assert_close(layer(query, key, value, None, packed_seq_params=flash), want)
+        assert not any("mask" in vars(rectangle) for rectangle in flash.rectangles)
 
 
 def gradients(packed: PackedSequences, rows: int) -> list[torch.Tensor]:

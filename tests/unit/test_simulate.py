@@ -31,7 +31,7 @@ KEYS = [
     "engine.dtype=bfloat16",
     "replay.mode=R3",
     f"engine.micro_batch_tokens={TOKENS}",
-    "rollout.max_new_tokens=512",
+    "rollout.max_new_tokens=700",  # a pack holds one such response, and a shorter one
     "rollout.max_prompt_tokens=512",
 ]
 SHARDED = "engine.distributed_optimizer=true"
