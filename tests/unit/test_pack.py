@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from megarl.weights.map.weight_map import WeightMap
 from megarl.weights.rect import Rect
 from megarl.weights.reshard import hash as hash_module
 from megarl.weights.reshard.hash import checksums, device_hash, tensor_hash
-from megarl.weights.reshard.manifest import manifest_from, whole_inputs, whole_manifest
+from megarl.weights.reshard.manifest import manifest_from, slice_inputs, whole_inputs, whole_manifest
 from megarl.weights.reshard.message import Manifest, Message, TensorShard
 from megarl.weights.reshard.outgoing import Slices, whole_buckets
 from megarl.weights.reshard.pack import ALIGNMENT, HASH, Corrupted, assemble, message_bytes, pack
@@ -204,3 +206,23 @@ def test_slices_arrive_where_their_manifest_says(
             assert torch.equal(found[name], whole[name][shard.rect.slices].bfloat16()), name
     assert not wires
     assert sender.bytes == sum(shard.nbytes for m in manifests for shard in m.shards.values())
+
+
+def test_nobody_lists_what_is_anothers_at_size() -> None:
+    """Qwen3-235B-A22B from 1,024 ranks: what rank 0 tells the servers does not grow with them, and a worker's manifest
+    of 18,000 tensors takes what its plan takes. Rank 0 once listed every worker's.
+    """
+    folder = Path(__file__).resolve().parents[2] / "examples/multi_node/models/Qwen3-235B-A22B"
+    weight_map = WeightMap(json.loads((folder / "config.json").read_text()))
+    layout = Layout(tp=4, pp=8, ep=16, world=1024, first_stage_layers=11, last_stage_layers=11)
+    few, many = (slice_inputs(weight_map, layout, RolloutLayout(engines=n, tp=8), torch.bfloat16) for n in (1, 1000))
+    assert len(json.dumps(many)) <= len(json.dumps(few)) + 3 < 2048
+    inputs = slice_inputs(weight_map, layout, RolloutLayout(engines=32, tp=8), torch.bfloat16)
+    tracemalloc.start()
+    try:
+        manifest = manifest_from(inputs, 3)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(manifest.shards) == len(weight_map.hf_shapes)
+    assert held < 64 * 2**20 and peak < 256 * 2**20
