@@ -45,17 +45,20 @@ class StoreLink:
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """function(store, *args). Raises StoreLost."""
+        return self.call_within(CALL_S, function, *args)
+
+    def call_within(self, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
         where = f"the run's store {self.host}:{self.port}"
         if self._store is None:
             raise StoreLost(f"{where} is not open")
         try:
-            return bounded(CALL_S, function, self._store, *args)
+            return bounded(seconds, function, self._store, *args)
         except dist.DistError:
             self.close()
             raise StoreLost(f"{where} is gone") from None
         except TimeoutError:
             self.close()
-            raise StoreLost(f"{where} has not answered for {CALL_S:.0f} s") from None
+            raise StoreLost(f"{where} has not answered for {seconds:.0f} s") from None
 
     def close(self) -> None:
         self._store = None  # a call that still waits keeps its own hold

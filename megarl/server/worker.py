@@ -40,6 +40,7 @@ from megarl.server.vllm_release import installed, warn_of
 QUIET_S = 3.0  # a server that has not answered for so long has no beats; the trainers wait STALE_S more
 HUNG_S = 2 * STALE_S  # and after so long it is taken for dead here too
 NOTICED_S = 3 * BEAT_S  # the trainers have read by then that a worker leaves
+GONE_S = 5.0  # a store that does not answer for so long is not told that this worker is gone
 TELLS_S = 5.0  # after so long without a store a worker says what it waits for
 
 
@@ -80,6 +81,7 @@ def _run(worker: _Worker) -> int:
         for number in previous:
             signal.signal(number, signal.SIG_IGN)
         worker.end_server()
+        worker.say_gone()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -97,6 +99,7 @@ class _Worker:
         self._child: Any = None
         self._log: IO[bytes] | None = None
         self._probe: Probe | None = None
+        self._known_as: int | None = None  # to the trainers, until they are told of its end
 
     def take(self, number: int, _: object) -> None:
         """A signal's handler. SIGTERM may come directly and by who started this; and another one while the end that the
@@ -140,6 +143,12 @@ class _Worker:
         if self._log is not None:
             self._log.close()
         self._probe = self._child = self._log = None
+
+    def say_gone(self) -> None:
+        """However it ended: the trainers need not wait for its silence."""
+        if self._known_as is not None:
+            with contextlib.suppress(StoreLost):
+                self._link.call_within(GONE_S, registry.worker_left, self._known_as)
 
     def _start(self) -> WorkerInfo:
         self._log = _open_log(self.log_dir)
@@ -203,6 +212,7 @@ class _Worker:
             self._probe = Probe(info)
         self.serves = True  # before anybody can ask it: and where the store goes meanwhile, the next one is told
         self._link.call(registry.register_worker, info)
+        self._known_as = info.index
         if not self._answered:
             print(answers_line(info.index, info.url), flush=True)
         self._answered = True
@@ -215,7 +225,6 @@ class _Worker:
         if not self._link.call(registry.shutdown_requested):
             return False
         self.end_server()
-        self._link.call(registry.worker_left, index)
         return True
 
     def _drain(self, info: WorkerInfo) -> None:
@@ -230,7 +239,6 @@ class _Worker:
                 return
             time.sleep(BEAT_S)
         self.end_server()
-        self._link.call(registry.worker_left, info.index)
 
     def _join(self, info: WorkerInfo) -> WorkerInfo:
         """Connects to the run's store, which may come up after this worker did, and takes a number in it."""
@@ -282,6 +290,7 @@ class _Worker:
         text = f"{line}; last lines of {info.log}:\n{log_tail(Path(info.log))}"
         wait_s = self._backoff.next() if self._answered else None
         with contextlib.suppress(StoreLost):  # nobody is left to be told; the server is needed by who comes
+            self._known_as = None
             self._link.call(registry.report_failure, info.index, text, wait_s is not None)
         raise _Failed(text, wait_s)
 

@@ -118,6 +118,12 @@ def test_a_server_that_dies_or_hangs_comes_back_and_a_signal_drains(
     assert worker.popen.wait(90) == 0
     assert looks.look().gone[2] == ""
 
+    worker = start(store.port)
+    worker.until(lambda: numbers(looks.look()) == [3])
+    worker.popen.send_signal(signal.SIGINT)
+    assert worker.popen.wait(90) == 128 + signal.SIGINT
+    assert looks.look().gone[3] == "", "nobody waits for its silence"
+
 
 def test_a_store_that_comes_back_gets_the_same_server(start: Callable[..., Started], tmp_path: Path) -> None:
     """Trainers that are started again open a new store; then the store is lost for good, and a signal still ends it."""
@@ -177,7 +183,7 @@ def test_a_server_whose_store_goes_while_it_registers_registers_with_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = module._Worker(load_config(None, ["rollout.start_timeout_s=60"]), "127.0.0.1", 1, tmp_path)
-    answers: list[Any] = [{}, 5, StoreLost("gone"), {}, 6, None, None, True, None]
+    answers: list[Any] = [{}, 5, StoreLost("gone"), {}, 6, None, None, True]
     asked: list[str] = []
 
     def call(function: Any, *_: Any) -> Any:
