@@ -2,7 +2,7 @@
 
 The connector notes a step's routes request by request, in Python: with 128 requests a tenth of a small model's decode
 step. Steps in a row in which the same requests get one token each are therefore handed to it together, as one step of
-several tokens, which it must know how to take. Each step's routes still leave with its tokens.
+several tokens, as it takes a chunk of a prompt. Each step's routes still leave with its tokens.
 """
 
 from __future__ import annotations
