@@ -210,18 +210,24 @@ def _logits(weight_map: WeightMap, training: Training) -> int:
 
 
 def _temporaries(weight_map: WeightMap, training: Training, stage: int) -> int:
-    """Of the largest MLP of the stage: gradients of the rows, and of one product's weights before they are added up;
-    and under full recompute what the layer has computed again.
+    """Of the largest MLP of the stage, in its backward pass: gradients of the rows, and of one product's weights before
+    they are added up; or, where rows go to other ranks' experts, in its forward pass: what was sent, what has come, and
+    the results as they are sent back. Under full recompute what the layer has computed again too.
     """
     model, layout = weight_map.model, training.layout
     kinds = {moe for chunk in range(layout.vpp) for moe in layer_kinds(weight_map, layout, stage, chunk)}
     hidden, elements = model["hidden_size"], 0
+    rows = training.tokens // layout.cp
     if True in kinds:
         width = model["moe_ffn_hidden_size"] // layout.etp
         weights = model["num_moe_experts"] // layout.ep * 2 * width * hidden
-        elements = _routed(model, layout, training.tokens // layout.cp) * (hidden + 3 * width) + weights
+        routed = _routed(model, layout, rows)
+        elements = routed * (2 * hidden + 3 * width) + weights
+        if layout.ep * layout.etp > 1:
+            copies = 2 + 2 / layout.etp + (2 + 2 / layout.etp if layout.etp > 1 else 0)  # ETP adds up in float32
+            elements = max(elements, int(routed * copies * hidden))
     if False in kinds:
-        width, rows = model["ffn_hidden_size"] // layout.tp, training.tokens // layout.cp
+        width = model["ffn_hidden_size"] // layout.tp
         elements = max(elements, rows * (hidden + 5 * width))
     again = 0
     if training.recompute == "full":
@@ -235,12 +241,14 @@ def _routed(model: dict[str, Any], layout: Layout, rows: int) -> int:
 
 
 def _activations(weight_map: WeightMap, training: Training, stage: int) -> int:
+    """With the rows that sequence parallelism gathers, in a buffer that stays."""
     layout = training.layout
-    entering = training.tokens // layout.cp // layout.tp * weight_map.model["hidden_size"] * training.itemsize
+    whole = training.tokens // layout.cp * weight_map.model["hidden_size"] * training.itemsize
+    gathered = whole if layout.tp > 1 else 0
     layers = held_at_once(weight_map, layout, stage)
     if training.recompute == "full":
-        return sum(layers.values()) * entering
-    return sum(count * layer_activations(weight_map, training, moe=moe) for moe, count in layers.items())
+        return gathered + sum(layers.values()) * whole // layout.tp
+    return gathered + sum(count * layer_activations(weight_map, training, moe=moe) for moe, count in layers.items())
 
 
 def _micro_batches_in_flight(layout: Layout, stage: int, chunk: int) -> int:
@@ -265,14 +273,17 @@ def layer_activations(weight_map: WeightMap, training: Training, *, moe: bool) -
 
 def _attention_width(model: dict[str, Any], recompute: str) -> int:
     """Elements a row over all heads. q, k, v are kept as projected, q and k as normed and as rotated, v once more for
-    attention; and the result.
+    attention; and the result. Of latent attention q and k as put together, v in their width, and both results.
     """
     heads = model["num_attention_heads"]
     if model.get("multi_latent_attention"):
         key = model["qk_head_dim"] + model["qk_pos_emb_head_dim"]
         latent = (model.get("q_lora_rank") or 0) + model["kv_lora_rank"] + model["qk_pos_emb_head_dim"]
-        inputs, padded, result = heads * 3 * key, heads * 3 * key, heads * model["v_head_dim"]
-        return 2 * latent + inputs + (0 if recompute == "selective" else padded) + 2 * result
+        value = model["v_head_dim"]
+        inside = 4 * key  # q, k, v in one width, and the result
+        if recompute == "selective":
+            inside = 2 * key + value
+        return 2 * latent + heads * (inside + value)
     query, key_value = heads * model["kv_channels"], 2 * model["num_query_groups"] * model["kv_channels"]
     projected = query + key_value + (query if model.get("qk_layernorm") else 0)
     rotated = query + key_value // 2 + 4 * model["kv_channels"]  # and its cosines and sines, in float32
