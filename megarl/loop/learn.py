@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from megarl.loop.critic_step import CriticStep, explained
 from megarl.loop.guard import MismatchGuard
 from megarl.loop.reduce import Times, Values, merge_all, reduce_sums, rollout_routing, update_routing
 from megarl.objective import Sums, finish, merge, mismatch_metrics, policy_loss
+from megarl.objective.metrics import mean
 from megarl.observe.trace import enter, phase
 from megarl.observe.worst import TokenNotes, gather_notes, take_notes
 from megarl.replay.metrics import RoutingSums
@@ -179,7 +181,8 @@ class Learner:
         # Without an old pass R2 would replay the very routes that the update takes.
         replays = self.replay_mode == "R3" or (self.replay_mode == "R2" and has_old_pass)
         how: Routes = self.unreplayed if not replays else "replay" if self.replay_mode == "R3" else "replay_old"
-        sums = self.engine.gradients(minibatch, how, self._loss)
+        share = 1 / (len(minibatch) * self.parallel.layout.dp)  # every replica has as many packs
+        sums = self.engine.gradients(minibatch, how, partial(self._loss, share=share))
         fault = ""
         if not self.engine.finite_gradients():
             fault = self._first_bad(minibatch) or "the gradient of an update is not finite"
@@ -268,12 +271,13 @@ class Learner:
             print(f"step {self._step}: an update was skipped: {first}", flush=True)
         return False
 
-    def _loss(self, pack: Pack, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Sums]:
+    def _loss(self, pack: Pack, logprobs: Tensor, entropy: Tensor, *, share: float = 1.0) -> tuple[Tensor, Sums]:
+        """share: of the mini-batch, what this pack counts for in loss/value, the mean over updates."""
         rollout, passes, device = pack.rollout, pack.passes, logprobs.device
         if passes.old_logprobs is None:
             passes.old_logprobs = logprobs.detach()
         passes.logprobs = logprobs.detach()
-        return policy_loss(
+        loss, sums = policy_loss(
             logprobs,
             passes.old_logprobs,
             to_device(rollout.logprobs, device),
@@ -286,3 +290,5 @@ class Learner:
             entropy=entropy,
             denominator=to_device(rollout.denominators, device),
         )
+        # policy_loss divides its own by the groups of one call, but a group may lie in several packs
+        return loss, sums | mean("loss/value", loss, share)

@@ -44,8 +44,9 @@ def policy_loss(
 
     The loss's value is a surrogate (weights are constants), so compare gradients between objectives, not values.
     Metrics: loss/*, staleness/*, policy/entropy of docs/objective.md in the form of metrics.Sums, independent of
-    `denominator`. Raises ValueError where an input that the config needs is missing. The mathematics, with its
-    sources: docs/objective.md; the default, MiniRL, is arXiv 2512.01374 eq 7.
+    `denominator`; loss/value under group_tokens takes groups to be whole in a call. Raises ValueError where an input
+    that the config needs is missing. The mathematics, with its sources: docs/objective.md; the default, MiniRL, is
+    arXiv 2512.01374 eq 7.
     """
     rows = unmasked(mask)  # [R]: whatever stands elsewhere is never read
     logprobs, old, mu, adv = (x.index_select(0, rows) for x in (logprobs, old_logprobs, rollout_logprobs, advantages))

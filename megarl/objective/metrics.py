@@ -14,7 +14,7 @@ from torch import Tensor
 Sums = dict[str, Tensor]
 
 
-def mean(name: str, total: Tensor, count: Tensor | int) -> Sums:
+def mean(name: str, total: Tensor, count: Tensor | float) -> Sums:
     total = total.detach().double()
     return {
         f"{name}:sum": total,

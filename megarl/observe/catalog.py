@@ -88,7 +88,8 @@ METRICS: dict[str, Metric] = {
         "The surrogate loss. Its weights are constants, so its gradient counts, not its level.",
         "reward",
         "near 0; neither level nor trend says whether the policy learns",
-        "-sum of sg[weight x mask] A log pi_theta, over the objective's denominator; docs/objective.md",
+        "-sum of sg[weight x mask] A log pi_theta, over the objective's denominator; mean over the updates; "
+        "docs/objective.md",
     ),
     "loss/weight_mean": Metric(
         "Mean weight of a token as the loss applied it.", "ratio", "near 1", "minirl: mean of min(pi_theta/mu, cap)"

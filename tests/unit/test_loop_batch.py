@@ -547,3 +547,14 @@ def test_an_export_that_servers_read_is_no_stall(folder: Path, tmp_path: Path, m
     *tensors, last = entered
     assert tensors == [("an export", 0.0)] * len(refit.engine.model.weight_map.hf_shapes)
     assert last == ("the comparison of digests", refit.config.sync.timeout_s + 1000)
+
+
+@pytest.mark.parametrize("objective", ["minirl", "cispo"])
+def test_the_reported_loss_does_not_depend_on_the_packs(folder: Path, objective: str) -> None:
+    losses = []
+    for tokens in (4096, 10):  # all in one pack, or the responses of a group in several
+        keys = (f"objective={objective}", f"engine.micro_batch_tokens={tokens}", "batch.minibatches=2")
+        engine, loop, _ = build(folder, [["", "3", "1234567", "4"], MIXED, ["13", "4", "124", "23"], MIXED], *keys)
+        batch, _ = collect(loop)
+        losses.append(Learner(loop.config, engine).learn(batch, 0).metrics["loss/value"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
