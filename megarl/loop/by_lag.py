@@ -26,7 +26,7 @@ def by_lag(config: Config, parallel: Parallel, packs: list[Pack], spans: list[li
     if not config.rollout.max_lag:
         return {}
     per_batch = config.batch.minibatches
-    lags = [*range(config.rollout.max_lag // per_batch + 1), CHANGED]
+    lags = [*range(-(-config.rollout.max_lag // per_batch) + 1), CHANGED]
     sums: Sums = {}
     scored = [pack for pack in packs if parallel.is_last_stage and pack.passes.old_logprobs is not None]
     there = to_host([x for pack in scored for x in (pack.passes.old_logprobs, pack.passes.logprobs)])

@@ -22,21 +22,26 @@ SPANS = [  # rows from 1 on predict the response
     [Span(3, 1, 4, False), Span(0, 4, 7, True)],
     [Span(2, 1, 7, False)],
     [Span(4, 1, 2, False), Span(1, 2, 7, False)],
+    [Span(5, 1, 7, False)],
 ]
 ROWS = {  # lag in batches of two updates -> (response, rows)
     0: [(0, 1, 7), (1, 4, 7)],
     1: [(2, 1, 7), (3, 2, 7)],
     2: [(1, 1, 4), (3, 1, 2)],
-    3: [],
+    3: [(4, 1, 7)],
+    4: [],
 }
 
 
-def test_figures_are_of_the_tokens_of_a_lag_and_are_reduced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(None, ["rollout.max_lag=6", "batch.minibatches=2", f"objective.is_cap={CAP}"])
+@pytest.mark.parametrize(("max_lag", "batches"), [(5, 3), (8, 4)])  # two batches and an update are a third one
+def test_figures_are_of_the_tokens_of_a_lag_and_are_reduced_once(
+    monkeypatch: pytest.MonkeyPatch, max_lag: int, batches: int
+) -> None:
+    config = load_config(None, [f"rollout.max_lag={max_lag}", "batch.minibatches=2", f"objective.is_cap={CAP}"])
     layout = Layout(world=1)
     at: Any = SimpleNamespace(is_last_stage=True, layout=layout, coord=layout.coord(0))
     tokens = [torch.arange(PROMPT + RESPONSE) for _ in SPANS]
-    packs = make_packs([[0, 1], [2, 3]], tokens, [PROMPT] * len(SPANS), layout, layout.coord(0))
+    packs = make_packs([[0, 1], [2, 3, 4]], tokens, [PROMPT] * len(SPANS), layout, layout.coord(0))
     generator = torch.Generator().manual_seed(0)
     for pack in packs:
         pack.rollout.logprobs, pack.passes.old_logprobs, pack.passes.logprobs = (
@@ -59,7 +64,7 @@ def test_figures_are_of_the_tokens_of_a_lag_and_are_reduced_once(monkeypatch: py
         means = finish(sums)
         return means["mismatch/kl_k3"], means["staleness/kl_k3"]
 
-    wanted = [k3(rows) if rows else (0.0, 0.0) for rows in ROWS.values()]
+    wanted = [k3(rows) if rows else (0.0, 0.0) for rows in list(ROWS.values())[: batches + 1]]
     assert found["async/mismatch_k3_by_lag"] == [mismatch for mismatch, _ in wanted]
     assert found["async/staleness_k3_by_lag"] == [staleness for _, staleness in wanted]
     assert found["async/in_flight_k3"] == k3([(1, 4, 7)])[0]
