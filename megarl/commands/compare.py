@@ -101,8 +101,9 @@ def _prompts(config: Config, tokenizer: Any, given: str | None) -> list[Prompt]:
 
 
 def compare(engine: Engine, batch: Batch, captured: bool) -> list[Compared]:
-    """Scores the batch, live and, where routes were captured, replayed.
-    In the order of the responses, on rank 0; empty elsewhere. UserError, on every rank, where the batch holds none.
+    """Scores the batch, live and, where routes were captured, replayed. Responses without a token to compare are left
+    out. In the order of the responses, on rank 0; empty elsewhere. UserError, on every rank, where none is
+    left.
     """
     packs = [pack for minibatch in batch.minibatches for pack in minibatch]
     if not packs:
@@ -117,7 +118,8 @@ def compare(engine: Engine, batch: Batch, captured: bool) -> list[Compared]:
     compared = {}
     for live_pack, replayed_pack in zip(live, replayed, strict=True):
         for i, span in live_pack.spans():
-            compared[i] = _compared(live_pack, replayed_pack, span)
+            if live_pack.values["mask"][span].any():
+                compared[i] = _compared(live_pack, replayed_pack, span)
     return [compared[i] for i in sorted(compared)]
 
 

@@ -263,6 +263,13 @@ def test_compare_leaves_out_only_the_responses_that_are_bad(
     assert len(compare(engine, batch, captured=False)) == 16 - len(bad)
 
 
+def test_compare_leaves_out_responses_without_a_token_to_compare(folder: Path) -> None:
+    engine, loop, _ = build(folder, [["", "3", "1234567", "4"], *[MIXED] * 3], "batch.mask_truncated=true")
+    batch, _ = collect(loop, to_learn=False)
+    found = compare(engine, batch, captured=False)
+    assert len(found) == 14 and all(len(response.rollout) == len(response.tokens) - 3 for response in found)
+
+
 def test_fault_19_a_response_passes_from_the_threshold_on(folder: Path) -> None:
     for threshold, passed in ((0.5, 0.75), (1.0, 0.75), (1.5, 0.0), (0.0, 1.0)):
         _, loop, _ = build(folder, [MIXED, ALL, NONE, MIXED], f"data.pass_threshold={threshold}")
