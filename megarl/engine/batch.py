@@ -48,7 +48,7 @@ class RolloutRows:
 
     logprobs: Tensor  # float32 [T]: log mu
     rewards: Tensor  # float32 [T]: the reward of the response, on each of its rows
-    advantages: Tensor  # float32 [T]: of the response in its group, on each of its rows; 0 where a critic makes them
+    advantages: Tensor  # float32 [T]: of the response in its group, on each of its rows; under gae its reward
     group_ids: Tensor  # int64 [T]; -1 is padding
     denominators: Tensor  # float32 [T]: what each token's loss is divided by (megarl.objective.denominators)
     routes: Tensor | None = None  # int16 [R, L, K]

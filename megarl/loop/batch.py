@@ -185,7 +185,8 @@ def _spans(meta: Meta, steps_done: int) -> list[Span]:
 def _nothing_to_learn(metas: Sequence[Meta], groups: Groups, config: Config) -> str:
     """Why no update can come of these responses; "" where one can."""
     sampled = len({meta.group for meta in metas})
-    if len(groups.dull) == sampled and not (config.objective.kl_coef or config.objective.entropy_coef):
+    rewards_alone = not (config.objective.kl_coef or config.objective.entropy_coef)
+    if len(groups.dull) == sampled and (rewards_alone or not groups.trained):
         return f"in each of {sampled} groups all rewards are equal"
     if not trained_lengths(metas, config)[torch.isin(group_ids(metas), torch.tensor(groups.trained))].any():
         cut = sum(meta.truncated for meta in metas)

@@ -167,6 +167,9 @@ def test_a_batch_that_teaches_nothing_is_skipped_and_still_has_its_row(
     assert "step 1: nothing to learn, in each of 4 groups all rewards are equal; no update" in capsys.readouterr().out
     _, with_kl, _ = build(folder, [ALL, NONE, ALL, ALL], "objective.entropy_coef=0.1")
     assert groups_of(collect(with_kl)[0]) == [[0, 1, 2, 3]]  # the entropy bonus does teach
+    _, dropped, _ = build(folder, [ALL, NONE, ALL, ALL], "objective.entropy_coef=0.1", "batch.equal_groups=drop")
+    assert groups_of(collect(dropped)[0]) == []
+    assert "step 1: nothing to learn, in each of 4 groups all rewards are equal; no update" in capsys.readouterr().out
 
 
 def test_fault_10_a_batch_without_a_token_to_train_on_is_said_and_counted(
