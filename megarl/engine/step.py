@@ -108,13 +108,13 @@ class Engine:
         return {"optim/grad_norm": float(grad_norm or 0.0), "optim/lr": lr}
 
     def finite_gradients(self) -> bool:
-        """Whether this rank's gradients hold no NaN and no infinity; an
-        optimizer step with one would ruin the weights for good.
+        """Whether the norm of this rank's gradients is finite. Clipped by any other they would be 0; unclipped, Adam
+        keeps their squares, and a NaN or an infinity there ruins the weights for good.
         """
         buffers = [
             buffer.grad_data for chunk in self.model.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers
         ]
-        return bool(torch.stack([buffer.sum() for buffer in buffers]).isfinite().all())
+        return bool(torch.stack([torch.linalg.vector_norm(buffer) for buffer in buffers]).isfinite().all())
 
     def gradients(self, packs: list[Pack], routes: Routes, loss: LossOfPack) -> list[Metrics]:
         """Fills main_grad with the gradient of the sum over all packs

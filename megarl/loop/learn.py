@@ -185,7 +185,7 @@ class Learner:
         sums = self.engine.gradients(minibatch, how, partial(self._loss, share=share))
         fault = ""
         if not self.engine.finite_gradients():
-            fault = self._first_bad(minibatch) or "the gradient of an update is not finite"
+            fault = self._first_bad(minibatch) or "the norm of an update's gradient is not finite"
         if not has_old_pass:  # this update's own pass gave pi_old
             for pack in minibatch:
                 routing.add_old(pack, self.engine.predicting_rows(pack))
@@ -195,7 +195,9 @@ class Learner:
     def _critic_update(self, minibatch: list[Pack]) -> list[Sums]:
         assert self.critic_step is not None
         sums = self.critic_step.gradients(minibatch)
-        if self._sound("" if self.critic_step.critic.finite_gradients() else "the critic's gradient is not finite"):
+        if self._sound(
+            "" if self.critic_step.critic.finite_gradients() else "the norm of the critic's gradient is not finite"
+        ):
             self.critic_norm = self.critic_step.critic.step()
         return sums
 

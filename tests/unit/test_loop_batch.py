@@ -311,6 +311,22 @@ def test_a_nan_log_probability_is_named(folder: Path, mode: str, capsys: pytest.
         assert named.removeprefix("step 1: ") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_a_gradient_whose_square_overflows_is_no_update(
+    folder: Path, clip_grad: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("objective=grpo", "batch.minibatches=2", "train.on_bad_batch=skip", f"train.clip_grad={clip_grad}")
+    engine, loop, _ = build(folder, [MIXED] * 4, *keys)
+    batch, _ = collect(loop)
+    score = engine.logprobs
+    monkeypatch.setattr(  # r = e^50, and no clip where A < 0
+        engine, "logprobs", lambda *given: [s._replace(logprobs=s.logprobs - 50) for s in score(*given)]
+    )
+    learned = Learner(loop.config, engine).learn(batch, 0)
+    assert learned.optimizer_steps == 0 and learned.metrics["batch/skipped_updates"] == 2
+    assert "the norm of an update's gradient is not finite" in capsys.readouterr().out
+
+
 def test_truncated_responses_leave_the_loss_and_empty_ones_count(folder: Path) -> None:
     engine, loop, _ = build(
         folder, [["", "3", "1234567", "3"], *[MIXED] * 3], "batch.mask_truncated=true", "objective=dapo"
