@@ -11,12 +11,14 @@ import time
 
 import psutil
 
+from megarl.announce import announce
 from megarl.errors import UserError
 
 # Of a peer whose network is gone: first probe after so long, the next each so often, lost after so many.
 PROBES = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 SILENT_S = 30  # in all; also for what was sent and is not acknowledged
 LOCAL = ("127.0.0.1", "localhost")  # given for a run on one host
+TELLS_S = 5.0  # after so long a wait for a name's address is told of
 
 
 def host_and_port(store: str) -> tuple[str, int]:
@@ -39,14 +41,18 @@ def resolve(host: str, interface: str | None = None, within_s: float = 0.0) -> s
     `interface` if that is given. A name that means nothing yet is asked for again for `within_s`: of a pod that starts
     later, say. OSError in the end.
     """
-    until = time.monotonic() + within_s
+    begun, told = time.monotonic(), False
     while True:
         try:
             address = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
             break
         except socket.gaierror:
-            if time.monotonic() > until:
+            waited_s = time.monotonic() - begun
+            if waited_s > within_s:
                 raise
+            if waited_s > TELLS_S and not told:
+                told = True
+                announce(f"megarl: waiting for an address of host {host!r}, up to {within_s:g} s: is the name right?")
             time.sleep(0.5)
     return str(address) if host in LOCAL or not is_loopback(str(address)) else own_address(None, interface)
 

@@ -74,6 +74,18 @@ def test_a_name_that_means_nothing_yet_is_asked_for_again(monkeypatch: pytest.Mo
     assert addresses.resolve("pod-0", within_s=60) == "10.0.0.9"
 
 
+def test_a_wait_for_a_name_is_told_of_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    host(monkeypatch, {"eth0": "10.0.0.1"}, {}, "10.0.0.1")
+    monkeypatch.setattr(addresses.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(addresses.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    with pytest.raises(socket.gaierror):
+        addresses.resolve("pod-0", within_s=60)
+    assert capsys.readouterr().out == (
+        "megarl: waiting for an address of host 'pod-0', up to 60 s: is the name right?\n"
+    )
+
+
 def test_ranks_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     for local, world, several in (("8", "8", False), ("8", "16", True)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
