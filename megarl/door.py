@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 RUN_SECRET = "MEGARL_TOKEN"
 SERVER_TOKEN, SERVER_CONTROL = "MEGARL_SERVER_TOKEN", "MEGARL_SERVER_CONTROL"  # of the server process alone
-_DATA = ("/megarl/generate", "/megarl/score", "/megarl/sync/version")
-_DATA_FOLDERS = ("/v1/", "/inference/v1/")
+# not vLLM's /inference/v1/abort_requests: who may sample does not end what others sample
+_DATA = ("/megarl/generate", "/megarl/score", "/megarl/sync/version", "/inference/v1/generate")
+_DATA_FOLDER = "/v1/"
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def refused(method: str, path: str, authorization: str, tokens: Tokens) -> str |
     if tokens.control and hmac.compare_digest(given.encode(), tokens.control.encode()):
         return None
     with_data = bool(tokens.data) and hmac.compare_digest(given.encode(), tokens.data.encode())
-    if with_data and (path in _DATA or path.startswith(_DATA_FOLDERS)):
+    if with_data and (path in _DATA or path.startswith(_DATA_FOLDER)):
         return None
     if with_data:
-        return f"{path} is the trainer's alone; a data token opens {', '.join([*_DATA, *_DATA_FOLDERS])}"
+        return f"{path} is the trainer's alone; a data token opens {', '.join([*_DATA, _DATA_FOLDER])}"
     return "no token of this run, or another's; send the header 'Authorization: Bearer TOKEN' (docs/security.md)"
 
 

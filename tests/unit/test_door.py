@@ -25,6 +25,8 @@ TOKENS = door.Tokens("data-token", "control-token")
         ("POST", "/megarl/generate", "data-token", True),
         ("POST", "/megarl/sync/version", "data-token", True),
         ("POST", "/inference/v1/generate", "data-token", True),
+        ("POST", "/inference/v1/abort_requests", "data-token", False),
+        ("POST", "/inference/v1/abort_requests", "control-token", True),
         ("POST", "/v1/completions", "data-token", True),
         ("POST", "/megarl/sync/load", "data-token", False),
         ("POST", "/collective_rpc", "data-token", False),
