@@ -25,11 +25,13 @@ import asyncio
 import itertools
 import json
 import os
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
@@ -61,6 +63,8 @@ class RolloutEndpoint:
         self._asleep = False
         self._running = self._syncing = 0  # requests; of these the steps of a weight sync
         self._in_flight = ""  # of the sync that is under way: what becomes of requests; "" where none are expected
+        self._loads = 0  # that have begun
+        self._engine: Any = None  # whose requests come by _adding
         self._serving = asyncio.Event()
         self._serving.set()
         self._tokens = door.Tokens(os.environ.get(door.SERVER_TOKEN, ""), os.environ.get(door.SERVER_CONTROL, ""))
@@ -79,18 +83,22 @@ class RolloutEndpoint:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] == "http" and (locked := self._locked(scope)):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if locked := self._locked(scope):
             await _respond(send, 403, json.dumps({"error": locked}).encode())
             return
-        ours = scope["type"] == "http" and scope["path"].startswith(PREFIX)
-        if scope["type"] == "http" and scope["method"] == "POST" and (refused := self._refused(scope["path"])):
+        if scope["method"] == "POST" and (refused := self._refused(scope["path"])):
             await _respond(send, 503, json.dumps({"error": refused}).encode())
             return
-        if not ours:
+        engine = scope["app"].state.engine_client
+        if engine is not self._engine:
+            self._engine, engine.add_request = engine, self._adding(engine)
+        if not scope["path"].startswith(PREFIX):
             await self.app(scope, receive, send)
             return
         request = await _body(receive)
-        engine = scope["app"].state.engine_client
         work = asyncio.ensure_future(self._answer(scope["path"].removeprefix(PREFIX), engine, request))
         gone = asyncio.ensure_future(receive())  # nothing but a disconnect can come after the body
         # vLLM leaves a call to its workers pending for ever when their process dies; `errored` tells.
@@ -110,6 +118,23 @@ class RolloutEndpoint:
     def _locked(self, scope: dict[str, Any]) -> str | None:
         given = dict(scope["headers"]).get(b"authorization", b"").decode(errors="replace")
         return door.refused(scope["method"], scope["path"], given, self._tokens)
+
+    def _adding(self, engine: Any) -> Callable[..., Awaitable[Any]]:
+        """engine.add_request, by which every route comes, vLLM's own too. Requests share cached blocks of one load
+        alone: a sync may keep older ones (rollout.in_flight), and trainers that begin again give a version once more.
+        A token that the model does not have is refused, which would kill the engine.
+        """
+        add, size = engine.add_request, engine.model_config.get_vocab_size()
+
+        async def salted(request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(prompt, dict):
+                foreign = [token for token in prompt.get("prompt_token_ids", ()) if not 0 <= token < size]
+                if foreign:
+                    raise VLLMValidationError(f"token {foreign[0]} of the prompt is none of the model's {size}")
+                prompt = {**prompt, "cache_salt": f"{self._loads} {prompt.get('cache_salt') or ''}"}
+            return await add(request_id, prompt, *args, **kwargs)
+
+        return salted
 
     def _refused(self, path: str) -> str | None:
         step = path.removeprefix(PREFIX + "sync/")
@@ -140,11 +165,9 @@ class RolloutEndpoint:
         self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
     ) -> Parts:
         await self._serving.wait()
-        salt = await engine.get_weight_version()
         of_prompt: list[int | None] = [*seeds] if seeds else [None] * len(prompts)
         runs = [
-            _run(engine, prompt, {**sampling, "seed": seed}, salt)
-            for prompt, seed in zip(prompts, of_prompt, strict=True)
+            _run(engine, prompt, {**sampling, "seed": seed}) for prompt, seed in zip(prompts, of_prompt, strict=True)
         ]
         outputs = await asyncio.gather(*runs)
         choices = [choice for output in outputs for choice in output.outputs]
@@ -220,9 +243,10 @@ class RolloutEndpoint:
         where it differs the run ends before it trains on what they sampled.
         """
         self._dirty = True
+        self._loads += 1
         await _on_workers(engine, "sync_load")
         # Cached keys, values and routes are of the old weights. Requests still running are recomputed; kept ones go on
-        # with what they have, and a new one hits nothing of an older version, whose blocks are salted with it.
+        # with what they have, and a new one hits nothing of an older load, whose blocks have its salt (_adding).
         if self._in_flight != "keep" and not await engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("the prefix cache could not be reset after a weight update")
         if self._in_flight:
@@ -254,19 +278,12 @@ async def _pause(engine: Any, mode: str) -> None:
     await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
 
 
-async def _run(
-    engine: EngineClient, prompt: list[int], sampling: dict[str, Any], salt: str | None = None
-) -> RequestOutput:
-    """salt: only requests with the same share cached blocks. Raises EngineDeadError where the engine, told to end,
-    answers with as much as it has sampled.
-    """
+async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]) -> RequestOutput:
+    """Raises EngineDeadError where the engine, told to end, answers with as much as it has sampled."""
     params = SamplingParams(
         **sampling, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
     )
-    outputs = [
-        output
-        async for output in engine.generate(tokens_input(prompt, cache_salt=salt), params, f"megarl-{next(_numbers)}")
-    ]
+    outputs = [output async for output in engine.generate(tokens_input(prompt), params, f"megarl-{next(_numbers)}")]
     if any(choice.finish_reason == "abort" for choice in outputs[-1].outputs):
         raise EngineDeadError
     return outputs[-1]

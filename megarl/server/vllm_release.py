@@ -19,9 +19,11 @@ NEEDED = {  # module of vLLM -> what megarl uses of it
     "engine.protocol": "EngineClient.collective_rpc EngineClient.errored EngineClient.get_weight_version"
     " EngineClient.update_weight_version EngineClient.resume_generation EngineClient.reset_prefix_cache"
     " EngineClient.sleep EngineClient.wake_up",
+    "exceptions": "VLLMValidationError",
     "inputs.engine": "tokens_input",
     "outputs": "CompletionOutput.routed_experts CompletionOutput.weight_versions",
     "sampling_params": "RequestOutputKind.FINAL_ONLY SamplingParams.flat_logprobs",
+    "v1.engine.async_llm": "AsyncLLM.add_request",
     "v1.engine.core_client": "AsyncMPClient.pause_scheduler_async",
     "v1.engine.exceptions": "EngineDeadError",
     "distributed.weight_transfer.factory": "WeightTransferEngineFactory._registry"

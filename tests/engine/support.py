@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from megarl.door import header
 from megarl.rollout import registry
 from megarl.rollout.client import RolloutClient, Server
 from megarl.rollout.registry import WorkerInfo
@@ -220,6 +222,15 @@ def judged(checkpoint: Path, tokens: list[int], temperature: float = 1.0) -> tup
         for layer in out.router_logits
     ]
     return logprobs.float().numpy(), torch.stack(experts, 1)[:-1].numpy()
+
+
+def agent_asks(info: WorkerInfo, tokens: list[int]) -> dict[str, Any]:
+    """One response of four tokens by vLLM's own route, with the token of an agent that only samples."""
+    body = {"token_ids": tokens, "sampling_params": {"max_tokens": 4, "temperature": 1.0, "logprobs": 0}}
+    headers = {**header(info.tokens.data), "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{info.url}/inference/v1/generate", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())["choices"][0]
 
 
 def prompts(count: int, length: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from megarl.rollout.client import RolloutClient, Server
 from megarl.rollout.registry import RolloutError, WorkerInfo
 from megarl.rollout.response import Response
 from megarl.rollout.wire import decode
-from tests.engine.support import EOS, Rollout, judged, prompts
+from tests.engine.support import EOS, Rollout, agent_asks, judged, prompts
 
 
 def assert_judged(responses: list[list[Response]], checkpoint: Path, temperature: float = 1.0) -> None:
@@ -144,6 +145,18 @@ def test_trap_15_a_preempted_request_has_the_routes_and_logprobs_of_one_policy(
     assert_judged(responses, checkpoints[0])
 
 
+def test_an_agents_token_that_the_model_does_not_have_is_refused(
+    rollout: Rollout, checkpoints: tuple[Path, Path]
+) -> None:
+    rollout.load(checkpoints[0])
+    with pytest.raises(HTTPError) as refused:
+        agent_asks(rollout.workers[0], [5, 10**6])
+    assert (
+        refused.value.code == 400 and b"token 1000000 of the prompt is none of the model's 32" in refused.value.read()
+    )
+    assert_judged(rollout.client.generate(prompts(2, 8), 1, 1.0, 4, []), checkpoints[0])
+
+
 @pytest.mark.parametrize("token", ["", "of-another-run", "data"])
 def test_a_stranger_opens_no_door(rollout: Rollout, checkpoints: tuple[Path, Path], token: str) -> None:
     """vLLM's control routes are on in this test; only the control token opens them."""
@@ -152,6 +165,7 @@ def test_a_stranger_opens_no_door(rollout: Rollout, checkpoints: tuple[Path, Pat
     caller = Server(info.url, 60, info.tokens.data if token == "data" else token)
     why = "the trainer's alone" if token == "data" else "no token of this run, or another's"
     control = ["/collective_rpc", "/pause", "/megarl/sync/load", "/megarl/sync/commit", "/update_weight_version"]
+    control += ["/inference/v1/abort_requests"]
     asking = ["/megarl/generate", "/megarl/score", "/inference/v1/generate", "/v1/completions"]
     for path in control + (asking if token != "data" else []):
         with pytest.raises(RolloutError, match=rf"^rollout server {info.url}{path}: .*{why}"):

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from megarl.rollout.client import Server
 from megarl.rollout.registry import RolloutError
 from megarl.rollout.response import Response
-from megarl.rollout.sync_leader import InFlight
+from megarl.rollout.sync_leader import Canary, InFlight
 from megarl.rollout.wire import decode
 from megarl.weights.reshard.outgoing import whole_buckets
-from tests.engine.support import ROOT, Pusher, Rollout, judged, prompts
+from tests.engine.support import ROOT, Pusher, Rollout, agent_asks, judged, prompts
 from tests.engine.test_rollout import assert_judged
 
 VICTIM = "model.layers.2.mlp.experts.3.down_proj.weight"
@@ -286,6 +286,46 @@ def test_connecting_to_a_server_that_is_not_there_ends_in_time(
         Pusher(rollout.store, rollout.store.port, absent, 3, True).connect(weights(checkpoints[0]))
 
 
+def load_in_flight(rollout: Rollout, checkpoint: Path, how: str) -> Canary:
+    """As Rollout.load, while requests run; after one. Returns the canary's score."""
+    pusher = rollout.pusher
+    assert pusher is not None
+    rollout.version += 1
+    buckets = whole_buckets(weights(checkpoint).items(), pusher.manifest)
+    pusher.leader.push(
+        lambda: pusher.sender.send(buckets), CANARY, pusher.sender.close, InFlight(how, rollout.version, 60)
+    )
+    (canary,) = pusher.leader.loaded()
+    pusher.leader.commit(rollout.version)
+    return canary
+
+
+@pytest.mark.parametrize("how", ["recompute", "keep"])
+def test_an_agents_request_hits_nothing_of_older_weights(
+    rollout: Rollout, checkpoints: tuple[Path, Path], how: str
+) -> None:
+    """By vLLM's own route, whose requests bring no salt of ours."""
+    (prompt,) = prompts(1, 80)
+    rollout.load(checkpoints[0])
+    agent_asks(rollout.workers[0], prompt)
+    load_in_flight(rollout, checkpoints[1], how)
+    choice = agent_asks(rollout.workers[0], prompt)
+    expected, _ = judged(checkpoints[1], prompt + choice["token_ids"])
+    found = [token["logprob"] for token in choice["logprobs"]["content"]]
+    np.testing.assert_allclose(found, expected[len(prompt) - 1 :], atol=1e-4)
+
+
+def test_a_version_that_comes_again_hits_nothing_of_the_first(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:
+    """Trainers that begin again from a checkpoint count on from it, and ask for the same prompts."""
+    batch = prompts(2, 80)
+    rollout.load(checkpoints[0])
+    for checkpoint in (checkpoints[1], checkpoints[0]):
+        load_in_flight(rollout, checkpoint, "keep")
+        assert_judged(rollout.client.generate(batch, 1, 1.0, 4, []), checkpoint)
+        rollout.version -= 1
+    rollout.version += 2
+
+
 @pytest.mark.parametrize("how", ["recompute", "keep", "finish"])
 def test_weights_in_flight(rollout: Rollout, checkpoints: tuple[Path, Path], how: str) -> None:
     """A sync while responses are being sampled: every token's version, probability and route are those of the weights
@@ -293,19 +333,12 @@ def test_weights_in_flight(rollout: Rollout, checkpoints: tuple[Path, Path], how
     """
     old, new = checkpoints
     rollout.load(old)
-    pusher, first = rollout.pusher, rollout.version
-    assert pusher is not None
+    first = rollout.version
     answers: queue.SimpleQueue[list[list[Response]]] = queue.SimpleQueue()
     batch = prompts(6, 40)
     threading.Thread(target=lambda: answers.put(rollout.client.generate(batch, 2, 1.0, 80, [])), daemon=True).start()
     time.sleep(0.15)
-    rollout.version += 1
-    buckets = whole_buckets(weights(new).items(), pusher.manifest)
-    pusher.leader.push(
-        lambda: pusher.sender.send(buckets), CANARY, pusher.sender.close, InFlight(how, rollout.version, 60)
-    )
-    (canary,) = pusher.leader.loaded()
-    pusher.leader.commit(rollout.version)
+    canary = load_in_flight(rollout, new, how)
     np.testing.assert_allclose(canary.logprobs, judged(new, CANARY)[0], atol=1e-4)
     groups = answers.get(timeout=60)
     spans = [[span["version"] for span in r.weight_versions] for group in groups for r in group]

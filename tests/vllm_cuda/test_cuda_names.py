@@ -132,6 +132,7 @@ def test_the_engine_answers_to_what_the_endpoints_ask() -> None:
     }
     for name, given in asked.items():
         inspect.signature(getattr(AsyncLLM, name)).bind(None, **given)
+    assert [*inspect.signature(AsyncLLM.add_request).parameters][:3] == ["self", "request_id", "prompt"]
     inspect.signature(AsyncMPClient.pause_scheduler_async).bind(None, mode="keep", clear_cache=False)
     assert isinstance(AsyncLLM.errored, property)
     assert {"weight_versions", "routed_experts"} <= inspect.signature(CompletionOutput).parameters.keys()
