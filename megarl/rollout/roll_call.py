@@ -122,6 +122,7 @@ class RollCall:
         ):
             time.sleep(0.1)
             seen = self._roll.look()
+        alive = [worker for worker in alive if worker in seen.here]  # one may have left while another was waited for
         self._tell_of(seen, workers, alive)
         return alive
 

@@ -233,6 +233,20 @@ def test_a_server_that_hangs_in_a_sync_is_asked_once_more_and_left_out(
     fleet.close()
 
 
+def test_a_server_that_leaves_while_another_hangs_is_no_member(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers would wait for it in the new group, for as long as a sync's time limit."""
+    _, second, third = run.join(), run.join(), run.join()
+    fleet = run.fleet(3)
+
+    def answers(workers: list[WorkerInfo]) -> list[WorkerInfo]:
+        registry.worker_leaves(run.store, second.index)
+        return [second, third]
+
+    monkeypatch.setattr(roll_call, "answering", answers)
+    assert fleet.gather() and fleet.members == [third]
+    fleet.close()
+
+
 def test_a_send_that_fails_by_a_mistake_leaves_the_group_too(run: Run) -> None:
     """Whatever its kind: the other ranks and the servers would wait for this one."""
     run.join()
