@@ -14,3 +14,12 @@ class Stopped(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+LONGEST_SHOWN = 160  # characters
+
+
+def shown(value: object) -> str:
+    """A value that a user gave, for one line."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

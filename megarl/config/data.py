@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from megarl.config.sections import MOST_RESPONSES, Section
+from megarl.config.sections import LONGEST_S, MOST_RESPONSES, Section
 
 
 class DataConfig(Section):
@@ -42,7 +42,7 @@ class DataConfig(Section):
         2, ge=1, description="Processes a data-parallel replica that run math_verify or a reward of one's own."
     )
     reward_timeout_s: float = Field(
-        15, gt=0, description="Time limit of one such reward, in seconds; see train.on_bad_batch."
+        15, gt=0, le=LONGEST_S, description="Time limit of one such reward, in seconds; see train.on_bad_batch."
     )
     reward_env: list[str] = Field(
         [],

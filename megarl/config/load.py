@@ -4,17 +4,21 @@ valid one.
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from megarl.config.tree import Config, walk
-from megarl.errors import UserError
+from megarl.errors import UserError, shown
 from megarl.folders import write_whole
 from megarl.hints import meant
 from megarl.objective.presets import resolve_objective
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MERGE = "tag:yaml.org,2002:merge"  # of <<, which may stand twice
 
@@ -46,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 def _yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except ValueError as error:  # of a date such as 2026-13-01
+    except (ValueError, RecursionError) as error:  # a date such as 2026-13-01, brackets thousands deep
         raise yaml.YAMLError(str(error)) from None
 
 
@@ -87,7 +91,7 @@ def load_config(path: str | Path | None, overrides: list[str] = []) -> Config:
         if not sep or not key:
             raise UserError(f"override {item!r} is not key=value, e.g. train.lr=1e-5")
         _set(tree, key.split("."), _value(item, key, value), item)
-    if isinstance(tree.get("objective"), (str, dict)):
+    if "objective" in tree:
         tree["objective"] = resolve_objective(tree["objective"])
     try:
         return Config.model_validate(tree)
@@ -124,11 +128,25 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
 
 def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    names = [str(part) for part in first["loc"]]
+    key = ".".join(names)
     if first["type"] == "extra_forbidden":
+        section, _, name = names[-1].partition(".")
+        if name and len(names) == 1:  # an override is split at its dots, a key of the file is not
+            return f"config key {key!r}: in a file a dot makes no section; write {section}: {{{name}: ...}}"
         inside = list(map(str, first["input"])) if isinstance(first["input"], dict) else []
         return f"unknown config key {key!r}; {meant(key, inside, _sections())}"
-    return f"config key {key!r} = {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+    return f"config key {key!r} = {shown(first['input'])}: {_why(first, names)}"
+
+
+def _why(first: ErrorDetails, names: list[str]) -> str:
+    """What is wrong with a value and, where pydantic says it in words of Python, how to mend it."""
+    if first["type"] == "model_type":
+        example = next(iter(_sections()[names[0]]))
+        return f"this is a section; give its keys, e.g. {names[0]}: {{{example}: ...}}"
+    why = first["msg"][0].lower() + first["msg"][1:]
+    quoted = isinstance(first["input"], bool | int | float | date)
+    return f"{why}; put it in quotes" if first["type"] == "string_type" and quoted else why
 
 
 def _sections() -> dict[str, list[str]]:

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 MOST_RESPONSES = 16_384  # to one prompt: vLLM's VLLM_MAX_N_SEQUENCES
 DType = Literal["auto", "float32", "bfloat16"]
 CANARY_TOKENS = 64  # a weight sync is checked by scoring so many
+LONGEST_S = 604_800  # of every limit in seconds: a week; the kernel counts a few of them, in ms, in 32 bits
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -165,9 +166,12 @@ class RolloutConfig(Section):
     start_timeout_s: float = Field(
         300,
         gt=0,
+        le=LONGEST_S,
         description="How long the trainer waits for the servers to come up, or for one where none is left: seconds.",
     )
-    request_timeout_s: float = Field(600, gt=0, description="How long one batch of rollouts may take, in seconds.")
+    request_timeout_s: float = Field(
+        600, gt=0, le=LONGEST_S, description="How long one batch of rollouts may take, in seconds."
+    )
 
 
 class SyncConfig(Section):
@@ -202,7 +206,9 @@ class SyncConfig(Section):
             "where the run does not begin with what vLLM loads."
         ),
     )
-    timeout_s: float = Field(120, gt=0, description="Time limit of each step of a weight sync in seconds.")
+    timeout_s: float = Field(
+        120, gt=0, le=LONGEST_S, description="Time limit of each step of a weight sync in seconds."
+    )
     canary_tolerance: float | None = Field(
         None,
         gt=0,
@@ -303,6 +309,7 @@ class RunConfig(Section):
     preempt_s: float = Field(
         60,
         gt=0,
+        le=LONGEST_S,
         description=(
             "After Ctrl-C or SIGTERM: seconds for the running step and a last checkpoint; then the run ends without."
         ),
@@ -353,6 +360,7 @@ class LaunchConfig(Section):
     stall_s: float = Field(
         1800,
         ge=0,
+        le=LONGEST_S,
         description=(
             "Where no rank goes on for so many seconds, all write their stacks to their logs, the missing one is named "
             "and the trainers end; above the longest phase of a step or of the start, the wait for rollouts left out: "
@@ -369,4 +377,4 @@ class LaunchConfig(Section):
 
 
 class ScoreConfig(Section):
-    temperature: float = Field(1.0, gt=0, description="Temperature of the scored log-probabilities.")
+    temperature: float = Field(1.0, ge=0.01, description="Temperature of the scored log-probabilities.")

@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from megarl.errors import UserError
+from megarl.errors import UserError, shown
 from megarl.objective.choices import CHOICES
 
 
 class ObjectiveConfig(BaseModel):
     """One objective. Presets fill in the fields; `{preset: minirl, is_cap: 10.0}` overrides some of them."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
 
     preset: str = Field("minirl", description="Name of the preset the other keys start from.")
     advantage: str = Field(
@@ -136,7 +136,7 @@ def resolve_objective(value: str | dict[str, Any] | ObjectiveConfig) -> Objectiv
         value = {"preset": value}
     if not isinstance(value, dict):
         raise UserError(
-            f"objective {value!r} is a {type(value).__name__}; give a preset's name, e.g. minirl, or "
+            f"objective {shown(value)} is a {type(value).__name__}; give a preset's name, e.g. minirl, or "
             f"{{preset: minirl, is_cap: 5.0}}"
         )
     name = value.get("preset", "minirl")
@@ -152,8 +152,9 @@ def resolve_objective(value: str | dict[str, Any] | ObjectiveConfig) -> Objectiv
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["objective", *map(str, first["loc"])])
-        given = f" = {first['input']!r}" if first["loc"] else ""
-        raise UserError(f"config key {key!r}{given}: {first['msg'].removeprefix('Value error, ')}") from None
+        given = f" = {shown(first['input'])}" if first["loc"] else ""
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"config key {key!r}{given}: {why[0].lower()}{why[1:]}") from None
 
 
 def _nearest(word: str, choices: list[str]) -> str:

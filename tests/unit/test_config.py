@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megarl.config import Config, dump_config, load_config, walk
+from megarl.config.sections import LONGEST_S
+from megarl.engine.parallel import group_timeout
 from megarl.errors import UserError
 from megarl.hints import MEANT
 from megarl.objective.presets import ObjectiveConfig
@@ -37,6 +39,12 @@ from megarl.objective.presets import ObjectiveConfig
         ("replay.mode=R4", "config key 'replay.mode' = 'R4': input should be 'none', 'R2' or 'R3'"),
         ("train.lr", "override 'train.lr' is not key=value"),
         ("train.lr.x=1", "override 'train.lr.x=1': 'lr' is a value, not a section"),
+        ("train.lr=.inf", "config key 'train.lr' = inf: input should be a finite number"),
+        ("objective.is_cap=nan", "config key 'objective.is_cap' = 'nan': input should be a finite number"),
+        ("score.temperature=1e-40", "config key 'score.temperature' = '1e-40': input should be greater than or"),
+        ("model=runs/tiny", "'model' = 'runs/tiny': this is a section; give its keys, e.g. model: {path: ...}"),
+        ("objective=[minirl]", "objective ['minirl'] is a list; give a preset's name"),
+        (f"train={[7] * 999}", "7, ...: this is a section"),
         ("objective=minrl", "'minirl'"),
         ("objective.eps_hi=1", "eps_high"),
         ("objective.is_cap=-1", "is_cap"),
@@ -52,7 +60,15 @@ def test_a_mistake_is_one_line_that_names_key_value_and_fix(tmp_path: Path, over
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is not YAML"), ("- 1\n", "holds a list"), ("train: 3\n", "'train' = 3")]
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("- 1\n", "holds a list"),
+        ("train: 3\n", "'train' = 3"),
+        ("a: " + "[" * 5000, "is not YAML: maximum recursion depth exceeded"),
+        ("train.lr: 3\n", "'train.lr': in a file a dot makes no section; write train: {lr: ...}"),
+        ("run: {dir: 12}\n", "'run.dir' = 12: .*; put it in quotes"),
+    ],
 )
 def test_a_file_that_is_no_tree_of_sections(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
@@ -104,6 +120,21 @@ def test_a_file_in_another_encoding_and_a_date_that_is_none(tmp_path: Path) -> N
     with pytest.raises(UserError, match="is not YAML: month must be in 1..12"):
         load_config(path)
     assert load_config(None, ["run.dir=2026-13-01"]).run.dir == "2026-13-01"
+
+
+LIMITS = [name for name, _, _ in walk() if name.endswith("_s")]
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_a_time_limit_is_one_that_timers_can_count(key: str) -> None:
+    with pytest.raises(UserError, match=f"'{key}' = '1e10': input should be less than or equal to 604800"):
+        load_config(None, [f"{key}=1e10"])
+
+
+def test_no_wait_is_longer_than_the_kernel_counts() -> None:
+    """Milliseconds in a C int: selectors, and torch's waits of a group."""
+    longest = group_timeout(load_config(None, [f"{key}={LONGEST_S}" for key in LIMITS]))
+    assert longest.total_seconds() * 1000 < 2**31
 
 
 def test_a_missing_file() -> None:
