@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
+
+at_home = os.path.expanduser  # a shell leaves --out=~/x as it is
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,25 +45,30 @@ def _launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    parser.add_argument("--log-dir", metavar="DIR", help="folder of the server's log (default run.dir/logs.rollout)")
+    parser.add_argument(
+        "--log-dir", type=at_home, metavar="DIR", help="folder of the server's log (default run.dir/logs.rollout)"
+    )
 
 
 def _file_arguments(parser: argparse.ArgumentParser) -> None:
     _launch_arguments(parser)
-    parser.add_argument("--input", required=True, metavar="JSONL")
-    parser.add_argument("--output", required=True, metavar="JSONL")
+    parser.add_argument("--input", required=True, type=at_home, metavar="JSONL")
+    parser.add_argument("--output", required=True, type=at_home, metavar="JSONL")
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     _launch_arguments(parser)
-    parser.add_argument("--output", metavar="JSONL", help="the responses (default run.dir/eval.jsonl)")
+    parser.add_argument("--output", type=at_home, metavar="JSONL", help="the responses (default run.dir/eval.jsonl)")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object, the last line")
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     _launch_arguments(parser)
     parser.add_argument(
-        "--input", metavar="JSONL", help="prompts, all of them; else the first batch.prompts of data.prompts"
+        "--input",
+        type=at_home,
+        metavar="JSONL",
+        help="prompts, all of them; else the first batch.prompts of data.prompts",
     )
 
 
@@ -70,10 +78,13 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
+        type=at_home,
         metavar="FILE",
         help="the page; else report.html in the run's folder, or here if there are several runs",
     )
-    parser.add_argument("--svg", metavar="FILE", help="also write the learning curve of the first run as a picture")
+    parser.add_argument(
+        "--svg", type=at_home, metavar="FILE", help="also write the learning curve of the first run as a picture"
+    )
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +99,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", action="store_true", help="try every layout instead: which fit, ranked by arithmetic"
     )
-    parser.add_argument("--out", metavar="FILE", help="of --trace: a page with the chart of memory over the step")
+    parser.add_argument(
+        "--out", type=at_home, metavar="FILE", help="of --trace: a page with the chart of memory over the step"
+    )
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank that --trace runs (default 0)")
     parser.add_argument("--gpu-gib", type=float, default=80.0, metavar="X", help="memory of a GPU (default 80)")
     parser.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="ranks a host (default 8)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -14,6 +15,12 @@ LONGEST_S = 604_800  # of every limit in seconds: a week; the kernel counts a fe
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("path", "prompts", "data", "out", "dir", "rollout_python", check_fields=False)
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        """A shell leaves run.dir=~/x as it is."""
+        return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class ModelConfig(Section):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,10 @@ from megarl.weights.map.weight_map import load_hf_config
 SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
@@ -29,7 +34,7 @@ def hf_to_megatron_main(argv: list[str] | None = None) -> int:
     parser = _Parser(
         prog="hf_to_megatron.py", description="A Hugging Face folder as a Megatron checkpoint that any layout reads."
     )
-    parser.add_argument("--hf", required=True, type=Path, metavar="DIR", help="config.json, safetensors and tokenizer")
+    parser.add_argument("--hf", required=True, type=_path, metavar="DIR", help="config.json, safetensors and tokenizer")
     _common(parser)
     for name in SIZES:
         parser.add_argument(
@@ -48,7 +53,7 @@ def megatron_to_hf_main(argv: list[str] | None = None) -> int:
         prog="megatron_to_hf.py", description="A Megatron checkpoint, of a run or converted, as a Hugging Face folder."
     )
     parser.add_argument(
-        "--megatron", required=True, type=Path, metavar="DIR", help="a run's checkpoints/step_N, or a converted one"
+        "--megatron", required=True, type=_path, metavar="DIR", help="a run's checkpoints/step_N, or a converted one"
     )
     _common(parser)
     return _run(parser, argv, lambda args: megatron_to_hf(args.megatron, args.out, _bytes(args.shard_gib), args.verify))
@@ -56,7 +61,7 @@ def megatron_to_hf_main(argv: list[str] | None = None) -> int:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="written whole or not at all; a second call goes on"
+        "--out", required=True, type=_path, metavar="DIR", help="written whole or not at all; a second call goes on"
     )
     parser.add_argument(
         "--shard-gib",

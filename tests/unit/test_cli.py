@@ -13,7 +13,7 @@ import pytest
 
 from megarl import cli
 from megarl.cli import main
-from megarl.commands.arguments import COMMANDS
+from megarl.commands.arguments import COMMANDS, parse
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,19 @@ def test_fault_16_a_wrong_row_for_score_is_named_before_anything_starts(
     given = str(run_yaml.parent / "prompts.jsonl")
     assert main(["score", str(run_yaml), "--input", given, "--output", "o.jsonl"]) == 2
     assert capfd.readouterr().err.startswith(f"megarl: error: {given} line 1: key 'tokens' is missing")
+
+
+def test_a_file_of_an_option_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of --out=~/x as it stands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = ["--input=~/x", "--output=~/x"]
+    for command, name, argv in [
+        *[("score", name, ["c.yaml", *files]) for name in ("input", "output")],
+        *[("eval", "output", ["c.yaml", files[1]]), ("compare", "input", ["c.yaml", files[0]])],
+        *[("report", name, ["run", f"--{name}=~/x"]) for name in ("out", "svg")],
+        *[("plan", "out", ["c.yaml", "--out=~/x"]), ("rollout", "log_dir", ["c.yaml", "--log-dir=~/x"])],
+    ]:
+        assert getattr(parse(command, argv), name) == f"{tmp_path}/x"
 
 
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,14 @@ def test_no_wait_is_longer_than_the_kernel_counts() -> None:
     """Milliseconds in a C int: selectors, and torch's waits of a group."""
     longest = group_timeout(load_config(None, [f"{key}={LONGEST_S}" for key in LIMITS]))
     assert longest.total_seconds() * 1000 < 2**31
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of run.dir=~/x, and YAML that of a file, as it stands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ["model.path", "data.prompts", "eval.prompts", "sft.data", "sft.out", "run.dir", "launch.rollout_python"]
+    config = load_config(None, [f"{key}=~/x" for key in keys])
+    assert {attrgetter(key)(config) for key in keys} == {f"{tmp_path}/x"}
 
 
 def test_a_missing_file() -> None:
