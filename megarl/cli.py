@@ -34,6 +34,7 @@ MODULES = {  # what every rank of a command runs: its main(arguments)
 }
 
 RUN_FILES = (("data.prompts", "eval.prompts"), ("metrics.jsonl",))
+MOST_RANKS = 1_000_000  # in a plan, which looks at each of them
 FILES = {  # the keys of what a command reads, and the files of run.dir that it writes without --output
     "run": RUN_FILES,
     "train": RUN_FILES,
@@ -258,9 +259,16 @@ def _plan(args: argparse.Namespace) -> int:
 
     config = _config(args)
     world = config.launch.trainers if args.world is None else args.world
-    for name, value in (("--world", world), ("--rollout-ep", args.rollout_ep), ("--gpus-per-host", args.gpus_per_host)):
-        if value < 1:
-            raise UserError(f"{name} {value} is not a number of ranks; give 1 or more")
+    counts = {"--world": world, "--rollout-ep": args.rollout_ep, "--gpus-per-host": args.gpus_per_host}
+    counts["rollout.engines x rollout.tp"] = config.rollout.engines * config.rollout.tp
+    for name, value in counts.items():
+        if not 1 <= value <= MOST_RANKS:
+            raise UserError(f"{name} {value} is not a number of ranks; give 1 to {MOST_RANKS}")
+    if args.trace and args.search:
+        raise UserError("--trace and --search are two plans: of this layout, and of all; give one")
+    for name, given in (("--out", args.out), ("--rank", args.rank)):
+        if given is not None and not args.trace:
+            raise UserError(f"{name} {given} is read only with --trace; give that too, or leave it out")
     if not args.link_gbs > 0:
         raise UserError(f"--link-gbs {args.link_gbs:g} is not a speed; give GB/s above 0")
     if not args.gpu_gib > 0:
@@ -273,12 +281,13 @@ def _plan(args: argparse.Namespace) -> int:
 
     hosts, gpu = Hosts(args.gpus_per_host, args.link_gbs), args.gpu_gib * GIB
     if args.trace:
-        if not 0 <= args.rank < world:
-            raise UserError(f"--rank {args.rank} is no rank of {world}; give 0 to {world - 1}")
+        rank = args.rank or 0
+        if not 0 <= rank < world:
+            raise UserError(f"--rank {rank} is no rank of {world}; give 0 to {world - 1}")
         from megarl.simulate import command
 
         config_of = (args.config, args.overrides)
-        return command.run(*config_of, world, args.rank, args.rollout_ep, hosts, gpu, args.json, args.out)
+        return command.run(*config_of, world, rank, args.rollout_ep, hosts, gpu, args.json, args.out)
     return run(config, world, args.rollout_ep, hosts, gpu, args.json)
 
 

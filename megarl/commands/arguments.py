@@ -102,7 +102,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=at_home, metavar="FILE", help="of --trace: a page with the chart of memory over the step"
     )
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank that --trace runs (default 0)")
+    parser.add_argument("--rank", type=int, metavar="R", help="the rank that --trace runs (default 0)")
     parser.add_argument("--gpu-gib", type=float, default=80.0, metavar="X", help="memory of a GPU (default 80)")
     parser.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="ranks a host (default 8)")
     parser.add_argument(

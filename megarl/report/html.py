@@ -34,6 +34,8 @@ def report(run_dirs: list[str], svg: str | None = None, out: str | None = None) 
     a folder holds no metrics.
     """
     runs = load_runs(run_dirs)
+    if svg is not None:
+        refuse_target(Path(svg))
     path = Path(out) if out else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     write_page(path, runs)
     mark = "•" if (sys.stdout.encoding or "").lower().startswith("utf") else "*"
@@ -60,10 +62,20 @@ def write_page(path: Path, runs: list[Run]) -> None:
     write(path, render(runs, path.parent))
 
 
-def write(path: Path, text: str) -> None:
-    """The file, whole or not at all; folders that are missing are made."""
+def refuse_target(path: Path) -> None:
+    """Raises UserError for a folder, and for a file that is none of ours: no page or picture, with what is in it."""
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; give a file")
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.read(64).lower()
+        if first and not first.startswith((b"<!doctype html", b"<svg", b"<?xml")):
+            raise UserError(f"{str(path)!r} is there and is no page or picture; give another file, or remove it")
+
+
+def write(path: Path, text: str) -> None:
+    """The file, whole or not at all; folders that are missing are made."""
+    refuse_target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)

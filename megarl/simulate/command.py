@@ -37,6 +37,10 @@ def run(
     """0 where the rank fits a GPU of so many bytes, 1 where it does not. out: of the page, or none."""
     from megarl.estimate.cluster import plan_run
 
+    if out is not None:
+        from megarl.report.html import refuse_target
+
+        refuse_target(Path(out))
     loaded = load_config(config, overrides)
     stages = plan_run(loaded, world, rollout_ep, hosts)["train"]["stages"]
     request = {"config": config, "keys": overrides, "world": world, "rank": rank}

@@ -11,6 +11,7 @@ import torch
 from megarl.cli import main
 from megarl.config import load_config
 from megarl.estimate.cluster import Hosts, plan_run
+from megarl.simulate import command
 from megarl.weights.map.layout import Layout
 from megarl.weights.map.weight_map import WeightMap, load_hf_config
 from megarl.weights.reshard.manifest import slice_plan
@@ -59,6 +60,27 @@ def test_a_critic_is_counted_on_the_card_and_a_reference_in_host_memory(run_yaml
 def test_an_impossible_layout_is_refused(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(run_yaml), "--world", "6"]) == 2
     assert "trainer ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--world", "1000000000"], "--world 1000000000 is not a number of ranks; give 1 to 1000000"),
+        (["rollout.engines=1000000000"], "rollout.engines x rollout.tp 1000000000 is not a number of ranks"),
+        (["--out", "x.html"], "--out x.html is read only with --trace"),
+        (["--rank", "0", "--search"], "--rank 0 is read only with --trace"),
+        (["--trace", "--search"], "--trace and --search are two plans"),
+        (["--trace", "--out", "{yaml}"], "run.yaml' is there and is no page or picture; give another file"),
+        (["--trace", "--out", "{folder}"], "is a folder; give a file"),
+    ],
+)
+def test_an_option_in_vain_or_out_of_reach_is_refused_at_once(
+    argv: list[str], said: str, run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "simulated_ranks", lambda _: pytest.fail("a simulation was started"))
+    text = run_yaml.read_text()
+    assert main(["plan", str(run_yaml), *(word.format(yaml=run_yaml, folder=run_yaml.parent) for word in argv)]) == 2
+    assert said in capsys.readouterr().err and run_yaml.read_text() == text
 
 
 def test_the_sync_that_is_reported_is_the_one_that_runs(run_yaml: Path) -> None:

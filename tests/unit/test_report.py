@@ -200,6 +200,19 @@ def test_fault_16_the_page_makes_the_folder_that_is_missing(tmp_path: Path) -> N
         report([str(tmp_path)], out=str(tmp_path / "metrics.jsonl" / "x.html"))
 
 
+@pytest.mark.parametrize("option", ["out", "svg"])
+def test_a_page_is_written_over_pages_alone(option: str, tmp_path: Path) -> None:
+    """Of a run whose rows are gone nothing is left to report."""
+    rows, page = tmp_path / "metrics.jsonl", tmp_path / "page"
+    rows.write_text('{"step": 1, "reward/mean": 0.5}\n')
+    with pytest.raises(UserError, match="metrics.jsonl' is there and is no page or picture; give another file"):
+        report([str(tmp_path)], **{option: str(rows)})
+    assert rows.read_text() == '{"step": 1, "reward/mean": 0.5}\n' and not (tmp_path / "report.html").exists()
+    page.touch()
+    for _ in range(2):
+        assert report([str(tmp_path)], **{option: str(page)}) == 0
+
+
 @pytest.mark.parametrize("where", [{"out": "."}, {"svg": "."}, {"out": ".."}, {"svg": ""}, {"out": "/"}])
 def test_a_folder_in_place_of_a_page_or_a_picture(
     where: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
