@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from megarl.checkpoints import STATE, damage, hf_files, is_hf_folder
+from megarl.errors import shown
 from megarl.refusals.case import Case
 
 
@@ -53,8 +54,8 @@ def family(case: Case) -> str | None:
     from megarl.weights.map.weight_map import FAMILIES
 
     kind = case.hf.get("model_type", "?")
-    if kind not in FAMILIES:
-        return f"model.path: model_type {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        return f"model.path: model_type {shown(kind)} is not supported; supported are {', '.join(sorted(FAMILIES))}"
     return None
 
 

@@ -89,3 +89,24 @@ def test_the_order_of_ranks_is_a_bijection() -> None:
 def test_an_unknown_family_is_refused_by_name(hf_config: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="'gpt2' has no weight map"):
         WeightMap({**hf_config, "model_type": "gpt2"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": "4"}, "num_hidden_layers '4', it must be a whole number"),
+        ({"num_hidden_layers": None}, "num_hidden_layers None, it must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0, it must be more than 0"),
+        ({"max_position_embeddings": "1024"}, "max_position_embeddings '1024', it must be a whole number"),
+        ({"hidden_size": 64.5}, "hidden_size 64.5, it must be a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps '1e-6', it must be a number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rope_theta '1e4', it must be a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false', it must be true or false"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok 0, which is none of 1 to its 8 experts"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9, which is none of 1 to its 8 experts"),
+        ({"model_type": ["llama"]}, "model_type \\['llama'\\] has no weight map"),
+    ],
+)
+def test_a_value_of_config_json_that_no_model_has(hf_config: dict[str, Any], change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        WeightMap(hf_config | change)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megarl.checkpoints import hf_files
-from megarl.errors import UserError
+from megarl.errors import UserError, shown
 from megarl.weights.map.layout import Coord, Layout
 from megarl.weights.map.relations import Piece, Rank, Relation, Replicated
 from megarl.weights.rect import Shape
@@ -31,6 +31,31 @@ FAMILIES = {  # model_type of config.json -> module
     "qwen3": "megarl.weights.map.families.qwen3",
     "qwen3_moe": "megarl.weights.map.families.qwen3_moe",
 }
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # without which there is no model
+COUNTS = (
+    *("intermediate_size", "moe_intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
+)  # null, too, where the family has a default
+SWITCHES = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window")
+
+
+def _wrong_kind(config: dict[str, Any]) -> str | None:
+    """Which value of config.json is a text in the place of a number, or the like."""
+    rope = config.get("rope_parameters")
+    for key, value in {**config, **(rope if isinstance(rope, dict) else {})}.items():
+        if (key in SIZES or (key in COUNTS and value is not None)) and (type(value) is not int or value < 0):
+            wants = "a whole number"
+        elif key in SIZES and value == 0:
+            wants = "more than 0"
+        elif key in ("rms_norm_eps", "rope_theta") and not (value is None or type(value) in (int, float)):
+            wants = "a number"
+        elif key in SWITCHES and not isinstance(value, bool | None):
+            wants = "true or false"
+        else:
+            continue
+        return f"model.path: config.json has {key} {shown(value)}, it must be {wants}; copy the checkpoint's again"
+    return None
 
 
 @dataclass(frozen=True)
@@ -92,12 +117,14 @@ class WeightMap:
 
     def __init__(self, hf_config: dict[str, Any]) -> None:
         model_type = hf_config.get("model_type", "?")
-        if model_type not in FAMILIES:
-            raise UserError(f"model_type {model_type!r} has no weight map; supported: {', '.join(sorted(FAMILIES))}")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise UserError(
+                f"model_type {shown(model_type)} has no weight map; supported: {', '.join(sorted(FAMILIES))}"
+            )
         module = importlib.import_module(FAMILIES[model_type])
         hf_config = {**module.DEFAULTS, **hf_config}
         try:
-            if sentence := module.refuse(hf_config):
+            if sentence := _wrong_kind(hf_config) or module.refuse(hf_config):
                 raise UserError(sentence)
             family: Family = module.family(hf_config)
         except KeyError as error:
@@ -112,6 +139,11 @@ class WeightMap:
         self.num_layers: int = family.model["num_layers"]
         self.num_experts: int = family.model.get("num_moe_experts") or 0
         self.top_k: int = family.model.get("moe_router_topk", 0) if self.num_experts else 0
+        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
+            raise UserError(
+                f"model.path: config.json has num_experts_per_tok {self.top_k}, which is none of 1 to its "
+                f"{self.num_experts} experts; copy the checkpoint's again"
+            )
         self.moe_layers: list[int] = [
             i for i, moe in enumerate(family.model.get("moe_layer_freq", [])) if moe and self.num_experts
         ]
