@@ -94,7 +94,9 @@ def run_dir(case: Case) -> str | None:
     path = Path(case.config.run.dir)
     if not case.config.run.dir:
         return "run.dir is empty; give a folder, e.g. run.dir=runs/first"
-    there = next(p for p in [path, *path.absolute().parents] if p.exists())
+    there = next(p for p in [path, *path.absolute().parents] if p.exists() or p.is_symlink())
+    if not there.exists():
+        return f"run.dir {str(path)!r}: {str(there)!r} is a link that leads nowhere; mend it or give another folder"
     if not there.is_dir():
         return f"run.dir {str(path)!r}: {str(there)!r} is a file; give a folder"
     if not os.access(there, os.W_OK | os.X_OK):
@@ -102,6 +104,7 @@ def run_dir(case: Case) -> str | None:
     return None
 
 
+FOLDERS, WRITTEN = ("checkpoints", "rollouts", "tensorboard"), ("config.yaml", "metrics.jsonl", "trace.json")
 LOGS = ("torchrun.log", "worker_*.log", "trainer_*.log", "rollout_*.log", "failures.jsonl", "pulse")
 RECORD = {"sync", "critic", "sft", "score"}  # sections of every config.yaml that a run wrote
 
@@ -109,6 +112,10 @@ RECORD = {"sync", "critic", "sft", "score"}  # sections of every config.yaml tha
 def run_dir_of_another(case: Case) -> str | None:
     """What a run would move, remove or write over in its folder must be a run's."""
     folder = Path(case.config.run.dir)
+    for name in (*FOLDERS, *WRITTEN):
+        wrong, right = ("file", "folder") if name in FOLDERS else ("folder", "file")
+        if (folder / name).exists() and (folder / name).is_dir() == (wrong == "folder"):
+            return f"run.dir {str(folder)!r} holds a {wrong} {name}, where a run has a {right}; move it away"
     for logs in (folder / "logs", folder / "logs.previous"):
         if logs.is_dir() and any(logs.iterdir()) and not any(any(logs.glob(name)) for name in LOGS):
             return f"run.dir {str(folder)!r} holds a folder {logs.name} that is not a run's; give another folder"

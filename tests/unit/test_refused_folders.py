@@ -167,3 +167,26 @@ def test_fault_03_a_run_touches_nothing_in_its_folder_that_is_not_a_runs(run_yam
     (run / "logs/torchrun.log").unlink()
     StallWatch(run / "logs", 0, 1, 60).close()  # all that a rank under an outer torchrun leaves there
     refusals.check(config, "train")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "rollouts", "tensorboard", "config.yaml", "metrics.jsonl"])
+def test_a_name_of_the_run_that_is_taken_by_another_kind(run_yaml: Path, name: str) -> None:
+    """A file in the place of checkpoints/ was found out at the first save, after all that was learnt until then."""
+    config = load_config(run_yaml)
+    there = Path(config.run.dir) / name
+    there.mkdir(parents=True)
+    if not there.suffix:
+        there.rmdir()
+        there.touch()
+    with pytest.raises(UserError, match=f"holds a (file|folder) {name}, where a run has a (file|folder); move it away"):
+        refusals.check(config, "run")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "run"])
+def test_a_run_folder_that_is_a_link_to_nothing_or_to_itself(run_yaml: Path, target: str) -> None:
+    config = load_config(run_yaml)
+    Path(config.run.dir).symlink_to(target)
+    for inside in ("", "/x"):
+        config.run.dir = config.run.dir + inside
+        with pytest.raises(UserError, match="run' is a link that leads nowhere; mend it or give another folder"):
+            refusals.check(config, "score")
