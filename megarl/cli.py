@@ -168,7 +168,8 @@ def _options(args: argparse.Namespace, config: Config) -> list[str]:
     """Files that a command reads and writes, judged, as options for its ranks. Prompts become data.prompts."""
     given, output = getattr(args, "input", None), getattr(args, "output", None)
     if given is not None and not os.path.isfile(given):
-        raise UserError(f"--input {given!r} does not exist; give a JSONL file")
+        what = "is no file" if os.path.exists(given) else "does not exist"
+        raise UserError(f"--input {given!r} {what}; give a JSONL file")
     keys, names = FILES.get(args.command, ((), ()))
     read = {key: attrgetter(key)(config) for key in keys} if given is None else {"the --input": given}
     read["CONFIG"] = args.config

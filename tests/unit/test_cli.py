@@ -47,6 +47,8 @@ def test_a_mistake_in_the_config(run_yaml: Path, capfd: pytest.CaptureFixture[st
 def test_an_input_that_is_missing(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["score", str(run_yaml), "--input", "nowhere.jsonl", "--output", "out.jsonl"]) == 2
     assert "--input 'nowhere.jsonl' does not exist" in capfd.readouterr().err
+    assert main(["score", str(run_yaml), "--input", "/", "--output", "out.jsonl"]) == 2
+    assert "--input '/' is no file; give a JSONL file" in capfd.readouterr().err
 
 
 def test_fault_03_an_output_that_cannot_be_or_is_the_input(
