@@ -24,9 +24,10 @@ def refuse_output(key: str, out: Path) -> None:
     """Raises UserError where `out` exists, or cannot be begun. key: how the user calls it."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{key} {str(out)!r} already exists; remove it or give another folder")
-    there = next(path for path in out.absolute().parents if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{key} {str(out)!r}: {str(there)!r} is a file; give another folder")
+    there = next(path for path in out.absolute().parents if path.exists() or path.is_symlink())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "a file" if there.is_file() else "no folder that can be written to"
+        raise UserError(f"{key} {str(out)!r}: {str(there)!r} is {what}; give another folder")
     partial = unfinished(out)
     if partial.exists() and not is_ours(partial):
         raise UserError(f"{key} {str(out)!r} is written under the name {str(partial)!r}, which is there; move it away")

@@ -190,3 +190,16 @@ def test_a_run_folder_that_is_a_link_to_nothing_or_to_itself(run_yaml: Path, tar
         config.run.dir = config.run.dir + inside
         with pytest.raises(UserError, match="run' is a link that leads nowhere; mend it or give another folder"):
             refusals.check(config, "score")
+
+
+def test_an_output_that_could_not_be_begun_after_all_work(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_yaml.parent
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="^sft.out .*/loop' is no folder that can be written to; give another folder"):
+        refusals.check(load_config(run_yaml, [f"sft.out={folder}/loop/x"]), "sft")
+    sealed = folder / "sealed"
+    sealed.mkdir()
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != sealed and access(path, mode))
+    with pytest.raises(UserError, match="^sft.out .*/sealed' is no folder that can be written to; give another folder"):
+        refusals.check(load_config(run_yaml, [f"sft.out={sealed}/x"]), "sft")
