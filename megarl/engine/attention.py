@@ -222,15 +222,15 @@ class PackedCausalAttention(torch.nn.Module):
     ) -> Tensor:
         packed, width, prefixes = packed_seq_params, value.shape[-1], packed_seq_params.prefixes
         varlen = _flash(query)
-        if width < query.shape[-1]:  # padding by nothing would copy too
-            value = F.pad(value, (0, query.shape[-1] - width))
         if packed.gathered is not None:
             group = parallel_state.get_context_parallel_group()
             both = torch.cat([key, value], dim=-1)
             # forward all-gather, backward reduce-scatter: each rank's queries attend to all keys, so gradients add up
             both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=group)
             both = both.index_select(0, packed.gathered if varlen is None or prefixes is None else prefixes.gathered)
-            key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+            key, value = both.split([key.shape[-1], width], dim=-1)
+        if width < query.shape[-1]:  # padding by nothing would copy too
+            value = F.pad(value, (0, query.shape[-1] - width))
 
         if varlen is not None:
             edges, longest = (packed.cu_seqlens_q,) * 2, (packed.max_seqlen_q,) * 2

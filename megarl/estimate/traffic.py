@@ -83,26 +83,36 @@ def _rows(training: Training) -> tuple[int, int]:
 
 def _layer_forward(weight_map: WeightMap, training: Training, moe: bool) -> Sent:
     sent = _keys_and_values(weight_map, training)
-    pairs = 1 + _dense_parts(weight_map, moe)
+    parts = _dense_parts(weight_map, moe)
     row = weight_map.model["hidden_size"] * training.itemsize
     rows, own = _rows(training)
     if training.layout.tp > 1:
-        sent["tensor", "allgather"] += pairs * own * row
-        sent["tensor", "reduce_scatter"] += pairs * rows * row
+        sent["tensor", "allgather"] += own * (sum(_into_attention(weight_map, training)) + parts * row)
+        sent["tensor", "reduce_scatter"] += (1 + parts) * rows * row
     return sent + _to_experts(weight_map, training, backward=False) if moe else sent
 
 
 def _layer_backward(weight_map: WeightMap, training: Training, moe: bool) -> Sent:
     layout, sent = training.layout, Sent()
-    pairs = 1 + _dense_parts(weight_map, moe)
+    parts, into = _dense_parts(weight_map, moe), _into_attention(weight_map, training)
     row = weight_map.model["hidden_size"] * training.itemsize
     rows, own = _rows(training)
     if layout.cp > 1:
         sent["context", "reduce_scatter"] += layout.cp * rows * _key_value_bytes(weight_map, training)
     if layout.tp > 1:
-        sent["tensor", "allgather"] += 2 * pairs * own * row  # what came in once more, and the gradient
-        sent["tensor", "reduce_scatter"] += pairs * rows * row
+        # what went into products once more, and the gradients of results
+        sent["tensor", "allgather"] += own * (into[0] + row + 2 * parts * row)
+        sent["tensor", "reduce_scatter"] += rows * (sum(into) + parts * row)
     return sent + _to_experts(weight_map, training, backward=True) if moe else sent
+
+
+def _into_attention(weight_map: WeightMap, training: Training) -> tuple[int, int]:
+    """Bytes a row that attention gathers over tensor-parallel ranks: into its products, and as they are."""
+    model, size = weight_map.model, training.itemsize
+    if not model.get("multi_latent_attention"):
+        return size * model["hidden_size"], 0
+    into_queries = model.get("q_lora_rank") or model["hidden_size"]
+    return size * (into_queries + model["kv_lora_rank"]), size * model["qk_pos_emb_head_dim"]
 
 
 def _dense_parts(weight_map: WeightMap, moe: bool) -> int:

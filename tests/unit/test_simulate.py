@@ -16,7 +16,7 @@ import torch
 from megarl.config import load_config
 from megarl.estimate.cluster import training_of
 from megarl.estimate.memory import Training, stage_memory
-from megarl.estimate.traffic import Sent, stage_traffic
+from megarl.estimate.traffic import FLOAT, Sent, stage_traffic
 from megarl.simulate.command import recompute_gain
 from megarl.simulate.phases import POLICY, STEP
 from megarl.weights.map.layout import Layout
@@ -110,6 +110,7 @@ GROUPS = {
     "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
     "default_pg": "pipeline",
 }
+BALANCE = "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"  # rows of each expert, an update
 KINDS = ("allgather", "reduce_scatter", "allreduce", "alltoall", "send", "recv")
 NORM = 8  # bytes an update: of dense and of expert gradients, the square of their norm
 
@@ -224,7 +225,7 @@ def test_the_host_waits_as_it_is_listed(found: dict[str, dict[str, Any]]) -> Non
     assert not gone, f"gone, or rarer than it is listed: {sorted(gone)}; shorten the list"
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "latent" not in name])  # latents are gathered, not rows
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_collectives_send_what_is_computed(found: dict[str, dict[str, Any]], name: str) -> None:
     rank = found[name]
     sent: dict[str, Sent] = {phase: Counter() for phase in POLICY}
@@ -233,7 +234,9 @@ def test_collectives_send_what_is_computed(found: dict[str, dict[str, Any]], nam
         alone = len(ranks) == 1 and kind not in ("send", "recv")
         if phase not in sent or alone:
             continue
-        if "get_grad_norm" in place:
+        if group == BALANCE:
+            assert "latent" in name and size <= FLOAT * EXPERTS * rank["minibatches"]  # of its one layer with experts
+        elif "get_grad_norm" in place:
             assert size <= NORM * rank["minibatches"]
         else:
             sent[phase][GROUPS[group], kind] += size
