@@ -66,7 +66,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     turns = MemoryTurns(config, [engine, *([learner.critic] if learner.critic else [])])
     output = Output(config, step, tokenizer, LivePage(Path(config.run.dir))) if parallel.is_main else None
     enter("the wait for rollout workers", 2 * config.rollout.start_timeout_s)  # for the store's host, then for them
-    fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest)
+    fleet = connect(config, parallel.device.device, is_ingest=parallel.is_ingest, hosts=parallel.host_group)
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     source = open_source(config, sampler, prompts.train, stream)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)

@@ -80,4 +80,4 @@ def join(config: Config, engine: Engine, worker: dict[str, Any], port: int) -> J
     from tools.joined_fleet import JoinedFleet
 
     config.launch.store = f"127.0.0.1:{port}"
-    return JoinedFleet(config, engine.model.parallel.device.device, [from_known(worker)])
+    return JoinedFleet(config, engine.model.parallel, [from_known(worker)])

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         replay={"mode": config.replay_mode if has_routes else "none"},  # unset, it would follow batch.minibatches
         batch={"prompts": len(prompts), "minibatches": 1, "equal_groups": "keep"},
     )
-    fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest)
+    fleet = Fleet(config, parallel.device.device, is_ingest=parallel.is_ingest, hosts=parallel.host_group)
     sampler = Sampler(config, engine, fleet.client if parallel.is_ingest else None, tokenizer)
     scorer = RewardScorer(config, tokenizer, fetches=parallel.is_ingest)
     try:
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
         print(text_table(report))
         page = write(Path(config.run.dir), report, responses)
         print(f"\nthe worst tokens in their text, and the distributions: {page}")
-    dist.barrier()
+    dist.barrier(group=parallel.host_group)
     destroy_parallel()
     return 0
 

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     else:
         for _ in score_file(Path(args.input), engine, config):
             pass
-    dist.barrier()
+    dist.barrier(group=engine.model.parallel.host_group)
     destroy_parallel()
     return 0
 
@@ -80,7 +80,7 @@ def score_file(path: Path, engine: Engine, config: Config) -> Iterator[list[dict
         shares = _shares(chunk, engine, config) if chunk else [None] * layout.dp
         assigned: list[Any] = [None]
         by_rank = [shares[layout.coord(rank).dp] for rank in range(layout.world)] if parallel.is_main else None
-        dist.scatter_object_list(assigned, by_rank, src=0)
+        dist.scatter_object_list(assigned, by_rank, src=0, group=parallel.host_group)
         if assigned[0] is None:
             return
         yield _score(assigned[0], chunk or [], engine)
@@ -175,7 +175,7 @@ def gather_packs(
     parallel, shape = engine.model.parallel, route_shape(engine.model)
     parts = [_part(engine, pack, scored[n] if scored else None, names) for n, pack in enumerate(packs)]
     everyone: list[Any] = [None] * parallel.layout.world
-    dist.gather_object(parts, everyone if parallel.is_main else None, dst=0)
+    dist.gather_object(parts, everyone if parallel.is_main else None, dst=0, group=parallel.host_group)
     whole = []
     for dp in range(parallel.layout.dp) if parallel.is_main else []:
         ranks = [rank for rank in range(parallel.layout.world) if parallel.layout.coord(rank).dp == dp]

@@ -71,14 +71,14 @@ def begin_checkpoint(
         if dist.get_rank() == 0:
             remove_leftovers(folder)
             (partial / CRITIC if critic else partial).mkdir(parents=True)
-        dist.barrier()
+        dist.barrier(group=engine.model.parallel.host_group)
         parts = [copied(_sharded(engine, loading=False), partial)]
         if critic is not None:
             parts.append(copied(_sharded(critic, loading=False), partial / CRITIC))
             state = {**state, "critic_scheduler": critic.scheduler.state_dict()}
     except FAILURES as error:
         if isinstance(error, CheckpointException) and not error.failures:
-            dist.barrier()  # another rank knows why and is about to say so
+            dist.barrier(group=engine.model.parallel.host_group)  # another rank knows why and is about to say so
         raise UserError(_cannot(partial, whole, error)) from error
     state = {
         **state,

@@ -321,7 +321,7 @@ def gather_metas(local_metas: list[Meta], parallel: Parallel, fault: str | Stopp
     it.
     """
     everyone: list[tuple[list[Meta], str | Stopped | None]] = [([], None)] * parallel.layout.world
-    dist.all_gather_object(everyone, (local_metas, fault))
+    dist.all_gather_object(everyone, (local_metas, fault), group=parallel.host_group)
     for failure in (failure for _, failure in everyone if failure):
         raise failure if isinstance(failure, Stopped) else UserError(failure)
     return sorted((meta for metas, _ in everyone for meta in metas), key=lambda meta: meta.group)

@@ -58,4 +58,4 @@ def export_hf(
     else:
         for _ in tensors:
             told()
-    dist.barrier()
+    dist.barrier(group=model.parallel.host_group)

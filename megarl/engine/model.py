@@ -167,7 +167,7 @@ def load_weights(model: Model, path: str, *, fresh: str = "") -> None:
     model.source = path
     of_the_source = WeightMap(model.weight_map.hf_config) if fresh else model.weight_map
     if not fresh:
-        check_source(Path(path))
+        check_source(Path(path), model.parallel.host_group)
     with open_weights(path, of_the_source) as reader, torch.no_grad():
         if not fresh:  # a critic's folder is the policy's, which has been checked
             reader.carried(model.weight_map)  # names what is missing, unknown or of another shape

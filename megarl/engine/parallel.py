@@ -167,6 +167,7 @@ def _leave_groups() -> None:
     """
     groups = groups_of_layout()
     parallel_state.destroy_model_parallel()
-    dist.barrier()  # nobody is in a group that another rank closes
+    hosts = _host[1] if _host[0] is dist.group.WORLD else None
+    dist.barrier(group=hosts)  # nobody is in a group that another rank closes
     for group in groups:
         dist.destroy_process_group(group)

@@ -24,7 +24,6 @@ class MemoryTurns:
 
     def __init__(self, config: Config, engines: list[Engine]) -> None:
         self._memory = TrainingMemory(engines) if config.launch.colocate else None
-        self._group = engines[0].model.parallel.host_group if engines else None
         if self._memory:
             self._memory.release()
 
@@ -37,9 +36,9 @@ class MemoryTurns:
             yield
             return
         with phase("to_training"):
-            fleet.turn("sleep", self._group)
+            fleet.turn("sleep")
             self._memory.restore()
         yield
         with phase("to_rollout"):
             self._memory.release()
-            fleet.turn("wake", self._group)
+            fleet.turn("wake")

@@ -65,7 +65,7 @@ class Evaluation:
         if dist.get_rank() == 0 and step:
             rows = read_metrics(self.config.run.dir)
             owed = [bool(rows) and rows[-1]["step"] == step and "eval/k" not in rows[-1]]
-        dist.broadcast_object_list(owed, src=0)
+        dist.broadcast_object_list(owed, src=0, group=self.sampler.parallel.host_group)
         if owed[0]:
             self.after(step, last=False)
 
@@ -92,7 +92,7 @@ def evaluate(
         _Evaluated(rollout.prompt.line, score) for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True)
     ]
     gathered: list[list[_Evaluated]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, scored)
+    dist.all_gather_object(gathered, scored, group=sampler.parallel.host_group)
     everyone = [response for rank in gathered for response in rank]
     bad = [response for response in everyone if response.score.fault]
     if bad and config.train.on_bad_batch == "stop":

@@ -236,7 +236,7 @@ class Learner:
         if speaks:  # the device has no more use for them
             for pack, old in zip(packs, to_host([pack.passes.old_logprobs for pack in packs]), strict=True):
                 pack.passes.old_logprobs = old
-        return gather_notes(take_notes(packs, sampled) if speaks else TokenNotes())
+        return gather_notes(take_notes(packs, sampled) if speaks else TokenNotes(), parallel.host_group)
 
     def _first_bad(self, packs: list[Pack]) -> str:
         """The first response on this rank with a NaN or infinite number that the loss would take, named; "" if there is
@@ -262,7 +262,7 @@ class Learner:
         if not flag:
             return True
         faults = [""] * self.parallel.layout.world
-        dist.all_gather_object(faults, fault)
+        dist.all_gather_object(faults, fault, group=self.parallel.host_group)
         first = next(filter(None, faults))
         if self.config.train.on_bad_batch == "stop":
             raise UserError(

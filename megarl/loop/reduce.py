@@ -28,7 +28,8 @@ def reduce_sums(parallel: Parallel, sums: Sums) -> Sums:
         sums |= dict(zip(added, both[0], strict=True)) | dict(zip(maxima, both[1], strict=True))
     reduced = [sums]  # pickled, a CUDA tensor would make a context on its rank's GPU in every other rank
     if parallel.layout.pp > 1:
-        dist.broadcast_object_list(reduced, src=parallel.layout.rank_of(tp=0, cp=0, dp=0, pp=parallel.layout.pp - 1))
+        source = parallel.layout.rank_of(tp=0, cp=0, dp=0, pp=parallel.layout.pp - 1)
+        dist.broadcast_object_list(reduced, src=source, group=parallel.host_group)
     return reduced[0]
 
 

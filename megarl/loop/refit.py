@@ -254,7 +254,7 @@ class Refit:
         LeftOut where that one is new.
         """
         answers = [scores]
-        dist.broadcast_object_list(answers, src=0)
+        dist.broadcast_object_list(answers, src=0, group=self.engine.model.parallel.host_group)
         if not answers[0]:
             return []
         try:

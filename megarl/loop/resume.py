@@ -20,39 +20,42 @@ from megarl.errors import UserError
 from megarl.observe.trace import enter
 from megarl.rollout.patience import resuming_s
 
+Hosts = dist.ProcessGroup | None  # of all ranks, for host memory; None is the default group
+
 
 def resume(run_dir: Path, engine: Engine, critic: Engine | None = None) -> dict[str, Any] | None:
     """Fills the engines from the newest sound checkpoint; returns its state, None where the run begins. Collective."""
-    check_shared(run_dir)
-    path = agree(run_dir / "checkpoints")
+    hosts = engine.model.parallel.host_group
+    check_shared(run_dir, hosts)
+    path = agree(run_dir / "checkpoints", hosts)
     if path is None:
         return None
     enter(f"the load of {path.name}", resuming_s(path, dist.get_world_size()))
     return load_checkpoint(engine, path, critic)
 
 
-def check_shared(run_dir: Path) -> None:
+def check_shared(run_dir: Path, hosts: Hosts = None) -> None:
     """UserError where run.dir is not one folder for all ranks: each writes its part of checkpoints there."""
     rank, names = dist.get_rank(), [f".seen_{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(names, src=0)
+    dist.broadcast_object_list(names, src=0, group=hosts)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / names[0]).touch()
-    dist.barrier()
+    dist.barrier(group=hosts)
     try:
-        _all_see(run_dir, names[0])
+        _all_see(run_dir, names[0], hosts)
     finally:
         if rank == 0:
             (run_dir / names[0]).unlink()
 
 
-def _all_see(folder: Path, name: str) -> None:
+def _all_see(folder: Path, name: str, hosts: Hosts) -> None:
     """UserError, on every rank, where one does not see what rank 0 sees in `folder`, a run.dir or below it."""
     until = time.monotonic() + SEEN_WITHIN_S
     while not (seen := _lists(folder, name)) and time.monotonic() < until:
         time.sleep(0.2)
     everyone: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()
-    dist.all_gather_object(everyone, (seen, socket.gethostname()))
+    dist.all_gather_object(everyone, (seen, socket.gethostname()), group=hosts)
     for other, (sees, host) in enumerate(everyone):
         if not sees:
             raise UserError(
@@ -69,7 +72,7 @@ def _lists(folder: Path, name: str) -> bool:
         return False
 
 
-def agree(folder: Path) -> Path | None:
+def agree(folder: Path, hosts: Hosts = None) -> Path | None:
     """The newest checkpoint whose files are what was written, checksums included; None where there is none. Collective.
 
     Newer ones that are damaged are named and set aside, as step_N.damaged: the run writes those steps again. UserError
@@ -80,12 +83,12 @@ def agree(folder: Path) -> Path | None:
     if rank == 0:
         remove_leftovers(folder)
         names = [[path.name for path in reversed(whole_checkpoints(folder))]]
-    dist.broadcast_object_list(names, src=0)
+    dist.broadcast_object_list(names, src=0, group=hosts)
     faults: dict[str, str] = {}
     for name in names[0]:
-        _all_see(folder, name)
+        _all_see(folder, name, hosts)
         enter(f"the checksums of {name}", resuming_s(folder / name, dist.get_world_size()))
-        fault = damage_on_any_rank(folder / name)
+        fault = damage_on_any_rank(folder / name, hosts)
         if fault is None:
             if rank == 0:
                 _set_aside(folder, faults, name)

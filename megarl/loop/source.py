@@ -153,7 +153,8 @@ class Overlapped:
         client = self.sampler.client
         busy = client.dispatcher.busy_seconds() if client else {}
         everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, {url: self._more(url, busy[url]) for url in busy})
+        more = {url: self._more(url, busy[url]) for url in busy}
+        dist.all_gather_object(everyone, more, group=self.sampler.parallel.host_group)
         self._busy = busy
         servers = {url for busy_of_rank in everyone for url in busy_of_rank}
         share = sum(min(max(busy_of_rank.get(url, 0.0) for busy_of_rank in everyone) / step_s, 1.0) for url in servers)
@@ -232,7 +233,8 @@ class Overlapped:
     def _tell(self, finished: list[_Finished], stopped: Stopped | None) -> _Told:
         """What every rank has fetched, to all. Collective."""
         everyone = [_Told([], False, False)] * dist.get_world_size()
-        dist.all_gather_object(everyone, _Told(finished, stopped is not None, bool(self._unserved)))
+        mine = _Told(finished, stopped is not None, bool(self._unserved))
+        dist.all_gather_object(everyone, mine, group=self.sampler.parallel.host_group)
         for fetched in (fetched for told in everyone for fetched in told.finished):
             group = self._groups[fetched.number]
             group.finished, group.version, group.spans = True, fetched.version, fetched.spans

@@ -80,10 +80,12 @@ def _row(pack: Pack, row: int, difference: float, old: float) -> Row:
     }
 
 
-def gather_notes(local: TokenNotes) -> TokenNotes:
-    """All ranks' notes at rank 0, of the worst tokens COUNT; nothing elsewhere. Every rank must call it."""
+def gather_notes(local: TokenNotes, hosts: dist.ProcessGroup | None = None) -> TokenNotes:
+    """All ranks' notes at rank 0, of the worst tokens COUNT; nothing elsewhere. Every rank must call it. hosts: of all
+    ranks, for host memory; None is the default group.
+    """
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(local, everyone, dst=0)
+    dist.gather_object(local, everyone, dst=0, group=hosts)
     worst = sorted((row for notes in everyone or [] for row in notes.worst), key=lambda row: -row["difference"])
     return TokenNotes(worst[:COUNT], {n: values for notes in everyone or [] for n, values in notes.sampled.items()})
 

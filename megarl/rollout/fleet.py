@@ -63,16 +63,22 @@ class Fleet:
     _unsent: Exception | None = None  # of this rank's part in the last push()
     _roll_call: RollCall | None = None  # rank 0
     client: RolloutClient | None = None
+    _hosts: dist.ProcessGroup | None = None  # where all ranks meet; None is the default group
     _one_tp = False
     _grouped: list[WorkerInfo] | None = None  # the workers of the weight group, where there is one
     _agreeing: list[str] | None = None  # rank 0, after the first sync: parts that a worker must hold as received
     _joined = 0  # since the last figures()
 
-    def __init__(self, config: Config, device: torch.device, *, is_ingest: bool) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, *, is_ingest: bool, hosts: dist.ProcessGroup | None = None
+    ) -> None:
         """Collective: waits, on rank 0, until rollout.engines workers have registered, or those that a run which was
         under way still has; raises UserError, named, if they do not.
+
+        hosts: of all ranks, for host memory; None is the default group. Ranks wait here for what servers do, and a
+        kernel of NCCL's would take the time of a GPU that they share.
         """
-        self._device, wait_s = device, config.rollout.start_timeout_s
+        self._device, self._hosts, wait_s = device, hosts, config.rollout.start_timeout_s
         self._one_tp = config.sync.transport == "reshard"
         self._out: set[int] = set()  # workers that this rank asks no more, before all ranks have agreed
         main = dist.get_rank() == 0
@@ -239,8 +245,8 @@ class Fleet:
         """Collective: of the fleet, since this was asked last."""
         lost = self._roll_call.newly_lost() if self._roll_call is not None else 0
         joined, self._joined = self._joined, 0
-        again = torch.tensor(self.client.dispatcher.taken_back() if self.client else 0, device=self._device)
-        dist.all_reduce(again)
+        again = torch.tensor(self.client.dispatcher.taken_back() if self.client else 0)
+        dist.all_reduce(again, group=self._hosts)
         return {
             "fleet/workers": float(len(self.workers)),
             "fleet/lost": float(lost),
@@ -253,19 +259,18 @@ class Fleet:
         """Where the last push took its time, on rank 0."""
         return self._leader.seconds if self._leader is not None else {}
 
-    def turn(self, step: Literal["sleep", "wake"], group: dist.ProcessGroup | None = None) -> None:
+    def turn(self, step: Literal["sleep", "wake"]) -> None:
         """Collective: every server sleeps, or is awake, when this returns. After the first sync.
 
         Whoever asks has done its part before: on every rank the memory
         that a server takes is free, and no ingest rank asks it for more.
-        group: of all ranks, in which they meet without their devices; None is the default group.
         """
         idle(self._device)  # vLLM refuses to sleep where the device's free memory shrinks meanwhile
-        dist.barrier(group=group)
+        dist.barrier(group=self._hosts)
         if self._leader is not None:
             with self.watched():
                 self._leader.turn(step)
-        dist.barrier(group=group)
+        dist.barrier(group=self._hosts)
 
     def close(self, run_is_over: bool = True) -> None:
         """Safe after a failure. run_is_over: rank 0 ends the workers too; else they wait for trainers to come back."""
@@ -281,13 +286,13 @@ class Fleet:
     def _from_rank_0(self, what: T) -> T:
         """What rank 0 says. Collective."""
         objects = [what]
-        dist.broadcast_object_list(objects, src=0)
+        dist.broadcast_object_list(objects, src=0, group=self._hosts)
         return objects[0]
 
     def _count(self, here: bool) -> int:
         """On how many ranks. Collective."""
-        ranks = torch.tensor(int(here), device=self._device)
-        dist.all_reduce(ranks)
+        ranks = torch.tensor(int(here))
+        dist.all_reduce(ranks, group=self._hosts)
         return int(ranks)
 
     def leave_out(self, failed: dict[str, str]) -> None:
@@ -329,7 +334,8 @@ class Fleet:
                 raise error
             return result
         self._leave_group()
-        dist.barrier()  # no server is blamed for what a rank that stands still did not send: launch.stall_s names it
+        # no server is blamed for what a rank that stands still did not send: launch.stall_s names it
+        dist.barrier(group=self._hosts)
         raise error if error is not None and type(verdict) is RolloutError else failed
 
     def _verdict(self, error: Exception, asked: SyncLeader | Scoring | None) -> RolloutError:

@@ -240,7 +240,7 @@ def test_a_resume_is_no_stall_while_its_bytes_may_take_it(
     engine: Engine, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, float]] = []
-    monkeypatch.setattr("megarl.loop.resume.damage_on_any_rank", lambda path: seen.append(entered()[::2]))
+    monkeypatch.setattr("megarl.loop.resume.damage_on_any_rank", lambda path, hosts: seen.append(entered()[::2]))
     assert resume(run_dir, engine) is not None
     within_s = resuming_s(run_dir / "checkpoints" / "step_4", ranks=1)
     assert within_s > 0 and seen == [("the checksums of step_4", within_s)]

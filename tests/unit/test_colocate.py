@@ -97,7 +97,7 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def turn(self, step, group=None):
+    def turn(self, step):
         self.calls.append(step)
 
     def release(self):
@@ -128,7 +128,8 @@ def test_a_server_is_woken_when_every_rank_has_released_its_memory(monkeypatch):
     monkeypatch.setattr(fleet_module, "idle", lambda device: recorder.calls.append("idle"))
     fleet = object.__new__(Fleet)
     fleet._leader, fleet._store, fleet.workers, fleet._device = recorder, None, [], torch.device("cpu")
-    fleet.turn("wake", "hosts")
+    fleet._hosts = "hosts"
+    fleet.turn("wake")
     assert recorder.calls == ["idle", "hosts", "wake", "hosts"]
 
 

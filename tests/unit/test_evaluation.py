@@ -33,7 +33,8 @@ def test_an_evaluation_is_part_of_its_steps_row_also_after_a_kill(
     def sitting(resumed: int, steps: range, killed: bool = False) -> None:
         logger = MetricsLogger(tmp_path, [], resumed)
         output: Any = SimpleNamespace(evaluated=logger.amend)
-        evaluation = Evaluation(config, None, None, ["a prompt"], output)  # type: ignore[arg-type, list-item]
+        asks: Any = SimpleNamespace(parallel=SimpleNamespace(host_group=None))
+        evaluation = Evaluation(config, asks, None, ["a prompt"], output)  # type: ignore[arg-type, list-item]
         evaluation.catch_up(resumed)
         for step in steps:
             logger.log(step, {"reward/mean": step / 10})

@@ -119,7 +119,7 @@ def test_a_step_begins_with_those_that_are_there(run: Run, capfd: pytest.Capture
 
 def test_all_ranks_that_ask_share_what_a_server_decodes_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.join()
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(3))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: tensor.mul_(3))
     fleet = run.fleet(1)
     assert fleet.client is not None and fleet.client.dispatcher._at_once == 256 // 3
     fleet.close()
@@ -150,7 +150,7 @@ def test_a_worker_that_is_cut_differently_is_not_used(run: Run, capfd: pytest.Ca
 def test_a_step_of_a_sync_fails_for_good_only_where_all_are_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of workers and of ranks: these meet first, so that one that stands still is named instead of a server."""
     met: list[int] = []
-    monkeypatch.setattr(dist, "barrier", lambda: met.append(1))
+    monkeypatch.setattr(dist, "barrier", lambda group: met.append(1))
     workers = [run.join(), run.join()]
     fleet = run.fleet(2)
     fleet._grouped = fleet.workers
@@ -267,11 +267,14 @@ def mistaken(workers: list[WorkerInfo], port: int, aborted: list[int]) -> None:
 
 
 class Lost:
-    """A sender whose server is lost after the first bucket."""
+    """A sender whose server is lost after the first bucket, or that makes another mistake there."""
+
+    def __init__(self, kind: type[Exception] = RuntimeError) -> None:
+        self.kind = kind
 
     def send(self, buckets: Iterator[Any]) -> None:
         next(buckets)
-        raise RuntimeError("a server was lost")
+        raise self.kind("a server was lost")
 
     def close(self) -> None: ...
 
@@ -311,8 +314,8 @@ def test_a_server_lost_in_a_broadcast_leaves_no_trainer_rank_behind(tmp_path: Pa
             rank.join()
 
 
-def sync_of_rank(rank: int, lone: bool, store: str, said: Any) -> None:
-    """One of two trainer ranks; the server breaks off what rank 1 sends. lone: rank 0 learns of it in loaded()."""
+def sync_of_rank(rank: int, lone: bool, kind: type[Exception], store: str, said: Any) -> None:
+    """One of two trainer ranks; what rank 1 sends breaks off. lone: rank 0 learns of it in loaded()."""
     given = timedelta(seconds=30)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=given)
     fleet, log = object.__new__(Fleet), io.StringIO()
@@ -328,7 +331,7 @@ def sync_of_rank(rank: int, lone: bool, store: str, said: Any) -> None:
             settings=settings, failed={}, push=push, loaded=fails, close=lambda: None
         )
     else:
-        fleet._sender = Lost()  # type: ignore[assignment]
+        fleet._sender = Lost(kind)  # type: ignore[assignment]
     try:
         fleet.push(iter([]) if rank == 0 else iter([1]), [])  # type: ignore[list-item]
         dist.barrier()  # the trainers' own score, in which all ranks meet
@@ -337,15 +340,16 @@ def sync_of_rank(rank: int, lone: bool, store: str, said: Any) -> None:
         said.put((rank, str(error), log.getvalue().count("its part in a weight sync failed: a server was lost\n")))
 
 
-@pytest.mark.parametrize("lone", [True, False])
-def test_a_part_that_fails_beside_rank_0_is_told_of_by_it(tmp_path: Path, lone: bool) -> None:
+@pytest.mark.parametrize(("lone", "kind"), [(True, TypeError), (False, RuntimeError)])
+def test_a_part_that_fails_beside_rank_0_is_told_of_by_it(tmp_path: Path, lone: bool, kind: type[Exception]) -> None:
     """Rank 1 does not leave the others in the middle: what the server says of it comes first, on every rank. Its own
     error stands in its log.
     """
     context = multiprocessing.get_context("spawn")
     said = context.Queue()
     ranks = [
-        context.Process(target=sync_of_rank, args=(rank, lone, str(tmp_path / "ranks"), said)) for rank in range(2)
+        context.Process(target=sync_of_rank, args=(rank, lone, kind, str(tmp_path / "ranks"), said))
+        for rank in range(2)
     ]
     for rank in ranks:
         rank.start()

@@ -235,7 +235,7 @@ def test_the_bound_of_connecting_holds_where_ranks_connect(monkeypatch: pytest.M
 def test_sums_of_a_stage_travel_as_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pickled, a CUDA tensor makes a context on one GPU for every rank that reads it."""
     layout, seen = Layout(tp=1, pp=2, vpp=1, ep=1, etp=1, cp=1, world=2), list[Any]()
-    monkeypatch.setattr(reduce.dist, "broadcast_object_list", lambda objects, src: seen.extend(objects))
+    monkeypatch.setattr(reduce.dist, "broadcast_object_list", lambda objects, src, group: seen.extend(objects))
     with FakeTensorMode():
         sums = {"loss": torch.zeros((), device="cuda"), "ratio:max": torch.zeros((), device="cuda")}
         reduce.reduce_sums(Parallel(layout, layout.coord(1), GPU), sums)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megarl import train as train_module
+from megarl.config import load_config
 from megarl.engine import exchange, parallel
 from megarl.engine.batch import Meta, assign
 from megarl.engine.device import CPU, Device
 from megarl.engine.exchange import RouteShape
 from megarl.engine.parallel import Parallel
 from megarl.loop import sampler
+from megarl.loop.refit import Refit
+from megarl.rollout import fleet as fleet_module
+from megarl.rollout.fleet import Fleet
+from megarl.rollout.registry import RolloutError
 from megarl.rollout.response import Response
 from megarl.weights.map.layout import Layout
 
@@ -57,6 +67,68 @@ def test_who_asks_nobody_waits_for_rollouts_in_host_memory(monkeypatch: pytest.M
     monkeypatch.setattr(sampler.dist, "all_reduce", all_reduce)
     asks: Any = SimpleNamespace(parallel=at)
     assert sampler.Sampler._largest(asks, 3) == 7
+
+
+OBJECTS = {"barrier", "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"}
+
+
+def test_what_lies_in_host_memory_meets_in_a_group_that_is_named() -> None:
+    """The default group is NCCL's on a GPU: a rank that waits there for another's word holds a GPU that it shares."""
+    unnamed = []
+    for path in Path(exchange.__file__).parents[1].rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            owner, _, name = ast.unparse(call.func).rpartition(".")
+            if owner == "dist" and name in OBJECTS and "group" not in {given.arg for given in call.keywords}:
+                unnamed.append(f"{path}:{call.lineno}")
+    assert not unnamed
+
+
+def test_ranks_meet_over_servers_in_the_host_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of Fleet, and the canary that rank 0 has of the servers."""
+    hosts, met, told = object(), list[str](), list[Any]()
+
+    def meets(name: str) -> Callable[..., None]:
+        def meet(given: Any = None, *, group: Any, src: int = 0) -> None:
+            assert group is hosts and (not isinstance(given, Tensor) or given.device == CPU), name
+            met.append(name)
+            if told:
+                given[:] = [told.pop()]
+
+        return meet
+
+    for name in ("broadcast_object_list", "all_reduce", "barrier"):
+        monkeypatch.setattr(dist, name, meets(name))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(fleet_module, "idle", lambda device: None)
+    fleet = Fleet.__new__(Fleet)
+    fleet.workers, fleet._device, fleet._hosts = [], GPU.device, hosts  # type: ignore[assignment]
+    fleet._count(True)
+    fleet.check()
+    fleet.figures()
+    fleet.turn("sleep")
+    told.append(RolloutError("a server is gone"))
+    with pytest.raises(RolloutError, match="is gone"):
+        fleet._settled(lambda: None)
+    at = Parallel(Layout(), Layout().coord(0), GPU, hosts)  # type: ignore[arg-type]
+    refit: Any = SimpleNamespace(engine=SimpleNamespace(model=SimpleNamespace(parallel=at)))
+    assert Refit._compare_canary(refit, []) == []
+    once = ["all_reduce", "broadcast_object_list", "all_reduce", "barrier", "barrier"]
+    assert met == [*once, "broadcast_object_list", "barrier", "broadcast_object_list"]
+
+
+def test_the_loop_hands_its_host_group_to_the_fleet(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = object()
+
+    def connect(*_: Any, **given: Any) -> Any:
+        raise InterruptedError(given["hosts"] is hosts)
+
+    at = Parallel(Layout(), Layout().coord(0), Device(CPU, "gloo"), hosts)  # type: ignore[arg-type]
+    for name in ("StallWatch", "build_engine", "resume", "MemoryTurns", "Output"):
+        monkeypatch.setattr(train_module, name, lambda *_, **__: None)
+    monkeypatch.setattr(train_module, "join_ranks", lambda config: at)
+    monkeypatch.setattr(train_module, "Learner", lambda *_: SimpleNamespace(critic=None))
+    with pytest.raises(InterruptedError, match="True"):
+        train_module.train(load_config(run_yaml, []), connect)
 
 
 def test_an_owner_looks_only_for_what_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_a_lane_does_each_run_once_on_one_fleet_until_its_deadline(
             pass
 
     def train(config: Config, connect: Any) -> None:
-        connect(config, None, is_ingest=True)
+        connect(config, None, is_ingest=True, hosts=None)
         trained.append(Path(config.run.dir).name)
         (Path(config.run.dir) / "metrics.jsonl").write_text(
             json.dumps({"step": 1, "reward/mean": 0.5, "time/step_s": 1.0}) + "\n"

@@ -103,7 +103,9 @@ class Bench:
             client=self.client,
             stop_token_ids=[],
             check_routes=lambda rollouts: None,
-            parallel=SimpleNamespace(layout=SimpleNamespace(dp=1), coord=SimpleNamespace(dp=0), is_main=True),
+            parallel=SimpleNamespace(
+                layout=SimpleNamespace(dp=1), coord=SimpleNamespace(dp=0), is_main=True, host_group=None
+            ),
         )
         self.stream = PromptStream(prompts, shuffle=False)
         self.source = Overlapped(settings, sampler, [Prompt([i], "", "", i) for i in range(prompts)], self.stream)
@@ -267,7 +269,9 @@ def test_a_response_draws_from_the_same_seed_whichever_replica_asks(replicas: in
         return []
 
     for replica in range(replicas):
-        parallel = SimpleNamespace(layout=SimpleNamespace(dp=replicas), coord=SimpleNamespace(dp=replica))
+        parallel = SimpleNamespace(
+            layout=SimpleNamespace(dp=replicas), coord=SimpleNamespace(dp=replica), host_group=None
+        )
         config = SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=4))
         client = SimpleNamespace(generate=generate)
         sampler: Any = SimpleNamespace(parallel=parallel, config=config, client=client, stop_token_ids=[])

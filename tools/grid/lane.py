@@ -51,9 +51,9 @@ def main(argv: list[str]) -> int:
     deadline, lane = float(argv[2]), load_config(argv[3], argv[4:])
     fleet: list[LastingFleet] = []
 
-    def connect(config: Any, device: Any, *, is_ingest: bool) -> Fleet:
+    def connect(config: Any, device: Any, *, is_ingest: bool, hosts: Any) -> Fleet:
         if not fleet:
-            fleet.append(LastingFleet(lane, device, is_ingest=is_ingest))
+            fleet.append(LastingFleet(lane, device, is_ingest=is_ingest, hosts=hosts))
         return fleet[0]
 
     status = 0
