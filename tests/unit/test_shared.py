@@ -95,7 +95,7 @@ def test_a_rank_that_leaves_ends_the_others_wait(store, waiting):
 
 
 def test_nobody_comes(store):
-    with pytest.raises(RuntimeError, match=r"nothing came as here/1 within 0 s"):
+    with pytest.raises(RuntimeError, match=r"nothing came from rank 1 within 0\.3 s \(here/1\)"):
         SharedGroup(store, "alone", 0, 2, 0.3, CPU)
 
 
@@ -105,4 +105,14 @@ def test_a_closed_group_waits_for_nothing(store):
     first.close()
     first.close()
     with pytest.raises(RuntimeError, match="was closed"):
+        work.wait()
+
+
+def test_a_buffer_that_its_sender_has_let_go_of_is_told_as_the_sender_that_left(store):
+    """A sync that was given up frees them."""
+    sender, receiver = meet(store, 2)
+    sender.exchange([(numbered(1), 1)], [], 0)
+    (work,) = receiver.exchange([], [(numbered(0), 0)], 0)
+    sender.close()
+    with pytest.raises(RuntimeError, match="rank 0 of the weight group left it while this one waited for rank 0"):
         work.wait()

@@ -15,7 +15,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 POLL_S = 0.0005  # between two looks whether a work is done
 LOOKS = 1000  # of which one asks the store whether a rank has left
+NAMED = 16  # ranks in one line
 SETTLE_S = 2.0  # how long close() waits for the thread that is handing operations to NCCL
 WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
@@ -40,20 +41,21 @@ class NcclBackend:
         communicator in as long again.
         """
         meet(store, rank, world_size, timeout_s, nccl_version())
-        self._store, self._rank, self._timeout_s = store, rank, timeout_s
+        self._store, self._rank, self._world, self._timeout_s = store, rank, world_size, timeout_s
         self._lock = threading.Lock()  # held while operations are handed to NCCL: an abort would free what they use
         self._closed = False
         self._backend = _make(store, rank, world_size, timeout_s)
         # all ranks or none: one that has died since the meeting would leave the others in it for ever
         try:
-            Timed(self, _Call(lambda: self._backend.eager_connect_single_device(device)), timeout_s).wait()
+            call = _Call(lambda: self._backend.eager_connect_single_device(device))
+            Timed(self, call, timeout_s, self._others(rank)).wait()
         except Exception:
             self.abort()  # the others learn of it
             raise
 
     def broadcast(self, buffer: Tensor, source: int) -> Timed:
         with self._handing_over():
-            return Timed(self, self._backend.broadcast(buffer, source), self._timeout_s)
+            return Timed(self, self._backend.broadcast(buffer, source), self._timeout_s, self._others(source))
 
     def exchange(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], tag: int
@@ -70,7 +72,11 @@ class NcclBackend:
                     self._backend.recv([buffer], rank, tag)
             finally:
                 work = self._backend._end_coalescing()  # after a failure too: NCCL counts its groups
-        return [Timed(self, work, self._timeout_s)]
+        return [Timed(self, work, self._timeout_s, [rank for _, rank in (*sends, *receives)])]
+
+    def _others(self, source: int) -> list[int]:
+        """Whom this rank waits for in what `source` sends to all."""
+        return [other for other in range(self._world) if other != source] if self._rank == source else [source]
 
     @contextmanager
     def _handing_over(self) -> Iterator[None]:
@@ -130,8 +136,10 @@ class _Call:
 class Timed:
     """An operation's work whose wait() ends: done, closed, or left or late, and then the group is closed."""
 
-    def __init__(self, group: NcclBackend, work: Any, timeout_s: float) -> None:
+    def __init__(self, group: NcclBackend, work: Any, timeout_s: float, others: Iterable[int]) -> None:
+        """others: the ranks that it needs besides this one."""
         self._group, self._work, self._timeout_s = group, work, timeout_s
+        self._others = named_ranks(others)
 
     def wait(self) -> None:
         """Until the device is done with it, at most the time limit."""
@@ -141,13 +149,20 @@ class Timed:
             looks += 1
             if looks % LOOKS == 0 and (rank := self._group.gone()):
                 self._group.abort()
-                raise RuntimeError(f"rank {rank} of the weight group left it")
+                raise RuntimeError(f"rank {rank} of the weight group left it while this one waited for {self._others}")
             if time.monotonic() > deadline:
                 self._group.abort()
-                raise RuntimeError(f"weight group: NCCL was not done within {self._timeout_s:g} s")
+                raise RuntimeError(f"weight group: NCCL was not done within {self._timeout_s:g} s with {self._others}")
             time.sleep(POLL_S)
         self._group.check()  # an aborted operation counts as completed
         self._work.wait(timedelta(seconds=self._timeout_s))  # with a limit it raises what failed
+
+
+def named_ranks(ranks: Iterable[int]) -> str:
+    """In words; of many the first."""
+    each = sorted(set(ranks))
+    more = f" and {len(each) - NAMED} more" if len(each) > NAMED else ""
+    return f"rank {', '.join(map(str, each[:NAMED]))}{more}"
 
 
 def nccl_version() -> str:
@@ -178,8 +193,8 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float, versio
     try:
         store.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError:
-        missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
-        raise RuntimeError(f"weight group: rank {missing} did not come within {timeout_s:g} s") from None
+        missing = named_ranks(other for other, key in enumerate(keys) if not store.check([key]))
+        raise RuntimeError(f"weight group: {missing} did not come within {timeout_s:g} s") from None
     versions = [store.get(key).decode() for key in keys]
     if len(set(versions)) > 1:
         who = "; ".join(

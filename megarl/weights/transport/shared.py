@@ -46,7 +46,7 @@ class SharedGroup:
         self._closed = False
         self._store.set(f"here/{rank}", "1")
         for other in range(world_size):
-            self.wait(f"here/{other}")
+            self.wait(f"here/{other}", other)
 
     def broadcast(self, buffer: Tensor) -> _Works:
         """Starts to send (rank 0) or receive (the others) a contiguous uint8 buffer."""
@@ -68,46 +68,50 @@ class SharedGroup:
     def close(self) -> None:
         """Leaves the group; what is pending fails, here and at the other end."""
         if not self._closed:
-            self._closed = True
-            self._open.clear()
             with contextlib.suppress(RuntimeError):  # the store may be gone too, and with it everybody
                 if not self._store.check(["gone"]):  # who leaves because another has left is not the one to name
                     self._store.set("gone", str(self._rank))
+            self._closed = True  # only now: a thread that sends lets go of its buffers then, which others may open
+            self._open.clear()
 
     def _send(self, buffer: Tensor, rank: int) -> _Sent:
         self._synchronize()  # what fills the buffer
         key = f"{self._rank}/{rank}/{self._sent[rank]}"
         self._sent[rank] += 1
         self._store.set(key, json.dumps(share(buffer)))
-        return _Sent(self, key, buffer)
+        return _Sent(self, key, rank, buffer)
 
     def _receive(self, buffer: Tensor, rank: int) -> _Received:
         key = f"{rank}/{self._rank}/{self._taken[rank]}"
         self._taken[rank] += 1
-        return _Received(self, key, buffer)
+        return _Received(self, key, rank, buffer)
 
-    def take(self, key: str, buffer: Tensor) -> None:
-        """Copies the message `key` into `buffer`."""
-        self.wait(key)
+    def take(self, key: str, source: int, buffer: Tensor) -> None:
+        """Copies the message `key` of rank `source` into `buffer`."""
+        self.wait(key, source)
         handle = json.loads(self._store.get(key))
         storages, storage = self._open[key.partition("/")[0]], json.dumps(handle["parts"])
         if storage not in storages:
             if len(storages) == OPEN:
                 storages.popitem(last=False)
-            storages[storage] = open_whole(handle, self._device)
+            try:
+                storages[storage] = open_whole(handle, self._device)
+            except RuntimeError:  # its owner has let go of it
+                self._refuse_if_left(source)
+                raise
         storages.move_to_end(storage)
         buffer.copy_(cut(storages[storage], handle))
         self._synchronize()
         self._store.set(f"{key}/taken", "1")
 
-    def forget(self, key: str) -> None:
-        """Waits until a message was taken, and clears it away."""
-        self.wait(f"{key}/taken")
+    def forget(self, key: str, reader: int) -> None:
+        """Waits until rank `reader` has taken a message, and clears it away."""
+        self.wait(f"{key}/taken", reader)
         self._store.delete_key(key)
         self._store.delete_key(f"{key}/taken")
 
-    def wait(self, key: str) -> None:
-        """Looks for the key again and again: a blocking wait of torch's
+    def wait(self, key: str, other: int) -> None:
+        """Looks for the key, which rank `other` writes, again and again: a blocking wait of torch's
         store would print a warning whenever it is interrupted.
         """
         deadline, look = time.monotonic() + self._timeout_s, 0
@@ -115,11 +119,17 @@ class SharedGroup:
             look += 1
             if self._closed:
                 raise RuntimeError("the weight group was closed")
-            if look % LOOKS == 0 and self._store.check(["gone"]):
-                raise RuntimeError(f"rank {self._store.get('gone').decode()} of the weight group left it")
+            if look % LOOKS == 0:
+                self._refuse_if_left(other)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"weight group: nothing came as {key} within {self._timeout_s:.0f} s")
+                raise RuntimeError(f"weight group: nothing came from rank {other} within {self._timeout_s:g} s ({key})")
             time.sleep(POLL_S)
+
+    def _refuse_if_left(self, other: int) -> None:
+        """RuntimeError where a rank has left, while this one waits for `other`."""
+        if self._store.check(["gone"]):
+            gone = self._store.get("gone").decode()
+            raise RuntimeError(f"rank {gone} of the weight group left it while this one waited for rank {other}")
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -130,20 +140,22 @@ class SharedGroup:
 class _Sent:
     group: SharedGroup
     key: str
+    rank: int
     buffer: Tensor  # kept until it was taken
 
     def wait(self) -> None:
-        self.group.forget(self.key)
+        self.group.forget(self.key, self.rank)
 
 
 @dataclass
 class _Received:
     group: SharedGroup
     key: str
+    rank: int
     buffer: Tensor
 
     def wait(self) -> None:
-        self.group.take(self.key, self.buffer)
+        self.group.take(self.key, self.rank, self.buffer)
 
 
 @dataclass
