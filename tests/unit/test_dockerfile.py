@@ -57,6 +57,8 @@ def test_paths_of_the_image_exist_and_commands_have_their_environment() -> None:
     env = dict(pair.split("=", 1) for line in re.findall(r"^ENV (.*)$", text, re.M) for pair in line.split())
     assert env["PATH"].startswith("/opt/train/bin:") and env["ROLLOUT_PYTHON"] == "/opt/rollout/bin/python"
     assert text.index("python3-venv") < text.index("-m venv")
+    [starts] = re.findall(r"^    image /?\S*megarl rollout .*$", (ROOT / "docs" / "gpu.md").read_text(), re.M)
+    assert starts.startswith("    image /opt/rollout/bin/megarl ")
 
 
 def test_a_trainers_extra_leaves_the_torch_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,14 +106,16 @@ def test_a_container_for_gpus_that_has_none_was_started_wrongly(host: Any, monke
 
 
 def test_a_start_says_what_it_computes_on(run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    """Before the ranks meet, which a wrong device may keep them from."""
+    """Before the ranks meet, which a wrong device may keep them from; and they meet with the time-out of this run."""
 
-    def meet(*_: Any) -> None:
+    def meet(*given: Any) -> None:
+        assert timedelta(hours=2) < given[-1] == parallel.group_timeout(config)
         raise InterruptedError
 
     monkeypatch.setattr(build, "init_parallel", meet)
+    config = load_config(run_yaml, ["rollout.request_timeout_s=7200"])
     with pytest.raises(InterruptedError):
-        build.build_engine(load_config(run_yaml, []))
+        build.build_engine(config)
     assert capfd.readouterr().out == "computing on CPU, gloo, in float32\n"
 
 
@@ -130,11 +132,15 @@ def test_a_rank_without_an_engine_needs_no_gpu(run_yaml: Path, host: Any, comman
 def test_a_float32_product_is_float32_whatever_the_container_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 begins
     assert torch.backends.cuda.matmul.allow_tf32
-    device.float32_means_float32()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert device.setup_device().backend == "nccl"
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     with pytest.raises(UserError, match="NVIDIA_TF32_OVERRIDE=1 .*; unset it"):
-        device.float32_means_float32()
+        device.setup_device()
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    assert supervise.server_environment(Config(), "127.0.0.1")["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] == "0"
 
 
 @pytest.mark.parametrize(("dtype", "taken"), [("auto", True), ("bfloat16", True), ("float32", False)])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megarl import server
 from megarl.server import plugin, vllm_release
 from megarl.server.vllm_release import NEEDED, ON_A_CPU, TESTED, missing_names, refuse_missing_names, unverified
 
@@ -72,6 +73,8 @@ def test_the_plugin_refuses_in_our_servers_and_leaves_others_alone(
     registered: list[str] = []
     factory = stub["distributed.weight_transfer.factory"].WeightTransferEngineFactory
     factory.register_engine = lambda name, *_: registered.append(name)
+    repairs = SimpleNamespace(apply=lambda: pytest.fail("a GPU's vLLM needs no repairs of the CPU build"))
+    monkeypatch.setattr(server, "vllm_patches", repairs, raising=False)
     monkeypatch.delenv(plugin.OWN_SERVER, raising=False)
     plugin.register()
     assert registered == [plugin.BACKEND]
