@@ -35,6 +35,10 @@ Varlen = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int
 # query and key than CALL_CELLS: about the cost of one more call.
 SHORTEST = 0.9
 CALL_CELLS = 2**14
+# What torch's varlen kernels take (mha_varlen_fwd in its flash_api.cpp): heads of these widths, and numbers that they
+# read so many bytes at a time, which they do not check.
+VARLEN_WIDTHS = range(8, 257, 8)
+VARLEN_BYTES = 16
 
 
 @dataclass
@@ -237,7 +241,8 @@ class PackedCausalAttention(torch.nn.Module):
             if prefixes is not None:
                 edges = prefixes.query_edges, prefixes.key_edges
                 longest = prefixes.longest_query, prefixes.longest_key
-            out = varlen(query[:, 0], key[:, 0], value[:, 0], edges, longest, self.scale)
+            q, k, v = (readable(x[:, 0]) for x in (query, key, value))
+            out = varlen(q, k, v, edges, longest, self.scale)
             return out[..., :width].flatten(1).unsqueeze(1)
 
         def rectangle(x: Tensor, index: Tensor) -> Tensor:  # [T, 1, heads, dim] -> [segments, heads, longest, dim]
@@ -264,7 +269,18 @@ class PackedCausalAttention(torch.nn.Module):
 
 
 def _flash(query: Tensor) -> Varlen | None:
-    return varlen_attention() if query.is_cuda and query.dtype != torch.float32 else None
+    """Where its kernels take heads of this width."""
+    fits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] in VARLEN_WIDTHS
+    return varlen_attention() if fits else None
+
+
+def readable(x: Tensor) -> Tensor:
+    """[T, heads, dim] as torch's varlen kernels read it. Values cut out of the product for queries, keys and values are
+    so, gaps and all; what is not is copied.
+    """
+    steps = (*x.stride()[:-1], x.storage_offset())
+    aligned = x.stride(-1) == 1 and all(step * x.element_size() % VARLEN_BYTES == 0 for step in steps)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 @cache

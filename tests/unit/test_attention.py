@@ -5,11 +5,14 @@ of very different lengths in one pack, forward and backward.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megarl.engine import attention
 from megarl.engine.attention import (
@@ -119,3 +122,58 @@ def test_rectangles_hold_every_segment_once_and_pad_little() -> None:
 
 def test_short_segments_share_a_rectangle_where_a_call_costs_more_than_their_padding() -> None:
     assert len(groups_of_segments([24, 9, 17, 12])) == 1
+
+
+ROWS, HEADS, WIDTH = 6, 2, 16
+
+
+class OnGpu(Tensor):
+    """Host memory that calls itself a GPU's."""
+
+    is_cuda = True
+
+
+def handed_to_varlen(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], value: Callable[[Tensor], Tensor]) -> Any:
+    """The values that torch's kernel is given on a GPU; None where it is not asked. They are cut out of a tensor of
+    `shape`; queries and keys are as wide as they are.
+    """
+    given: list[Tensor] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+        given.append(value)
+        return torch.empty_like(query)
+
+    monkeypatch.setattr(attention, "varlen_attention", lambda: kernel)
+    packed = packed_sequences([ROWS], [[range(ROWS)]], 0)
+    cut = value(torch.zeros(ROWS, 1, *shape, dtype=torch.bfloat16).as_subclass(OnGpu))
+    query = torch.zeros(cut.shape, dtype=torch.bfloat16).as_subclass(OnGpu)
+    out = PackedCausalAttention(None, 1)(query, query, cut, None, packed_seq_params=packed)
+    assert out.shape == (ROWS, 1, cut[0, 0].numel())
+    return given[0] if given else None
+
+
+def test_values_with_gaps_are_handed_to_the_kernel_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As megatron-core cuts them out of one product: the kernel wants no gaps in the last dimension, and no more."""
+    value = handed_to_varlen(monkeypatch, (HEADS, 4 * WIDTH), lambda x: x[..., 3 * WIDTH :])
+    assert value.stride() == (HEADS * 4 * WIDTH, 4 * WIDTH, 1) and value.storage_offset() == 3 * WIDTH
+
+
+MISREAD: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "another order": ((WIDTH, HEADS), lambda x: x.transpose(2, 3)),
+    "begins off 16 bytes": ((HEADS, 8 * WIDTH + 8), lambda x: x[..., 12 : 12 + WIDTH]),
+    "heads off 16 bytes": ((HEADS, WIDTH + 1), lambda x: x[..., :WIDTH]),
+}
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_what_the_kernel_would_misread_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses the first, and does not look for the others."""
+    value = handed_to_varlen(monkeypatch, *MISREAD[name])
+    assert value.stride() == (HEADS * WIDTH, WIDTH, 1) and value.storage_offset() == 0
+
+
+@pytest.mark.parametrize(("width", "taken"), [(12, False), (64, True), (192, True), (256, True), (264, False)])
+def test_heads_of_widths_that_the_kernel_refuses_take_rectangles(
+    width: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (handed_to_varlen(monkeypatch, (HEADS, width), lambda x: x) is not None) == taken

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from megarl.config import load_config
+from megarl.engine.attention import PackedCausalAttention, readable
 from megarl.engine.batch import make_packs
 from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
@@ -114,6 +115,23 @@ def test_log_probabilities_equal_those_of_transformers(folder: Path, name: str) 
     _to_the_older_keys(path)
     for got, expected in zip(scored(path, tokens), want):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_torchs_varlen_kernel_reads_what_the_layers_hand_over(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy is made of values that lie in one product with queries and keys."""
+    seen, forward = list[torch.Tensor](), PackedCausalAttention.forward
+
+    def noted(self: Any, *qkv: torch.Tensor | None, **given: Any) -> torch.Tensor:
+        seen.extend(x for x in qkv if x is not None)
+        return forward(self, *qkv, **given)
+
+    monkeypatch.setattr(PackedCausalAttention, "forward", noted)
+    scored(tiny(folder, name), [torch.arange(3, 12)])
+    assert any(not x.is_contiguous() for x in seen) or name == "deepseek_v3"
+    assert seen and all(readable(x[:, 0]).data_ptr() == x.data_ptr() for x in seen)
 
 
 def _to_the_older_keys(path: Path) -> None:
