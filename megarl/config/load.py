@@ -132,7 +132,7 @@ def _first_error(error: ValidationError) -> str:
     key = ".".join(names)
     if first["type"] == "extra_forbidden":
         section, _, name = names[-1].partition(".")
-        if name and len(names) == 1:  # an override is split at its dots, a key of the file is not
+        if name and len(names) == 1 and section in _sections():  # only an override is split at its dots
             return f"config key {key!r}: in a file a dot makes no section; write {section}: {{{name}: ...}}"
         inside = list(map(str, first["input"])) if isinstance(first["input"], dict) else []
         return f"unknown config key {key!r}; {meant(key, inside, _sections())}"

@@ -67,8 +67,11 @@ def refuse_target(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; give a file")
     if path.is_file():
-        with path.open("rb") as file:
-            first = file.read(64).lower()
+        try:
+            with path.open("rb") as file:
+                first = file.read(64).lower()
+        except OSError as error:
+            raise UserError(f"{str(path)!r} is there and cannot be read: {error.strerror}; give another file") from None
         if first and not first.startswith((b"<!doctype html", b"<svg", b"<?xml")):
             raise UserError(f"{str(path)!r} is there and is no page or picture; give another file, or remove it")
 

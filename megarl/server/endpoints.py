@@ -122,11 +122,13 @@ class RolloutEndpoint:
     def _adding(self, engine: Any) -> Callable[..., Awaitable[Any]]:
         """engine.add_request, by which every route comes, vLLM's own too. Requests share cached blocks of one load
         alone: a sync may keep older ones (rollout.in_flight), and trainers that begin again give a version once more.
+        So what comes while a sync has paused waits for its load.
         A token that the model does not have is refused, which would kill the engine.
         """
         add, size = engine.add_request, engine.model_config.get_vocab_size()
 
         async def salted(request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            await self._serving.wait()
             if isinstance(prompt, dict):
                 foreign = [token for token in prompt.get("prompt_token_ids", ()) if not 0 <= token < size]
                 if foreign:
@@ -164,7 +166,6 @@ class RolloutEndpoint:
     async def _generate(
         self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
     ) -> Parts:
-        await self._serving.wait()
         of_prompt: list[int | None] = [*seeds] if seeds else [None] * len(prompts)
         runs = [
             _run(engine, prompt, {**sampling, "seed": seed}) for prompt, seed in zip(prompts, of_prompt, strict=True)

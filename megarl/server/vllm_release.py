@@ -42,7 +42,7 @@ NEEDED = {  # module of vLLM -> what megarl uses of it
 }
 ON_A_CPU = {  # and of its CPU build
     f"{_EXPERTS}.unquantized_fused_moe_method": "UnquantizedFusedMoEMethod._setup_kernel",
-    f"{_EXPERTS}.routed_experts_capturer": "RoutedExpertsCapturer bind_routed_experts_capturer",
+    f"{_EXPERTS}.routed_experts_capturer": "RoutedExpertsCapturer.snapshot_routing_data bind_routed_experts_capturer",
     f"{_RELOAD}.reload.layerwise": "finalize_layerwise_processing",
     "model_executor.layers.rotary_embedding.base": "RotaryEmbedding.forward_cpu RotaryEmbedding.forward_native",
     "model_executor.layers.vocab_parallel_embedding": "ParallelLMHead VocabParallelEmbedding",

@@ -185,7 +185,7 @@ class _Worker:
                     return
                 wait_s = self.config.rollout.start_timeout_s
                 print(f"megarl: {lost}; it may come back for {wait_s:g} s", file=sys.stderr, flush=True)
-                self._lost_store = True
+                self._lost_store, self._known_as = True, None  # the next store numbers anew
                 registered, self.serves = self.serves, False
                 info = replace(self._join(info), back=info.back or registered)
                 if registered:
@@ -211,8 +211,8 @@ class _Worker:
         if self._probe is None:
             self._probe = Probe(info)
         self.serves = True  # before anybody can ask it: and where the store goes meanwhile, the next one is told
-        self._link.call(registry.register_worker, info)
         self._known_as = info.index
+        self._link.call(registry.register_worker, info)
         if not self._answered:
             print(answers_line(info.index, info.url), flush=True)
         self._answered = True

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,15 +288,20 @@ def test_connecting_to_a_server_that_is_not_there_ends_in_time(
         Pusher(rollout.store, rollout.store.port, absent, 3, True).connect(weights(checkpoints[0]))
 
 
-def load_in_flight(rollout: Rollout, checkpoint: Path, how: str) -> Canary:
-    """As Rollout.load, while requests run; after one. Returns the canary's score."""
+def load_in_flight(rollout: Rollout, checkpoint: Path, how: str, meanwhile: Callable[[], Any] = lambda: None) -> Canary:
+    """As Rollout.load, while requests run; after one. Returns the canary's score. meanwhile: called while the server
+    has paused and waits for weights.
+    """
     pusher = rollout.pusher
     assert pusher is not None
     rollout.version += 1
     buckets = whole_buckets(weights(checkpoint).items(), pusher.manifest)
-    pusher.leader.push(
-        lambda: pusher.sender.send(buckets), CANARY, pusher.sender.close, InFlight(how, rollout.version, 60)
-    )
+
+    def send() -> None:
+        meanwhile()
+        pusher.sender.send(buckets)
+
+    pusher.leader.push(send, CANARY, pusher.sender.close, InFlight(how, rollout.version, 60))
     (canary,) = pusher.leader.loaded()
     pusher.leader.commit(rollout.version)
     return canary
@@ -308,11 +315,13 @@ def test_an_agents_request_hits_nothing_of_older_weights(
     (prompt,) = prompts(1, 80)
     rollout.load(checkpoints[0])
     agent_asks(rollout.workers[0], prompt)
-    load_in_flight(rollout, checkpoints[1], how)
-    choice = agent_asks(rollout.workers[0], prompt)
-    expected, _ = judged(checkpoints[1], prompt + choice["token_ids"])
-    found = [token["logprob"] for token in choice["logprobs"]["content"]]
-    np.testing.assert_allclose(found, expected[len(prompt) - 1 :], atol=1e-4)
+    early: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    ask = threading.Thread(target=lambda: early.put(agent_asks(rollout.workers[0], prompt)), daemon=True)
+    load_in_flight(rollout, checkpoints[1], how, lambda: (ask.start(), time.sleep(0.5)))
+    for choice in (early.get(timeout=60), agent_asks(rollout.workers[0], prompt)):
+        expected, _ = judged(checkpoints[1], prompt + choice["token_ids"])
+        found = [token["logprob"] for token in choice["logprobs"]["content"]]
+        np.testing.assert_allclose(found, expected[len(prompt) - 1 :], atol=1e-4)
 
 
 def test_a_version_that_comes_again_hits_nothing_of_the_first(rollout: Rollout, checkpoints: tuple[Path, Path]) -> None:

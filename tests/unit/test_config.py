@@ -68,6 +68,7 @@ def test_a_mistake_is_one_line_that_names_key_value_and_fix(tmp_path: Path, over
         ("train: 3\n", "'train' = 3"),
         ("a: " + "[" * 5000, "is not YAML: maximum recursion depth exceeded"),
         ("train.lr: 3\n", "'train.lr': in a file a dot makes no section; write train: {lr: ...}"),
+        ("foo.bar: 3\n", "unknown config key 'foo.bar'"),
         ("run: {dir: 12}\n", "'run.dir' = 12: .*; put it in quotes"),
     ],
 )

@@ -7,6 +7,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,7 +20,7 @@ from megarl.observe.progress import Progress, count, duration
 from megarl.observe.samples import Sample, write_samples
 from megarl.observe.worst import read_worst, write_worst
 from megarl.report import curves
-from megarl.report.html import last_eighth, learning_curve_svg, report
+from megarl.report.html import last_eighth, learning_curve_svg, refuse_target, report
 
 
 def test_rows_are_written_one_a_step_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
@@ -198,6 +199,13 @@ def test_fault_16_the_page_makes_the_folder_that_is_missing(tmp_path: Path) -> N
     assert (tmp_path / "a" / "curve.svg").is_file() and (tmp_path / "b" / "c" / "x.html").is_file()
     with pytest.raises(UserError, match="metrics.jsonl/x.html' cannot be written: .*; give another file"):
         report([str(tmp_path)], out=str(tmp_path / "metrics.jsonl" / "x.html"))
+
+
+def test_a_file_that_cannot_be_looked_at_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (page := tmp_path / "page").touch()
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match="page' is there and cannot be read: Permission denied; give another file"):
+        refuse_target(page)
 
 
 @pytest.mark.parametrize("option", ["out", "svg"])

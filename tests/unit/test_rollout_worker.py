@@ -201,6 +201,33 @@ def test_a_server_whose_store_goes_while_it_registers_registers_with_the_next(
     worker._child = SimpleNamespace(poll=lambda: None)
     worker._attend(WorkerInfo(-1, "http://127.0.0.1:1", 1, 7, "here", str(tmp_path / "log")))
     assert asked.count("register_worker") == 2 and not answers
+    assert worker._known_as == 6
+
+
+def test_a_number_of_a_lost_store_is_told_to_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next store numbers anew, and refuses this worker, say: whoever has its old number there is not gone."""
+    worker = module._Worker(load_config(None, ["rollout.start_timeout_s=60"]), "127.0.0.1", 1, tmp_path)
+    answers: list[Any] = [{}, 1, None, StoreLost("gone"), {"vllm": "another"}, UserError("refused")]
+    monkeypatch.setattr(module, "facts", lambda config: {})
+    told: list[str] = []
+
+    def call(function: Any, *_: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    worker._link = SimpleNamespace(  # type: ignore[assignment]
+        connect=lambda: True, call=call, call_within=lambda *given: told.append(given[1].__name__), host="", port=0
+    )
+    monkeypatch.setattr(module, "healthy", lambda url: True)
+    monkeypatch.setattr(module, "Probe", lambda info: SimpleNamespace(silent_s=0.0, running=0, close=lambda: None))
+    (tmp_path / "log").touch()
+    worker._child = SimpleNamespace(poll=lambda: None)
+    with pytest.raises(UserError, match="refused"):
+        worker._attend(WorkerInfo(-1, "http://127.0.0.1:1", 1, 7, "here", str(tmp_path / "log")))
+    worker.say_gone()
+    assert not told and not answers
 
 
 def test_a_server_that_fails_together_with_the_store_is_started_again(tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def test_a_closed_group_waits_for_nothing(store):
     first.close()
     with pytest.raises(RuntimeError, match="was closed"):
         work.wait()
+    with pytest.raises(RuntimeError, match="was closed"):  # a wait of it that has looked between the two
+        first._refuse_if_left(1)
 
 
 def test_a_buffer_that_its_sender_has_let_go_of_is_told_as_the_sender_that_left(store):

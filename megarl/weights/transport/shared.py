@@ -129,6 +129,8 @@ class SharedGroup:
         """RuntimeError where a rank has left, while this one waits for `other`."""
         if self._store.check(["gone"]):
             gone = self._store.get("gone").decode()
+            if gone == str(self._rank):
+                raise RuntimeError("the weight group was closed")
             raise RuntimeError(f"rank {gone} of the weight group left it while this one waited for rank {other}")
 
     def _synchronize(self) -> None:
