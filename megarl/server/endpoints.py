@@ -130,9 +130,10 @@ class RolloutEndpoint:
         async def salted(request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
             await self._serving.wait()
             if isinstance(prompt, dict):
-                foreign = [token for token in prompt.get("prompt_token_ids", ()) if not 0 <= token < size]
-                if foreign:
-                    raise VLLMValidationError(f"token {foreign[0]} of the prompt is none of the model's {size}")
+                tokens = prompt.get("prompt_token_ids") or [0]
+                for token in (min(tokens), max(tokens)):
+                    if not 0 <= token < size:
+                        raise VLLMValidationError(f"token {token} of the prompt is none of the model's {size}")
                 prompt = {**prompt, "cache_salt": f"{self._loads} {prompt.get('cache_salt') or ''}"}
             return await add(request_id, prompt, *args, **kwargs)
 
