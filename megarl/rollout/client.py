@@ -198,3 +198,19 @@ def answering(workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
         return []
     with ThreadPoolExecutor(len(workers), "answering") as pool:
         return [worker for worker, good in zip(workers, pool.map(answers, workers), strict=True) if good]
+
+
+def let_go(worker: WorkerInfo) -> bool:
+    """Tells a server that no sync will end the pause it may be in. False where it is still at a step of the last one;
+    one that is lost has nothing to go on with.
+    """
+    server = Server(worker.url, ANSWER_S, worker.tokens.control)
+    try:
+        server.post("/megarl/sync/resume", {})
+    except ServerLost:
+        return True
+    except RolloutError:
+        return False
+    finally:
+        server.close()
+    return True

@@ -341,6 +341,8 @@ class Fleet:
     def _verdict(self, error: Exception, asked: SyncLeader | Scoring | None) -> RolloutError:
         """On rank 0: what every rank raises. asked: who knows which servers failed."""
         what = " ".join(str(error).split())
+        if self._roll_call is not None:
+            self._roll_call.held(self.members)
         if self._one_is_gone(error):
             return WorkersLost(what)
         try:

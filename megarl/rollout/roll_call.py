@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 
 from megarl.announce import plural
-from megarl.rollout.client import answering
+from megarl.rollout.client import answering, let_go
 from megarl.rollout.members import Members, Seen
 from megarl.rollout.patience import ACCOUNT_S, ENGINE_ACCOUNT_S
 from megarl.rollout.registry import Refusals, ServerSilent, WorkerInfo
@@ -31,14 +31,20 @@ class RollCall:
         self._silent: set[int] = set()  # workers that did not answer when a sync failed: not asked twice
         self._left_out: set[int] = set()  # workers whose first sync failed
         self._heard, self._heard_at = list[WorkerInfo](), 0.0
+        self._held = list[WorkerInfo]()  # by a sync that failed, maybe in a pause, and by none that was whole since
 
     def here(self) -> list[WorkerInfo]:
         """As the store says; no server is asked."""
         return self._roll.look().here
 
     def heard(self, workers: list[WorkerInfo]) -> None:
-        """They have answered just now."""
+        """They have answered just now, at the end of a sync."""
         self._heard, self._heard_at = workers, time.monotonic()
+        self._held = [worker for worker in self._held if worker not in workers]
+
+    def held(self, workers: list[WorkerInfo]) -> None:
+        """A sync of theirs has failed. Whoever leaves is in no other, which would end its pause: it is let go."""
+        self._held += [worker for worker in workers if worker not in self._held]
 
     def answer(self, workers: list[WorkerInfo], ask_all: bool = True) -> list[WorkerInfo]:
         """Those of them that are there and answer. ask_all: also who has answered lately, since when one may have died:
@@ -124,6 +130,7 @@ class RollCall:
             seen = self._roll.look()
         alive = [worker for worker in alive if worker in seen.here]  # one may have left while another was waited for
         self._tell_of(seen, workers, alive)
+        self._held = [w for w in self._held if w.index not in seen.leaving or not let_go(w)]
         return alive
 
     def _tell_of(self, seen: Seen, workers: list[WorkerInfo], alive: list[WorkerInfo]) -> None:

@@ -5,6 +5,8 @@
     POST /megarl/score       teacher-forced log-probabilities and routes of one sequence
     POST /megarl/sync/init      the group that weights come by, and what will come
     POST /megarl/sync/pause     requests stop where they are, for a sync while they are in flight (rollout.in_flight)
+    POST /megarl/sync/resume    that sync failed and this server is in no other: what it has goes on, or ends where its
+                                weights are not whole
     POST /megarl/sync/receive   receive and check a whole sync; with load, go on to load it
     POST /megarl/sync/load      load it, drop the prefix cache, score the canary where one is given
     POST /megarl/sync/check     compare digests with an engine loaded from disk
@@ -128,7 +130,10 @@ class RolloutEndpoint:
         add, size = engine.add_request, engine.model_config.get_vocab_size()
 
         async def salted(request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-            await self._serving.wait()
+            if not self._serving.is_set():
+                await self._serving.wait()
+                if self._dirty:
+                    raise EngineDeadError  # no load has ended the pause: another server may be asked
             if isinstance(prompt, dict):
                 tokens = prompt.get("prompt_token_ids") or [0]
                 for token in (min(tokens), max(tokens)):
@@ -208,6 +213,8 @@ class RolloutEndpoint:
             self._in_flight = request["in_flight"]
             self._serving.clear()
             await _pause(engine, "wait" if self._in_flight == "finish" else "keep")
+        elif step == "resume":
+            await self._let_go(engine)
         elif step == "receive":
             self._dirty = self._dirty or not self._staged
             await _on_workers(engine, "sync_receive")
@@ -237,6 +244,18 @@ class RolloutEndpoint:
         elif step != "version":
             raise ValueError(f"no step {step!r} in a weight sync")
         return json.dumps({"version": _version(await engine.get_weight_version())}).encode()
+
+    async def _let_go(self, engine: EngineClient) -> None:
+        """Ends a pause that no load will end. A load that is under way may still do so."""
+        if not self._in_flight:
+            return
+        if self._syncing > 1:
+            raise RuntimeError("a step of the last weight sync is not done")
+        if self._dirty:
+            await engine.pause_generation(mode="abort")
+        self._in_flight = ""
+        await engine.resume_generation()
+        self._serving.set()
 
     async def _load(self, engine: EngineClient, canary: list[int] | None, version: int) -> bytes:
         """From here on the weights are neither old nor agreed upon, until a version is committed.

@@ -21,11 +21,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megarl.rollout.client import Server
+from megarl.rollout.client import Server, let_go
 from megarl.rollout.registry import RolloutError
 from megarl.rollout.response import Response
 from megarl.rollout.sync_leader import Canary, InFlight
-from megarl.rollout.wire import decode
+from megarl.rollout.wire import ENGINE_DIED, decode
 from megarl.weights.reshard.outgoing import whole_buckets
 from tests.engine.support import ROOT, Pusher, Rollout, agent_asks, judged, prompts
 from tests.engine.test_rollout import assert_judged
@@ -366,3 +366,46 @@ def test_weights_in_flight(rollout: Rollout, checkpoints: tuple[Path, Path], how
             np.testing.assert_array_equal(np.sort(response.routes[rows], -1), experts[rows])
     assert how != "keep" or worst > 1e-3  # old keys under new weights are neither policy
     assert_serves(rollout, new, rollout.version)
+
+
+@pytest.mark.parametrize("fault", ["", "fail_loading"])
+def test_a_server_that_is_let_go_ends_what_it_has(rollout: Rollout, checkpoints: tuple[Path, Path], fault: str) -> None:
+    """A sync that has paused it fails, and it leaves: responses wait for no other sync. They go on with the old
+    weights, or, where these are not whole, end for whoever asks another server.
+    """
+    old, new = checkpoints
+    rollout.load(old)
+    pusher, answers = rollout.pusher, queue.SimpleQueue[Any]()
+    assert pusher is not None
+
+    def ask() -> None:
+        try:
+            answers.put(rollout.client.generate(prompts(6, 40), 2, 1.0, 80, []))
+        except RolloutError as error:
+            answers.put(error)
+
+    def send() -> None:
+        if not fault:
+            raise ValueError("the test sends nothing")
+        pusher.sender.send(whole_buckets(weights(new).items(), pusher.manifest))
+
+    rollout.fault(fault or "none")
+    threading.Thread(target=ask, daemon=True).start()
+    time.sleep(0.15)
+    with pytest.raises((ValueError, RolloutError), match="the test"):
+        pusher.leader.push(send, [], pusher.sender.close, InFlight("recompute", rollout.version + 1, 60))
+        pusher.leader.loaded()
+    threading.Thread(target=ask, daemon=True).start()  # what comes in the pause waits too
+    with pytest.raises(queue.Empty):
+        answers.get(timeout=1)
+    while not let_go(rollout.workers[0]):
+        time.sleep(0.1)
+    both = [answers.get(timeout=60) for _ in range(2)]
+    if fault:
+        assert all(ENGINE_DIED in str(answer) for answer in both), both
+        rollout.client.dispatcher.set_servers(rollout.workers)
+    else:
+        spans = [span["version"] for answer in both for group in answer for r in group for span in r.weight_versions]
+        assert spans == [rollout.version] * 24
+        assert_serves(rollout, old, rollout.version)
+    assert_a_whole_sync_mends(rollout, new)

@@ -247,6 +247,34 @@ def test_a_server_that_leaves_while_another_hangs_is_no_member(run: Run, monkeyp
     fleet.close()
 
 
+def test_a_server_that_leaves_after_a_sync_failed_is_let_go(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be paused, and is in no other sync: what it had at work waited for rollout.request_timeout_s."""
+    leaves, stays, lost = run.join(), run.join(), run.join()
+    fleet = run.fleet(3)
+    busy, resumed, post = [False, True], list[str](), Server.post
+
+    def counts(self: Server, path: str, *asked: Any) -> bytes:
+        if path.endswith("/resume"):
+            resumed.append(self.url)
+            if busy.pop():
+                raise RolloutError("a step of the last weight sync is not done")
+        return post(self, path, *asked)
+
+    monkeypatch.setattr(Server, "post", counts)
+    run.servers[2].close()
+    with pytest.raises(WorkersLost):
+        fleet._settled(lambda: Server(lost.url, 5.0, "").post("/megarl/sync/pause", {}))
+    registry.worker_leaves(run.store, leaves.index)
+    assert fleet.gather() and fleet.members == [stays] and resumed == [leaves.url]
+    fleet.commit(1)
+    fleet.check()
+    assert resumed == [leaves.url] * 2
+    registry.worker_leaves(run.store, stays.index)
+    fleet.check()
+    assert resumed == [leaves.url] * 2, "the whole sync has ended its pause"
+    fleet.close()
+
+
 def test_a_send_that_fails_by_a_mistake_leaves_the_group_too(run: Run) -> None:
     """Whatever its kind: the other ranks and the servers would wait for this one."""
     run.join()
