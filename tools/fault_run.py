@@ -77,6 +77,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.workers = base["rollout"]["engines"]  # that serve where nothing fails
         self.batches_ahead = base["rollout"].get("max_lag", 0) // 2
+        self._replicas = base["launch"]["trainers"] // base.get("parallel", {}).get("tp", 1)
         self.config.write_text(yaml.safe_dump(base), encoding="utf-8")
         self.start()
 
@@ -199,9 +200,7 @@ class Run:
             _kill(command)
 
     def _account(self) -> tuple[int, int]:
-        """By the steps' rows, by the prompts that rank 0 has kept samples of, all or its replica's half, and by the
-        stream of the last checkpoint: what was drawn is learnt from once, or will be drawn again.
-        """
+        """As account(), by the steps' rows, the samples that rank 0 has kept and the stream of the last checkpoint."""
         rows = self.rows()
         steps = [row["step"] for row in rows]
         for row in rows if not self.batches_ahead else []:  # then each token is of the weights that are trained
@@ -219,12 +218,21 @@ class Run:
         for step in steps:
             path = self.dir / "rollouts" / f"step_{step:06}.json"
             learnt.update(sample["prompt"] for sample in json.loads(path.read_text("utf-8"))["samples"])
-        shares = len(steps) * PROMPTS * GROUP // max(sum(learnt.values()), 1)  # data-parallel replicas
-        expected = len(steps) * PROMPTS // shares
-        lost = max(steps) - len(set(steps)) + (len(drawn) - len(waiting) - len(steps) * PROMPTS)
-        lost += max(expected - len(learnt), 0) + sum(prompt not in set(drawn) for prompt in learnt)
-        doubled = len(steps) - len(set(steps)) + sum(count > GROUP for count in learnt.values())
-        return lost, doubled + sum(prompt in learnt for prompt in waiting)
+        fixed = self._replicas == 1 or not self.batches_ahead  # else its replica has what was assigned to it
+        return account(steps, drawn, waiting, learnt, len(steps) * PROMPTS // self._replicas if fixed else 0)
+
+
+def account(
+    steps: list[int], drawn: list[str], waiting: Counter[str], learnt: Counter[str], least: int
+) -> tuple[int, int]:
+    """What was lost and what was done twice, of steps and of prompts: what was drawn is learnt from once, or will be
+    drawn again. learnt: samples by prompt of rank 0's replica, which has whole groups. least: how many of them.
+    """
+    lost = max(steps) - len(set(steps)) + (len(drawn) - len(waiting) - len(steps) * PROMPTS)
+    lost += max(least - len(learnt), 0) + len(learnt.keys() - set(drawn))
+    lost += sum(count < GROUP for count in learnt.values())
+    doubled = len(steps) - len(set(steps)) + sum(count > GROUP for count in learnt.values())
+    return lost, doubled + sum(prompt in learnt for prompt in waiting)
 
 
 def _kill(command: subprocess.Popen[bytes]) -> None:
