@@ -273,8 +273,8 @@ class Learner:
             print(f"step {self._step}: an update was skipped: {first}", flush=True)
         return False
 
-    def _loss(self, pack: Pack, logprobs: Tensor, entropy: Tensor, *, share: float) -> tuple[Tensor, Sums]:
-        """share: of the mini-batch, what this pack counts for in loss/value, the mean over updates."""
+    def _loss(self, pack: Pack, logprobs: Tensor, entropy: Tensor, *, share: float = 1.0) -> tuple[Tensor, Sums]:
+        """share: what this pack counts for in loss/value; 1 makes it the sum over packs."""
         rollout, passes, device = pack.rollout, pack.passes, logprobs.device
         if passes.old_logprobs is None:
             passes.old_logprobs = logprobs.detach()
