@@ -52,7 +52,9 @@ def test_one_step_off_with_a_kill_in_between(bench: Bench, cold: Path) -> None:
     for row in rows:
         assert row["routing/missing_rows"] == 0 and row["sync/canary_max_diff"] <= 1e-4
         mismatch = row["async/mismatch_k3_by_lag"]
-        assert len(mismatch) == 2 and mismatch[0] < 1e-9  # of the tokens whose weights are those of now
+        # Of the tokens whose weights are those of now. Where a response began before the sync, the trainer replays the
+        # routes of its first tokens as older weights gave them, and the engine has computed them anew.
+        assert len(mismatch) == 2 and mismatch[0] < (1e-9 if row["async/spans_per_response"] == 1 else 1e-3)
     lines = (bench.folder / "data" / "train.jsonl").read_text().splitlines()[: (STEPS + 1) * PROMPTS]
     order = [json.loads(line)["prompt"] for line in lines]
     learnt = prompts_of(run_dir, range(1, STEPS + 1))
