@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ SIZES = ("tp", "pp", "vpp", "ep", "etp")
 
 
 def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))
+    return Path(text).expanduser()  # a shell leaves --out=~/x as it is
 
 
 class _Parser(argparse.ArgumentParser):
