@@ -90,9 +90,9 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
             if rollouts.foreign():
                 refit.check()  # a server that holds other weights ends the run here
             batch = build_batch(rollouts, engine, step)
-            refit.settle()
             with turns.training(fleet):
-                learned = learner.learn(batch, step)
+                learned = learner.learn(batch, step, refit.settle)
+            refit.settle()  # where nothing was learned
             if learned.guarded and not batch.foreign:
                 refit.check()
             step, done = step + 1, done + learned.optimizer_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,16 +94,19 @@ class Learner:
         self.guard = MismatchGuard(config.train.mismatch_guard, config.rollout.max_lag > 0, of)
         self._step, self._names, self._guarded = 0, [""], ""
         self._judged: Values | None = None  # what the guard has measured of this batch
+        self._before_step: Callable[[], None] = lambda: None
 
     @property
     def critic(self) -> Engine | None:
         return self.critic_step.critic if self.critic_step else None
 
-    def learn(self, batch: Batch, step: int) -> Learned:
+    def learn(self, batch: Batch, step: int, before_step: Callable[[], None] = lambda: None) -> Learned:
         """pi_old once for the whole batch, then one optimizer step a mini-batch. Collective.
 
-        step: rollout steps done before this one. A batch without mini-batches has nothing to learn from.
+        step: rollout steps done before this one; before_step: called on every rank before each optimizer step, with all
+        weights as they were. A batch without mini-batches has nothing to learn from.
         """
+        self._before_step = before_step
         times = Times()
         self.critic_norm, self._judged = {}, None  # a step without an update of the critic has none
         self._step, self._names, self._guarded = step + 1, batch.names, batch.foreign
@@ -190,7 +194,10 @@ class Learner:
             for pack in minibatch:
                 routing.add_old(pack, self.engine.predicting_rows(pack))
         sound = self._sound(fault) and (has_old_pass or not self._out_of_line(minibatch, routing))
-        return _Update(sums, self.engine.step() if sound else None)
+        if not sound:
+            return _Update(sums, None)
+        self._before_step()
+        return _Update(sums, self.engine.step())
 
     def _critic_update(self, minibatch: list[Pack]) -> list[Sums]:
         assert self.critic_step is not None
@@ -198,6 +205,7 @@ class Learner:
         if self._sound(
             "" if self.critic_step.critic.finite_gradients() else "the norm of the critic's gradient is not finite"
         ):
+            self._before_step()
             self.critic_norm = self.critic_step.critic.step()
         return sums
 

@@ -51,6 +51,7 @@ DIRTY = (
 )
 ASLEEP = "the server is asleep while the trainer has the GPU (launch.colocate); it answers again once it was woken"
 SHUTS_DOWN = "Server shutting down"  # what vLLM's engine answers to all but a request, once it has got SIGTERM
+SMALL = 65536  # bytes
 _numbers = itertools.count()
 
 
@@ -66,6 +67,7 @@ class RolloutEndpoint:
         self._running = self._syncing = 0  # requests; of these the steps of a weight sync
         self._in_flight = ""  # of the sync that is under way: what becomes of requests; "" where none are expected
         self._loads = 0  # that have begun
+        self._version: int | None = None  # that was set last: the engine has it
         self._engine: Any = None  # whose requests come by _adding
         self._serving = asyncio.Event()
         self._serving.set()
@@ -229,11 +231,12 @@ class RolloutEndpoint:
                 await _on_workers(engine, "sync_check", folder)
             return json.dumps({"compared": seen}).encode()
         elif step == "commit":
-            await engine.update_weight_version(str(request["version"]))
+            # A load in flight has set it; an engine at work answers between two of its steps, for which nobody waits.
+            if request["version"] != self._version:
+                await self._set_version(engine, request["version"])
             self._dirty = False
-            if request["agreeing"]:
-                found = await engine.collective_rpc("sync_agreeing")
-                return json.dumps({"version": request["version"], "agreeing": found}).encode()
+            found = await engine.collective_rpc("sync_agreeing") if request["agreeing"] else []
+            return json.dumps({"version": self._version, "agreeing": found}).encode()
         elif step == "sleep":
             self._asleep = True
             await engine.sleep(level=1)
@@ -244,6 +247,11 @@ class RolloutEndpoint:
         elif step != "version":
             raise ValueError(f"no step {step!r} in a weight sync")
         return json.dumps({"version": _version(await engine.get_weight_version())}).encode()
+
+    async def _set_version(self, engine: EngineClient, version: int) -> None:
+        self._version = None
+        await engine.update_weight_version(str(version))
+        self._version = version
 
     async def _let_go(self, engine: EngineClient) -> None:
         """Ends a pause that no load will end. A load that is under way may still do so."""
@@ -271,7 +279,7 @@ class RolloutEndpoint:
         if self._in_flight != "keep" and not await engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("the prefix cache could not be reset after a weight update")
         if self._in_flight:
-            await engine.update_weight_version(str(version))
+            await self._set_version(engine, version)
             self._dirty, self._in_flight = False, ""
             await engine.resume_generation()
             self._serving.set()
@@ -316,12 +324,25 @@ def _version(label: str) -> int:
 
 
 async def _respond(send: Any, status: int, body: bytes | Parts) -> None:
-    parts = body if isinstance(body, list) else [body]
+    parts = _joined(body) if isinstance(body, list) else [body]
     length = str(sum(len(part) for part in parts)).encode()
     headers = [(b"content-length", length), (b"content-type", b"application/octet-stream")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     for number, part in enumerate(parts, start=1):  # send() waits while the socket takes no more
         await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
+
+
+def _joined(parts: Parts) -> Parts:
+    """The same bytes, small parts in a row as one: each is a call to the kernel."""
+    joined: Parts = []
+    small: Parts = []
+    for part in parts:
+        if len(part) < SMALL:
+            small.append(part)
+            continue
+        joined += [b"".join(small), part]
+        small = []
+    return [part for part in [*joined, b"".join(small)] if part]
 
 
 async def _body(receive: Any) -> dict[str, Any]:

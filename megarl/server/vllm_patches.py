@@ -18,6 +18,7 @@ alone.
 for what follows at once.
 9. Each token of a request with a seed asks that request's generator for one number, 7 us: our servers ask for many at a
 time, and sample the same tokens.
+10. The API server notes log-probabilities position by position: ours, which get a request at once, note them at once.
 On CUDA none of this is imported: vLLM's own `enable_return_routed_experts` serves there.
 """
 
@@ -26,6 +27,7 @@ from __future__ import annotations
 import os
 import queue
 import time
+from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,6 +49,7 @@ NORM_LANES = 8  # of float32 in vLLM's csrc/cpu/layernorm.cpp, which aborts on o
 AHEAD = 64  # numbers of a request's generator
 APART_S = 0.002  # requests of one batch come some 0.2 ms after each other
 TOGETHER_S = 0.1  # at most so long after the first
+FLAT = {"start_indices", "end_indices", "token_ids", "logprobs", "ranks", "decoded_tokens"}  # of vLLM's FlatLogprobs
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
 
 
@@ -62,6 +65,7 @@ def apply() -> None:
         _send_each_request_once()
         _begin_together()
         _draw_ahead()
+        _note_at_once()
 
 
 def _repack_experts_on_update() -> None:
@@ -275,3 +279,34 @@ def _draw_ahead() -> None:
     forward_cpu._megarl = True  # type: ignore[attr-defined]
     forward_cpu._original = original  # type: ignore[attr-defined]
     ops.TopKTopPSampler.forward_cpu = forward_cpu
+
+
+def _note_at_once() -> None:
+    """A vLLM that notes them in another way keeps its own."""
+    try:
+        from vllm.logprobs import FlatLogprobs
+        from vllm.v1.engine.logprobs import LogprobsProcessor
+
+        original = LogprobsProcessor._update_sample_logprobs
+    except (ImportError, AttributeError):
+        return
+    if getattr(original, "_megarl", False) or {each.name for each in fields(FlatLogprobs)} != FLAT:
+        return
+
+    def _update_sample_logprobs(self: Any, lists: Any) -> None:
+        flat, (tokens, logprobs, ranks) = self.logprobs, lists[:3]
+        if not isinstance(flat, FlatLogprobs) or self.tokenizer is not None or logprobs.shape[1] != 1:
+            original(self, lists)
+            return
+        begin, values = len(flat.logprobs), logprobs[:, 0].tolist()
+        flat.start_indices.extend(range(begin, begin + len(values)))
+        flat.end_indices.extend(range(begin + 1, begin + len(values) + 1))
+        flat.token_ids.extend(tokens[:, 0].tolist())
+        flat.logprobs.extend(values)
+        flat.ranks.extend(ranks.tolist())
+        flat.decoded_tokens.extend([None] * len(values))
+        self.cumulative_logprob = sum(values, self.cumulative_logprob)
+
+    _update_sample_logprobs._megarl = True  # type: ignore[attr-defined]
+    _update_sample_logprobs._original = original  # type: ignore[attr-defined]
+    LogprobsProcessor._update_sample_logprobs = _update_sample_logprobs

@@ -67,6 +67,11 @@ def test_seeds_drawn_ahead_sample_the_same() -> None:
     assert same == 1 and calls < 10
 
 
+def test_log_probabilities_noted_at_once_are_the_same() -> None:
+    same, positions = figures_of("tests.engine.noted_logprobs", r"^same=(\d) positions=(\d+)$")
+    assert same == 1 and positions == 9
+
+
 def figures_of(module: str, printed: str) -> list[float]:
     """What a script prints that has a vLLM process of its own, with our plugin."""
     environment = {
