@@ -41,6 +41,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from megarl import door
 from megarl.rollout.wire import ENGINE_DIED, encode, encode_parts
+from megarl.server.arrivals import name_of
 
 Parts = list[bytes | memoryview]  # of one body, sent one after the other
 
@@ -175,8 +176,10 @@ class RolloutEndpoint:
         self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
     ) -> Parts:
         of_prompt: list[int | None] = [*seeds] if seeds else [None] * len(prompts)
+        batch, size = next(_numbers), len(prompts) * sampling["n"]
         runs = [
-            _run(engine, prompt, {**sampling, "seed": seed}) for prompt, seed in zip(prompts, of_prompt, strict=True)
+            _run(engine, prompt, {**sampling, "seed": seed}, name_of(batch, size, number))
+            for number, (prompt, seed) in enumerate(zip(prompts, of_prompt, strict=True))
         ]
         outputs = await asyncio.gather(*runs)
         choices = [choice for output in outputs for choice in output.outputs]
@@ -201,7 +204,8 @@ class RolloutEndpoint:
         """prompt_logprobs turns the prefix cache's reads off, so the
         routes are of the very pass that gave the log-probabilities.
         """
-        output = await _run(engine, tokens, {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0})
+        sampling = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0}
+        output = await _run(engine, tokens, sampling, name_of(next(_numbers), 1, 0))
         arrays = {"logprobs": np.array(output.prompt_logprobs.logprobs, np.float32)}
         if output.outputs[0].routed_experts is not None:
             arrays["routes"] = (await self._routes(engine, output.outputs[0]))[: len(tokens) - 1]
@@ -307,12 +311,12 @@ async def _pause(engine: Any, mode: str) -> None:
     await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
 
 
-async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any]) -> RequestOutput:
+async def _run(engine: EngineClient, prompt: list[int], sampling: dict[str, Any], name: str) -> RequestOutput:
     """Raises EngineDeadError where the engine, told to end, answers with as much as it has sampled."""
     params = SamplingParams(
         **sampling, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
     )
-    outputs = [output async for output in engine.generate(tokens_input(prompt), params, f"megarl-{next(_numbers)}")]
+    outputs = [output async for output in engine.generate(tokens_input(prompt), params, name)]
     if any(choice.finish_reason == "abort" for choice in outputs[-1].outputs):
         raise EngineDeadError
     return outputs[-1]

@@ -41,6 +41,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import RequestOutputKind
 
+from megarl.server.arrivals import Arrivals
 from megarl.server.held_outputs import HeldOutputs
 from megarl.server.plugin import FORKS, OWN_SERVER
 
@@ -48,7 +49,7 @@ NORMS = "megarl_c"  # our provider in vLLM's registry of implementations
 NORM_LANES = 8  # of float32 in vLLM's csrc/cpu/layernorm.cpp, which aborts on other sizes
 AHEAD = 64  # numbers of a request's generator
 APART_S = 0.002  # requests of one batch come some 0.2 ms after each other
-TOGETHER_S = 0.1  # at most so long after the first
+TOGETHER_S = 0.1  # at most so long after the first, however late the rest of its batch is
 FLAT = {"start_indices", "end_indices", "token_ids", "logprobs", "ranks", "decoded_tokens"}  # of vLLM's FlatLogprobs
 WORKER = "megarl.server.cpu_worker.RolloutWorker"
 
@@ -229,18 +230,26 @@ def _begin_together() -> None:
         return
 
     def _process_input_queue(self: Any) -> None:
-        """Called before each step; returns once there is work. Requests that come no more than APART_S after each other
-        are sampled together from their first token on, however fast the engine is.
+        """Called before each step; returns once there is work. A batch, and requests that come no more than APART_S
+        after each other, are sampled together from their first token on, however fast the engine is.
         """
         idle = not self.has_work()
         original(self)
-        deadline = time.monotonic() + TOGETHER_S
-        while idle and time.monotonic() < deadline:
+        if not idle:
+            return
+        requests, arrivals = self.scheduler.requests, Arrivals()
+        for request in requests:
+            arrivals.came(request)
+        known, deadline = len(requests), time.monotonic() + TOGETHER_S
+        while (left := deadline - time.monotonic()) > 0:
             try:
-                request = self.input_queue.get(timeout=APART_S)
+                order = self.input_queue.get(timeout=APART_S if arrivals.whole else left)
             except queue.Empty:
                 return
-            self._handle_client_request(*request)
+            self._handle_client_request(*order)
+            if len(requests) > known:
+                arrivals.came(next(reversed(requests)))
+            known = len(requests)
 
     _process_input_queue._megarl = True  # type: ignore[attr-defined]
     EngineCoreProc._process_input_queue = _process_input_queue

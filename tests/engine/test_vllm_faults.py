@@ -58,8 +58,8 @@ def test_c_norms_are_the_models() -> None:
 
 def test_an_idle_engine_begins_a_batch_together() -> None:
     """Before, it began with the first one or two; one that is at work takes what is there and goes on."""
-    batch, busy = figures_of("tests.engine.together", r"^batch=(\d+) busy=(\d+)$")
-    assert batch == REQUESTS and busy < REQUESTS
+    batch, slow, busy = figures_of("tests.engine.together", r"^batch=(\d+) slow=(\d+) busy=(\d+)$")
+    assert batch == slow == REQUESTS and busy < REQUESTS
 
 
 def test_seeds_drawn_ahead_sample_the_same() -> None:

@@ -1,5 +1,6 @@
-"""Run by test_vllm_faults.py: how many requests of a batch an idle engine takes before its first step, and after how
-many of an endless stream it begins, with vLLM's own input queue and our servers' patch of it.
+"""Run by test_vllm_faults.py: how many requests an idle engine takes before its first step, of those that come one
+after the other and of a batch that comes slowly, and after how many of an endless stream it begins, with vLLM's own
+input queue and our servers' patch of it.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ import os
 import queue
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
+from megarl.server.arrivals import name_of
 from megarl.server.plugin import OWN_SERVER
 
 REQUESTS = 40
@@ -21,11 +24,11 @@ class Engine:
     process_input_queue_block = True
 
     def __init__(self, at_work: bool) -> None:
-        self.taken, self.at_work = 0, at_work
+        self.at_work, self.scheduler = at_work, SimpleNamespace(requests=dict[str, None]())
         self.input_queue, self.aborts_queue = queue.Queue[Any](), queue.Queue[Any]()
 
     def has_work(self) -> bool:
-        return self.at_work or self.taken > 0
+        return self.at_work or bool(self.scheduler.requests)
 
     def is_running(self) -> bool:
         return True
@@ -33,10 +36,11 @@ class Engine:
     def _notify_idle_state_callbacks(self) -> None: ...
 
     def _handle_client_request(self, *request: Any) -> None:
-        self.taken += 1
+        self.scheduler.requests[request[1]] = None
 
 
-def taken(at_work: bool, endless: bool = False) -> int:
+def taken(at_work: bool, endless: bool = False, size: int = 1, apart_s: float = 0.0002) -> int:
+    """size: of the batch, as the names of its requests tell it."""
     from vllm.v1.engine.core import EngineCoreProc
 
     engine, ended = Engine(at_work), threading.Event()
@@ -44,14 +48,14 @@ def taken(at_work: bool, endless: bool = False) -> int:
     def send() -> None:
         sent = 0
         while not ended.is_set() and (endless or sent < REQUESTS):
-            engine.input_queue.put(("add", sent))
+            engine.input_queue.put(("add", f"0_{name_of(sent // size, size, sent)}-1f"))
             sent += 1
-            time.sleep(0.0002)
+            time.sleep(apart_s)
 
     sender = threading.Thread(target=send)
     sender.start()
     EngineCoreProc._process_input_queue(engine)  # type: ignore[arg-type]
-    count = engine.taken
+    count = len(engine.scheduler.requests)
     ended.set()
     sender.join()
     return count
@@ -67,7 +71,11 @@ def main() -> None:
     vllm_patches.APART_S, vllm_patches.TOGETHER_S = 0.2, 2.0  # a machine that stands still between two of them
     batch, busy = taken(at_work=False), taken(at_work=True)
     assert taken(at_work=False, endless=True) > 1  # returns
-    print(f"\nbatch={batch} busy={busy}")
+    vllm_patches.APART_S, vllm_patches.TOGETHER_S = 0.001, 60.0
+    slow = taken(at_work=False, size=REQUESTS, apart_s=0.02)
+    vllm_patches.TOGETHER_S = 0.2
+    assert taken(at_work=False, size=2 * REQUESTS) == REQUESTS  # returns though one is never whole
+    print(f"\nbatch={batch} slow={slow} busy={busy}")
 
 
 if __name__ == "__main__":
