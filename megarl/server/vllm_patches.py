@@ -233,11 +233,11 @@ def _begin_together() -> None:
         """Called before each step; returns once there is work. A batch, and requests that come no more than APART_S
         after each other, are sampled together from their first token on, however fast the engine is.
         """
-        idle = not self.has_work()
+        requests, arrivals = self.scheduler.requests, Arrivals()
+        idle = not self.has_work() and not requests  # a paused engine has no work, but may have requests
         original(self)
         if not idle:
             return
-        requests, arrivals = self.scheduler.requests, Arrivals()
         for request in requests:
             arrivals.came(request)
         known, deadline = len(requests), time.monotonic() + TOGETHER_S

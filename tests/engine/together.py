@@ -23,12 +23,14 @@ class Engine:
 
     process_input_queue_block = True
 
-    def __init__(self, at_work: bool) -> None:
-        self.at_work, self.scheduler = at_work, SimpleNamespace(requests=dict[str, None]())
+    def __init__(self, at_work: bool, kept: int) -> None:
+        self.taken, self.at_work, self.scheduler = 0, at_work, SimpleNamespace(requests=dict[str, None]())
+        for number in range(kept):  # those that a weight sync has paused
+            self.scheduler.requests[f"0_{name_of(0, REQUESTS, number)}-1f"] = None
         self.input_queue, self.aborts_queue = queue.Queue[Any](), queue.Queue[Any]()
 
     def has_work(self) -> bool:
-        return self.at_work or bool(self.scheduler.requests)
+        return self.at_work or bool(self.taken)
 
     def is_running(self) -> bool:
         return True
@@ -36,14 +38,15 @@ class Engine:
     def _notify_idle_state_callbacks(self) -> None: ...
 
     def _handle_client_request(self, *request: Any) -> None:
+        self.taken += 1
         self.scheduler.requests[request[1]] = None
 
 
-def taken(at_work: bool, endless: bool = False, size: int = 1, apart_s: float = 0.0002) -> int:
-    """size: of the batch, as the names of its requests tell it."""
+def taken(at_work: bool, endless: bool = False, size: int = 1, apart_s: float = 0.0002, kept: int = 0) -> int:
+    """size: of the batch, as the names of its requests tell it; kept: how many the paused engine had before."""
     from vllm.v1.engine.core import EngineCoreProc
 
-    engine, ended = Engine(at_work), threading.Event()
+    engine, ended = Engine(at_work, kept), threading.Event()
 
     def send() -> None:
         sent = 0
@@ -55,7 +58,7 @@ def taken(at_work: bool, endless: bool = False, size: int = 1, apart_s: float = 
     sender = threading.Thread(target=send)
     sender.start()
     EngineCoreProc._process_input_queue(engine)  # type: ignore[arg-type]
-    count = len(engine.scheduler.requests)
+    count = engine.taken
     ended.set()
     sender.join()
     return count
@@ -73,6 +76,7 @@ def main() -> None:
     assert taken(at_work=False, endless=True) > 1  # returns
     vllm_patches.APART_S, vllm_patches.TOGETHER_S = 0.001, 60.0
     slow = taken(at_work=False, size=REQUESTS, apart_s=0.02)
+    assert taken(at_work=False, size=REQUESTS, apart_s=0.02, kept=3) < REQUESTS  # what was kept goes on at once
     vllm_patches.TOGETHER_S = 0.2
     assert taken(at_work=False, size=2 * REQUESTS) == REQUESTS  # returns though one is never whole
     print(f"\nbatch={batch} slow={slow} busy={busy}")

@@ -1,6 +1,6 @@
 """Seconds a step of megarl beside what one would pick instead, on the same work, in the same minutes.
 
-    python tools/bench/peers.py [--rounds 3] [--steps 12] [--sides megarl,engines,one-off,trl,trl-mu,plain]
+    python tools/bench/peers.py [--rounds 3] [--steps 24] [--sides megarl,engines,one-off,trl,trl-mu,plain]
         [--env DIR] [--json FILE]
 
 The work is that of tools/bench/step.py, on two trainer ranks where nothing else is said. Sides, which take turns in
@@ -14,8 +14,9 @@ every round (without --sides megarl, one-off, trl and plain: three rounds take s
     plain     a loop by hand over transformers and vLLM, an engine in each rank (tools/bench/peers_sides.py)
 
 TRL has an environment of its own, made on the first call (--env; the default lies in the user's cache): TRL and
-accelerate as pinned below, on top of this environment's torch, transformers and vLLM, which are shared. Prints medians
-of the steps after a warm-up of 3, round by round, medians over the rounds, and ratios. CPU is seconds of a core a step,
+accelerate as pinned below, on top of this environment's torch, transformers and vLLM, which are shared. Prints means
+over the steps after a warm-up of 3 (one step off, short and long ones take turns), round by round, medians over the
+rounds, and ratios. CPU is seconds of a core a step,
 of all processes of a side together, as /proc has them: the mean from the end of the warm-up to the end of the last
 step. Over the cores of the machine it is what a step would take if none of them ever waited. OFF is the largest
 difference of the engine's and the trainer's log-probabilities in a step where a side compares them: what its weight
@@ -87,9 +88,9 @@ def trl_python(folder: Path) -> Path:
     return python
 
 
-def medians(rows: list[Figures]) -> Figures:
+def means(rows: list[Figures]) -> Figures:
     rows = rows[WARM_UP:]
-    figures = {part: statistics.median(row[part] for row in rows) for part in PARTS}
+    figures = {part: statistics.mean(row[part] for row in rows) for part in PARTS}
     off = [row["off"] for row in rows if "off" in row]
     return figures | ({"off": max(off)} if off else {})
 
@@ -109,7 +110,7 @@ def run_megarl(folder: Path, side: str, steps: int, number: int) -> Figures:
     syncs = [cast(float, event["ts"]) / 1e6 for event in read_trace(config["run"]["dir"]) if event["name"] == "sync"]
     for row, (began, after) in zip(rows, pairwise(syncs), strict=True):
         row["step"] = after - began
-    return medians(rows) | {"cpu": a_step(watch.samples, WARM_UP)}
+    return means(rows) | {"cpu": a_step(watch.samples, WARM_UP)}
 
 
 def run_other(folder: Path, side: str, steps: int, python: Path) -> Figures:
@@ -136,7 +137,7 @@ def run_other(folder: Path, side: str, steps: int, python: Path) -> Figures:
     if done.returncode:
         sys.exit(f"{(done.stdout + done.stderr)[-4000:]}\npeers: error: {side} ended with status {done.returncode}")
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    return medians(rows) | {"cpu": a_step(watch.samples, WARM_UP)}
+    return means(rows) | {"cpu": a_step(watch.samples, WARM_UP)}
 
 
 def shown(figures: Figures) -> str:
@@ -147,7 +148,7 @@ def shown(figures: Figures) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--sides", default="megarl,one-off,trl,plain")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--env", type=Path, default=cache / "megarl" / "peers")
@@ -163,7 +164,7 @@ def main() -> None:
         make_tiny_model(folder / "model")
         write_task(folder / "data", digits=7)
         columns = "".join(f"{column:>10}" for column in (*PARTS, "CPU"))
-        print(f"{'':16}{columns}{'OFF':>12}    (median seconds of {args.steps}; CPU: mean)")
+        print(f"{'':16}{columns}{'OFF':>12}    (mean seconds of {args.steps})")
         for number in range(args.rounds):
             for side in sides:
                 if side in OURS:
