@@ -193,6 +193,28 @@ def test_fault_10_a_batch_without_a_token_to_train_on_is_said_and_counted(
         assert all(np.isfinite(value).all() for value in {**batch.metrics, **learned.metrics}.values())
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_no_step_is_made_before_the_servers_canary_is_compared(folder: Path, minibatches: int) -> None:
+    """With rollouts in flight it comes while the gradients are computed (megarl/train.py)."""
+    engine, loop, _ = build(folder, [MIXED] * 4, f"batch.minibatches={minibatches}")
+    before = [tensor.detach().clone() for _, tensor in engine.model.params()]
+
+    def same() -> bool:
+        return all(torch.equal(a, b) for a, (_, b) in zip(before, engine.model.params(), strict=True))
+
+    def differs() -> None:
+        raise UserError(DIFFERS)
+
+    batch, _ = collect(loop)
+    learner = Learner(loop.config, engine)
+    with pytest.raises(UserError, match=DIFFERS):
+        learner.learn(batch, 0, differs)
+    assert same()
+    asked: list[bool] = []
+    assert learner.learn(batch, 0, lambda: asked.append(same())).optimizer_steps == minibatches
+    assert asked == [True, False][:minibatches] and not same()
+
+
 @pytest.mark.parametrize(("key", "checks"), [("batch.minibatches=1", 1), ("batch.minibatches=2", 3)])
 def test_what_the_guard_has_measured_is_not_measured_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, key: str, checks: int
