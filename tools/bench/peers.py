@@ -16,11 +16,9 @@ every round (without --sides megarl, one-off, trl and plain: three rounds take s
 TRL has an environment of its own, made on the first call (--env; the default lies in the user's cache): TRL and
 accelerate as pinned below, on top of this environment's torch, transformers and vLLM, which are shared. Prints means
 over the steps after a warm-up of 3 (one step off, short and long ones take turns), round by round, medians over the
-rounds, and ratios. CPU is seconds of a core a step,
-of all processes of a side together, as /proc has them: the mean from the end of the warm-up to the end of the last
-step. Over the cores of the machine it is what a step would take if none of them ever waited. OFF is the largest
-difference of the engine's and the trainer's log-probabilities in a step where a side compares them: what its weight
-sync is worth.
+rounds, and ratios. CPU is seconds of a core a step, of all processes of a side together, as /proc has them. Over the
+cores of the machine it is what a step would take if none of them ever waited. OFF is the largest difference of the
+engine's and the trainer's log-probabilities in a step where a side compares them: what its weight sync is worth.
 vLLM's CPU build packs weights when it loads them, and TRL's in-place update fails there: its sync is vLLM's own reload
 here, with the repairs of megarl's vLLM plugin. All engines run eagerly, one thread each.
 """

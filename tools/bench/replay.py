@@ -6,8 +6,8 @@ and the rollout with capture over the rollout without.
 
 The same work in pairs, one after the other in random order, so that what else the machine does falls on both; the
 figure is the median of the ratios within a pair, with a bootstrap 95% interval. A limit (1.03; capture 1.05) lies
-above the interval, or below it, or it is undecided. The CPU time of all ranks is judged beside the clock: it does not count what
-a neighbour on the same cores does. With PROFILE=DIR in the environment 10 more pairs run under cProfile.
+above the interval, or below it, or it is undecided. The CPU time of all ranks is judged beside the clock: it does not
+count what a neighbour on the same cores does. With PROFILE=DIR in the environment 10 more pairs run under cProfile.
 
 step: the exchange of the responses and their routes, the pi_old pass and 4 updates, of the benchmark's work
 (tools/bench/step.py: 16 prompts of 8 tokens, 8 responses each of 16 tokens). Routes travel and are compared in both;
