@@ -103,11 +103,16 @@ class Learner:
     def learn(self, batch: Batch, step: int, before_step: Callable[[], None] = lambda: None) -> Learned:
         """pi_old once for the whole batch, then one optimizer step a mini-batch. Collective.
 
-        step: rollout steps done before this one; before_step: called on every rank before each optimizer step, with all
-        weights as they were. A batch without mini-batches has nothing to learn from.
+        step: rollout steps done before this one; before_step: called on every rank before each optimizer step, with the
+        weights as they were before the first one. A batch without mini-batches has nothing to learn from.
         """
-        self._before_step = before_step
         times = Times()
+
+        def wait() -> None:
+            with times.aside("time/canary_s"):
+                before_step()
+
+        self._before_step = wait
         self.critic_norm, self._judged = {}, None  # a step without an update of the critic has none
         self._step, self._names, self._guarded = step + 1, batch.names, batch.foreign
         packs = [pack for minibatch in batch.minibatches for pack in minibatch]
@@ -273,6 +278,7 @@ class Learner:
         dist.all_gather_object(faults, fault, group=self.parallel.host_group)
         first = next(filter(None, faults))
         if self.config.train.on_bad_batch == "stop":
+            self._before_step()  # where a server's canary differs, that is said: it may be the cause
             raise UserError(
                 f"step {self._step}: {first}; find the cause (train.lr?), or leave such updates out by "
                 "train.on_bad_batch=skip"

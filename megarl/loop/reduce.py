@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -109,6 +112,15 @@ class Times:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """What is inside counts under this name, and in no lap."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.seconds[name] = cast(float, self.seconds.get(name, 0.0)) + seconds
+        self._last += seconds
 
 
 def merge_all(sums: Sums, parts: list[Sums]) -> Sums:

@@ -208,6 +208,7 @@ class Refit:
                 return self._compare_answers(scoring)
         except WorkersLost as lost:
             _tell_again(lost)
+            self._scoring = None  # of members of before
             self.sync(self.committed[-1])
             return []
 

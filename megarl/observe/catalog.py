@@ -233,7 +233,12 @@ METRICS: dict[str, Metric] = {
     "time/old_logprob_s": Metric("The pi_old pass; 0 where the only update is its own.", "seconds", ""),
     "time/reference_s": Metric("The reference's pass.", "seconds", ""),
     "time/values_s": Metric("The critic's pass.", "seconds", ""),
-    "time/update_s": Metric("The N updates.", "seconds", ""),
+    "time/update_s": Metric("The N updates, without time/canary_s.", "seconds", ""),
+    "time/canary_s": Metric(
+        "With rollouts in flight: the wait for the servers' score of the canary before the first optimizer step.",
+        "seconds",
+        "",
+    ),
     "time/sync_s": Metric("Weights to the workers, checks, canary.", "seconds", ""),
     "time/step_s": Metric("The whole step, without evaluation and checkpoint.", "seconds", ""),
     "throughput/tokens_per_s": Metric("Response tokens over time/step_s.", "tokens/s", ""),

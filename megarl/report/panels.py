@@ -141,6 +141,7 @@ GROUPS = [
                     "time/reference_s": "reference",
                     "time/values_s": "values",
                     "time/update_s": "update",
+                    "time/canary_s": "canary",
                     "time/sync_s": "weight sync",
                     "time/other_s": "other",
                 },

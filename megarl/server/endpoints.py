@@ -52,7 +52,7 @@ DIRTY = (
 )
 ASLEEP = "the server is asleep while the trainer has the GPU (launch.colocate); it answers again once it was woken"
 SHUTS_DOWN = "Server shutting down"  # what vLLM's engine answers to all but a request, once it has got SIGTERM
-SMALL = 65536  # bytes
+SMALL, JOINED = 65536, 1 << 20  # bytes
 _numbers = itertools.count()
 
 
@@ -176,7 +176,7 @@ class RolloutEndpoint:
         self, engine: EngineClient, prompts: list[list[int]], sampling: dict[str, Any], seeds: list[int] | None
     ) -> Parts:
         of_prompt: list[int | None] = [*seeds] if seeds else [None] * len(prompts)
-        batch, size = next(_numbers), len(prompts) * sampling["n"]
+        batch, size = next(_numbers), len(prompts) * sampling.get("n", 1)
         runs = [
             _run(engine, prompt, {**sampling, "seed": seed}, name_of(batch, size, number))
             for number, (prompt, seed) in enumerate(zip(prompts, of_prompt, strict=True))
@@ -275,7 +275,7 @@ class RolloutEndpoint:
         After a pause the requests that were kept go on here, under the new version, before the canary is compared:
         where it differs the run ends before it trains on what they sampled.
         """
-        self._dirty = True
+        self._dirty, self._version = True, None
         self._loads += 1
         await _on_workers(engine, "sync_load")
         # Cached keys, values and routes are of the old weights. Requests still running are recomputed; kept ones go on
@@ -337,15 +337,15 @@ async def _respond(send: Any, status: int, body: bytes | Parts) -> None:
 
 
 def _joined(parts: Parts) -> Parts:
-    """The same bytes, small parts in a row as one: each is a call to the kernel."""
+    """The same bytes, small parts in a row as one, of some JOINED bytes: each is a call to the kernel."""
     joined: Parts = []
     small: Parts = []
     for part in parts:
         if len(part) < SMALL:
             small.append(part)
-            continue
-        joined += [b"".join(small), part]
-        small = []
+        if len(part) >= SMALL or sum(map(len, small)) >= JOINED:
+            joined += [b"".join(small), *([part] if len(part) >= SMALL else [])]
+            small = []
     return [part for part in [*joined, b"".join(small)] if part]
 
 

@@ -314,7 +314,8 @@ def _note_at_once() -> None:
         flat.logprobs.extend(values)
         flat.ranks.extend(ranks.tolist())
         flat.decoded_tokens.extend([None] * len(values))
-        self.cumulative_logprob = sum(values, self.cumulative_logprob)
+        for value in values:  # in this order: sum() compensates from Python 3.12 on
+            self.cumulative_logprob += value
 
     _update_sample_logprobs._megarl = True  # type: ignore[attr-defined]
     _update_sample_logprobs._original = original  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from megarl.engine.build import Engine, build_engine  # noqa: E402
 from megarl.engine.parallel import destroy_parallel  # noqa: E402
 from megarl.errors import Stopped, UserError  # noqa: E402
 from megarl.launch.stop import StopRequest  # noqa: E402
+from megarl.loop import reduce  # noqa: E402
 from megarl.loop import refit as refit_module  # noqa: E402
 from megarl.loop.batch import Batch, ScoredRollouts, build_batch  # noqa: E402
 from megarl.loop.dull import DullSteps  # noqa: E402
@@ -203,16 +204,41 @@ def test_no_step_is_made_before_the_servers_canary_is_compared(folder: Path, min
         return all(torch.equal(a, b) for a, (_, b) in zip(before, engine.model.params(), strict=True))
 
     def differs() -> None:
-        raise UserError(DIFFERS)
+        raise UserError("the canary differs")
 
     batch, _ = collect(loop)
     learner = Learner(loop.config, engine)
-    with pytest.raises(UserError, match=DIFFERS):
+    with pytest.raises(UserError, match="the canary differs"):
         learner.learn(batch, 0, differs)
     assert same()
     asked: list[bool] = []
     assert learner.learn(batch, 0, lambda: asked.append(same())).optimizer_steps == minibatches
     assert asked == [True, False][:minibatches] and not same()
+
+
+def test_the_wait_for_the_canary_is_no_part_of_the_update(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, loop, _ = build(folder, [MIXED] * 4)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(reduce.time, "perf_counter", lambda: clock.now)
+
+    def wait() -> None:
+        clock.now += 7.0
+
+    values = Learner(loop.config, engine).learn(collect(loop)[0], 0, wait).metrics
+    assert values["time/canary_s"] == 7.0 and values["time/update_s"] == 0.0
+
+
+def test_a_wrong_server_is_named_before_what_it_has_spoilt_ends_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, loop, _ = build(folder, [MIXED] * 4)
+    monkeypatch.setattr(engine, "finite_gradients", lambda: False)
+
+    def differs() -> None:
+        raise UserError("the canary differs")
+
+    with pytest.raises(UserError, match="the canary differs"):
+        Learner(loop.config, engine).learn(collect(loop)[0], 0, differs)
 
 
 @pytest.mark.parametrize(("key", "checks"), [("batch.minibatches=1", 1), ("batch.minibatches=2", 3)])
@@ -516,6 +542,13 @@ def test_a_worker_lost_before_its_canary_leaves_no_other_uncompared(
     fleet.loses = True
     refit.settle()
     assert refit.sync(2)["sync/canary_max_diff"] == 0
+    fleet.loses = True
+    refit.check()
+    monkeypatch.setattr(fleet, "scored", lambda scoring: pytest.fail("who is no member any more is asked for a canary"))
+    refit.settle()
+    monkeypatch.undo()
+    monkeypatch.setattr(Refit, "connect", lambda refit: None)
+    refit.sync(3)
     fleet.loses, fleet.wrong["http://two"] = True, 0.5
     with pytest.raises(UserError, match=DIFFERS):
         refit.settle()
