@@ -52,7 +52,7 @@ def train(config: Config, connect: Callable[..., Fleet] = Fleet) -> None:
     temperature = config.rollout.temperature
     engine = build_engine(config, parallel, optimizer_steps=config.optimizer_steps, temperature=temperature)
     tokenizer = load_tokenizer(config.model)
-    prompts = load_run_prompts(config, tokenizer)
+    prompts = load_run_prompts(config, tokenizer, asks=parallel.is_ingest)
     stream = PromptStream(len(prompts.train), config.run.seed, config.data.shuffle, content_digest(config.data.prompts))
     learner = Learner(config, engine)
     dull, why = DullSteps(config), ""  # why the run ends early; empty: it goes on

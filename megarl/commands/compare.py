@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def must_send(config: Config) -> bool:
     return config.sync.quantize != "none" or not is_hf_folder(config.model.path)
 
 
-def _prompts(config: Config, tokenizer: Any, given: str | None) -> list[Prompt]:
+def _prompts(config: Config, tokenizer: Any, given: str | None) -> Sequence[Prompt]:
     """All prompts of the file `given`, or the first batch.prompts of data.prompts."""
     prompts, _ = prompts_of(config, given or config.data.prompts, tokenizer)
     return prompts if given else prompts[: config.batch.prompts]

@@ -62,7 +62,9 @@ def _row(prompt: Prompt, response: Response, text: str, score: Score | None) -> 
     }
 
 
-def respond(config: Config, tokenizer: Any, prompts: list[Prompt], n: int, temperature: float) -> Iterator[Answered]:
+def respond(
+    config: Config, tokenizer: Any, prompts: Sequence[Prompt], n: int, temperature: float
+) -> Iterator[Answered]:
     """`n` responses to each prompt, in the order of the prompts, with their rewards. Shows how far it is."""
     ends = vocabulary_of(config, tokenizer).ends
     texts = Texts(tokenizer, config.data.thinking_tags, ends)
@@ -103,7 +105,7 @@ def respond(config: Config, tokenizer: Any, prompts: list[Prompt], n: int, tempe
 
 @contextmanager
 def _asking(
-    fleet: Fleet, config: Config, prompts: list[Prompt], n: int, temperature: float, stop: list[int]
+    fleet: Fleet, config: Config, prompts: Sequence[Prompt], n: int, temperature: float, stop: list[int]
 ) -> Iterator[Iterator[list[list[Response]]]]:
     """The groups in the order of the prompts, as many at a time as have come. Every server has about as many responses
     at work as it decodes at the same time, and answers to no more than AHEAD times as many wait here: for a slow one

@@ -6,12 +6,12 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megarl.config import Config
+from megarl.data.kept import KeptPrompts, Prompt
 from megarl.data.rows import BadLine, read_rows
 from megarl.data.shapes import (
     DEMONSTRATION_ROW,
@@ -41,28 +41,15 @@ PROMPT_LIMIT = "rollout.max_prompt_tokens"
 WHOLE_LIMIT = "rollout.max_prompt_tokens + rollout.max_new_tokens ="
 
 
-@dataclass
-class Prompt:
-    """tokens: what the model is given; text: the tokens before tokenization; line: 1-based number in the
-    file; row: all of the row, for rewards that ask for it. has_answer: false where none was needed and found.
-    """
-
-    tokens: list[int]
-    answer: str
-    text: str
-    line: int
-    row: dict[str, Any] = field(default_factory=dict, repr=False)
-    has_answer: bool = True
-
-
 def prompts_of(
     config: Config,
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
     needs_answer: bool = True,
+    keeps: bool = True,
     say: Callable[[str], object] | None = None,
-) -> tuple[list[Prompt], int]:
+) -> tuple[Sequence[Prompt], int]:
     """load_prompts as the keys of `config` have it, the answers judged by what data.reward can read."""
     return load_prompts(
         path,
@@ -72,6 +59,7 @@ def prompts_of(
         columns=config.data.columns,
         fault_of_answer=partial(answer_fault, config.data.reward),
         needs_answer=needs_answer,
+        keeps=keeps,
         say=say,
         vocabulary=vocabulary_of(config, tokenizer),
     )
@@ -101,21 +89,23 @@ def load_prompts(
     columns: Columns = {},
     fault_of_answer: AnswerFault | None = None,
     needs_answer: bool = True,
+    keeps: bool = True,
     say: Callable[[str], object] | None = None,
     vocabulary: Vocabulary | None = None,
-) -> tuple[list[Prompt], int]:
+) -> tuple[Sequence[Prompt], int]:
     """(prompts, number of bad rows) from rows of any shape that megarl.data.shapes knows.
 
     With a chat template every prompt goes through it, a plain text as one user message, and the turn of the assistant
     is opened; without one a plain text is encoded as it is. An assistant's turn that ends a row's messages is left out.
     needs_answer: else a row without a usable answer has none, and is no bad row.
+    keeps: else the prompts are only counted.
     A prompt of more than `max_tokens` tokens is a bad row, and so is an answer of which `fault_of_answer` says
     something. say: is told once which keys were read, where they are not "prompt" or "messages" and "answer".
     vocabulary: the model's; None is the tokenizer's own.
     Raises UserError, one line, for a missing or empty file, and for the first bad row if `on_bad_line` is "error".
     """
     vocabulary = vocabulary or _vocabulary_of(tokenizer)
-    prompts: list[Prompt] = []
+    prompts = KeptPrompts(keeps=keeps)
     shapes: Counter[str] = Counter()
     bad = 0
     for line, row in read_rows(path, PROMPT_ROW):
@@ -126,7 +116,8 @@ def load_prompts(
             _check_ids(tokens, vocabulary.size, tokenizer.convert_ids_to_tokens)
             _check_length(len(tokens), max_tokens, PROMPT_LIMIT)
             answer, where = (_answer if needs_answer else _known_answer)(row, columns, fault_of_answer)
-            prompts.append(Prompt(tokens, answer, text, line, row, needs_answer or where != ""))
+            prompt = Prompt(tokens, answer, text, line, row, needs_answer or where != "")
+            prompts.append(prompt, said=[message.get("content") for message in question.messages])
             shapes[_shape(question, "the answer from", where, "left out")] += 1
         except BadLine as error:
             bad += _bad_line(path, line, error, on_bad_line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ class PromptStream:
     def _identity(self) -> dict[str, Any]:
         return {"n": self.n, "seed": self.seed, "shuffle": self.shuffle, CONTENT: self.content}
 
-    def _order_of(self, epoch: int) -> list[int]:
-        order = list(range(self.n))
+    def _order_of(self, epoch: int) -> array[int]:
+        order = array("q", range(self.n))
         if self.shuffle:
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
         return order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Evaluation:
         config: Config,
         sampler: Sampler,
         scorer: RewardScorer,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         output: Output | None,
         watched: Callable[[], AbstractContextManager[None]] = nullcontext,
         stop: StopRequest | None = None,
@@ -79,7 +79,7 @@ class _Evaluated:
 
 
 def evaluate(
-    sampler: Sampler, scorer: RewardScorer, prompts: list[Prompt], config: Config, stop: StopRequest | None = None
+    sampler: Sampler, scorer: RewardScorer, prompts: Sequence[Prompt], config: Config, stop: StopRequest | None = None
 ) -> Values:
     """k = eval.samples responses a prompt; the same reward as in training, a temperature of its own. Collective.
 

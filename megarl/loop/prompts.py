@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +17,23 @@ from megarl.observe.trace import enter
 class RunPrompts:
     """validation: empty where evaluation is off."""
 
-    train: list[Prompt]
-    validation: list[Prompt]
+    train: Sequence[Prompt]
+    validation: Sequence[Prompt]
 
 
-def load_run_prompts(config: Config, tokenizer: Any) -> RunPrompts:
-    """data.prompts and eval.prompts. UserError as prompts_of; rank 0 says how rows were read and which were skipped."""
+def load_run_prompts(config: Config, tokenizer: Any, *, asks: bool) -> RunPrompts:
+    """data.prompts and eval.prompts. UserError as prompts_of; rank 0 says how rows were read and which were skipped.
+
+    asks: whether this rank asks servers and scores; the others read their prompts too, and only count them.
+    """
     enter("the reading of prompts")
 
     def say(line: str) -> None:
         if dist.get_rank() == 0:
             print(line, flush=True)
 
-    def load(path: str) -> list[Prompt]:
-        prompts, bad = prompts_of(config, path, tokenizer, say=say)
+    def load(path: str) -> Sequence[Prompt]:
+        prompts, bad = prompts_of(config, path, tokenizer, keeps=asks, say=say)
         if bad:
             say(f"{path}: skipped {bad} bad lines, kept {len(prompts)}")
         return prompts

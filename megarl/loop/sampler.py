@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,9 @@ class Sampler:
         self.wants_routes = config.wants_routes and bool(self.weight_map.moe_layers)
         self.wait_s = longest_wait_s(config.rollout.request_timeout_s)  # which is no stall
 
-    def sample(self, prompts: list[Prompt], first_group: int, step: int, stop: StopRequest | None = None) -> Sampled:
+    def sample(
+        self, prompts: Sequence[Prompt], first_group: int, step: int, stop: StopRequest | None = None
+    ) -> Sampled:
         """batch.group responses to each prompt; a replica asks for its share. prompts: the same on every rank.
 
         first_group: number of the first prompt's group. step: rollout steps done before this one; it seeds
@@ -80,14 +82,14 @@ class Sampler:
         except Stopped as stopped:  # every rank raises it, in ScoredRollouts.add
             return Sampled([], stopped=stopped)
         rollouts = [
-            Rollout(first_group + int(i), prompts[i], response)
-            for i, group in zip(self._share(len(prompts)), groups, strict=self.client is not None)
+            Rollout(first_group + i, prompt, response)
+            for (i, prompt), group in zip(self._share(prompts).items(), groups, strict=True)
             for response in group
         ]
         return Sampled(rollouts, self.check_routes(rollouts))
 
     def sample_for_evaluation(
-        self, prompts: list[Prompt], samples: int, temperature: float, stop: StopRequest | None = None
+        self, prompts: Sequence[Prompt], samples: int, temperature: float, stop: StopRequest | None = None
     ) -> list[Rollout]:
         """`samples` responses to each prompt of this replica's share; their routes are not looked at. Stopped, on every
         rank, where a signal ends the wait (stop).
@@ -103,19 +105,17 @@ class Sampler:
 
         groups = self._served(ask)
         return [
-            Rollout(int(i), prompts[i], response)
-            for i, group in zip(self._share(len(prompts)), groups, strict=self.client is not None)
+            Rollout(i, prompt, response)
+            for (i, prompt), group in zip(self._share(prompts).items(), groups, strict=True)
             for response in group
         ]
 
-    def _generate(self, prompts: list[Prompt], n: int, temperature: float, seed: int) -> list[list[Response]]:
-        """n responses to each prompt of this replica's share; nothing on a rank without a client. seed: of the first
-        response to the first of all prompts.
-        """
-        local = self._share(len(prompts))
-        if self.client is None or not len(local):
+    def _generate(self, prompts: Sequence[Prompt], n: int, temperature: float, seed: int) -> list[list[Response]]:
+        """n responses to each prompt of this rank's share. seed: of the first response to the first of all prompts."""
+        share = self._share(prompts)
+        if self.client is None or not share:
             return []
-        tokens, first = [prompts[i].tokens for i in local], int(local[0])
+        tokens, first = [prompt.tokens for prompt in share.values()], min(share)
         longest = self.config.rollout.max_new_tokens
         return self.client.generate(
             tokens, n, temperature, longest, self.stop_token_ids, seed + first * n, first, len(prompts)
@@ -152,8 +152,12 @@ class Sampler:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.parallel.host_group)
         return int(largest)
 
-    def _share(self, count: int) -> np.ndarray:
-        return np.array_split(np.arange(count), self.parallel.layout.dp)[self.parallel.coord.dp]
+    def _share(self, prompts: Sequence[Prompt]) -> dict[int, Prompt]:
+        """Place -> prompt: those that this replica asks for; none on a rank without a client."""
+        if self.client is None:
+            return {}
+        places = np.array_split(np.arange(len(prompts)), self.parallel.layout.dp)[self.parallel.coord.dp]
+        return {i: prompts[i] for i in places.tolist()}
 
     def check_routes(self, rollouts: list[Rollout]) -> str | None:
         """Reduces the responses' routes to MoE layers; what is wrong with the first bad ones."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megarl.announce import announce, plural
 from megarl.config import Config
-from megarl.data import Prompt, PromptStream
+from megarl.data import Picked, Prompt, PromptStream
 from megarl.errors import Stopped
 from megarl.launch.stop import StopRequest
 from megarl.loop.reduce import Values
@@ -46,12 +46,12 @@ class Progress:
 class LockStep:
     """Every step's prompts are drawn, and sampled, when the step asks for them. Every rank calls every method."""
 
-    def __init__(self, sampler: Sampler, prompts: list[Prompt], stream: PromptStream) -> None:
+    def __init__(self, sampler: Sampler, prompts: Sequence[Prompt], stream: PromptStream) -> None:
         self.sampler, self.prompts, self.stream = sampler, prompts, stream
 
     def next(self, wanted: int, first_group: int, done: Progress, stop: StopRequest | None = None) -> Sampled:
         """`wanted` groups, numbered from first_group. stop: what may end the wait."""
-        drawn = [self.prompts[i] for i in self.stream.next(wanted)]
+        drawn = Picked(self.prompts, self.stream.next(wanted))
         return self.sampler.sample(drawn, first_group, done.steps, stop)
 
     def metrics(self, step_s: float) -> Values:
@@ -101,7 +101,7 @@ class _Told:
 class Overlapped:
     """Groups in flight and finished, the same list on every rank; their responses where they were fetched."""
 
-    def __init__(self, config: Config, sampler: Sampler, prompts: list[Prompt], stream: PromptStream) -> None:
+    def __init__(self, config: Config, sampler: Sampler, prompts: Sequence[Prompt], stream: PromptStream) -> None:
         self.config, self.sampler, self.prompts, self.stream = config, sampler, prompts, stream
         self.batches_ahead = config.rollout.max_lag // config.batch.minibatches
         self._groups: dict[int, _Group] = {}
@@ -283,7 +283,7 @@ class Overlapped:
 Source = LockStep | Overlapped
 
 
-def open_source(config: Config, sampler: Sampler, prompts: list[Prompt], stream: PromptStream) -> Source:
+def open_source(config: Config, sampler: Sampler, prompts: Sequence[Prompt], stream: PromptStream) -> Source:
     """As rollout.max_lag says. Says what a resumed stream samples again."""
     if stream.returned and sampler.parallel.is_main:
         announce(f"{plural(len(stream.returned), 'prompt')} drawn and not trained before: sampled again")

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megarl.config import load_config
-from megarl.data import Prompt, load_tokenizer
+from megarl.data import KeptPrompts, Prompt, load_tokenizer
 from megarl.engine.build import build_engine
 from megarl.engine.parallel import destroy_parallel
 from megarl.errors import UserError
@@ -91,7 +91,9 @@ def main(model: str, case: str | None) -> None:
     tokenizer = load_tokenizer(config.model)
     sampler = Sampler(config, engine, client, tokenizer)
     scorer = RewardScorer(config, tokenizer, fetches=client is not None)
-    prompts = [Prompt([line, 5, 6], "1", f"digits {line}", line) for line in range(1, 5)]
+    prompts = KeptPrompts(keeps=client is not None)
+    for line in range(1, 5):
+        prompts.append(Prompt([line, 5, 6], "1", f"digits {line}", line))
 
     def roll_out(to_learn: bool = True) -> Batch:
         rollouts = ScoredRollouts(config, engine.model.parallel, steps_done=0)

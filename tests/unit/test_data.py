@@ -6,6 +6,8 @@ import gzip
 import json
 import random
 import sys
+import tracemalloc
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import datasets
 import pyarrow.parquet
 import pytest
 
-from megarl.data import PromptStream, load_demonstrations, load_prompts
+from megarl.data import KeptPrompts, Prompt, PromptStream, load_demonstrations, load_prompts
 from megarl.data.shapes import Columns, Kind, Unseen
 from megarl.errors import UserError
 from megarl.reward import answer_fault
@@ -342,6 +344,12 @@ def test_stream_sees_each_prompt_once_an_epoch() -> None:
     assert PromptStream(3, shuffle=False).next(7) == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_the_order_of_a_seed_is_that_of_earlier_releases() -> None:
+    order = list(range(1000))
+    random.Random("3/0").shuffle(order)
+    assert PromptStream(1000, seed=3).next(1000) == order
+
+
 def test_stream_resumes_exactly() -> None:
     rng = random.Random(0)
     for _ in range(50):
@@ -361,3 +369,58 @@ def test_stream_refuses_the_state_of_another_run() -> None:
     ):
         with pytest.raises(UserError, match=name):
             PromptStream(5, 0).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(("keeps", "beside"), [(True, 512), (False, 20)])
+def test_prompts_take_little_memory_beside_their_tokens_and_texts(
+    tmp_path: Path, chat, keeps: bool, beside: int
+) -> None:
+    count, told = 400, {"split": "train", "source": "drawn", "level": 3}
+    turns = [{"role": "user", "content": "12=" * 300}, {"role": "system", "content": "405"}]
+    path = write(
+        tmp_path, *({"messages": turns, "answer": "1", "extra_info": told | {"index": i}} for i in range(count))
+    )
+    how: dict[str, Any] = {"max_tokens": 9999, "on_bad_line": "error", "keeps": keeps}
+    load_prompts(path, chat, **how)  # what it imports and caches is no prompt's
+    tracemalloc.start()
+    try:
+        prompts, _ = load_prompts(path, chat, **how)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    own = sum(4 * len(prompt.tokens) + len(prompt.text) for prompt in prompts) if keeps else 0
+    assert len(prompts) == count and (taken - own) / count < beside
+
+
+def test_kept_prompts_are_the_ones_given() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    rows: list[dict[str, Any]] = [
+        {"day": date(2026, 11, 30), "raw": b"1", "none": None, "share": float("inf"), "pairs": [("1", 2)], 3: {4: [5]}},
+        {"audio": lambda: None},  # neither of these packs
+        {"deep": deep},
+    ]
+    texts = ["u:1+1=\nu:1+1=\na:", "\ud83d\u2028\u6f22", ""]
+    given = [Prompt([i, 2**31 - 1], str(i), text, i, row) for i, (text, row) in enumerate(zip(texts, rows))]
+    given.append(Prompt([], "", "12=", 9, has_answer=False))
+    kept = KeptPrompts()
+    for prompt in given:
+        kept.append(prompt, said=["1+1=", None, "", "nowhere", "1+1=", "1+1="])
+    assert [p.row is q.row for p, q in zip(kept, given)] == [False, True, True, False]
+    for shown in (kept, kept[:], kept[-3:], kept[::-1][1:], kept[2:][:1]):
+        expected = [given[p.tokens[0] if p.tokens else -1] for p in shown]
+        assert [vars(p) | {"row": 0} for p in shown] == [vars(q) | {"row": 0} for q in expected]
+    assert [len(kept[:]), len(kept[-3:]), len(kept[::-1][1:]), len(kept[9:])] == [4, 3, 3, 0]
+    assert kept[0] == given[0] and kept[-1] == given[3]
+    with pytest.raises(IndexError):
+        kept[4]
+
+
+def test_prompts_that_are_only_counted() -> None:
+    counted = KeptPrompts(keeps=False)
+    assert not counted
+    counted.append(Prompt([1], "1", "1", 1))
+    assert len(counted) == len(counted[:5]) == 1
+    with pytest.raises(AssertionError, match="asks no server"):
+        counted[0]

@@ -64,9 +64,9 @@ def test_digit_sum_files(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     train, _ = load_prompts(first / "train.jsonl", tokenizer, max_tokens=5, on_bad_line="error")
     valid, _ = load_prompts(first / "valid.jsonl", tokenizer, max_tokens=5, on_bad_line="error")
-    texts = [p.text for p in train + valid]
+    texts = [p.text for p in [*train, *valid]]
     assert (len(train), len(valid), len(set(texts))) == (300, 40, 340)
-    assert all(int(p.answer) == sum(map(int, p.text[:-1])) % 10 and len(p.tokens) == 5 for p in train + valid)
+    assert all(int(p.answer) == sum(map(int, p.text[:-1])) % 10 and len(p.tokens) == 5 for p in [*train, *valid])
 
     rows = [json.loads(line) for line in (first / "demos.jsonl").read_text().splitlines()]
     assert len([*load_demonstrations(first / "demos.jsonl", tokenizer, 16, "error")]) == len(rows) == 500
