@@ -4,6 +4,7 @@ valid one.
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,15 @@ class _Loader(yaml.SafeLoader):
                 raise _GivenTwice(key.value, lines[name], line)
             lines[name] = line
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what _Loader would not take for a text."""
+
+
+EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+for _side in (_Loader, _Dumper):  # PyYAML takes 1e-5, which has no dot, for a text
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def _yaml(text: str) -> Any:
@@ -145,8 +155,19 @@ def _why(first: ErrorDetails, names: list[str]) -> str:
         example = next(iter(_sections()[names[0]]))
         return f"this is a section; give its keys, e.g. {names[0]}: {{{example}: ...}}"
     why = first["msg"][0].lower() + first["msg"][1:]
-    quoted = isinstance(first["input"], bool | int | float | date)
-    return f"{why}; put it in quotes" if first["type"] == "string_type" and quoted else why
+    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float | date):
+        return f"{why}; put it in quotes"
+    if first["type"] in ("int_type", "float_type", "bool_type") and _quoted(first["input"]):
+        return f"{why}; leave out the quotes"
+    return why
+
+
+def _quoted(value: Any) -> bool:
+    """Whether it is a text that YAML would not take for one."""
+    try:
+        return isinstance(value, str) and not isinstance(_yaml(value), str)
+    except yaml.YAMLError:
+        return False
 
 
 def _sections() -> dict[str, list[str]]:
@@ -155,7 +176,7 @@ def _sections() -> dict[str, list[str]]:
 
 def dump_config(config: Config) -> str:
     """The resolved tree as YAML: what a run directory's config.yaml holds; loading it gives the same tree."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def keep_config(config: Config, run_dir: Path, resumed: int) -> None:

@@ -14,7 +14,9 @@ LONGEST_S = 604_800  # of every limit in seconds: a week; the kernel counts a fe
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_assignment=True, validate_default=True, allow_inf_nan=False
+    )
 
     @field_validator("path", "prompts", "data", "out", "dir", "rollout_python", check_fields=False)
     @classmethod

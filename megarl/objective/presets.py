@@ -19,7 +19,9 @@ from megarl.objective.choices import CHOICES
 class ObjectiveConfig(BaseModel):
     """One objective. Presets fill in the fields; `{preset: minirl, is_cap: 10.0}` overrides some of them."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_assignment=True, validate_default=True, allow_inf_nan=False
+    )
 
     preset: str = Field("minirl", description="Name of the preset the other keys start from.")
     advantage: str = Field(

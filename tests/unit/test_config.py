@@ -41,11 +41,22 @@ from megarl.objective.presets import ObjectiveConfig
         ("train.lr", "override 'train.lr' is not key=value"),
         ("train.lr.x=1", "override 'train.lr.x=1': 'lr' is a value, not a section"),
         ("train.lr=.inf", "config key 'train.lr' = inf: input should be a finite number"),
-        ("objective.is_cap=nan", "config key 'objective.is_cap' = 'nan': input should be a finite number"),
-        ("score.temperature=1e-40", "config key 'score.temperature' = '1e-40': input should be greater than or"),
+        ("objective.is_cap=.nan", "config key 'objective.is_cap' = nan: input should be a finite number"),
+        ("score.temperature=1e-40", "config key 'score.temperature' = 1e-40: input should be greater than or"),
         ("model=runs/tiny", "'model' = 'runs/tiny': this is a section; give its keys, e.g. model: {path: ...}"),
         ("objective=[minirl]", "objective ['minirl'] is a list; give a preset's name"),
         (f"train={[7] * 999}", "7, ...: this is a section"),
+        ("train.steps=true", "config key 'train.steps' = True: input should be a valid integer"),
+        ("rollout.max_lag=yes", "config key 'rollout.max_lag' = True: input should be a valid integer"),
+        ("train.lr=true", "config key 'train.lr' = True: input should be a valid number"),
+        ("objective.is_cap=true", "config key 'objective.is_cap' = True: input should be a valid number"),
+        ("rollout.stop_token_ids=[1, true]", "'rollout.stop_token_ids.1' = True: input should be a valid integer"),
+        ("sync.staged=1", "config key 'sync.staged' = 1: input should be a valid boolean"),
+        (
+            "data.shuffle='no'",
+            "config key 'data.shuffle' = 'no': input should be a valid boolean; leave out the quotes",
+        ),
+        ("train.steps='3'", "config key 'train.steps' = '3': input should be a valid integer; leave out the quotes"),
         ("objective=minrl", "'minirl'"),
         ("objective.eps_hi=1", "eps_high"),
         ("objective.is_cap=-1", "is_cap"),
@@ -129,7 +140,7 @@ LIMITS = [name for name, _, _ in walk() if name.endswith("_s")]
 
 @pytest.mark.parametrize("key", LIMITS)
 def test_a_time_limit_is_one_that_timers_can_count(key: str) -> None:
-    with pytest.raises(UserError, match=f"'{key}' = '1e10': input should be less than or equal to 604800"):
+    with pytest.raises(UserError, match=f"'{key}' = 10000000000.0: input should be less than or equal to 604800"):
         load_config(None, [f"{key}=1e10"])
 
 
@@ -145,6 +156,11 @@ def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     keys = ["model.path", "data.prompts", "eval.prompts", "sft.data", "sft.out", "run.dir", "launch.rollout_python"]
     config = load_config(None, [f"{key}=~/x" for key in keys])
     assert {attrgetter(key)(config) for key in keys} == {f"{tmp_path}/x"}
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.e-5", ".1e-4", "+10e-6", "1.0e-5", "0.00001"])
+def test_a_number_with_an_exponent(text: str) -> None:
+    assert load_config(None, [f"train.lr={text}", f"objective.eps_low={text}"]).train.lr == 1e-5
 
 
 def test_a_missing_file() -> None:
@@ -200,7 +216,13 @@ def test_fault_23_every_hint_names_a_key() -> None:
 def test_what_is_dumped_loads_as_the_same_tree(tmp_path: Path) -> None:
     config = load_config(
         None,
-        ["objective={preset: dapo, eps_low: 0.1}", "train.lr=3e-6", "replay.mode=none", "sync.canary_tolerance=1e-3"],
+        [
+            "objective={preset: dapo, eps_low: 0.1}",
+            "train.lr=3e-6",
+            "replay.mode=none",
+            "sync.canary_tolerance=1e-3",
+            "run.dir=1e5",
+        ],
     )
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
