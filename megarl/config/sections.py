@@ -8,6 +8,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MOST_RESPONSES = 16_384  # to one prompt: vLLM's VLLM_MAX_N_SEQUENCES
+MOST_PROMPTS = 2**20  # of a step, which are drawn at its start
+MOST_TOKENS = 2**22  # of a pack, and of a prompt or a response
+MOST_SEQS = 2**14  # vLLM allocates for each at its start
+MOST_LAG = 1024  # figures are kept of each
 DType = Literal["auto", "float32", "bfloat16"]
 CANARY_TOKENS = 64  # a weight sync is checked by scoring so many
 LONGEST_S = 604_800  # of every limit in seconds: a week; the kernel counts a few of them, in ms, in 32 bits
@@ -61,7 +65,7 @@ class ParallelConfig(Section):
 class EngineConfig(Section):
     dtype: DType = Field("auto", description="Training precision; auto is float32 on a CPU and bfloat16 on a GPU.")
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recompute.")
-    micro_batch_tokens: int = Field(8192, ge=1, description="Token budget of one packed micro-batch.")
+    micro_batch_tokens: int = Field(8192, ge=1, le=MOST_TOKENS, description="Token budget of one packed micro-batch.")
     distributed_optimizer: bool = Field(False, description="Shard optimizer state over data-parallel ranks.")
     optimizer_offload_fraction: float = Field(
         0.0,
@@ -98,7 +102,7 @@ class ReplayConfig(Section):
 
 
 class BatchConfig(Section):
-    prompts: int = Field(16, ge=1, description="Prompts a step (B), over all data-parallel ranks.")
+    prompts: int = Field(16, ge=1, le=MOST_PROMPTS, description="Prompts a step (B), over all data-parallel ranks.")
     group: int = Field(8, ge=1, le=MOST_RESPONSES, description="Responses a prompt (G).")
     minibatches: int = Field(1, ge=1, description="Optimizer steps a rollout (N); 1 is on-policy.")
     equal_groups: Literal["keep", "drop", "refill"] = Field(
@@ -121,8 +125,10 @@ class RolloutConfig(Section):
     tp: int = Field(1, ge=1, description="Tensor-parallel size of each vLLM server.")
     dtype: DType = Field("auto", description="Rollout precision; auto is the training precision.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; all three policies use it.")
-    max_prompt_tokens: int = Field(1024, ge=1, description="A longer prompt is a bad line (data.on_bad_line).")
-    max_new_tokens: int = Field(256, ge=1, description="Longest response in tokens.")
+    max_prompt_tokens: int = Field(
+        1024, ge=1, le=MOST_TOKENS, description="A longer prompt is a bad line (data.on_bad_line)."
+    )
+    max_new_tokens: int = Field(256, ge=1, le=MOST_TOKENS, description="Longest response in tokens.")
     stop_token_ids: list[int] = Field(
         [],
         description=(
@@ -133,6 +139,7 @@ class RolloutConfig(Section):
     max_lag: int = Field(
         0,
         ge=0,
+        le=MOST_LAG,
         description=(
             "Largest lag of a response in optimizer steps: those done before its update, less those of the weights of "
             "its oldest token. 0 is lock-step; one step off is batch.minibatches."
@@ -145,7 +152,7 @@ class RolloutConfig(Section):
             "computed again, or with its old ones, or it ends before the weights change."
         ),
     )
-    max_num_seqs: int = Field(256, ge=1, description="Responses one server decodes at the same time.")
+    max_num_seqs: int = Field(256, ge=1, le=MOST_SEQS, description="Responses one server decodes at the same time.")
     enforce_eager: bool | None = Field(
         None, description="Run vLLM without torch.compile and graphs; unset is true on a CPU, false on a GPU."
     )
@@ -295,7 +302,9 @@ class SftConfig(Section):
 
     data: str = Field("", description="Demonstrations, JSONL: {messages | prompt, response}.")
     out: str = Field("", description="Hugging Face folder to write, which must not exist; unset is run.dir/hf.")
-    batch: int = Field(64, ge=1, description="Demonstrations an optimizer step, over all data-parallel ranks.")
+    batch: int = Field(
+        64, ge=1, le=MOST_PROMPTS, description="Demonstrations an optimizer step, over all data-parallel ranks."
+    )
 
 
 class RunConfig(Section):

@@ -45,6 +45,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (files.run_dir, ALL),
     (files.run_dir_of_another, (*LOOP, "sft")),
     (files.sft_out, ("sft",)),
+    (work.processes, (*ENGINE, "generate", "eval")),
     (resume.settings, LOOP),
     (layouts.world, ENGINE + PLAN),
     (layouts.expert_world, ENGINE + PLAN),

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from megarl.launch.gpus import has_gpu
+from megarl.launch.processes import WITH_ROLLOUTS, WITHOUT_ENGINE
 from megarl.objective.choices import CHOICES
 from megarl.refusals.case import Case
+from megarl.reward import FAST
 from megarl.rollout.patience import ANSWER_S, STALE_S
 
 LOWEST_TEMPERATURE = 0.01  # vllm.sampling_params._MAX_TEMP
+MOST_A_CORE = 16  # processes
+
+
+def processes(case: Case) -> str | None:
+    """Those that would start here, all at once. GPUs have a bound of their own (launch/processes.py)."""
+    if "RANK" in os.environ:
+        return None  # an outer torchrun has started them
+    config, cores = case.config, len(os.sched_getaffinity(0))
+    counts = {} if has_gpu() or case.command in WITHOUT_ENGINE else {"launch.trainers": config.launch.trainers}
+    if case.command in WITH_ROLLOUTS and not has_gpu():
+        counts["rollout engines x tp"] = config.rollout.engines * config.rollout.tp
+    if case.command not in ("sft", "score") and config.data.reward not in FAST:
+        replicas = 1 if case.command in WITHOUT_ENGINE else max(case.dp, 1)
+        counts["data.reward_workers x replicas"] = config.data.reward_workers * replicas
+    most = MOST_A_CORE * cores
+    if sum(counts.values()) > most:
+        return (
+            f"{' + '.join(f'{key} {count}' for key, count in counts.items())} are more processes than this host's "
+            f"{cores} cores take; start at most {most}"
+        )
+    return None
 
 
 def objective(case: Case) -> str | None:

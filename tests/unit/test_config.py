@@ -135,6 +135,16 @@ def test_a_file_in_another_encoding_and_a_date_that_is_none(tmp_path: Path) -> N
     assert load_config(None, ["run.dir=2026-13-01"]).run.dir == "2026-13-01"
 
 
+@pytest.mark.parametrize(
+    "key",
+    "batch.prompts sft.batch rollout.max_prompt_tokens rollout.max_new_tokens rollout.max_num_seqs rollout.max_lag "
+    "engine.micro_batch_tokens".split(),
+)
+def test_a_count_of_what_is_held_at_once_has_a_limit(key: str) -> None:
+    with pytest.raises(UserError, match=f"'{key}' = 1000000000000: input should be less than or equal to "):
+        load_config(None, [f"{key}=1000000000000"])
+
+
 LIMITS = [name for name, _, _ in walk() if name.endswith("_s")]
 
 
