@@ -24,7 +24,8 @@ from megarl.data.shapes import (
     question_of,
     response_of,
 )
-from megarl.data.tokenizer import has_chat_template, highest_token, quick_encoder
+from megarl.data.template import chat_templates
+from megarl.data.tokenizer import highest_token, quick_encoder
 from megarl.data.vocabulary import Vocabulary, vocabulary_of
 from megarl.errors import UserError
 from megarl.reward import answer_fault
@@ -174,7 +175,7 @@ def check_rows(
     shape, limit = (PROMPT_ROW, PROMPT_LIMIT) if kind == "prompts" else (DEMONSTRATION_ROW, WHOLE_LIMIT)
     rollout, columns = config.rollout, config.data.columns
     longest = rollout.max_prompt_tokens + (rollout.max_new_tokens if kind == "demonstrations" else 0)
-    template = has_chat_template(config.model.path)
+    template = any(text for _, text in chat_templates(config.model.path).values())
     check_tokens = _quick_check(config.model.path, longest, limit)
     usable = bad = 0
     unseen = Unseen(columns, kind, needs_answer)

@@ -36,7 +36,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def code_alone(model: ModelConfig) -> str | None:
     """One line where the tokenizer is a program in the folder (Moonlight, Kimi) that the user did not allow."""
     folder = hf_files(model.path)
-    named = (_settings(folder).get("auto_map") or {}).get("AutoTokenizer")
+    named = (settings(folder).get("auto_map") or {}).get("AutoTokenizer")
     if not named or model.trust_remote_code or (folder / "tokenizer.json").is_file():
         return None
     classes = [name for name in (named if isinstance(named, list) else [named]) if name]
@@ -46,12 +46,15 @@ def code_alone(model: ModelConfig) -> str | None:
     )
 
 
-def has_chat_template(path: str) -> bool:
-    """Whether the folder holds one, as far as its files tell without transformers."""
-    folder = hf_files(path)
-    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    return bool(_settings(folder).get("chat_template"))
+def settings(folder: Path) -> dict[str, Any]:
+    """Of tokenizer_config.json; empty without that file. Raises UserError where it cannot be read."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{str(file)!r} is not a JSON object; copy the checkpoint again") from None
 
 
 def quick_encoder(path: str) -> Callable[[str], list[int]] | None:
@@ -81,13 +84,3 @@ def _read(file: Path, _: int) -> Any:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{str(file)!r} cannot be read ({' '.join(str(error).split())[:160]}); copy it again") from None
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(f"{str(file)!r} is not a JSON object; copy the checkpoint again") from None

@@ -30,6 +30,7 @@ REFUSALS: tuple[tuple[Callable[[Case], str | None], tuple[str, ...]], ...] = (
     (model_folder.model_path, ALL + PLAN),
     (model_folder.megatron_checkpoint, ALL),
     (model_folder.tokenizer, ("sft", *ROLLOUT)),
+    (model_folder.chat_template, ("sft", *ROLLOUT)),
     (model_folder.family, ALL + PLAN),
     (model_folder.architecture, ALL + PLAN),
     (model_folder.block_fp8, ROLLOUT),

@@ -148,6 +148,14 @@ def tokenizer(case: Case) -> str | None:
     return None
 
 
+def chat_template(case: Case) -> str | None:
+    """Every prompt goes through it. Raises UserError for one that cannot be read."""
+    from megarl.data.template import template_fault
+
+    fault = template_fault(case.config.model.path)
+    return fault and f"model.path: {fault}"
+
+
 def ends(case: Case) -> str | None:
     """Raises UserError where no token would end a response."""
     from megarl.data.tokenizer import load_tokenizer

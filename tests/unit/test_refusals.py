@@ -314,6 +314,7 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], list[str]]] = [
     ),
 ]
 APART = {
+    "chat_template",
     "settings",
     "colocate",
     "compiler_on_a_cpu",
