@@ -19,6 +19,7 @@ import megarl
 from megarl.announce import announce
 from megarl.commands.arguments import COMMANDS, Parser, parse
 from megarl.errors import Stopped, UserError
+from megarl.folders import takes_files
 
 if TYPE_CHECKING:
     from megarl.config import Config
@@ -213,7 +214,7 @@ def _check_output(path: str, read: dict[str, str | None]) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
         raise UserError(f"--output {path!r} is a folder; give a file")
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+    if not takes_files(Path(folder)):
         raise UserError(f"--output {path!r}: {folder!r} is no folder that can be written to; make it or give another")
     if name := _own_input(path, read):
         raise UserError(f"--output {path!r} is {name}; give another file")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from megarl.errors import UserError
@@ -20,12 +21,26 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
+def standing(path: Path) -> Path:
+    """The folder, or whatever it is, that is there and in which `path` would be made."""
+    return next(above for above in path.absolute().parents if above.exists() or above.is_symlink())
+
+
+def takes_files(folder: Path) -> bool:
+    """Tried: access() grants root everything, /proc too."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def refuse_output(key: str, out: Path) -> None:
     """Raises UserError where `out` exists, or cannot be begun. key: how the user calls it."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{key} {str(out)!r} already exists; remove it or give another folder")
-    there = next(path for path in out.absolute().parents if path.exists() or path.is_symlink())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    there = standing(out)
+    if not takes_files(there):
         what = "a file" if there.is_file() else "no folder that can be written to"
         raise UserError(f"{key} {str(out)!r}: {str(there)!r} is {what}; give another folder")
     partial = unfinished(out)

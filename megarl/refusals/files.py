@@ -11,7 +11,7 @@ from typing import Literal
 from megarl.addresses import resolve
 from megarl.checkpoints import NAME, STATE
 from megarl.errors import UserError
-from megarl.folders import refuse_output
+from megarl.folders import refuse_output, standing, takes_files
 from megarl.refusals.case import Case
 
 
@@ -94,13 +94,16 @@ def run_dir(case: Case) -> str | None:
     path = Path(case.config.run.dir)
     if not case.config.run.dir:
         return "run.dir is empty; give a folder, e.g. run.dir=runs/first"
-    there = next(p for p in [path, *path.absolute().parents] if p.exists() or p.is_symlink())
+    there = path if path.exists() or path.is_symlink() else standing(path)
     if not there.exists():
         return f"run.dir {str(path)!r}: {str(there)!r} is a link that leads nowhere; mend it or give another folder"
     if not there.is_dir():
         return f"run.dir {str(path)!r}: {str(there)!r} is a file; give a folder"
-    if not os.access(there, os.W_OK | os.X_OK):
-        return f"run.dir {str(path)!r} cannot be written; change its permissions or give another folder"
+    if not takes_files(there):
+        return (
+            f"run.dir {str(path)!r}: nothing can be written to {str(there)!r}; change its permissions or give another "
+            "folder"
+        )
     return None
 
 

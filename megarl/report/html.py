@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from megarl.errors import UserError
-from megarl.folders import write_whole
+from megarl.folders import standing, takes_files, write_whole
 from megarl.observe.metrics import METRICS_FILE, read_metrics
 from megarl.observe.progress import count, duration
 from megarl.observe.token_samples import read_token_samples
@@ -63,9 +63,13 @@ def write_page(path: Path, runs: list[Run]) -> None:
 
 
 def refuse_target(path: Path) -> None:
-    """Raises UserError for a folder, and for a file that is none of ours: no page or picture, with what is in it."""
+    """Raises UserError for a folder, for a file that is none of ours (no page or picture, with what is in it), and
+    where none can be made.
+    """
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; give a file")
+    if not takes_files(there := standing(path)):
+        raise UserError(f"{str(path)!r} cannot be written: {str(there)!r} takes no files; give another file")
     if path.is_file():
         try:
             with path.open("rb") as file:

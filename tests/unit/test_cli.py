@@ -5,6 +5,7 @@ started by a dry run, nothing heavy imported before it is needed.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,26 @@ def test_fault_03_an_output_that_cannot_be_or_is_the_input(
     ]:
         assert main(["score", str(run_yaml), "--input", "prompts.jsonl", "--output", output]) == 2
         assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "sft CONFIG sft.out=/proc/x",
+        "sft CONFIG sft.out=/sys/a/b",
+        "run CONFIG run.dir=/proc/x/y",
+        "train CONFIG run.dir=/proc",
+        "eval CONFIG --output /proc/x",
+        "generate CONFIG --input INPUT --output /proc/x",
+        "plan CONFIG --trace --out /proc/x",
+    ],
+)
+def test_an_output_where_not_even_root_can_write(run_yaml: Path, capfd: pytest.CaptureFixture[str], argv: str) -> None:
+    given = {"CONFIG": str(run_yaml), "INPUT": str(run_yaml.parent / "prompts.jsonl")}
+    words = [given.get(word, word) for word in argv.split()]
+    assert main([*words, *(["--dry-run"] if words[0] != "plan" else ["--world", "4"])]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and re.search("'/(proc|sys)'", err) and err.count("\n") == 1
 
 
 def test_no_command_writes_over_a_file_that_it_reads(

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -199,7 +201,13 @@ def test_an_output_that_could_not_be_begun_after_all_work(run_yaml: Path, monkey
         refusals.check(load_config(run_yaml, [f"sft.out={folder}/loop/x"]), "sft")
     sealed = folder / "sealed"
     sealed.mkdir()
-    access = os.access  # root may write everywhere
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != sealed and access(path, mode))
+    made = tempfile.TemporaryFile  # root may write everywhere
+
+    def refused(dir: Path) -> Any:
+        if dir == sealed:
+            raise PermissionError
+        return made(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
     with pytest.raises(UserError, match="^sft.out .*/sealed' is no folder that can be written to; give another folder"):
         refusals.check(load_config(run_yaml, [f"sft.out={sealed}/x"]), "sft")
