@@ -97,7 +97,7 @@ def must_send(config: Config) -> bool:
 
 def _prompts(config: Config, tokenizer: Any, given: str | None) -> Sequence[Prompt]:
     """All prompts of the file `given`, or the first batch.prompts of data.prompts."""
-    prompts, _ = prompts_of(config, given or config.data.prompts, tokenizer)
+    prompts, _ = prompts_of(config, given or config.data.prompts, tokenizer, needs_answer=False)
     return prompts if given else prompts[: config.batch.prompts]
 
 

@@ -223,15 +223,15 @@ def _quick_check(path: str, longest: int, limit: str) -> Callable[[Sequence[Any]
     return check
 
 
-def first_prompt(config: Config, path: str | Path) -> tuple[dict[str, Any], str, str]:
-    """(row, text of its last message, answer) of the first usable row, which check_rows has found."""
+def first_prompt(config: Config, path: str | Path) -> tuple[dict[str, Any], str, str] | None:
+    """(row, text of its last message, answer) of the first usable row with an answer."""
     for _, row in read_rows(path, PROMPT_ROW):
         with contextlib.suppress(BadLine):
             row = _sound(row)
             question = question_of(row, config.data.columns)
             answer, _ = _answer(row, config.data.columns, partial(answer_fault, config.data.reward))
             return row, str(question.messages[-1]["content"]), answer
-    raise UserError(f"data file {str(path)!r} holds no usable row; give at least one")
+    return None
 
 
 def encode_prompt(question: Question, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:

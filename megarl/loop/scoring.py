@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megarl.config import Config
@@ -21,11 +22,15 @@ class RewardScorer:
         self._stops = config.train.on_bad_batch == "stop"
 
     def score(self, rollouts: list[Rollout]) -> list[Score]:
-        """One score a rollout. Under train.on_bad_batch stop nothing is scored after the first fault."""
+        """One score a rollout, NaN without a fault where the answer is not known. Under train.on_bad_batch stop nothing
+        is scored after the first fault.
+        """
         if self._scorer is None:
             return []
+        known = [self._input(rollout) for rollout in rollouts if rollout.prompt.has_answer]
         with phase("reward"):
-            return self._scorer.score([self._input(rollout) for rollout in rollouts], stop_at_first=self._stops)
+            scores = iter(self._scorer.score(known, stop_at_first=self._stops))
+        return [next(scores) if rollout.prompt.has_answer else Score(math.nan) for rollout in rollouts]
 
     def _input(self, rollout: Rollout) -> RewardInput:
         response, prompt = rollout.response, rollout.prompt

@@ -27,9 +27,11 @@ def _file(key: str, path: str | None, what: str) -> str | None:
 
 def prompts(case: Case) -> str | None:
     path = case.config.data.prompts
-    # one CONFIG is for all commands: rows of another shape are read by the keys that are known
+    # one CONFIG is for all commands: rows of another shape are read by the keys that are known; compare needs no answer
     trains = case.command in ("run", "train")
-    return _file("data.prompts", path, "a file of prompts") or _rows(case, path, "prompts", all_columns=trains)
+    return _file("data.prompts", path, "a file of prompts") or _rows(
+        case, path, "prompts", needs_answer=trains, all_columns=trains
+    )
 
 
 def prompts_to_answer(case: Case) -> str | None:
@@ -53,11 +55,18 @@ def demonstrations(case: Case) -> str | None:
 
 
 def _rows(
-    case: Case, path: str, kind: Literal["prompts", "demonstrations"], *, all_columns: bool = False
+    case: Case,
+    path: str,
+    kind: Literal["prompts", "demonstrations"],
+    *,
+    needs_answer: bool = True,
+    all_columns: bool = False,
 ) -> str | None:
     from megarl.data.prompts import check_rows
 
-    check_rows(case.config, path, kind, all_columns=all_columns)  # raises UserError, naming the line
+    check_rows(
+        case.config, path, kind, needs_answer=needs_answer, all_columns=all_columns
+    )  # raises UserError, naming the line
     return None
 
 
@@ -73,7 +82,10 @@ def reward(case: Case) -> str | None:
         get_reward(data.reward)
     if data.reward in FAST or not path or os.environ.get("RANK", "0") != "0":
         return None  # nothing can fail, there is nothing to try it on, or rank 0 tries it
-    row, prompt, answer = first_prompt(case.config, path)
+    first = first_prompt(case.config, path)
+    if first is None:
+        return None  # compare takes rows without answers
+    row, prompt, answer = first
     sample = RewardInput(answer, answer, prompt, row=row, tokens=range(8), prompt_tokens=range(8))
     try:
         try_reward(data, sample)

@@ -306,6 +306,17 @@ def test_fault_16_doctor_judges_a_cold_start_as_one(
     assert judged or "data.prompts '/nowhere.jsonl' does not exist" in err
 
 
+def test_compare_needs_no_answers(run_yaml: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prompts = run_yaml.parent / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1", "answer": " "}\n{"prompt": "1"}\n')
+    keys = [str(run_yaml), "data.reward=exact_match", "--dry-run"]
+    assert main(["compare", *keys]) == 0
+    assert main(["run", *keys]) == 2
+    assert "line 1: answer ' ', from 'answer': is blank" in capfd.readouterr().err
+    prompts.write_text('{"prompt": "1"}\n')
+    assert main(["compare", *keys, "data.reward=builtins.len"]) == 0  # there is nothing to try it on
+
+
 def test_compare_starts_ranks_and_workers_on_the_prompts_it_is_given(
     run_yaml: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

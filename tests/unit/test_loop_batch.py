@@ -108,14 +108,16 @@ def build(folder: Path, answers: list[list[str]], *keys: str) -> tuple[Engine, L
     return engine, Loop(engine, config, client, tokenizer), client
 
 
-def collect(loop: Loop, *, to_learn: bool = True) -> tuple[Batch, list[int]]:
-    """The batch, and the lines of the prompts drawn for it."""
+def collect(loop: Loop, *, to_learn: bool = True, unanswered: tuple[int, ...] = ()) -> tuple[Batch, list[int]]:
+    """The batch, and the lines of the prompts drawn for it. unanswered: lines whose answer nobody knows."""
     drawn: list[int] = []
     rollouts = ScoredRollouts(loop.config, loop.engine.model.parallel, steps_done=0)
     while wanted := rollouts.wanted():
         lines = range(len(drawn) + 1, len(drawn) + wanted + 1)
         drawn.extend(lines)
-        prompts = [Prompt(loop.tokenizer.encode("12="), "3", "12=", line) for line in lines]
+        prompts = [
+            Prompt(loop.tokenizer.encode("12="), "3", "12=", line, has_answer=line not in unanswered) for line in lines
+        ]
         sampled = loop.sampler.sample(prompts, rollouts.groups, 0)
         rollouts.add(sampled, loop.scorer.score(sampled.rollouts))
     return build_batch(rollouts, loop.engine, 0, to_learn=to_learn), drawn
@@ -312,6 +314,13 @@ def test_compare_leaves_out_only_the_responses_that_are_bad(
     packs = [pack for part in batch.minibatches for pack in part]
     assert sorted(i for pack in packs for i in pack.responses) == [i for i in range(16) if i not in bad]
     assert len(compare(engine, batch, captured=False)) == 16 - len(bad)
+
+
+def test_compare_needs_no_answers(folder: Path) -> None:
+    engine, loop, _ = build(folder, [MIXED, ALL, NONE, MIXED])
+    batch, _ = collect(loop, to_learn=False, unanswered=(2, 3))
+    assert len(compare(engine, batch, captured=False)) == 16
+    assert batch.metrics["reward/mean"] == 0.5 and batch.metrics["batch/bad_samples"] == 0
 
 
 def test_compare_leaves_out_responses_without_a_token_to_compare(folder: Path) -> None:
