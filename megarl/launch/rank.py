@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.errors import Stopped, UserError
@@ -40,9 +39,7 @@ def main(argv: list[str]) -> int:
     rank = int(os.environ["RANK"])
     redirect(log_path(log_dir, rank), keep_stdout=rank == 0)
     try:
-        with without_wandb():
-            imported = importlib.import_module(module)
-        return imported.main(arguments)
+        return importlib.import_module(module).main(arguments)
     except UserError as error:
         line = f"megarl: error: {error}"
         reported = _report(log_dir, rank, line)
@@ -67,21 +64,6 @@ def main(argv: list[str]) -> int:
 def stacks_when_asked() -> None:
     """SIGUSR2 writes the stacks of all threads to standard error, wherever that goes then, and ends nothing."""
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # a handler in C: it needs no lock of Python's
-
-
-@contextlib.contextmanager
-def without_wandb() -> Iterator[None]:
-    """megarl's own logger imports it where it is asked for. megatron-core does wherever it is installed, for inference
-    that is not used here: about a ninth of what a rank imports.
-    """
-    hidden = "wandb" not in sys.modules
-    if hidden:
-        sys.modules["wandb"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if hidden:
-            del sys.modules["wandb"]
 
 
 def redirect(log: Path, keep_stdout: bool) -> None:
