@@ -26,7 +26,7 @@ Made from megarl/config/ by `python tools/config_docs.py`; do not edit. A run re
 
     megarl run examples/quickstart.yaml train.lr=1e-4 objective.is_cap=10
 
-Unknown keys are refused. One file may serve all commands; a `key=value` that its command would ignore is refused. The resolved tree is written to config.yaml in the run's folder.
+Unknown keys are refused, and values of another type: `true` is no number, `1` no truth value, `"3"` in quotes a text. One file may serve all commands; a `key=value` that its command would ignore is refused. The resolved tree is written to config.yaml in the run's folder.
 """
 
 
