@@ -67,7 +67,10 @@ class Refit:
         """
         self.fleet.check(ask_all)
         if not self.fleet.workers:
-            self._scoring = None  # of workers that are gone
+            scoring, self._scoring = self._scoring, None
+            if scoring is not None:  # the next batch may have what they sampled
+                with self._quantized():
+                    self._compare_canary(scoring.answered())
             self.sync(version, stop)
             self.settle()
 
@@ -147,15 +150,17 @@ class Refit:
             if not later:
                 with phase("canary", self._score_s if in_flight and main else 0.0):
                     urls = [worker.url for worker in self.fleet.members]
-                    if in_flight:
-                        spreads = self._compare_answers(self._score())
-                    else:
-                        spreads = self._compare_canary([*zip(urls, scores, strict=bool(scores))])
+                    try:
+                        if in_flight:
+                            spreads = self._compare_answers(self._score())
+                        else:
+                            spreads = self._compare_canary([*zip(urls, scores, strict=bool(scores))])
+                    except WrongCanary as wrong:
+                        self.fleet.leave_out({wrong.url: str(wrong)})
+                        raise
         self.fleet.commit(version)
-        if later:
-            self._scoring = self._score()
-        else:
-            self._learn(spreads)
+        self._scoring = self._score() if later else None
+        self._learn(spreads)
         if version not in self.committed:
             self.committed.append(version)
         return values | self._canary_figures
@@ -208,7 +213,6 @@ class Refit:
                 return self._compare_answers(scoring)
         except WorkersLost as lost:
             _tell_again(lost)
-            self._scoring = None  # of members of before
             self.sync(self.committed[-1])
             return []
 
@@ -251,26 +255,22 @@ class Refit:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _compare_canary(self, scores: list[tuple[str, Canary]]) -> list[Spread]:
-        """|log pi - log mu| over the canary, of each server, given with its URL. Raises where one exceeds its limit:
-        LeftOut where that one is new.
+        """|log pi - log mu| over the canary, of each server, given with its URL. Raises WrongCanary where one exceeds
+        its limit.
         """
         answers = [scores]
         dist.broadcast_object_list(answers, src=0, group=self.engine.model.parallel.host_group)
         if not answers[0]:
             return []
-        try:
-            spreads = self.own.spreads(answers[0])
-            if excess := self.limits.excess(spreads):
-                url = answers[0][excess.server][0]
-                raise WrongCanary(
-                    url,
-                    f"weight sync: the canary differs by {excess.value:.3g} ({excess.what}; limit {excess.limit:.3g}"
-                    f"{excess.why}) between the trainer and {url}; the worker did not load what was sent (a coarser "
-                    "rollout.dtype needs sync.canary_tolerance)",
-                )
-        except WrongCanary as wrong:
-            self.fleet.leave_out({wrong.url: str(wrong)})
-            raise
+        spreads = self.own.spreads(answers[0])
+        if excess := self.limits.excess(spreads):
+            url = answers[0][excess.server][0]
+            raise WrongCanary(
+                url,
+                f"weight sync: the canary differs by {excess.value:.3g} ({excess.what}; limit {excess.limit:.3g}"
+                f"{excess.why}) between the trainer and {url}; the worker did not load what was sent (a coarser "
+                "rollout.dtype needs sync.canary_tolerance)",
+            )
         return spreads
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,7 +62,7 @@ class Scoring:
             finally:
                 server.close()
 
-        self._tokens, self._scores = len(canary), list[tuple[str, Canary]]()
+        self._tokens = len(canary)
         self.failed: dict[str, str] = {}  # URLs of servers that did not answer well, and why
         self._asked = [(worker.url, Future[bytes]()) for worker in workers]
         for worker, (_, answer) in zip(workers, self._asked, strict=True):
@@ -73,20 +73,25 @@ class Scoring:
         one refuses, is lost or does not answer in time; answered() has the others' scores then.
         """
         errors: list[RolloutError] = []
-        self._scores = []
+        scores = []
         for url, answer in self._asked:
             try:
-                self._scores.append((url, self._score(url, answer, here)))
+                scores.append((url, self._score(url, answer, here)))
             except RolloutError as error:
                 errors.append(error)
                 self.failed[url] = str(error)
         if errors:
             raise errors[0]
-        return self._scores
+        return scores
 
     def answered(self) -> list[tuple[str, Canary]]:
-        """After scores(): of all that did."""
-        return self._scores
+        """Of all that have done so by now, also those that are lost since."""
+        scores = []
+        for url, answer in self._asked:
+            if answer.done():
+                with suppress(Exception):  # of whatever kind: it is for scores() to tell
+                    scores.append((url, self._score(url, answer, list)))
+        return scores
 
     def _score(self, url: str, answer: Future[bytes], here: Callable[[], Collection[str]]) -> Canary:
         while not answer.done() and url in here():

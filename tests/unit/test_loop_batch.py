@@ -580,6 +580,22 @@ def test_a_server_is_compared_as_it_sampled_before_another_sync_mends_it(
         refit.settle()
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_server_that_dies_after_a_wrong_canary_ends_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """The next batch may have what it sampled. A server that has died is asked no more: its fleet takes it for new."""
+    monkeypatch.setattr(Refit, "connect", lambda refit: None)
+    refit, fleet = refitted(folder, "rollout.max_lag=1")
+    monkeypatch.setattr(fleet, "check", lambda ask_all: None, raising=False)
+    monkeypatch.setattr(fleet, "workers", fleet.members[:left], raising=False)
+    refit.sync(1)
+    fleet.new, fleet.wrong["http://two"] = "http://two", 0.5
+    with pytest.raises(UserError, match=DIFFERS):
+        refit.ready(1)
+        refit.settle()
+
+
 def test_a_response_of_a_version_that_no_sync_committed_is_bad(folder: Path) -> None:
     _, loop, client = build(folder, [MIXED] * 4)
     client.version = 143

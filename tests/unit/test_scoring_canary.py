@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ def scorers(request: pytest.FixtureRequest) -> Iterator[list[Scorer]]:
 def test_who_answered_is_known_where_another_did_not(scorers: list[Scorer], fault: str) -> None:
     bad, good = (each.worker for each in scorers)
     scoring = Scoring([bad, good], CANARY, timeout_s=20)
+    deadline = time.monotonic() + 20
+    while not scoring.answered() and time.monotonic() < deadline:  # nobody has asked for the scores
+        time.sleep(0.01)
+    assert [url for url, _ in scoring.answered()] == [good.url]
     with pytest.raises(RolloutError, match=f"{bad.url}.*{fault}"):
         scoring.scores(lambda: [bad.url, good.url])
     assert [url for url, _ in scoring.answered()] == [good.url]
