@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 ENGINE_DIED = "vLLM's engine died; the worker's log says why"  # a server's answer while it goes down
+SMALL, JOINED = 65536, 1 << 20  # bytes
 WHOLE = ("stop", "length")  # the finish reasons of what was sampled to its end
 
 
@@ -22,8 +23,8 @@ def encode(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def encode_parts(header: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> list[bytes | memoryview]:
-    """What encode gives, in parts that are not copied. Each array is given as pieces along its first axis, at least
-    one.
+    """What encode gives, in few parts, of which large ones are not copied. Each array is given as pieces along its
+    first axis, at least one.
     """
     layout = [
         [name, pieces[0].dtype.str, [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]]
@@ -31,7 +32,22 @@ def encode_parts(header: dict[str, Any], arrays: dict[str, list[np.ndarray]]) ->
     ]
     text = json.dumps({**header, "arrays": layout}, separators=(",", ":")).encode()
     parts = [np.ascontiguousarray(piece) for pieces in arrays.values() for piece in pieces if piece.size]
-    return [struct.pack("<I", len(text)), text, *(piece.reshape(-1).view(np.uint8).data for piece in parts)]
+    return _joined([struct.pack("<I", len(text)), text, *(piece.reshape(-1).view(np.uint8).data for piece in parts)])
+
+
+def _joined(parts: list[bytes | memoryview]) -> list[bytes | memoryview]:
+    """The same bytes, small parts in a row as one, of some JOINED bytes: each is a call to the kernel."""
+    joined: list[bytes | memoryview] = []
+    small, held = list[bytes | memoryview](), 0
+    for part in parts:
+        large = len(part) >= SMALL
+        if not large:
+            small.append(part)
+            held += len(part)
+        if large or held >= JOINED:
+            joined += [b"".join(small), *([part] if large else [])]
+            small, held = [], 0
+    return [part for part in [*joined, b"".join(small)] if part]
 
 
 def refusal_of(status: int, content: bytes) -> str:

@@ -52,7 +52,6 @@ DIRTY = (
 )
 ASLEEP = "the server is asleep while the trainer has the GPU (launch.colocate); it answers again once it was woken"
 SHUTS_DOWN = "Server shutting down"  # what vLLM's engine answers to all but a request, once it has got SIGTERM
-SMALL, JOINED = 65536, 1 << 20  # bytes
 _numbers = itertools.count()
 
 
@@ -328,25 +327,12 @@ def _version(label: str) -> int:
 
 
 async def _respond(send: Any, status: int, body: bytes | Parts) -> None:
-    parts = _joined(body) if isinstance(body, list) else [body]
+    parts = body if isinstance(body, list) else [body]
     length = str(sum(len(part) for part in parts)).encode()
     headers = [(b"content-length", length), (b"content-type", b"application/octet-stream")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     for number, part in enumerate(parts, start=1):  # send() waits while the socket takes no more
         await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
-
-
-def _joined(parts: Parts) -> Parts:
-    """The same bytes, small parts in a row as one, of some JOINED bytes: each is a call to the kernel."""
-    joined: Parts = []
-    small: Parts = []
-    for part in parts:
-        if len(part) < SMALL:
-            small.append(part)
-        if len(part) >= SMALL or sum(map(len, small)) >= JOINED:
-            joined += [b"".join(small), *([part] if len(part) >= SMALL else [])]
-            small = []
-    return [part for part in [*joined, b"".join(small)] if part]
 
 
 async def _body(receive: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from megarl.rollout.client import Server
 from megarl.rollout.registry import RolloutError, ServerLost
 from megarl.rollout.response import CutOff, responses_of
-from megarl.rollout.wire import decode, encode
+from megarl.rollout.wire import JOINED, SMALL, decode, encode, encode_parts
 
 
 def test_arrays_come_back_as_they_were() -> None:
@@ -30,6 +30,16 @@ def test_arrays_come_back_as_they_were() -> None:
         np.testing.assert_array_equal(found[name], array)
     with pytest.raises(ValueError):
         decode(encode({}, arrays)[:-60])
+
+
+def test_a_body_of_small_and_large_pieces_is_sent_in_few_parts() -> None:
+    sizes = [3, SMALL, 5, 7, 2 * SMALL, SMALL, 0, 1, *[SMALL // 2] * 33]
+    pieces = [np.full(size, number, np.uint8) for number, size in enumerate(sizes)]
+    parts = encode_parts({"version": 3}, {"routes": pieces})
+    assert [len(part) for part in parts[1:]] == [SMALL, 12, 2 * SMALL, SMALL, JOINED + 1, SMALL // 2]
+    header, found = decode(b"".join(parts))
+    assert header == {"version": 3}
+    np.testing.assert_array_equal(found["routes"], np.concatenate(pieces))
 
 
 def test_a_body_is_cut_into_responses_of_their_own_lengths() -> None:
