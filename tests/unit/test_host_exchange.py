@@ -133,7 +133,7 @@ def test_the_loop_hands_its_host_group_to_the_fleet(run_yaml: Path, monkeypatch:
 
 def test_an_owner_looks_only_for_what_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
     """256 ranks in a layout of a 235B model, 1024 responses, 32 of them here: a share is two runs of rows at most, one
-    for each rank of a replica that sees other rows.
+    for each rank of a replica that sees other rows. Packs without one of them are not laid out.
     """
     layout, rows = Layout(tp=4, pp=4, vpp=1, ep=16, etp=1, cp=2, world=256), 24
     metas = [Meta(i, 4, rows + 1, 0.0, 0, i // 32 * 8, has_routes=True, truncated=False) for i in range(1024)]
@@ -144,17 +144,21 @@ def test_an_owner_looks_only_for_what_it_sends(monkeypatch: pytest.MonkeyPatch) 
     mine = {i: Response(tokens, 4, logprobs, routes, [], "stop") for i, meta in enumerate(metas) if not meta.owner}
     packs = assign([meta.rows for meta in metas], layout.dp, 4 * rows)
     made, messages, share = [], dict[int, bytes](), exchange._Share
+    laid_out, rows_of = list[int](), exchange.router_rows
 
     def swap(outgoing: dict[int, bytes], *given: Any) -> dict[int, bytes]:
         messages.update(outgoing)
         raise StopIteration
 
     monkeypatch.setattr(exchange, "_Share", lambda *given: made.append(given) or share(*given))
+    monkeypatch.setattr(exchange, "router_rows", lambda length, *at: laid_out.append(length) or rows_of(length, *at))
     monkeypatch.setattr(exchange, "_swap", swap)
     with pytest.raises(StopIteration):
         exchange.exchange(packs, metas, None, mine, at, shape)  # type: ignore[arg-type]
     in_replica = sum(map(len, packs[0]))
     assert len(made) <= 2 * (in_replica + len(mine) * layout.tp * layout.cp)
+    with_mine = sum(any(i in mine for i in pack) for replica in packs for pack in replica)
+    assert len(laid_out) <= len(packs[0]) + with_mine * layout.tp * layout.cp
     sent = len(mine) * (4 * layout.tp * layout.cp * layout.pp * (2 * rows - 2) + routes.nbytes)
     assert sum(map(len, messages.values())) == sent
 

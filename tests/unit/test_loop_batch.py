@@ -198,26 +198,37 @@ def test_fault_10_a_batch_without_a_token_to_train_on_is_said_and_counted(
         assert all(np.isfinite(value).all() for value in {**batch.metrics, **learned.metrics}.values())
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_no_step_is_made_before_the_servers_canary_is_compared(folder: Path, minibatches: int) -> None:
+@pytest.mark.parametrize(
+    ("keys", "steps", "asked"),
+    [
+        (["batch.minibatches=1"], 1, [True]),
+        (["batch.minibatches=2"], 2, [True, False]),
+        (["objective=ppo", "critic.warmup_steps=1"], 0, [True]),  # the critic's
+    ],
+)
+def test_no_step_is_made_before_the_servers_canary_is_compared(
+    folder: Path, keys: list[str], steps: int, asked: list[bool]
+) -> None:
     """With rollouts in flight it comes while the gradients are computed (megarl/train.py)."""
-    engine, loop, _ = build(folder, [MIXED] * 4, f"batch.minibatches={minibatches}")
-    before = [tensor.detach().clone() for _, tensor in engine.model.params()]
+    engine, loop, _ = build(folder, [MIXED] * 4, *keys)
+    learner = Learner(loop.config, engine)
+    engines = [engine, *([learner.critic] if learner.critic else [])]
+    trained = [tensor for each in engines for tensor in each.model.bare[0].parameters()]
+    before = [tensor.detach().clone() for tensor in trained]
 
     def same() -> bool:
-        return all(torch.equal(a, b) for a, (_, b) in zip(before, engine.model.params(), strict=True))
+        return all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
 
     def differs() -> None:
         raise UserError("the canary differs")
 
     batch, _ = collect(loop)
-    learner = Learner(loop.config, engine)
     with pytest.raises(UserError, match="the canary differs"):
         learner.learn(batch, 0, differs)
     assert same()
-    asked: list[bool] = []
-    assert learner.learn(batch, 0, lambda: asked.append(same())).optimizer_steps == minibatches
-    assert asked == [True, False][:minibatches] and not same()
+    found: list[bool] = []
+    assert learner.learn(batch, 0, lambda: found.append(same())).optimizer_steps == steps
+    assert found == asked and not same()
 
 
 def test_the_wait_for_the_canary_is_no_part_of_the_update(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
