@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from megarl.observe.trace import read_trace
 from tests.e2e.conftest import DP2, Bench
 
 STEPS, PROMPTS, GROUP = 8, 8, 4
@@ -43,6 +44,13 @@ def test_one_step_off_with_a_kill_in_between(bench: Bench, cold: Path) -> None:
     assert len(state["stream"]["returned"]) == PROMPTS  # the batch ahead, drawn and not trained
     again = bench.finish("run", "async", config)
     assert f"{PROMPTS} prompts drawn and not trained before: sampled again\n" in again.out
+
+    spans = {
+        name: [(e["ts"], e["ts"] + e["dur"]) for e in read_trace(run_dir) if e["name"] == name]
+        for name in ("update", "canary")
+    }
+    # beside the gradients, before the optimizer's step
+    assert any(begun <= at and end <= done for begun, done in spans["update"] for at, end in spans["canary"])
 
     rows = bench.rows("async")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
