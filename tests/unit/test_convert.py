@@ -110,6 +110,18 @@ def test_there_and_back_is_bitwise_equal_in_every_layout(family: str, tmp_path: 
         shutil.rmtree(back)
 
 
+def test_a_head_beside_the_embedding_that_it_is_tied_to_is_not_read(tmp_path: Path) -> None:
+    """Some writers store it; transformers does not read it either."""
+    hf, beside = make_folder(tmp_path / "hf", "qwen3_tied"), tmp_path / "beside"
+    shutil.copytree(hf, beside)
+    head = torch.zeros_like(tensors_of(hf)["model.embed_tokens.weight"])
+    save_file(tensors_of(hf) | {"lm_head.weight": head}, beside / "model.safetensors", {"format": "pt"})
+    assert (
+        to_megatron_(beside, tmp_path / "megatron", "--pp 2") == to_hf_(tmp_path / "megatron", tmp_path / "back") == 0
+    )
+    assert_same(hf, tmp_path / "back")
+
+
 def test_torch_reads_what_we_write_and_we_read_what_torch_writes(folder: Path, tmp_path: Path) -> None:
     """Regression test of the private names in megarl/weights/files/torch_dist.py."""
     assert to_megatron_(folder, tmp_path / "megatron", "--tp 2 --etp 2 --verify") == 0
