@@ -22,6 +22,7 @@ setup(
     packages=find_namespace_packages(include=["megarl", "megarl.*"]),
     package_data={"megarl.report": ["assets/*", "assets/uplot/*"], "megarl.simulate": ["shim.cpp"]},
     install_requires=[
+        "jinja2>=3.1",
         "math-verify>=0.8,<1",
         "numpy>=1.26,<3",
         "packaging>=24.2",
