@@ -163,6 +163,22 @@ def test_an_owner_looks_only_for_what_it_sends(monkeypatch: pytest.MonkeyPatch) 
     assert sum(map(len, messages.values())) == sent
 
 
+def test_of_a_pack_of_several_owners_each_sends_its_own() -> None:
+    layout, rows, prompt_len = Layout(tp=2, pp=2, world=8), 6, 4
+    shape = RouteShape(((0,), (1,)), num_experts=16, top_k=2)
+    metas = [Meta(i, prompt_len, rows + 1, 0.0, 0, i % 2 * 4, has_routes=True, truncated=False) for i in range(4)]
+    routes = np.zeros((rows, 2, 2), np.uint8)
+    response = Response(
+        np.zeros(rows + 1, np.int32), prompt_len, np.zeros(rows + 1 - prompt_len, np.float32), routes, [], "stop"
+    )
+    for owner in (0, 4):
+        own = {i: response for i, meta in enumerate(metas) if meta.owner == owner}
+        sent = exchange._outgoing([[[0, 1]], [[2, 3]]], metas, own, layout, shape)
+        for dp in range(2):
+            to = [len(sent[rank]) for rank in range(8) if layout.coord(rank).dp == dp]
+            assert sum(to) == 4 * 4 * (2 * (rows + 1) - prompt_len) + routes.nbytes  # one response to four ranks
+
+
 def test_a_gpu_has_a_host_group_beside_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(parallel.dist, "new_group", lambda **asked: made.append(asked) or len(made))
