@@ -25,6 +25,7 @@ from megarl.errors import Stopped
 SUPERVISED = (signal.SIGUSR1,)
 ALONE = (signal.SIGTERM, signal.SIGINT)
 TWICE_S = 1.0  # a signal may reach a rank directly and by torchrun; one that comes later is meant
+AGAIN_S = 0.1
 _supervised = False
 
 
@@ -36,7 +37,7 @@ class StopRequest:
 
     def __init__(self, within_s: float, unsaved: Callable[[], bool]) -> None:
         self._unsaved, self.asked = unsaved, 0
-        self._within_s, self._may_raise = within_s, False
+        self._within_s, self._may_raise, self._taken = within_s, False, False
         self._before: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return
@@ -67,19 +68,25 @@ class StopRequest:
             self._may_raise = False
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.asked or number
+        self.asked, self._taken = self.asked or number, True
         if self._may_raise:
             self._may_raise = False  # or a second signal, before interruptible() has ended, would keep it so
             raise Stopped(number)
 
     def _listen(self, reader: int) -> None:
         """Ends the process where nothing is to be saved, at a second signal, and when the time is over."""
-        first, deadline = 0.0, None
+        first, deadline, again = 0.0, None, None
         signals = select.poll()  # select() takes no file above 1023, and groups of many ranks hold more than that open
         signals.register(reader, select.POLLIN)
         while True:
-            left_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            until = again or deadline
+            left_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
             if not signals.poll(left_ms):
+                if again is not None:
+                    again = None
+                    if not self._taken:  # it came just before the main thread began to sleep, which it did not end
+                        signal.pthread_kill(threading.main_thread().ident or 0, self.asked)
+                    continue
                 print(f"no checkpoint within run.preempt_s {self._within_s:g}: ending without", file=sys.stderr)
                 leave(128 + self.asked)
             came = os.read(reader, 1)
@@ -93,6 +100,7 @@ class StopRequest:
                 leave(128 + came[0])
             if deadline is None:
                 self.asked, first, deadline = came[0], now, now + self._within_s
+                again = min(now + AGAIN_S, deadline)
 
 
 def supervised() -> None:

@@ -30,6 +30,9 @@ try:
 except Stopped as stopped:
     print("stopped by", stopped.signum)
 """
+ELSEWHERE = """
+threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
+"""
 UPDATES = """
 until = time.monotonic() + 600
 while not request.asked:
@@ -73,6 +76,12 @@ def test_fault_18_a_wait_for_rollouts_ends_at_once_and_an_update_is_not_cut(supe
         run.send_signal(signum)
         out, err = run.communicate(timeout=300)
         assert (run.returncode, out, err) == (0, said, "")
+
+
+def test_fault_18_a_signal_that_did_not_end_the_sleep_of_a_wait_comes_again() -> None:
+    """As one that comes after Python has looked for signals, and before the kernel sleeps: here in another thread."""
+    out, err = rank(ELSEWHERE + WAITS).communicate(timeout=60)
+    assert (out, err) == (f"stopped by {int(signal.SIGTERM)}\n", "")
 
 
 def test_fault_18_a_rank_with_nothing_to_save_ends_at_once_wherever_it_is() -> None:
