@@ -23,7 +23,20 @@ class Prompt:
     has_answer: bool = True
 
 
-class Picked(Sequence[Prompt]):
+class _MadeWhenAsked(Sequence[Prompt]):
+    @overload
+    def __getitem__(self, at: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Prompt]: ...
+    def __getitem__(self, at: int | slice) -> Prompt | Sequence[Prompt]:
+        places = range(len(self))[at]
+        return self._make(places) if isinstance(places, int) else Picked(self, places)
+
+    def _make(self, at: int) -> Prompt:
+        raise NotImplementedError
+
+
+class Picked(_MadeWhenAsked):
     """Those of `prompts` at `places`, none of them made before it is asked for."""
 
     def __init__(self, prompts: Sequence[Prompt], places: Sequence[int]) -> None:
@@ -32,17 +45,11 @@ class Picked(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, at: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Prompt]: ...
-    def __getitem__(self, at: int | slice) -> Prompt | Sequence[Prompt]:
-        if isinstance(at, slice):
-            return Picked(self._prompts, self._places[at])
+    def _make(self, at: int) -> Prompt:
         return self._prompts[self._places[at]]
 
 
-class KeptPrompts(Sequence[Prompt]):
+class KeptPrompts(_MadeWhenAsked):
     """Each is made anew when it is asked for. keeps: else they are only counted, for ranks that ask no server."""
 
     def __init__(self, *, keeps: bool = True) -> None:
@@ -70,14 +77,7 @@ class KeptPrompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, at: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Prompt]: ...
-    def __getitem__(self, at: int | slice) -> Prompt | Sequence[Prompt]:
-        if isinstance(at, slice):
-            return Picked(self, range(self._count)[at])
-        at = range(self._count)[at]
+    def _make(self, at: int) -> Prompt:
         assert self._keeps, "a rank that asks no server keeps no prompts"
         if at in self._as_they_are:
             return self._as_they_are[at]

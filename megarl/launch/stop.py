@@ -25,7 +25,7 @@ from megarl.errors import Stopped
 SUPERVISED = (signal.SIGUSR1,)
 ALONE = (signal.SIGTERM, signal.SIGINT)
 TWICE_S = 1.0  # a signal may reach a rank directly and by torchrun; one that comes later is meant
-AGAIN_S = 0.1
+AGAIN_S = 0.1  # after which a signal that the main thread has not looked at is sent to it once more
 _supervised = False
 
 
@@ -39,6 +39,7 @@ class StopRequest:
         self._unsaved, self.asked = unsaved, 0
         self._within_s, self._may_raise, self._taken = within_s, False, False
         self._before: dict[int, Any] = {}
+        self._main = threading.get_ident()
         if threading.current_thread() is not threading.main_thread():
             return
         # a handler in Python waits for the main thread, which may be in a collective for good; this thread does not
@@ -75,7 +76,7 @@ class StopRequest:
 
     def _listen(self, reader: int) -> None:
         """Ends the process where nothing is to be saved, at a second signal, and when the time is over."""
-        first, deadline, again = 0.0, None, None
+        first, deadline, again, own = 0.0, None, None, 0
         signals = select.poll()  # select() takes no file above 1023, and groups of many ranks hold more than that open
         signals.register(reader, select.POLLIN)
         while True:
@@ -85,7 +86,8 @@ class StopRequest:
                 if again is not None:
                     again = None
                     if not self._taken:  # it came just before the main thread began to sleep, which it did not end
-                        signal.pthread_kill(threading.main_thread().ident or 0, self.asked)
+                        own += 1
+                        signal.pthread_kill(self._main, self.asked)
                     continue
                 print(f"no checkpoint within run.preempt_s {self._within_s:g}: ending without", file=sys.stderr)
                 leave(128 + self.asked)
@@ -94,6 +96,9 @@ class StopRequest:
                 os.close(reader)
                 return
             if came[0] not in self._before:
+                continue
+            if own and came[0] == self.asked:  # the one sent above, however late it is: no second one
+                own -= 1
                 continue
             now = time.monotonic()
             if not self._unsaved() or (deadline and now - first > TWICE_S):

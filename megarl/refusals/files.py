@@ -64,9 +64,8 @@ def _rows(
 ) -> str | None:
     from megarl.data.prompts import check_rows
 
-    check_rows(
-        case.config, path, kind, needs_answer=needs_answer, all_columns=all_columns
-    )  # raises UserError, naming the line
+    # raises UserError, naming the line
+    check_rows(case.config, path, kind, needs_answer=needs_answer, all_columns=all_columns)
     return None
 
 

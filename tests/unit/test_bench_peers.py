@@ -25,4 +25,4 @@ def test_the_warm_up_is_left_out_and_the_worst_difference_kept() -> None:
     rows = [slow] * WARM_UP + [
         {"rollout": 1.0, "sync": 2.0, "update": 3.0, "step": s, "off": s} for s in (4.0, 5.0, 9.0)
     ]
-    assert means(rows) == {"rollout": 1.0, "sync": 2.0, "update": 3.0, "step": 6.0, "off": 9.0}
+    assert means(rows) == {"rollout": 1.0, "sync": 2.0, "update": 3.0, "step": 6.0, "median step": 5.0, "off": 9.0}

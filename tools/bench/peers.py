@@ -16,9 +16,10 @@ every round (without --sides megarl, one-off, trl and plain: three rounds take s
 TRL has an environment of its own, made on the first call (--env; the default lies in the user's cache): TRL and
 accelerate as pinned below, on top of this environment's torch, transformers and vLLM, which are shared. Prints means
 over the steps after a warm-up of 3 (one step off, short and long ones take turns), round by round, medians over the
-rounds, and ratios. CPU is seconds of a core a step, of all processes of a side together, as /proc has them. Over the
-cores of the machine it is what a step would take if none of them ever waited. OFF is the largest difference of the
-engine's and the trainer's log-probabilities in a step where a side compares them: what its weight sync is worth.
+rounds, and ratios, of median steps too. CPU is seconds of a core a step, of all processes of a side together, as /proc
+has them. Over the cores of the machine it is what a step would take if none of them ever waited. OFF is the largest
+difference of the engine's and the trainer's log-probabilities in a step where a side compares them: what its weight
+sync is worth.
 vLLM's CPU build packs weights when it loads them, and TRL's in-place update fails there: its sync is vLLM's own reload
 here, with the repairs of megarl's vLLM plugin. All engines run eagerly, one thread each.
 """
@@ -89,6 +90,7 @@ def trl_python(folder: Path) -> Path:
 def means(rows: list[Figures]) -> Figures:
     rows = rows[WARM_UP:]
     figures = {part: statistics.mean(row[part] for row in rows) for part in PARTS}
+    figures["median step"] = statistics.median(row["step"] for row in rows)
     off = [row["off"] for row in rows if "off" in row]
     return figures | ({"off": max(off)} if off else {})
 
@@ -180,14 +182,17 @@ def main() -> None:
     for side in sides:
         print(f"{'median':8}{side:8}{shown(middle[side])}   lacks {LACKS[side]}")
     ratios = {
-        f"{ours}/{other}": statistics.median(
-            a["step"] / b["step"] for a, b in zip(taken[ours], taken[other], strict=True)
-        )
-        for ours in OURS
-        for other in sides
-        if ours in taken and other not in OURS
+        of: {
+            f"{ours}/{other}": statistics.median(a[of] / b[of] for a, b in zip(taken[ours], taken[other], strict=True))
+            for ours in OURS
+            for other in sides
+            if ours in taken and other not in OURS
+        }
+        for of in ("step", "median step")
     }
-    print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()) + "    (median of the rounds' ratios)")
+    for of, said in (("step", "mean steps"), ("median step", "median steps")):
+        shown_ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios[of].items())
+        print(f"{shown_ratios}    (median of the rounds' ratios of {said})")
     if args.json:
         result = {"steps": args.steps, "warm_up": WARM_UP, "rounds": taken, "medians": middle, "ratios": ratios}
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
